@@ -1,0 +1,276 @@
+"""Log-prob of a target per row, streaming over the vocabulary; optionally the stash, from which both gradients follow.
+
+    lse_t = logsumexp_v z_t[v]          lp_t = z_t[y_t] - lse_t
+
+Each tile leaves, per row, its offset k (the rounded-up maximum of z2) and s = sum_{v != y} 2**(z2 - k); the target is
+kept out of s and its z2 stored by the one tile that holds it. A second kernel adds the tiles up:
+
+    A    = K + log2 sum_j s_j 2**(k_j - K),  K = max_j k_j        log2-sum of everything but the target
+    lp   = -ln 2 * softplus2(A - z2_y),      softplus2(x) = log2(1 + 2**x)
+
+so lp <= 0 always, and keeps its relative accuracy when the target is nearly certain.
+
+The stash E [N, V] (float32 or bfloat16) is written in the same pass, before the sum is known:
+
+    E[t,v] = 2**(z2 - K) * slope    (v != y)         E[t,y] = -S_t * slope_y,  S_t = 2**(A - K)
+    d lp_t / d a_t[v] = factor_t * E[t,v],           factor_t = -scale / (S_t + 2**(z2_y - K))
+
+The offset K of a row is its target's z2, rounded (a cheap dot product beforehand), so that no maximum is needed
+first. A tile that rises more than LIMIT = 2**48 above it takes its own offset; such rows, rare, are brought to one
+offset afterwards by a multiplication by a power of two, exact.
+
+N rows, D hidden size, V vocabulary. A row whose target is ignore_index has lp = 0, factor = 0, E = 0; one whose
+target is outside [0, V) has lp = NaN and touches no memory outside.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from treg_kernels.configs import CONFIGS, MIN_BLOCK_V, prune
+from treg_kernels.tiles import Scalars, logits_tile, tile_of, transform
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LIMIT = tl.constexpr(48.0)
+
+
+@triton.jit
+def _offset_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, offset_ptr, N, V, D,
+    stride_hn, stride_hd, stride_wv, stride_wd, scale2, cap_scale, cap2,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """offset[t] = round(z2 of the target): any nearby integer would do."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(offs_n, N - 1)
+    target = tl.load(target_ptr + rows)
+    target = tl.where((target >= 0) & (target < V), target, 0)
+    acc = tl.zeros([BLOCK_N], dtype=tl.float32)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    for start in range(0, D, BLOCK_D):
+        mask = (start + offs_d < D)[None, :]
+        h_ptrs = hidden_ptr + rows[:, None] * stride_hn + (start + offs_d)[None, :] * stride_hd
+        w_ptrs = weight_ptr + target[:, None] * stride_wv + (start + offs_d)[None, :] * stride_wd
+        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(w_ptrs, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.sum(h * w, axis=1)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + target).to(tl.float32)
+    z2, _ = transform(acc, scale2, cap_scale, cap2)
+    tl.store(offset_ptr + offs_n, tl.floor(z2 + 0.5), mask=offs_n < N)
+
+
+@triton.autotune(CONFIGS, key=["n_bucket", "V", "D"], prune_configs_by={"early_config_prune": prune})
+@triton.jit
+def _tile_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, offset_ptr, stash_ptr, target_z2_ptr, tile_width_ptr,
+    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+    N, V, D, ignore_index, n_bucket, stride_part,
+    stride_hn, stride_hd, stride_wv, stride_wd, scale2, cap_scale, cap2,
+    PRECISION: tl.constexpr, GROUP_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile: per row its offset k, s, and what else is asked for; the target's z2; the stash.
+
+    k, s, top (maximum of z2), ez (sum of e*(z2-k)), z (sum of z2), ee (sum of e^2): [N, stride_part] float32, a column
+    a tile, the target left out of all but z.
+    """
+    tile_n, tile_v = tile_of(tl.program_id(0), N, V, BLOCK_N, BLOCK_V, GROUP_N)
+    # the combining kernel must know how wide a tile was, and only the tuner knows here
+    if tl.program_id(0) == 0:
+        tl.store(tile_width_ptr, BLOCK_V)
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_n = offs_n < N
+    mask_v = offs_v < V
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
+    scored = target != ignore_index
+    # prompts and padding come in runs: a tile without a scored row costs no matmul
+    depth = tl.where(tl.max(scored.to(tl.int32), axis=0) > 0, D, 0)
+    a = logits_tile(
+        hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, N, V, D, depth,
+        stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    z2, slope = transform(a, scale2, cap_scale, cap2)
+
+    is_target = offs_v[None, :] == target[:, None]
+    here = (target >= tile_v * BLOCK_V) & (target < tile_v * BLOCK_V + BLOCK_V) & (target < V)
+    tl.store(target_z2_ptr + offs_n, tl.sum(tl.where(is_target, z2, 0.0), axis=1), mask=mask_n & here & scored)
+
+    other = mask_v[None, :] & (offs_v[None, :] != target[:, None])
+    z2_other = tl.where(other, z2, float("-inf"))
+    top = tl.max(z2_other, axis=1)
+    # a tile of the target alone has no maximum: any finite offset serves
+    k = tl.where(top == float("-inf"), -1e30, tl.ceil(top))
+    if stash_ptr is not None:
+        offset = tl.load(offset_ptr + offs_n, mask=mask_n, other=0.0)
+        k = tl.where(k > offset + LIMIT, k, offset)
+    e = tl.exp2(z2_other - k[:, None])
+
+    at = offs_n * stride_part + tile_v
+    tl.store(k_ptr + at, k, mask=mask_n)
+    tl.store(s_ptr + at, tl.sum(e, axis=1), mask=mask_n)
+    if top_ptr is not None:
+        tl.store(top_ptr + at, top, mask=mask_n)
+    if ez_ptr is not None:
+        tl.store(ez_ptr + at, tl.sum(tl.where(other, e * (z2 - k[:, None]), 0.0), axis=1), mask=mask_n)
+    if z_ptr is not None:
+        tl.store(z_ptr + at, tl.sum(tl.where(mask_v[None, :], z2, 0.0), axis=1), mask=mask_n)
+    if ee_ptr is not None:
+        tl.store(ee_ptr + at, tl.sum(e * e, axis=1), mask=mask_n)
+    if stash_ptr is not None:
+        stash = tl.where(scored[:, None], e * slope, 0.0)
+        ptrs = stash_ptr + offs_n[:, None] * V + offs_v[None, :]
+        tl.store(ptrs, stash.to(stash_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_v[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, tile_width_ptr, target_ptr, target_z2_ptr, stash_ptr,
+    logprob_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr, log_sum_sq_ptr,
+    N, V, stride_part, ignore_index, scale, cap2,
+    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Add up the tiles of BLOCK_R rows; finish the stash: the target's entry, and one offset per row."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n = offs_n < N
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
+    scored = target != ignore_index
+    z2_y = tl.load(target_z2_ptr + offs_n, mask=mask_n & scored, other=0.0)
+
+    tile_width = tl.load(tile_width_ptr)
+    offs_j = tl.arange(0, BLOCK_J)
+    mask = (mask_n & scored)[:, None] & (offs_j < tl.cdiv(V, tile_width))[None, :]
+    at = offs_n[:, None] * stride_part + offs_j[None, :]
+    k = tl.load(k_ptr + at, mask=mask, other=-1e30)
+    K = tl.max(k, axis=1)
+    lift = tl.exp2(k - K[:, None])
+    s = tl.load(s_ptr + at, mask=mask, other=0.0)
+    S = tl.sum(s * lift, axis=1)
+    gap = K + tl.log2(S) - z2_y  # log2 of the odds against the target; -inf where nothing else has mass
+    # log2(1 + 2**-|gap|), exact also where 1 + x rounds: the classical correction by what was really added
+    x = tl.exp2(-tl.abs(gap))
+    added = (1.0 + x) - 1.0
+    correction = x / tl.where(added == 0.0, 1.0, added)
+    log2_1p = tl.where(added == 0.0, x * LOG2E, tl.log2(1.0 + x) * correction)
+    above = tl.maximum(gap, 0.0) + log2_1p  # lse2 - z2_y
+    lse2 = z2_y + above
+    tl.store(logprob_ptr + offs_n, tl.where(scored, -above * LN2, 0.0), mask=mask_n)
+    tl.store(lse_ptr + offs_n, tl.where(scored, lse2 * LN2, 0.0), mask=mask_n)
+
+    p_y = tl.exp2(-above)
+    shrink = tl.exp2(K - lse2)
+    if is_top1_ptr is not None:
+        top = tl.max(tl.load(top_ptr + at, mask=mask, other=float("-inf")), axis=1)
+        tl.store(is_top1_ptr + offs_n, scored & (z2_y >= top), mask=mask_n)
+    if entropy_ptr is not None:
+        # sum_v p_v (lse2 - z2_v), every term >= 0; a tile without mass has k = -1e30, which 0 * would keep finite
+        ez = tl.load(ez_ptr + at, mask=mask, other=0.0)
+        terms = tl.where(s > 0.0, (s * (lse2[:, None] - k) - ez) * lift, 0.0)
+        entropy = tl.sum(terms, axis=1) * shrink + p_y * above
+        tl.store(entropy_ptr + offs_n, tl.where(scored, entropy * LN2, 0.0), mask=mask_n)
+    if mean_logit_ptr is not None:
+        total = tl.sum(tl.load(z_ptr + at, mask=mask, other=0.0), axis=1)
+        tl.store(mean_logit_ptr + offs_n, tl.where(scored, total / V * LN2, 0.0), mask=mask_n)
+    if log_sum_sq_ptr is not None:
+        squares = tl.sum(tl.load(ee_ptr + at, mask=mask, other=0.0) * lift * lift, axis=1)
+        total = squares * shrink * shrink + p_y * p_y
+        tl.store(log_sum_sq_ptr + offs_n, tl.where(scored, tl.log2(total) * LN2, 0.0), mask=mask_n)
+
+    if stash_ptr is not None:
+        tl.store(factor_ptr + offs_n, tl.where(scored, -scale / (S + tl.exp2(z2_y - K)), 0.0), mask=mask_n)
+        entry = -S
+        if cap2 is not None:
+            entry = -S * (1.0 - (z2_y / cap2) * (z2_y / cap2))
+        valid = mask_n & scored & (target >= 0) & (target < V)
+        uneven = valid & (tl.max(tl.where(mask & (k < K[:, None]), 1, 0), axis=1) > 0)
+        at_target = stash_ptr + offs_n * V + tl.where(valid, target, 0)
+        tl.store(at_target, entry.to(stash_ptr.dtype.element_ty), mask=valid & (uneven == 0))
+        # rows whose tiles have several offsets are brought to K; elsewhere this loop has no turn
+        columns = tl.where(tl.max(uneven.to(tl.int32), axis=0) > 0, V, 0)
+        for start in range(0, columns, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            mask_v = uneven[:, None] & (offs_v < V)[None, :]
+            k_here = tl.load(k_ptr + offs_n[:, None] * stride_part + (offs_v // tile_width)[None, :], mask=mask_v, other=0.0)
+            ptrs = stash_ptr + offs_n[:, None] * V + offs_v[None, :]
+            value = tl.load(ptrs, mask=mask_v, other=0.0).to(tl.float32) * tl.exp2(k_here - K[:, None])
+            value = tl.where(offs_v[None, :] == target[:, None], entry[:, None], value)
+            tl.store(ptrs, value.to(stash_ptr.dtype.element_ty), mask=mask_v)
+
+
+STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
+def part_columns(V: int) -> int:
+    """Partial results per row and statistic: one a tile of the narrowest configuration."""
+    return triton.cdiv(V, MIN_BLOCK_V)
+
+
+def logprob_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    scalars: Scalars,
+    ignore_index: int,
+    outputs: tuple[str, ...] = (),
+    stash: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Launch the forward on N rows.
+
+    Args:
+        hidden: [N, D] float32, bfloat16 or float16, any strides. weight: [V, D], same dtype, any strides.
+        target: [N] int64, contiguous. bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
+        outputs: any of STATISTICS.
+        stash: [N, V] contiguous, float32 or bfloat16, overwritten with E; None where no gradient follows.
+    Returns:
+        {"logprobs", "lse", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool). Temporaries:
+        4 * N * part_columns(V) bytes for each of k, s and one per statistic.
+    """
+    N, D = hidden.shape
+    V = weight.shape[0]
+    dev = hidden.device
+
+    def row(dtype=torch.float32):
+        return torch.empty(N, dtype=dtype, device=dev)
+
+    found = {"logprobs": row(), "lse": row()}
+    found.update({name: row(torch.bool if name == "is_top1" else torch.float32) for name in outputs})
+    if stash is not None:
+        found["factor"] = row()
+    if N == 0:
+        return found
+    columns = part_columns(V)
+
+    def part(needed=True):
+        return torch.empty(N, columns, dtype=torch.float32, device=dev) if needed else None
+
+    offset = None
+    strides = (*hidden.stride(), *weight.stride())
+    if stash is not None:
+        offset = row()
+        _offset_kernel[(triton.cdiv(N, 16),)](
+            hidden, weight, bias, target, offset, N, V, D, *strides,
+            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=16, BLOCK_D=128,
+        )  # fmt: skip
+    k, s = part(), part()
+    top, ez, z, ee = (part(n in outputs) for n in ("is_top1", "entropy", "mean_logit", "log_sum_sq_probs"))
+    # an impossible target leaves NaN
+    target_z2 = torch.full((N,), float("nan"), dtype=torch.float32, device=dev)
+    tile_width = torch.empty(1, dtype=torch.int32, device=dev)
+    _tile_kernel[lambda c: (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)](
+        hidden, weight, bias, target, offset, stash, target_z2, tile_width, k, s, top, ez, z, ee,
+        N, V, D, ignore_index, triton.next_power_of_2(N), columns, *strides,
+        scalars.scale2, scalars.cap_scale, scalars.cap2,
+        PRECISION="ieee", GROUP_N=8,
+    )  # fmt: skip
+    block_j = triton.next_power_of_2(columns)
+    block_r = max(1, min(16, 2048 // block_j))
+    _combine_kernel[(triton.cdiv(N, block_r),)](
+        k, s, top, ez, z, ee, tile_width, target, target_z2, stash,
+        found["logprobs"], found["lse"], *(found.get(n) for n in ("factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")),
+        N, V, columns, ignore_index, scalars.scale, scalars.cap2,
+        BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=1024,
+    )  # fmt: skip
+    return found

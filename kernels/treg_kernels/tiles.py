@@ -1,0 +1,93 @@
+"""Device helpers shared by the kernels: the order of tiles, one tile of logits, and the logit transform.
+
+Base 2 throughout: z2 = z * log2(e), so that exp(z) = 2**z2 is one instruction.
+
+    z2       = a * scale2                                       a = hidden . weight + bias
+    z2       = cap2 * tanh(a * cap_scale)                       with a softcap
+    dz / da  = scale                                            (without), scale * (1 - tanh^2) (with)
+
+"""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Scalars(NamedTuple):
+    """What the kernels need of s (logit_scale), cap (softcap) and temperature."""
+
+    scale: float  # s / temperature
+    scale2: float  # s / temperature * log2(e)
+    cap_scale: float | None  # s / cap
+    cap2: float | None  # cap / temperature * log2(e)
+
+    @classmethod
+    def of(cls, logit_scale: float, softcap: float | None, temperature: float) -> "Scalars":
+        scale, log2e = logit_scale / temperature, math.log2(math.e)
+        if softcap is None:
+            return cls(scale, scale * log2e, None, None)
+        return cls(scale, scale * log2e, logit_scale / softcap, softcap / temperature * log2e)
+
+
+@triton.jit
+def tile_of(pid, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
+    """Row and column tile of a program: GROUP_N row tiles share each weight tile while it is in L2."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    group = pid // (GROUP_N * tiles_v)
+    first = group * GROUP_N
+    rows = tl.minimum(tiles_n - first, GROUP_N)
+    within = pid % (GROUP_N * tiles_v)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def logits_tile(
+    hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, N, V, D, depth,
+    stride_hn, stride_hd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """hidden[offs_n] . weight[offs_v] + bias[offs_v] in float32, [BLOCK_N, BLOCK_V]; depth is D, or 0 to skip."""
+    offs_d = tl.arange(0, BLOCK_D)
+    # rows and columns past the end read the last one: in bounds, and masked by whoever uses the tile
+    rows = tl.minimum(offs_n, N - 1).to(tl.int64)
+    cols = tl.minimum(offs_v, V - 1).to(tl.int64)
+    deep = offs_d.to(tl.int64)
+    h_ptrs = hidden_ptr + rows[:, None] * stride_hn + deep[None, :] * stride_hd
+    w_ptrs = weight_ptr + deep[:, None] * stride_wd + cols[None, :] * stride_wv
+    acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    for start in range(0, depth, BLOCK_D):
+        left = D - start
+        h = tl.load(h_ptrs, mask=offs_d[None, :] < left, other=0.0)
+        w = tl.load(w_ptrs, mask=offs_d[:, None] < left, other=0.0)
+        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+        h_ptrs += BLOCK_D * stride_hd
+        w_ptrs += BLOCK_D * stride_wd
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 accuracy, also relative near 0, where (1 - e) cancels: an odd polynomial there."""
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2|x|)
+    far = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    near = x * (1.0 + x2 * (-0.33333333333 + x2 * (0.13333333333 + x2 * (-0.05396825397 + x2 * 0.02186948854))))
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def transform(a, scale2, cap_scale, cap2):
+    """z2 and the factor of dz/da that depends on a (1 without a softcap)."""
+    if cap_scale is not None:
+        t = tanh(a * cap_scale)
+        z2 = t * cap2
+        slope = 1.0 - t * t
+    else:
+        z2 = a * scale2
+        slope = 1.0
+    return z2, slope

@@ -1,0 +1,203 @@
+"""The public ops: per-token log-probs of a language-model head, and the T-REG loss, without [N, V] logits.
+
+N rows, D hidden size, V vocabulary, B pairs, S = 2B sequences (chosen first), T padded length.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from treg.losses import LossOptions, check_reference, treg_loss
+from treg.ops import checks
+from treg.ops.head import Head, budget_of, scored_rows
+from treg.ops.logprobs import run_logprobs
+from treg.ops.pairs import Pairs, plan, run_pairs
+from treg.ops.torch_tiles import TorchTiles
+from treg.ops.triton_tiles import TritonTiles
+from treg.results import LinearLogprobs, TRegLoss
+
+__all__ = ["LinearLogprobs", "TRegLoss", "fused_treg_loss", "linear_logprobs"]
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = (),
+    impl: str | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> LinearLogprobs:
+    """Log-probability of each target under a language-model head, in bounded memory.
+
+        z_t  = softcap * tanh( logit_scale * (h_t W^T + b) / softcap ) / temperature      (softcap optional)
+        lp_t = z_t[y_t] - logsumexp_v z_t[v]
+        d lp_t / d (h W^T + b)_tv = ( 1{v = y_t} - exp(z_tv - lse_t) ) * dz/da
+
+    The matrix products a row are 1 forward only, 2 with a frozen head, 4 with a trainable one.
+
+    Args:
+        hidden: [..., D] float32, bfloat16 or float16 (float64 too with impl="torch"), any strides.
+        weight: [V, D], hidden's dtype, any strides. Under torch.autocast both are cast to its dtype.
+        target: [...] int64, already aligned: target[i] is the token predicted from hidden[i].
+        bias: [V] floating, or None. logit_scale: any finite number. softcap, temperature: > 0.
+        ignore_index: targets that are not scored: log-prob 0, gradient 0.
+        outputs: any of "lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; see `LinearLogprobs`.
+        impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls back.
+        memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight and [N]-sized rows come on
+            top. None: 1 GiB on a GPU, 256 MiB on a CPU.
+        logits_dtype: dtype in which impl="torch" holds a tile's logits. None: float32, except for bfloat16 inputs on
+            a CPU, where they are rounded to bfloat16, which doubles the speed of that product; torch.float32 keeps
+            them exact there. Triton never rounds logits.
+    Returns:
+        LinearLogprobs; `logprobs` [...] float32, nats, differentiable in hidden, weight and bias.
+    Raises:
+        TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by name.
+    """
+    impl = checks.resolve_impl(impl, hidden)
+    hidden, weight = _autocast(hidden, weight)
+    names = checks.check_outputs(outputs)
+    checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
+                      memory_budget, logits_dtype)  # fmt: skip
+    tiles = _tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    budget = budget_of(memory_budget, hidden.device)
+    with _no_autocast(hidden):
+        found = run_logprobs(tiles, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), names, budget)
+    return LinearLogprobs(**{name: x.reshape(target.shape) for name, x in found.items()})
+
+
+def fused_treg_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_rewards: Tensor | None,
+    ref_logps: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.25,
+    loss_type: str = "dpo",
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    weighting: str = "gradient",
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> TRegLoss:
+    """The T-REG loss of B preference pairs from hidden states, with exact gradients and without [N, V] logits.
+
+        L     = base(rho_w, rho_l) + alpha * ( w_w L_reg(y_w) + w_l L_reg(y_l) )
+        rho_s = beta * sum_t u_t (lp_t - ref_t)         L_reg(y) = - sum_t beta * rhat_t * lp_t
+        w_s   = | d base / d rho_s |, detached          (dpo: both sigmoid(-m), m = rho_w - rho_l)
+
+    so that d L / d lp_t = -beta w (1 + alpha rhat_t) on chosen tokens, +beta w (1 - alpha rhat_t) on rejected ones.
+
+    Paper: T-REG, arXiv 2412.02685, Eq. 1-3. The other objectives: `treg.losses.OBJECTIVES`.
+    Differs: see `treg.losses.treg_loss`.
+
+    With a trainable head the gradients are taken in the forward, in 3 matrix products a row; a frozen head takes 2, and
+    a call under no_grad 1. A fourth comes back for reduction="none", for float16 inputs (so that a loss scaler's factor
+    reaches the 16-bit products), and for a pair that does not fit into memory_budget where its objective is not
+    -w * (known coefficients), or where the budget holds no second float32 [V, D] sum beside other pairs.
+
+    Args:
+        hidden: [2B, T, D], or packed [N, D] with cu_seqlens; see `linear_logprobs`. Chosen sequences first.
+        weight: [V, D]. target: [2B, T] or [N] int64, aligned with hidden.
+        token_rewards: like target, floating; rhat_t. May be None when alpha is 0.
+        ref_logps: [2B] summed reference log-probs, or like target per token (needed with token_weights); None for
+            the reference-free loss types simpo, orpo, cpo.
+        cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N. Keep it on the CPU: a GPU tensor's values
+            are not looked at, and a batch larger than memory_budget then takes the fourth product.
+        beta: > 0, reward scale. alpha: >= 0, weight of the regularizer. gamma: simpo's margin, in rewards.
+        loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting: "gradient", or "static"
+            (w = 1). token_weights: like target, u_t >= 0.
+        reduction: "mean" over pairs, "sum", or "none".
+        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype: as in `linear_logprobs`.
+    Returns:
+        TRegLoss; `loss` carries the gradient in hidden, weight and bias, everything else is detached.
+    Raises:
+        TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by name.
+    """
+    impl = checks.resolve_impl(impl, hidden)
+    options = LossOptions(loss_type, beta, alpha, gamma, label_smoothing, weighting)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    hidden, weight = _autocast(hidden, weight)
+    checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
+                      memory_budget, logits_dtype)  # fmt: skip
+    count = checks.check_sequences(hidden, target, cu_seqlens, ignore_index)
+    checks.check_pair_inputs(target, token_rewards, ref_logps, token_weights, count, alpha, ignore_index)
+    per_token = ref_logps is not None and ref_logps.shape == target.shape
+    check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
+
+    tiles = _tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    budget = budget_of(memory_budget, hidden.device)
+    flat = [None if x is None else x.reshape(-1) for x in (target, token_rewards, token_weights)]
+    ref = ref_logps.reshape(-1) if per_token else ref_logps
+    rows, lengths = _layout(flat[0], cu_seqlens, count, ignore_index)
+    pairs = Pairs(hidden.reshape(-1, hidden.shape[-1]), flat[0], flat[1], ref, flat[2], rows, lengths, cu_seqlens,
+                  options, reduction)  # fmt: skip
+
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    groups = None
+    if trained and reduction != "none" and weight.dtype != torch.float16:
+        groups = plan(pairs, tiles, budget)
+    with _no_autocast(hidden):
+        if groups is not None:
+            loss, result, logps = run_pairs(tiles, pairs, groups, budget)
+        else:
+            logps = run_logprobs(tiles, pairs.hidden, pairs.target, (), budget)["logprobs"]
+            result = treg_loss(
+                logps.reshape(target.shape), token_rewards, ref_logps, options, cu_seqlens=cu_seqlens,
+                mask=target != ignore_index, token_weights=token_weights,
+            )  # fmt: skip
+            loss = {"mean": result.loss.mean, "sum": result.loss.sum, "none": lambda: result.loss}[reduction]()
+    return TRegLoss(loss, *result[1:], logps.detach().reshape(target.shape))
+
+
+def _layout(target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index: int) -> tuple[Tensor | None, list[int] | None]:
+    """The rows that are scored (None: all), and how many of them each sequence has, as far as the host can know."""
+    n = target.shape[0]
+    if cu_seqlens is None:
+        ends = [i * (n // count) for i in range(count + 1)]
+    elif cu_seqlens.is_cuda:
+        return None, None
+    else:
+        ends = cu_seqlens.tolist()
+    rows = scored_rows(target, ignore_index)
+    if rows is not None:
+        ends = torch.searchsorted(rows, torch.tensor(ends)).tolist()
+    lengths = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    checks.check_lengths(lengths)
+    return rows, lengths
+
+
+def _tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> TorchTiles | TritonTiles:
+    return TritonTiles(head) if impl == "triton" else TorchTiles(head, logits_dtype)
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What torch.autocast would do to a linear layer's operands."""
+    if not (isinstance(weight, Tensor) and torch.is_autocast_enabled(hidden.device.type)) or hidden.dtype == torch.float64:
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _no_autocast(hidden: Tensor):
+    device = hidden.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -1,0 +1,200 @@
+"""What the public ops accept. Every message names the argument, what was expected and what came.
+
+Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`; shapes, dtypes and devices always.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from treg.debug import is_debug
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
+def check_tensor(name: str, x, *, optional: bool = False) -> None:
+    if isinstance(x, Tensor) or (optional and x is None):
+        return
+    raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(x).__name__}")
+
+
+def check_number(name: str, x, *, positive: bool = False, optional: bool = False) -> None:
+    if optional and x is None:
+        return
+    bad = isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x) or (positive and x <= 0)
+    if bad:
+        kind = "a finite number > 0" if positive else "a finite number"
+        raise ValueError(f"{name}: expected {kind}{' or None' if optional else ''}, got {x!r}")
+
+
+def check_shape(name: str, x: Tensor, shape, why: str) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)} ({why}), got {list(x.shape)}")
+
+
+def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
+    if x.device != hidden.device:
+        raise ValueError(f"{name}: expected a tensor on {hidden.device} (where hidden is), got one on {x.device}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+
+
+def values_visible(x: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at here."""
+    return x.device.type == "cpu" or (x.device.type != "meta" and is_debug())
+
+
+def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
+    if not values_visible(x):
+        return
+    bad = ~torch.isfinite(x)
+    if scored is not None:
+        bad &= scored
+    if bool(bad.any()):
+        at = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}: expected finite values, got {x[tuple(at)].item()} at index {at} ({int(bad.sum())} in all)")
+
+
+def check_head(
+    hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype
+) -> None:
+    """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
+        check_tensor(name, x)
+    check_tensor("bias", bias, optional=True)
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden: expected shape [..., D] with D >= 1, got {list(hidden.shape)}")
+    allowed = FLOATS if impl == "triton" else (*FLOATS, torch.float64)
+    if hidden.dtype not in allowed:
+        raise ValueError(f"hidden: expected one of {[str(d) for d in allowed]} for impl={impl!r}, got {hidden.dtype}")
+    if weight.ndim != 2 or weight.shape[0] < 1:
+        raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got {list(weight.shape)}; is it transposed?")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"weight: expected {hidden.dtype} (hidden's dtype), got {weight.dtype}; convert one, or run under torch.autocast"
+        )
+    if target.dtype != torch.int64:
+        raise ValueError(f"target: expected torch.int64, got {target.dtype}; use target.long()")
+    check_shape("target", target, hidden.shape[:-1], "hidden's without D")
+    check_device("weight", weight, hidden)
+    check_device("target", target, hidden)
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],), "V")
+        check_floating("bias", bias)
+        check_device("bias", bias, hidden)
+    check_number("logit_scale", logit_scale)
+    check_number("softcap", softcap, positive=True, optional=True)
+    check_number("temperature", temperature, positive=True)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if memory_budget is not None and (
+        isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0
+    ):
+        raise ValueError(f"memory_budget: expected a number of bytes > 0 (int) or None, got {memory_budget!r}")
+    if logits_dtype is not None and (
+        impl == "triton" or logits_dtype not in (torch.float32, hidden.dtype) or hidden.dtype == torch.float64
+    ):
+        raise ValueError(
+            f"logits_dtype: expected None, torch.float32 or hidden's dtype, with impl='torch' and 16-bit or float32 "
+            f"inputs, got {logits_dtype!r} with impl={impl!r} and {hidden.dtype}"
+        )
+    if values_visible(target):
+        V = weight.shape[0]
+        bad = (target != ignore_index) & ((target < 0) | (target >= V))
+        if bool(bad.any()):
+            at = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"target: expected values in [0, {V}) or ignore_index={ignore_index}, got {target[tuple(at)].item()} at index {at}"
+            )
+
+
+def check_outputs(outputs) -> tuple[str, ...]:
+    if isinstance(outputs, str) or not all(isinstance(n, str) and n in OUTPUTS for n in outputs):
+        raise ValueError(f"outputs: expected a tuple of names among {list(OUTPUTS)}, got {outputs!r}")
+    return tuple(n for n in OUTPUTS if n in outputs)
+
+
+def resolve_impl(impl, hidden) -> str:
+    """'triton' or 'torch'; None chooses by hidden's device, a name never falls back."""
+    if impl not in (None, "torch", "triton"):
+        raise ValueError(f"impl: expected None, 'torch' or 'triton', got {impl!r}")
+    check_tensor("hidden", hidden)
+    if impl is None:
+        return "triton" if hidden.is_cuda else "torch"
+    if impl == "triton" and not hidden.is_cuda:
+        try:
+            from treg_kernels.configs import INTERPRET
+        except ImportError as error:
+            raise ValueError("impl: expected 'torch' where Triton is not installed, got 'triton'") from error
+        if not INTERPRET:
+            raise ValueError(
+                f"impl: expected 'torch' for tensors on {hidden.device} ('triton' needs a GPU, or its interpreter), got 'triton'"
+            )
+    return impl
+
+
+def check_sequences(hidden: Tensor, target: Tensor, cu_seqlens, ignore_index: int) -> int:
+    """Layout of fused_treg_loss: [2B, T, D], or [N, D] with cu_seqlens. Returns 2B."""
+    check_tensor("cu_seqlens", cu_seqlens, optional=True)
+    if cu_seqlens is None:
+        if hidden.ndim != 3:
+            raise ValueError(f"hidden: expected [2B, T, D], or [N, D] with cu_seqlens, got {list(hidden.shape)} without")
+        count = hidden.shape[0]
+    else:
+        if hidden.ndim != 2:
+            raise ValueError(f"hidden: expected [N, D] beside cu_seqlens, got {list(hidden.shape)}")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+            raise ValueError(
+                f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+        count = cu_seqlens.shape[0] - 1
+        if values_visible(cu_seqlens) and count >= 0:
+            ends = cu_seqlens.tolist()
+            if ends[0] != 0:
+                raise ValueError(f"cu_seqlens: expected to start at 0, got {ends[0]}")
+            if any(a > b for a, b in zip(ends[:-1], ends[1:], strict=True)):
+                raise ValueError(f"cu_seqlens: expected not to decrease, got {ends}")
+            if ends[-1] != hidden.shape[0]:
+                raise ValueError(f"cu_seqlens: expected to end at N={hidden.shape[0]} (rows of hidden), got {ends[-1]}")
+    if count < 2 or count % 2:
+        name = "hidden" if cu_seqlens is None else "cu_seqlens"
+        raise ValueError(f"{name}: expected an even number >= 2 of sequences (chosen, then rejected), got {count}")
+    return count
+
+
+def check_pair_inputs(target, token_rewards, ref_logps, token_weights, count, alpha, ignore_index) -> None:
+    """Per-token and per-sequence inputs of fused_treg_loss."""
+    scored = target != ignore_index if values_visible(target) else None
+    check_tensor("token_rewards", token_rewards, optional=alpha == 0)
+    for name, x in (("token_rewards", token_rewards), ("token_weights", token_weights)):
+        check_tensor(name, x, optional=True)
+        if x is not None:
+            check_shape(name, x, target.shape, "target's")
+            check_floating(name, x)
+            check_device(name, x, target)
+            check_finite(name, x, scored)
+    if token_weights is not None and values_visible(token_weights) and bool((token_weights < 0).any()):
+        raise ValueError(f"token_weights: expected values >= 0, got {token_weights.min().item()}")
+    check_tensor("ref_logps", ref_logps, optional=True)
+    if ref_logps is not None:
+        if tuple(ref_logps.shape) not in ((count,), tuple(target.shape)):
+            raise ValueError(
+                f"ref_logps: expected [{count}] sums, or {list(target.shape)} per token, got {list(ref_logps.shape)}"
+            )
+        check_floating("ref_logps", ref_logps)
+        check_device("ref_logps", ref_logps, target)
+        check_finite("ref_logps", ref_logps, scored if ref_logps.shape == target.shape else None)
+
+
+def check_lengths(lengths: list[int]) -> None:
+    """Every sequence has a scored token; lengths in scored tokens."""
+    for s, length in enumerate(lengths):
+        if length == 0:
+            raise ValueError(f"target: expected a scored token in every sequence, got none in sequence {s} of {len(lengths)}")

@@ -1,0 +1,110 @@
+"""A language-model head and the rows that go through it; what every implementation shares."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treg.ops.gemm import add_transposed, times_weight, widened
+
+# temporaries of an op, in bytes, unless the caller says otherwise
+DEFAULT_BUDGET = {"cpu": 256 << 20}
+DEFAULT_BUDGET_GPU = 1 << 30
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = softcap(logit_scale * (h W^T + b)) / temperature."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    ignore_index: int = -100
+
+    @property
+    def scale(self) -> float:
+        """dz / da at a softcap's slope of 1."""
+        return self.logit_scale / self.temperature
+
+
+def budget_of(memory_budget: int | None, device: torch.device) -> int:
+    return memory_budget or DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_GPU)
+
+
+def tile_rows(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = (), reserved: int = 0) -> int:
+    """Rows of one tile within budget bytes, of which `reserved` are taken; 0 where not one row fits."""
+    return max(0, budget - reserved - tiles.fixed_bytes) // tiles.row_bytes(stash=stash, outputs=outputs)
+
+
+def require_rows(tiles, budget: int, **kwargs) -> int:
+    """`tile_rows`, at most `tiles.max_rows`; ValueError where the budget does not hold a row."""
+    rows = tile_rows(tiles, budget, **kwargs)
+    if rows < 1:
+        least = tiles.fixed_bytes + tiles.row_bytes(**{k: v for k, v in kwargs.items() if k != "reserved"})
+        V = tiles.head.weight.shape[0]
+        raise ValueError(f"memory_budget: expected at least {least} bytes (one row at V={V}), got {budget}")
+    return min(rows, tiles.max_rows)
+
+
+def scored_rows(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Rows with a target, or None for all of them. On a GPU always None: finding them would wait for the device."""
+    if target.is_cuda:
+        return None
+    scored = target != ignore_index
+    return None if bool(scored.all()) else scored.nonzero().squeeze(1)
+
+
+def chunks(rows: Tensor | None, n: int, step: int) -> Iterator[slice | Tensor]:
+    """Successive selections of at most `step` of n rows, or of the rows listed."""
+    count = n if rows is None else rows.shape[0]
+    for i in range(0, count, step):
+        piece = slice(i, min(i + step, count))
+        yield piece if rows is None else rows[piece]
+
+
+class HeadGradients:
+    """dhidden, dweight and dbias, added up tile by tile.
+
+    dhidden is kept without its row factors (`row_scale`, [N]), which are multiplied in once, at the end, together with
+    the upstream gradient. dweight and dbias are float32 sums unless a single tile makes them at once.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool], *, compute: torch.dtype,
+                 complete: bool, single: bool = False):  # fmt: skip
+        """complete: every row of hidden will be added (else the others stay 0). single: by one tile."""
+        self.head = head
+        need_hidden, need_weight, need_bias = needs
+        weight, bias = head.weight, head.bias
+        make = torch.empty_like if complete else torch.zeros_like
+        self.dhidden = make(hidden, memory_format=torch.contiguous_format) if need_hidden else None
+        self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=compute)
+        sums = weight.dtype if single and not widened(weight.dtype, weight.device) else compute
+        self.dweight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if need_weight else None
+        self.dbias = torch.zeros_like(bias, dtype=compute) if need_bias else None
+
+    def add(self, tile: Tensor, rows: slice | Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
+        """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1)."""
+        self.row_scale[rows] = 1.0 if scale is None else scale
+        if self.dhidden is not None:
+            self.dhidden[rows] = times_weight(tile, self.head.weight)
+        if self.dweight is not None:
+            scaled = hidden if scale is None else (hidden * scale.unsqueeze(-1)).to(hidden.dtype)
+            add_transposed(self.dweight, tile, scaled)
+        if self.dbias is not None:
+            self.dbias += tile.sum(0, dtype=self.dbias.dtype) if scale is None else _weighted_sum(tile, scale)
+
+
+def _weighted_sum(tile: Tensor, scale: Tensor) -> Tensor:
+    """sum_t scale_t tile[t] in scale's dtype, a few rows at a time."""
+    total = scale.new_zeros(tile.shape[1])
+    for i in range(0, tile.shape[0], 256):
+        total += scale[i : i + 256] @ tile[i : i + 256].to(scale.dtype)
+    return total
+
+
+def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor, rounded once to dtype."""
+    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))

@@ -1,0 +1,154 @@
+"""The torch implementation of a head on a tile of rows: the CPU path, and the portable one on any device.
+
+A tile's logits [n, V] come from one GEMM; what follows runs over a few rows at a time, in place, in float32, so that
+it stays in cache. Exact float32 logits are the rule; `logits_dtype` says where they are not.
+"""
+
+import torch
+from torch import Tensor
+
+from treg.ops.head import Head
+
+CACHE_ROWS = 1 << 20  # elements that the row passes work on at a time (4 MiB in float32)
+PASS_BUFFERS = 4  # such blocks alive at once, at most
+UPCAST_SLAB = 4096  # vocabulary rows of a 16-bit weight brought to float32 at a time
+
+
+class TorchTiles:
+    """See `treg.ops.triton_tiles.TritonTiles` for the same interface on Triton."""
+
+    def __init__(self, head: Head, logits_dtype: torch.dtype | None):
+        self.head = head
+        weight = head.weight
+        self.compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if logits_dtype is None:
+            rounded = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+            logits_dtype = torch.bfloat16 if rounded else self.compute
+        self.logits_dtype = logits_dtype
+        self.stash_dtype = weight.dtype
+        self._logits: Tensor | None = None
+
+    # -- sizes, in bytes ----------------------------------------------------------------------------------------
+
+    def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
+        """Temporaries per row of a tile, a stash included."""
+        V, D = self.head.weight.shape
+        tile = V * self.logits_dtype.itemsize if not stash or self._separate_logits else 0
+        return tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Temporaries that do not depend on the rows of a tile."""
+        V, D = self.head.weight.shape
+        passes = PASS_BUFFERS * max(CACHE_ROWS, V) * self.compute.itemsize
+        return passes + self._upcast * min(V, UPCAST_SLAB) * D * self.compute.itemsize
+
+    @property
+    def max_rows(self) -> int:
+        """More rows a tile are not faster."""
+        return 1024 if self.head.weight.device.type == "cpu" else 4096
+
+    @property
+    def _upcast(self) -> bool:
+        return self.logits_dtype != self.head.weight.dtype
+
+    @property
+    def _separate_logits(self) -> bool:
+        return self.logits_dtype != self.stash_dtype
+
+    # -- work ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, hidden: Tensor, target: Tensor, outputs: tuple[str, ...] = (), stash: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Log-probs and statistics of n rows; with a stash [n, V], d lp / d a = factor * stash.
+
+        Args: hidden [n, D], target [n]. Returns: {"logprobs", "lse", *outputs}, beside a stash "factor"; each [n].
+        """
+        n = hidden.shape[0]
+        scored = target != self.head.ignore_index
+        y = torch.where(scored, target, 0).unsqueeze(-1)
+        found = {name: hidden.new_empty(n, dtype=self.compute) for name in ("logprobs", "lse", *outputs)}
+        if "is_top1" in outputs:
+            found["is_top1"] = hidden.new_empty(n, dtype=torch.bool)
+        logits = self._matmul(hidden, stash)
+        for rows in self._blocks(n):
+            z, slope = self._transform(logits[rows])
+            z_y = z.gather(1, y[rows]).squeeze(1)
+            top = z.amax(1)
+            if "mean_logit" in outputs:
+                found["mean_logit"][rows] = z.mean(1)
+            if "is_top1" in outputs:
+                found["is_top1"][rows] = z_y >= top
+            p = torch.softmax(z, 1, out=z)
+            # the largest probability is exp(top - lse), never small: the log-sum costs no second pass
+            lse = top - p.amax(1).log()
+            found["lse"][rows] = lse
+            found["logprobs"][rows] = z_y - lse
+            if "entropy" in outputs:
+                found["entropy"][rows] = torch.special.entr(p).sum(1)
+            if "log_sum_sq_probs" in outputs:
+                found["log_sum_sq_probs"][rows] = p.square().sum(1).log()
+            if stash is not None:
+                p.scatter_add_(1, y[rows], p.new_full((p.shape[0], 1), -1.0))
+                if slope is not None:
+                    p.mul_(slope)
+                if p.data_ptr() != stash[rows].data_ptr():
+                    stash[rows] = p
+        if stash is not None:
+            found["factor"] = torch.where(scored, -self.head.scale, 0.0).to(self.compute)
+        for name, x in found.items():
+            found[name] = x & scored if x.dtype == torch.bool else x.masked_fill_(~scored, 0.0)
+        return found
+
+    def gradient(self, hidden: Tensor, target: Tensor, lse: Tensor, coef: Tensor, out: Tensor) -> None:
+        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and lse [n] from `forward`."""
+        scored = target != self.head.ignore_index
+        y = torch.where(scored, target, 0).unsqueeze(-1)
+        row = torch.where(scored, -self.head.scale * coef, 0.0).to(self.compute).unsqueeze(-1)
+        logits = self._matmul(hidden, out)
+        for rows in self._blocks(hidden.shape[0]):
+            z, slope = self._transform(logits[rows])
+            p = z.sub_(lse[rows].unsqueeze(-1)).exp_()
+            p.scatter_add_(1, y[rows], p.new_full((p.shape[0], 1), -1.0))
+            p.mul_(row[rows] if slope is None else slope.mul_(row[rows]))
+            if p.data_ptr() != out[rows].data_ptr():
+                out[rows] = p
+
+    def release(self) -> None:
+        """Free the buffers kept between tiles."""
+        self._logits = None
+
+    def _blocks(self, n: int):
+        step = max(1, CACHE_ROWS // self.head.weight.shape[0])
+        return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+    def _matmul(self, hidden: Tensor, out: Tensor | None) -> Tensor:
+        """hidden W^T [n, V] in logits_dtype: into out where the dtypes agree, else into a buffer that is kept."""
+        weight, n = self.head.weight, hidden.shape[0]
+        if out is None or self._separate_logits:
+            if self._logits is None or self._logits.shape[0] < n:
+                self._logits = None  # freed before its successor is allocated
+                self._logits = hidden.new_empty(n, weight.shape[0], dtype=self.logits_dtype)
+            out = self._logits[:n]
+        if not self._upcast:
+            return torch.mm(hidden, weight.T, out=out)
+        if hidden.is_cuda and self.logits_dtype == torch.float32:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+        wide = hidden.to(self.logits_dtype)
+        for a in range(0, weight.shape[0], UPCAST_SLAB):
+            slab = weight[a : a + UPCAST_SLAB].to(self.logits_dtype)
+            torch.mm(wide, slab.T, out=out[:, a : a + UPCAST_SLAB])
+        return out
+
+    def _transform(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z, in place where logits are of the compute dtype, and the slope 1 - tanh^2 of a softcap."""
+        head = self.head
+        z = logits.to(self.compute)
+        if head.bias is not None:
+            z += head.bias
+        if head.softcap is None:
+            return (z.mul_(head.scale) if head.scale != 1.0 else z), None
+        t = z.mul_(head.logit_scale / head.softcap).tanh_()
+        slope = torch.addcmul(t.new_ones(()), t, t, value=-1.0)
+        return t.mul_(head.softcap / head.temperature), slope
