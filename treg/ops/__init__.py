@@ -52,7 +52,7 @@ def linear_logprobs(
         outputs: any of "lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; see `LinearLogprobs`.
         impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls back.
         memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight and [N]-sized rows come on
-            top. None: 1 GiB on a GPU, 256 MiB on a CPU.
+            top. None: 1 GiB on a GPU, 384 MiB on a CPU.
         logits_dtype: dtype in which impl="torch" holds a tile's logits. None: float32, except for bfloat16 inputs on
             a CPU, where they are rounded to bfloat16, which doubles the speed of that product; torch.float32 keeps
             them exact there. Triton never rounds logits.

@@ -24,18 +24,21 @@ def times_weight(tile: Tensor, weight: Tensor) -> Tensor:
     return out.to(tile.dtype)
 
 
-def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor) -> None:
-    """acc [V, D] += tile [n, V]^T @ rows [n, D]. acc is float32 (float64 for float64 inputs).
+def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> None:
+    """acc [V, D] += tile [n, V]^T @ rows [n, D], or = where `first`. acc is float32 (float64 for float64 inputs).
 
     On a GPU the product is added in float32. On a CPU a bfloat16 product is rounded once before it is added.
     """
-    if tile.dtype == acc.dtype:
-        acc.addmm_(tile.T, rows)
+    beta = 0.0 if first else 1.0  # 0 does not read acc, which may be uninitialised
+    if tile.dtype == acc.dtype and not widened(tile.dtype, tile.device):
+        torch.addmm(acc, tile.T, rows, beta=beta, out=acc)
     elif tile.is_cuda:
-        torch.addmm(acc, tile.T, rows, out_dtype=acc.dtype, out=acc)
+        torch.addmm(acc, tile.T, rows, out_dtype=acc.dtype, beta=beta, out=acc)
     else:
-        widen = widened(tile.dtype, tile.device)
-        rows = rows.to(acc.dtype) if widen else rows
+        rows = rows.to(acc.dtype) if widened(tile.dtype, tile.device) else rows
         for a in range(0, acc.shape[0], SLAB):
             part = tile[:, a : a + SLAB].to(rows.dtype).T @ rows
-            acc[a : a + SLAB].add_(part.to(acc.dtype))
+            if first:
+                acc[a : a + SLAB] = part
+            else:
+                acc[a : a + SLAB].add_(part.to(acc.dtype))

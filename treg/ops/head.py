@@ -9,7 +9,7 @@ from torch import Tensor
 from treg.ops.gemm import add_transposed, times_weight, widened
 
 # temporaries of an op, in bytes, unless the caller says otherwise
-DEFAULT_BUDGET = {"cpu": 256 << 20}
+DEFAULT_BUDGET = {"cpu": 384 << 20}
 DEFAULT_BUDGET_GPU = 1 << 30
 
 
@@ -82,8 +82,9 @@ class HeadGradients:
         self.dhidden = make(hidden, memory_format=torch.contiguous_format) if need_hidden else None
         self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=compute)
         sums = weight.dtype if single and not widened(weight.dtype, weight.device) else compute
-        self.dweight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if need_weight else None
+        self.dweight = torch.empty(weight.shape, dtype=sums, device=weight.device) if need_weight else None
         self.dbias = torch.zeros_like(bias, dtype=compute) if need_bias else None
+        self.empty = True
 
     def add(self, tile: Tensor, rows: slice | Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
         """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1)."""
@@ -92,9 +93,15 @@ class HeadGradients:
             self.dhidden[rows] = times_weight(tile, self.head.weight)
         if self.dweight is not None:
             scaled = hidden if scale is None else (hidden * scale.unsqueeze(-1)).to(hidden.dtype)
-            add_transposed(self.dweight, tile, scaled)
+            add_transposed(self.dweight, tile, scaled, first=self.empty)
         if self.dbias is not None:
             self.dbias += tile.sum(0, dtype=self.dbias.dtype) if scale is None else _weighted_sum(tile, scale)
+        self.empty = False
+
+    def finish(self) -> None:
+        """After the last tile: the sums of no tile are 0."""
+        if self.empty and self.dweight is not None:
+            self.dweight.zero_()
 
 
 def _weighted_sum(tile: Tensor, scale: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class _LinearLogprobs(torch.autograd.Function):
             out = tile[: h.shape[0]]
             tiles.gradient(h, target[r], lse[r], coef[r], out)
             grads.add(out, r, h)
+        grads.finish()
         tiles.release()
         dweight = None if grads.dweight is None else grads.dweight.to(weight.dtype)
         dbias = None if grads.dbias is None else grads.dbias.to(bias.dtype)

@@ -135,6 +135,8 @@ class _Work:
         self.alone = len(groups) == 1
         self.starts = None if pairs.lengths is None else [0, *itertools.accumulate(pairs.lengths)]
         self.losses: list[PairLoss] = []
+        self._buffer: Tensor | None = None
+        self._pair: HeadGradients | None = None
 
     def run(self, group: Group) -> None:
         rows = self._rows(group)
@@ -161,8 +163,10 @@ class _Work:
 
     def _scale(self, group: Group, rows: Tensor) -> None:
         known = self._known_coefficients(group, rows)
-        sums = self.grads if self.alone else self._pair_sums()
-        reserved = 0 if self.alone else self.grads.dweight.nbytes
+        total = self.grads
+        # the first pair's sums are scaled in place; a later one's are kept apart until its w is known
+        sums = total if total.empty else self._pair_sums()
+        reserved = 0 if sums is total or total.dweight is None else total.dweight.nbytes
         step = self._step(stash=True, reserved=reserved)
         tile = self._tile(min(step, rows.shape[0]))
         for piece in chunks(None, rows.shape[0], step):
@@ -179,9 +183,9 @@ class _Work:
         if self.alone:
             self.weight_scale = w
             return
-        for total, part in ((self.grads.dweight, sums.dweight), (self.grads.dbias, sums.dbias)):
-            if total is not None:
-                total.addcmul_(part, w)
+        for x, part in ((total.dweight, sums.dweight), (total.dbias, sums.dbias)):
+            if x is not None:
+                x.mul_(w) if sums is total else x.addcmul_(part, w)
 
     def _recompute(self, group: Group, rows: Tensor) -> None:
         lse = torch.empty_like(self.logps[rows])
@@ -264,10 +268,14 @@ class _Work:
         return (-o.beta * weight).to(self.logps.dtype)
 
     def _pair_sums(self) -> HeadGradients:
-        """Sums of one pair; its dhidden goes into the common one."""
-        sums = self._new_grads(self.pairs.hidden[:0], self.tiles.head)
-        sums.dhidden, sums.row_scale = self.grads.dhidden, self.grads.row_scale
-        return sums
+        """Empty sums of one pair; its dhidden goes into the common one."""
+        if self._pair is None:
+            self._pair = self._new_grads(self.pairs.hidden[:0], self.tiles.head)
+            self._pair.dhidden, self._pair.row_scale = self.grads.dhidden, self.grads.row_scale
+        self._pair.empty = True
+        if self._pair.dbias is not None:
+            self._pair.dbias.zero_()
+        return self._pair
 
     def _new_grads(self, hidden: Tensor, head) -> HeadGradients:
         return HeadGradients(hidden, head, self.needs, compute=self.tiles.compute, complete=self.pairs.rows is None)
@@ -276,4 +284,9 @@ class _Work:
         return max(1, min(self.tiles.max_rows, tile_rows(self.tiles, self.budget, **kwargs)))
 
     def _tile(self, rows: int) -> Tensor:
-        return self.pairs.hidden.new_empty(rows, self.tiles.head.weight.shape[0], dtype=self.tiles.stash_dtype)
+        """[rows, V]; one buffer serves all groups."""
+        if self._buffer is None or self._buffer.shape[0] < rows:
+            self._buffer = None  # freed before its successor is allocated
+            V = self.tiles.head.weight.shape[0]
+            self._buffer = self.pairs.hidden.new_empty(rows, V, dtype=self.tiles.stash_dtype)
+        return self._buffer[:rows]

@@ -1,0 +1,40 @@
+"""Triton's interpreter stands in for a GPU where there is none; the choice must precede the first import of Triton."""
+
+import os
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+
+if not GPU:
+    import interpreter_bf16
+
+    interpreter_bf16.install()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory is NaN (a huge number in integer tensors), so that an unwritten output is seen."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            if x.dtype.is_floating_point:
+                x.fill_(float("nan"))
+            elif x.dtype == torch.bool:
+                x.fill_(True)
+            return x
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
