@@ -13,13 +13,11 @@ import triton.language as tl
 from treg_kernels.configs import CONFIGS, prune
 from treg_kernels.tiles import Scalars, logits_tile, tile_of, transform
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.autotune(CONFIGS, key=["n_bucket", "V", "D"], prune_configs_by={"early_config_prune": prune})
 @triton.jit
 def _gradient_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, coef_ptr, out_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse2_ptr, coef_ptr, out_ptr,
     N, V, D, ignore_index, n_bucket,
     stride_hn, stride_hd, stride_wv, stride_wd, scale, scale2, cap_scale, cap2,
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr,
@@ -40,9 +38,10 @@ def _gradient_kernel(
         stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
     )  # fmt: skip
     z2, slope = transform(a, scale2, cap_scale, cap2)
-    lse = tl.load(lse_ptr + offs_n, mask=mask_n & active, other=0.0)
-    p = tl.exp2(z2 - lse[:, None] * LOG2E)
-    one = tl.where(offs_v[None, :] == target[:, None], 1.0, 0.0)
+    lse2 = tl.load(lse2_ptr + offs_n, mask=mask_n & active, other=0.0)
+    p = tl.exp2(z2 - lse2[:, None])
+    local = (target - tile_v * BLOCK_V).to(tl.int32)
+    one = tl.where(tl.arange(0, BLOCK_V)[None, :] == local[:, None], 1.0, 0.0)
     gradient = (coef * scale)[:, None] * (one - p) * slope
     gradient = tl.where(active[:, None], gradient, 0.0)
     ptrs = out_ptr + offs_n[:, None] * V + offs_v[None, :]
@@ -56,7 +55,7 @@ def logits_gradient(
     bias: torch.Tensor | None,
     scalars: Scalars,
     ignore_index: int,
-    lse: torch.Tensor,
+    norm: torch.Tensor,
     coef: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
@@ -65,13 +64,13 @@ def logits_gradient(
     Args:
         hidden: [N, D], weight: [V, D], float32, bfloat16 or float16, any strides. target: [N] int64, contiguous.
         bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
-        lse: [N] float32 from `logprob_forward`. coef: [N] float32. out: [N, V] contiguous.
+        norm: [N] float32, lse / ln 2, from `logprob_forward`. coef: [N] float32. out: [N, V] contiguous.
     """
     N, D = hidden.shape
     V = weight.shape[0]
     if N == 0:
         return
     _gradient_kernel[lambda c: (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)](
-        hidden, weight, bias, target, lse, coef, out, N, V, D, ignore_index, triton.next_power_of_2(N),
+        hidden, weight, bias, target, norm, coef, out, N, V, D, ignore_index, triton.next_power_of_2(N),
         *hidden.stride(), *weight.stride(), *scalars, PRECISION="ieee", GROUP_N=8,
     )  # fmt: skip

@@ -94,11 +94,15 @@ def _tile_kernel(
     )  # fmt: skip
     z2, slope = transform(a, scale2, cap_scale, cap2)
 
-    is_target = offs_v[None, :] == target[:, None]
-    here = (target >= tile_v * BLOCK_V) & (target < tile_v * BLOCK_V + BLOCK_V) & (target < V)
+    at = offs_n * stride_part + tile_v
+    if z_ptr is not None:
+        tl.store(z_ptr + at, tl.sum(tl.where(mask_v[None, :], z2, 0.0), axis=1), mask=mask_n)
+    local = target - tile_v * BLOCK_V
+    here = (local >= 0) & (local < BLOCK_V) & (target < V)
+    is_target = tl.arange(0, BLOCK_V)[None, :] == local.to(tl.int32)[:, None]
     tl.store(target_z2_ptr + offs_n, tl.sum(tl.where(is_target, z2, 0.0), axis=1), mask=mask_n & here & scored)
 
-    other = mask_v[None, :] & (offs_v[None, :] != target[:, None])
+    other = mask_v[None, :] & (is_target == 0)
     z2_other = tl.where(other, z2, float("-inf"))
     top = tl.max(z2_other, axis=1)
     # a tile of the target alone has no maximum: any finite offset serves
@@ -108,15 +112,12 @@ def _tile_kernel(
         k = tl.where(k > offset + LIMIT, k, offset)
     e = tl.exp2(z2_other - k[:, None])
 
-    at = offs_n * stride_part + tile_v
     tl.store(k_ptr + at, k, mask=mask_n)
     tl.store(s_ptr + at, tl.sum(e, axis=1), mask=mask_n)
     if top_ptr is not None:
         tl.store(top_ptr + at, top, mask=mask_n)
     if ez_ptr is not None:
-        tl.store(ez_ptr + at, tl.sum(tl.where(other, e * (z2 - k[:, None]), 0.0), axis=1), mask=mask_n)
-    if z_ptr is not None:
-        tl.store(z_ptr + at, tl.sum(tl.where(mask_v[None, :], z2, 0.0), axis=1), mask=mask_n)
+        tl.store(ez_ptr + at, tl.sum(e * (z2 - k[:, None]), axis=1), mask=mask_n)
     if ee_ptr is not None:
         tl.store(ee_ptr + at, tl.sum(e * e, axis=1), mask=mask_n)
     if stash_ptr is not None:
@@ -128,7 +129,7 @@ def _tile_kernel(
 @triton.jit
 def _combine_kernel(
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, tile_width_ptr, target_ptr, target_z2_ptr, stash_ptr,
-    logprob_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr, log_sum_sq_ptr,
+    logprob_ptr, lse2_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr, log_sum_sq_ptr,
     N, V, stride_part, ignore_index, scale, cap2,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -154,10 +155,14 @@ def _combine_kernel(
     added = (1.0 + x) - 1.0
     correction = x / tl.where(added == 0.0, 1.0, added)
     log2_1p = tl.where(added == 0.0, x * LOG2E, tl.log2(1.0 + x) * correction)
-    above = tl.maximum(gap, 0.0) + log2_1p  # lse2 - z2_y
-    lse2 = z2_y + above
+    above = tl.maximum(gap, 0.0) + log2_1p
     tl.store(logprob_ptr + offs_n, tl.where(scored, -above * LN2, 0.0), mask=mask_n)
-    tl.store(lse_ptr + offs_n, tl.where(scored, lse2 * LN2, 0.0), mask=mask_n)
+    # from the largest term, so that z2 - lse2 of a nearly certain token rounds to what it is
+    largest = tl.maximum(K, z2_y)
+    lse2 = largest + tl.log2(S * tl.exp2(K - largest) + tl.exp2(z2_y - largest))
+    tl.store(lse2_ptr + offs_n, tl.where(scored, lse2, 0.0), mask=mask_n)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + offs_n, tl.where(scored, lse2 * LN2, 0.0), mask=mask_n)
 
     p_y = tl.exp2(-above)
     shrink = tl.exp2(K - lse2)
@@ -199,7 +204,7 @@ def _combine_kernel(
             tl.store(ptrs, value.to(stash_ptr.dtype.element_ty), mask=mask_v)
 
 
-STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+STATISTICS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
 def part_columns(V: int) -> int:
@@ -225,8 +230,8 @@ def logprob_forward(
         outputs: any of STATISTICS.
         stash: [N, V] contiguous, float32 or bfloat16, overwritten with E; None where no gradient follows.
     Returns:
-        {"logprobs", "lse", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool). Temporaries:
-        4 * N * part_columns(V) bytes for each of k, s and one per statistic.
+        {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool); norm is lse / ln 2,
+        which `logits_gradient` takes. Temporaries: 4 * N * part_columns(V) bytes for each of k, s and one per statistic.
     """
     N, D = hidden.shape
     V = weight.shape[0]
@@ -235,7 +240,7 @@ def logprob_forward(
     def row(dtype=torch.float32):
         return torch.empty(N, dtype=dtype, device=dev)
 
-    found = {"logprobs": row(), "lse": row()}
+    found = {"logprobs": row(), "norm": row()}
     found.update({name: row(torch.bool if name == "is_top1" else torch.float32) for name in outputs})
     if stash is not None:
         found["factor"] = row()
@@ -252,7 +257,7 @@ def logprob_forward(
         offset = row()
         _offset_kernel[(triton.cdiv(N, 16),)](
             hidden, weight, bias, target, offset, N, V, D, *strides,
-            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=16, BLOCK_D=128,
+            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=16, BLOCK_D=64,
         )  # fmt: skip
     k, s = part(), part()
     top, ez, z, ee = (part(n in outputs) for n in ("is_top1", "entropy", "mean_logit", "log_sum_sq_probs"))
@@ -269,8 +274,8 @@ def logprob_forward(
     block_r = max(1, min(16, 2048 // block_j))
     _combine_kernel[(triton.cdiv(N, block_r),)](
         k, s, top, ez, z, ee, tile_width, target, target_z2, stash,
-        found["logprobs"], found["lse"], *(found.get(n) for n in ("factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")),
+        found["logprobs"], found["norm"], *(found.get(n) for n in ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")),
         N, V, columns, ignore_index, scalars.scale, scalars.cap2,
-        BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=1024,
+        BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=2048 // block_r,
     )  # fmt: skip
     return found

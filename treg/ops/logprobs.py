@@ -28,7 +28,7 @@ class _LinearLogprobs(torch.autograd.Function):
         # float16 cannot hold a stash before its sum is known
         frozen = need_hidden and not (need_weight or need_bias) and weight.dtype != torch.float16
         found = {n: hidden.new_zeros(N, dtype=torch.bool if n == "is_top1" else tiles.compute)
-                 for n in ("logprobs", "lse", *outputs)}  # fmt: skip
+                 for n in ("logprobs", "norm", *outputs)}  # fmt: skip
         step = require_rows(tiles, budget, stash=frozen, outputs=outputs)
         stash = grads = None
         if frozen:
@@ -48,7 +48,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if frozen:
             ctx.save_for_backward(grads.dhidden, grads.row_scale)
         else:
-            ctx.save_for_backward(hidden, weight, bias, target, found["lse"], rows)
+            ctx.save_for_backward(hidden, weight, bias, target, found["norm"], rows)
         results = tuple(found[n] for n in ("logprobs", *outputs))
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -63,7 +63,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if ctx.frozen:
             dhidden, row_scale = ctx.saved_tensors
             return scaled_to(dhidden, (row_scale * coef).unsqueeze(-1), dhidden.dtype), *nothing[1:]
-        hidden, weight, bias, target, lse, rows = ctx.saved_tensors
+        hidden, weight, bias, target, norm, rows = ctx.saved_tensors
         tiles, N = ctx.tiles, hidden.shape[0]
         count = N if rows is None else rows.shape[0]
         step = require_rows(tiles, ctx.budget, stash=True)
@@ -73,7 +73,7 @@ class _LinearLogprobs(torch.autograd.Function):
         for r in chunks(rows, N, step):
             h = hidden[r]
             out = tile[: h.shape[0]]
-            tiles.gradient(h, target[r], lse[r], coef[r], out)
+            tiles.gradient(h, target[r], norm[r], coef[r], out)
             grads.add(out, r, h)
         grads.finish()
         tiles.release()

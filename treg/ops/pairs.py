@@ -188,12 +188,12 @@ class _Work:
                 x.mul_(w) if sums is total else x.addcmul_(part, w)
 
     def _recompute(self, group: Group, rows: Tensor) -> None:
-        lse = torch.empty_like(self.logps[rows])
+        norm = torch.empty_like(self.logps[rows])
         step = self._step(stash=False)
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
             got = self.tiles.forward(self.pairs.hidden[r], self.pairs.target[r])
-            self.logps[r], lse[piece] = got["logprobs"], got["lse"]
+            self.logps[r], norm[piece] = got["logprobs"], got["norm"]
         self.tiles.release()
         coef = self._coefficients(group, rows)
         step = self._step(stash=True)
@@ -202,7 +202,7 @@ class _Work:
             r = rows[piece]
             hidden = self.pairs.hidden[r]
             out = tile[: r.shape[0]]
-            self.tiles.gradient(hidden, self.pairs.target[r], lse[piece], coef[piece], out)
+            self.tiles.gradient(hidden, self.pairs.target[r], norm[piece], coef[piece], out)
             self.grads.add(out, r, hidden)
 
     # -- pieces -------------------------------------------------------------------------------------------------

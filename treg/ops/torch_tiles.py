@@ -63,12 +63,13 @@ class TorchTiles:
     ) -> dict[str, Tensor]:
         """Log-probs and statistics of n rows; with a stash [n, V], d lp / d a = factor * stash.
 
-        Args: hidden [n, D], target [n]. Returns: {"logprobs", "lse", *outputs}, beside a stash "factor"; each [n].
+        Args: hidden [n, D], target [n]. Returns: {"logprobs", "norm", *outputs}, beside a stash "factor"; each [n].
+        norm is what `gradient` takes.
         """
         n = hidden.shape[0]
         scored = target != self.head.ignore_index
         y = torch.where(scored, target, 0).unsqueeze(-1)
-        found = {name: hidden.new_empty(n, dtype=self.compute) for name in ("logprobs", "lse", *outputs)}
+        found = {name: hidden.new_empty(n, dtype=self.compute) for name in ("logprobs", "norm", *outputs)}
         if "is_top1" in outputs:
             found["is_top1"] = hidden.new_empty(n, dtype=torch.bool)
         logits = self._matmul(hidden, stash)
@@ -83,8 +84,10 @@ class TorchTiles:
             p = torch.softmax(z, 1, out=z)
             # the largest probability is exp(top - lse), never small: the log-sum costs no second pass
             lse = top - p.amax(1).log()
-            found["lse"][rows] = lse
+            found["norm"][rows] = lse
             found["logprobs"][rows] = z_y - lse
+            if "lse" in outputs:
+                found["lse"][rows] = lse
             if "entropy" in outputs:
                 found["entropy"][rows] = torch.special.entr(p).sum(1)
             if "log_sum_sq_probs" in outputs:
@@ -101,15 +104,15 @@ class TorchTiles:
             found[name] = x & scored if x.dtype == torch.bool else x.masked_fill_(~scored, 0.0)
         return found
 
-    def gradient(self, hidden: Tensor, target: Tensor, lse: Tensor, coef: Tensor, out: Tensor) -> None:
-        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and lse [n] from `forward`."""
+    def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
+        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and norm [n] from `forward`."""
         scored = target != self.head.ignore_index
         y = torch.where(scored, target, 0).unsqueeze(-1)
         row = torch.where(scored, -self.head.scale * coef, 0.0).to(self.compute).unsqueeze(-1)
         logits = self._matmul(hidden, out)
         for rows in self._blocks(hidden.shape[0]):
             z, slope = self._transform(logits[rows])
-            p = z.sub_(lse[rows].unsqueeze(-1)).exp_()
+            p = z.sub_(norm[rows].unsqueeze(-1)).exp_()
             p.scatter_add_(1, y[rows], p.new_full((p.shape[0], 1), -1.0))
             p.mul_(row[rows] if slope is None else slope.mul_(row[rows]))
             if p.data_ptr() != out[rows].data_ptr():

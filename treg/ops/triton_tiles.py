@@ -38,15 +38,15 @@ class TritonTiles:
         with self._device():
             return logprob_forward(
                 hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index,
-                tuple(n for n in outputs if n != "lse"), stash,
+                outputs, stash,
             )  # fmt: skip
 
-    def gradient(self, hidden: Tensor, target: Tensor, lse: Tensor, coef: Tensor, out: Tensor) -> None:
+    def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
         from treg_kernels import logits_gradient
 
         with self._device():
             logits_gradient(
-                hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index, lse, coef, out
+                hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index, norm, coef, out
             )
 
     def release(self) -> None:

@@ -1,0 +1,284 @@
+"""`linear_logprobs`, both implementations, against the dense reference in float64."""
+
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, IMPLS, Case, assert_within_budget, check_against_reference, device_of, error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from treg import reference
+from treg.ops import linear_logprobs
+
+OUTPUTS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 5.0},
+    "scale": {"logit_scale": 0.3, "temperature": 0.7},
+    "all": {"bias": True, "softcap": 3.0, "logit_scale": 1.7, "temperature": 1.3},
+}
+
+
+def make_case(N=37, D=80, V=517, *, bias=False, spread=0.3, ignored=3, outputs=OUTPUTS, **head) -> Case:
+    """Random rows; the first and some later ones ignored. Logits of standard deviation spread * sqrt(D)."""
+    target = torch.randint(0, V, (N,))
+    target[torch.randperm(N)[:ignored]] = -100
+    rest = {"target": target, "outputs": outputs, **head}
+    return Case(torch.randn(N, D), torch.randn(V, D) * spread, torch.randn(V) if bias else None, rest)
+
+
+def weighted(out):
+    """A different upstream gradient for every token."""
+    g = torch.linspace(-1.0, 2.0, out.logprobs.numel(), device=out.logprobs.device, dtype=out.logprobs.dtype)
+    return (out.logprobs.flatten() * g).sum()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_statistics_and_gradients(impl, dtype, head):
+    case = make_case(**HEADS[head])
+    check_against_reference(case, linear_logprobs, reference.linear_logprobs, weighted, dtype, device_of(impl), impl=impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_frozen_head(impl, dtype):
+    """Two products: dhidden is made in the forward and takes the upstream gradient afterwards."""
+    case = make_case(softcap=5.0)
+
+    def fn(hidden, weight, **kwargs):
+        return linear_logprobs(hidden, weight.detach(), **kwargs)
+
+    def plain(hidden, weight, **kwargs):
+        return reference.linear_logprobs(hidden, weight.detach(), **kwargs)
+
+    found = check_against_reference(case, fn, plain, weighted, dtype, device_of(impl), impl=impl)
+    assert not found["dweight"].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_frozen_hidden(impl):
+    """Gradients of weight and bias alone."""
+    case = make_case(bias=True)
+
+    def frozen(fn):
+        return lambda hidden, weight, **kwargs: fn(hidden.detach(), weight, **kwargs)
+
+    check_against_reference(case, frozen(linear_logprobs), frozen(reference.linear_logprobs), weighted, torch.float32,
+                            device_of(impl), impl=impl)  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bfloat16_logprobs_without_rounded_logits(impl):
+    """rms error 1e-5 nats at logits of up to some 50: a thousandth of what bfloat16 logits leave."""
+    case = make_case(N=64, D=256, V=1031, spread=0.8, ignored=0).at(torch.bfloat16)
+    exact = case.at(torch.float64).run(reference.linear_logprobs, weighted)["logprobs"]
+    options = {"logits_dtype": torch.float32} if impl == "torch" else {}
+    found = case.at(torch.bfloat16, device_of(impl)).run(linear_logprobs, weighted, impl=impl, **options)["logprobs"]
+    rms = (found.cpu().double() - exact).square().mean().sqrt().item()
+    assert exact.abs().max() > 30
+    assert rms <= 1e-5, f"rms error {rms:.2e} nats"
+    assert (found <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_targets_far_below_the_maximum(impl, dtype):
+    """Targets up to hundreds of nats below the most likely token, in the row's first, a middle and its last column.
+
+    Beyond 2**48 above the target's logit the stash takes another offset and is rescaled: the frozen head shows it.
+    """
+    V = 300
+    case = make_case(N=12, D=64, V=V, ignored=0, outputs=(), spread=0.05)
+    peaks = torch.linspace(0, 300, 12)
+    columns = torch.arange(12) * 25 % V
+    case.weight[columns] += peaks[:, None] * case.hidden / case.hidden.square().sum(1, keepdim=True)
+    case.rest["target"] = torch.tensor([0, V - 1, 150, 1, 299, 7, 128, 127, 255, 256, 42, 43])
+    z = case.hidden @ case.weight.T
+    assert (z.amax(1) - z.gather(1, case.rest["target"][:, None])[:, 0]).max() > 100
+    for frozen in (False, True):
+
+        def head(fn, frozen=frozen):
+            return lambda h, w, **kwargs: fn(h, w.detach() if frozen else w, **kwargs)
+
+        check_against_reference(case, head(linear_logprobs), head(reference.linear_logprobs), weighted, dtype,
+                                device_of(impl), impl=impl)  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_certain_targets(impl):
+    """log p near 0 keeps its relative accuracy in Triton, and is never above 0 in either."""
+    case = make_case(N=16, D=32, V=257, ignored=0, outputs=(), spread=0.01)
+    case.rest["target"] = torch.randperm(257)[:16]
+    case.weight[case.rest["target"]] += torch.linspace(4, 14, 16)[:, None] * case.hidden / case.hidden.square().sum(1)[:, None]
+    exact = case.at(torch.float64).run(reference.linear_logprobs, weighted)["logprobs"]
+    found = case.at(torch.float32, device_of(impl)).run(linear_logprobs, weighted, impl=impl)["logprobs"].cpu()
+    assert exact.min() > -3 and exact.max() > -1e-3
+    assert (found <= 0).all()
+    if impl == "triton":
+        assert ((found.double() - exact) / exact).abs().max() < 3e-5
+    else:
+        assert (found.double() - exact).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 16, 17), (1, 1, 1), (1, 16, 2), (5, 80, 517), (129, 33, 128), (64, 64, 256)], ids=str)
+def test_edges_of_shape(impl, shape):
+    """No rows, one row, one token of vocabulary, sizes at and beside a tile's."""
+    N, D, V = shape
+    case = make_case(N, D, V, ignored=0)
+    check_against_reference(case, linear_logprobs, reference.linear_logprobs, weighted, torch.float32, device_of(impl), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_all_ignored(impl):
+    case = make_case(N=6, ignored=6)
+    found = case.at(torch.float32, device_of(impl)).run(linear_logprobs, weighted, impl=impl)
+    for name, x in found.items():
+        assert not x.any(), name
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.clone(),
+    "transposed": lambda x: x.T.contiguous().T,
+    "strided rows": lambda x: x.repeat_interleave(2, 0)[::2],
+    "strided columns": lambda x: x.repeat_interleave(3, 1)[:, ::3],
+    "offset": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 1))[3:-1, 1:-2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layouts(impl, layout):
+    """Any strides give the bits of the contiguous ones up to rounding; so do leading dimensions."""
+    device = device_of(impl)
+    case = make_case(N=24, D=48, V=133)
+    h, w = case.hidden.to(device), case.weight.to(device)
+    target = case.rest["target"].to(device)
+    exact = reference.linear_logprobs(h.double(), w.double(), target).logprobs
+    got = linear_logprobs(LAYOUTS[layout](h), LAYOUTS[layout](w), target, impl=impl).logprobs
+    assert_within_budget("logprobs", got, exact, 0.0, torch.float32)
+    reshaped = linear_logprobs(h.reshape(2, 3, 4, 48), w, target.reshape(2, 3, 4), impl=impl).logprobs
+    assert reshaped.shape == (2, 3, 4)
+    assert torch.equal(reshaped.flatten(), linear_logprobs(h, w, target, impl=impl).logprobs)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    N=st.integers(0, 70), D=st.integers(1, 90), V=st.integers(1, 400), head=st.sampled_from(sorted(HEADS)),
+    dtype=st.sampled_from(DTYPES), frozen=st.booleans(), budget_rows=st.integers(1, 40), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_shape_option_and_budget(impl, N, D, V, head, dtype, frozen, budget_rows, seed):
+    torch.manual_seed(seed)
+    case = make_case(N, D, V, ignored=min(N, seed % 5), outputs=(), **HEADS[head])
+
+    def with_head(fn):
+        return lambda h, w, **kwargs: fn(h, w.detach() if frozen else w, **kwargs)
+
+    budget = least_budget(case, dtype, impl) * budget_rows
+    check_against_reference(case, with_head(linear_logprobs), with_head(reference.linear_logprobs), weighted, dtype,
+                            device_of(impl), plain_runs=4, impl=impl, memory_budget=budget)  # fmt: skip
+
+
+def least_budget(case: Case, dtype: torch.dtype, impl: str) -> int:
+    """Bytes for one row, as the error for one byte says."""
+    case = case.at(dtype, device_of(impl))
+    target = case.rest["target"]
+    with pytest.raises(ValueError, match="^memory_budget: expected at least") as caught:
+        kwargs = {k: v for k, v in case.rest.items() if k not in ("target", "outputs")}
+        linear_logprobs(case.hidden, case.weight.detach(), target, bias=case.bias, impl=impl, memory_budget=1, **kwargs)
+    return 2 * int(str(caught.value).split()[4])
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_output_is_left_unwritten(impl, trainable, poisoned):
+    """With every allocation poisoned by NaN nothing of it comes out."""
+    case = make_case(N=19, D=40, V=133, bias=True, softcap=5.0).at(torch.float32, device_of(impl))
+    case.weight.requires_grad_(trainable)
+    case.bias.requires_grad_(trainable)
+    found = case.run(linear_logprobs, weighted, impl=impl)
+    for name, x in found.items():
+        assert torch.isfinite(x).all(), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_inputs_same_bits(impl):
+    case = make_case(N=150, D=70, V=300, bias=True).at(torch.bfloat16, device_of(impl))
+    first, second = (case.run(linear_logprobs, weighted, impl=impl) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_impossible_target_gives_nan_not_a_number(impl):
+    """Where values are not checked (a GPU), a target outside the vocabulary shows as NaN."""
+    if impl == "torch":
+        pytest.skip("the torch implementation checks values on a CPU; indexing raises on a GPU")
+    from treg_kernels import logprob_forward
+    from treg_kernels.tiles import Scalars
+
+    target = torch.tensor([1, 7, -3, 2**40, -100], device=DEVICE)
+    hidden, weight = torch.randn(5, 8, device=DEVICE), torch.randn(7, 8, device=DEVICE)
+    stash = torch.empty(5, 7, device=DEVICE)
+    for tile in (None, stash):
+        got = logprob_forward(hidden, weight, target, None, Scalars.of(1.0, None, 1.0), -100, (), tile)["logprobs"].cpu()
+        assert torch.isfinite(got[[0, 4]]).all() and got[4] == 0
+        assert got[1:4].isnan().all()
+
+
+def test_gradcheck():
+    """The torch implementation in float64, trainable and frozen, in several tiles."""
+    case = make_case(N=5, D=3, V=11, bias=True, ignored=1, outputs=()).at(torch.float64)
+    options = {"softcap": 2.0, "logit_scale": 0.7, "temperature": 1.2}
+
+    def fn(h, w, b):
+        return linear_logprobs(h, w, case.rest["target"], bias=b, **options).logprobs
+
+    assert torch.autograd.gradcheck(fn, (case.hidden, case.weight, case.bias))
+    assert torch.autograd.gradcheck(lambda h: fn(h, case.weight.detach(), case.bias.detach()), (case.hidden,))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_logprobs_carry_a_gradient(impl):
+    case = make_case(N=4).at(torch.float32, device_of(impl))
+    out = linear_logprobs(case.hidden, case.weight, impl=impl, **case.rest)
+    assert out.logprobs.requires_grad
+    for name in OUTPUTS:
+        assert not getattr(out, name).requires_grad, name
+    upstream = torch.ones_like(out.logprobs, requires_grad=True)
+    grad = torch.autograd.grad((out.logprobs * upstream).sum(), case.hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_grad_saves_nothing(impl):
+    case = make_case(N=4, outputs=()).at(torch.float32, device_of(impl))
+    with torch.no_grad():
+        assert not linear_logprobs(case.hidden, case.weight, impl=impl, **case.rest).logprobs.requires_grad
+
+
+def test_autocast_casts_both_operands():
+    """float32 master weights under autocast: the numbers of bfloat16 operands, gradients in float32."""
+    case = make_case(N=20, outputs=()).at(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_logprobs(case.hidden, case.weight, case.rest["target"])
+    h, w = case.hidden.detach().bfloat16(), case.weight.detach().bfloat16()
+    assert torch.equal(out.logprobs, linear_logprobs(h, w, case.rest["target"]).logprobs)
+    out.logprobs.sum().backward()
+    exact = case.at(torch.float64).run(reference.linear_logprobs, lambda o: o.logprobs.sum())
+    assert case.weight.grad.dtype == torch.float32
+    assert error(case.weight.grad, exact["dweight"]) < 2e-2
+
+
+def test_rounded_logits_are_an_option_not_a_surprise():
+    """bfloat16 on a CPU: rounded logits by default, as documented; exact ones on request."""
+    case = make_case(N=64, D=64, V=1000, ignored=0, outputs=()).at(torch.bfloat16)
+    exact = case.at(torch.float64).run(reference.linear_logprobs, weighted)["logprobs"]
+    errors = {d: error(linear_logprobs(case.hidden, case.weight, case.rest["target"], logits_dtype=d).logprobs, exact)
+              for d in (None, torch.bfloat16, torch.float32)}  # fmt: skip
+    assert errors[None] == errors[torch.bfloat16] > 1e-4
+    assert errors[torch.float32] < 1e-6
