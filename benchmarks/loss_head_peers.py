@@ -38,7 +38,7 @@ def step(method: "Method", batch: Batch) -> dict[str, Tensor]:
 def treg_fused(b: Batch, **options) -> tuple[Tensor, Tensor]:
     """`fused_treg_loss`: 3 products with a trainable head, 2 with a frozen one."""
     out = fused_treg_loss(b.hidden, b.weight, b.target, b.token_rewards, b.ref_logps, softcap=b.softcap, **options)
-    return out.loss, out.logps
+    return out.loss, out.token_logps
 
 
 def treg_fused_exact_logits(b: Batch) -> tuple[Tensor, Tensor]:
@@ -172,10 +172,12 @@ class Method:
     devices: tuple[str, ...] = ("cpu", "cuda")
     modes: tuple[str, ...] = ("trainable", "frozen", "forward")
     softcap: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     plain_dpo: bool = False  # its loss is DPO without a reference, not T-REG
 
     def applies_to(self, case: Case) -> bool:
-        return DEVICE in self.devices and case.mode in self.modes and (self.softcap or case.softcap is None)
+        fits = DEVICE in self.devices and case.mode in self.modes and case.dtype in self.dtypes
+        return fits and (self.softcap or case.softcap is None)
 
     def missing(self) -> str | None:
         """Why the package does not import, or None."""
@@ -191,7 +193,9 @@ GRADIENTS = ("trainable", "frozen")
 GPU = ("cuda",)
 METHODS = {
     "treg_fused": Method(treg_fused, "loss", modes=GRADIENTS),
-    "treg_fused_exact_logits": Method(treg_fused_exact_logits, "loss", devices=("cpu",), modes=GRADIENTS),
+    "treg_fused_exact_logits": Method(
+        treg_fused_exact_logits, "loss", devices=("cpu",), modes=GRADIENTS, dtypes=(torch.bfloat16,)
+    ),
     "treg_logprobs": Method(treg_logprobs, "logprobs"),
     "dense_log_softmax": Method(dense_log_softmax, "logprobs"),
     "dense_logsumexp": Method(dense_logsumexp, "logprobs"),

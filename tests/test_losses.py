@@ -19,6 +19,15 @@ NAMES = (*SMOOTHED, "ipo", "hinge", "nca_pair", "bco_pair", "apo_zero", "apo_dow
 F64 = 1e-12  # relative; float64 sums of a few terms
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Waking a second one for a few numbers takes longer than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def options_of(loss_type, **more):
     """exo_pair has no loss without smoothing."""
     return LossOptions(loss_type, **{"label_smoothing": 0.1 if loss_type == "exo_pair" else 0.0, **more})

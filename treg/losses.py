@@ -229,20 +229,30 @@ def treg_loss(
         mask: like logps, bool; True where a token is scored. None: all are.
         token_weights: like logps, u_t >= 0 in the margin.
     Returns:
-        PairLoss; loss [B] carries the gradient.
+        PairLoss, in logps' dtype (computed in float64); loss [B] carries the gradient.
     Raises:
         ValueError: ref_logps given or missing against the objective, or sums given with token_weights.
     """
     objective = options.objective
     check_reference(options, ref_logps, per_token=ref_logps is not None and ref_logps.shape == logps.shape,
                     weighted=token_weights is not None)  # fmt: skip
-    zero = logps.new_zeros(())
+    # sums over thousands of tokens, and differences of such sums, are taken in float64
+    dtype, logps = logps.dtype, logps.double()
+    if mask is None:
+        count = segment_sum(torch.ones_like(logps), cu_seqlens)
+    else:
+        count = segment_sum(mask.to(logps.dtype), cu_seqlens)
+        # cleaned before any product: the gradient of where(mask, x * nan, 0) would be nan
+        per_token = ref_logps is not None and ref_logps.shape == logps.shape
+        logps, token_rewards, token_weights = (
+            None if x is None else torch.where(mask, x, 0.0) for x in (logps, token_rewards, token_weights)
+        )
+        ref_logps = torch.where(mask, ref_logps, 0.0) if per_token else ref_logps
 
     def total(x: Tensor) -> Tensor:
-        return segment_sum(x if mask is None else torch.where(mask, x, zero), cu_seqlens)
+        return segment_sum(x, cu_seqlens)
 
     sums = total(logps)
-    count = total(torch.ones_like(logps)).detach()
     ratio = logps
     if ref_logps is not None and ref_logps.shape == logps.shape:
         ratio = ratio - ref_logps.to(logps.dtype)
@@ -272,7 +282,8 @@ def treg_loss(
     if options.alpha:
         loss = loss + options.alpha * sum((per_sequence * reg).chunk(2))
     reg_loss = sum(reg.chunk(2))
-    return PairLoss(loss, *(x.detach() for x in (sums_w, sums_l, rho_w, rho_l, reg_loss, weights)))
+    rest = (sums_w, sums_l, rho_w, rho_l, reg_loss, weights)
+    return PairLoss(loss.to(dtype), *(x.detach().to(dtype) for x in rest))
 
 
 def check_reference(options: LossOptions, ref_logps: Tensor | None, *, per_token: bool, weighted: bool) -> None:

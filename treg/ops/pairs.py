@@ -265,7 +265,7 @@ class _Work:
         if o.objective.length_normalised:
             counts = [scored[:chosen].sum(), scored[chosen:].sum()]
             weight = weight / torch.cat([c.expand(n) for c, n in zip(counts, (chosen, rejected), strict=True)])
-        return (-o.beta * weight).to(self.logps.dtype)
+        return torch.where(scored, -o.beta * weight, 0.0).to(self.logps.dtype)
 
     def _pair_sums(self) -> HeadGradients:
         """Empty sums of one pair; its dhidden goes into the common one."""

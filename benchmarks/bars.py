@@ -1,0 +1,117 @@
+"""The ratios that this project is held to on a CPU: time against dense PyTorch and Liger, memory against dense.
+
+    python benchmarks/bars.py [--rounds 7] [--out benchmarks/results/cpu/bars.json]
+
+Time: N = 4096 rows (two pairs of 2 x 1024), D = 512, V = 32000, trainable head, forward and backward; all methods of a
+dtype take turns in one process. Memory: what one forward and backward holds beyond its inputs, gradients included,
+each in a fresh process. Other work on the machine shows in the spread of a ratio and in the load average beside it.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from loss_head_cases import Case, batch_of
+from loss_head_measure import Alternation, checked_errors, environment, peak_bytes
+from loss_head_peers import METHODS, step
+
+from treg.ops.head import DEFAULT_BUDGET
+
+TIMED = Case("bars", 2, 1024, 512, 32000, torch.float32)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEERS = ("dense_log_softmax", "dense_logsumexp", "liger_dpo")
+OURS = {"fp32": ("treg_fused",), "bf16": ("treg_fused", "treg_fused_exact_logits")}
+HALF = "treg_fused, half ignored"
+
+_HELD = Case("bars-memory", 2, 512, 256, 64000, torch.float32)
+HELD = {
+    "dense_log_softmax": ("dense_log_softmax", _HELD),
+    "dense_logsumexp": ("dense_logsumexp", _HELD),
+    "treg_fused": ("treg_fused", _HELD),
+    "treg_fused, 2 N": ("treg_fused", replace(_HELD, length=2 * _HELD.length)),
+    "treg_fused, 4 N": ("treg_fused", replace(_HELD, length=4 * _HELD.length)),
+}
+
+
+def alternation(dtype: str, check: Case = TIMED) -> Alternation:
+    """The calls to time in a dtype, warm; this project's own are first checked against float64 on `check`."""
+    check = replace(check, dtype=DTYPES[dtype])
+    for name in OURS[dtype]:
+        checked_errors(name, check)
+    names = (*OURS[dtype], *(name for name in PEERS if METHODS[name].missing() is None))
+    small = batch_of(replace(check, length=32))
+    for name in names:
+        step(METHODS[name], small)
+    case = replace(TIMED, dtype=DTYPES[dtype])
+    calls = {name: functools.partial(step, METHODS[name], batch_of(case)) for name in names}
+    calls[HALF] = functools.partial(step, METHODS["treg_fused"], batch_of(replace(case, ignored=0.5)))
+    return Alternation(calls)
+
+
+def times(run: Alternation) -> dict[str, object]:
+    """Median seconds of each call, and this project's over each peer's."""
+    pairs = [(ours, peer) for ours in run.calls if ours != HALF and ours not in PEERS for peer in PEERS]
+    pairs = [(a, b) for a, b in [*pairs, (HALF, "treg_fused")] if b in run.calls]
+    return {
+        "rounds": len(run.seconds["treg_fused"]),
+        "median_seconds": {name: run.median(name) for name in run.calls},
+        "ratios": {f"{a} / {b}": run.ratio(a, b) for a, b in pairs},
+    }
+
+
+def peaks() -> dict[str, int | None]:
+    """Peak extra bytes of every entry of HELD, each in a process of its own; None where the system cannot tell."""
+    command = [sys.executable, __file__, "--peak"]
+    return {
+        label: json.loads(subprocess.run([*command, label], stdout=subprocess.PIPE, text=True, check=True).stdout)
+        for label in HELD
+    }
+
+
+def _peak(label: str) -> int | None:
+    name, case = HELD[label]
+    step(METHODS[name], batch_of(replace(case, length=16, vocab=1000)))  # what a first call loads is not counted
+    return peak_bytes(functools.partial(step, METHODS[name], batch_of(case)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu" / "bars.json")
+    parser.add_argument("--peak", choices=HELD, help="print the peak extra bytes of one entry and end")
+    args = parser.parse_args()
+    if args.peak is not None:
+        print(json.dumps(_peak(args.peak)))
+        return
+
+    found: dict = {"environment": environment(), "load_average_before": os.getloadavg(), "time": {}}
+    for dtype in DTYPES:
+        run = alternation(dtype)
+        for _ in range(args.rounds):
+            run.round()
+        found["time"][dtype] = times(run)
+    found["load_average_after_times"] = os.getloadavg()
+    found["memory"] = {"budget_bytes": DEFAULT_BUDGET["cpu"], "peak_extra_bytes": peaks()}
+
+    for dtype, result in found["time"].items():
+        print(f"\n{dtype}, median of {args.rounds}")
+        for name, seconds in result["median_seconds"].items():
+            print(f"  {name:<45} {seconds:6.2f} s")
+        for name, x in result["ratios"].items():
+            print(f"  {name:<45} {x['ratio']:6.2f}   (a round: {x['least']:.2f} to {x['greatest']:.2f})")
+    print("\npeak extra memory, fp32")
+    for name, held in found["memory"]["peak_extra_bytes"].items():
+        print(f"  {name:<45} " + ("not known" if held is None else f"{held / 2**20:6.0f} MiB"))
+    print(f"\nload average {found['load_average_before'][0]:.1f} before, {found['load_average_after_times'][0]:.1f} after")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Bytes of tensors alive at once."""
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts every storage that an operation returns, from its making until it is freed.
+
+    Inputs made before and what an operation frees before it returns are not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._known: set[int] = set()
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._note(tree_leaves((args, kwargs)), self._known.add)
+        result = func(*args, **(kwargs or {}))
+        for key in [k for k, (ref, _) in self._alive.items() if ref.expired()]:
+            del self._alive[key]
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self._alive and storage._cdata not in self._known:
+                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(n for _, n in self._alive.values()))
+        return result
+
+    def _note(self, leaves, add):
+        for x in leaves:
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self._alive:
+                add(x.untyped_storage()._cdata)

@@ -1,0 +1,374 @@
+"""`fused_treg_loss`, both implementations and every way of computing it, against the dense reference in float64."""
+
+import pytest
+import torch
+from helpers import DTYPES, EPS, IMPLS, Case, assert_within_budget, check_against_reference, device_of, error
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from memory import PeakMemory
+from torch.utils.flop_counter import FlopCounterMode
+
+import treg.ops
+from treg import reference
+from treg.losses import OBJECTIVES
+from treg.ops import fused_treg_loss
+
+PHASES = [Phase.explicit, Phase.generate]  # shrinking runs the interpreter for minutes
+LENGTHS = [9, 4, 30, 7, 11, 26]  # three pairs: 16, 15 and 56 tokens
+
+
+def make_case(lengths=LENGTHS, D=40, V=301, *, padded=False, loss_type="dpo", bias=False, sums=True, token_weights=False,
+              spread=0.3, **more) -> Case:  # fmt: skip
+    """Pairs with a prompt of ignored tokens; what lies at ignored positions is garbage that must not count."""
+    S, objective = len(lengths), OBJECTIVES[loss_type]
+    prompt = 3
+    total = [n + prompt for n in lengths]
+    target = [torch.cat([torch.full((prompt,), -100), torch.randint(0, V, (n,))]) for n in lengths]
+    rest = {"loss_type": loss_type}
+    if padded:
+        T = max(total) + 1
+        target = torch.stack([torch.cat([t, torch.full((T - len(t),), -100)]) for t in target])
+        hidden = torch.randn(S, T, D)
+    else:
+        target = torch.cat(target)
+        hidden = torch.randn(len(target), D)
+        rest["cu_seqlens"] = torch.tensor([0, *total]).cumsum(0).int()
+    ignored = target == -100
+
+    def per_token(x):
+        return torch.where(ignored, torch.tensor(float("nan")), x)
+
+    rest |= {"target": target, "token_rewards": per_token(torch.rand(target.shape) - 0.5)}
+    if not objective.reference_free:
+        ref = -torch.rand(target.shape) * 3 - 4
+        rest["ref_logps"] = ref[:, 0].clone() * 10 if padded and sums else per_token(ref)
+        if sums and not padded:
+            rest["ref_logps"] = -torch.rand(S) * 3 * torch.tensor(lengths)
+    if token_weights:
+        rest["token_weights"] = per_token(torch.rand(target.shape) + 0.5)
+    rest |= {"exo_pair": {"label_smoothing": 0.1}, "simpo": {"gamma": 0.3}}.get(loss_type, {}) | more
+    return Case(hidden, torch.randn(V, D) * spread, torch.randn(V) if bias else None, rest)
+
+
+def upstream(out):
+    """A loss scaled by what follows it; of several losses, each differently."""
+    return (out.loss * torch.linspace(1.7, -0.4, max(1, out.loss.numel()), device=out.loss.device).squeeze()).sum()
+
+
+def check(case: Case, dtype, impl, fn=fused_treg_loss, plain=reference.fused_treg_loss, **options):
+    return check_against_reference(case, fn, plain, upstream, dtype, device_of(impl), plain_runs=4, impl=impl, **options)
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """The ways that the calls of a test took."""
+    seen = set()
+
+    def plan(*args):
+        groups = original(*args)
+        seen.update({"compose"} if groups is None else {g.mode for g in groups})
+        return groups
+
+    original = treg.ops.plan
+    monkeypatch.setattr(treg.ops, "plan", plan)
+    return seen
+
+
+def budget_for(case: Case, impl: str, dtype: torch.dtype, rows: int, sums: int = 0, **options) -> int:
+    """Bytes that hold `rows` stashed rows and `sums` float32 [V, D] buffers."""
+    from treg.ops import Head, _tiles
+
+    case = case.at(dtype)
+    tiles = _tiles(impl, Head(case.weight.detach(), case.bias, softcap=case.rest.get("softcap")), None)
+    return tiles.fixed_bytes + rows * tiles.row_bytes(stash=True) + sums * 4 * case.weight.numel()
+
+
+@pytest.mark.parametrize("loss_type", OBJECTIVES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_objective(impl, loss_type, modes):
+    check(make_case(loss_type=loss_type), torch.float32, impl)
+    assert modes == {"stash"}
+
+
+# the pairs have 16, 15 and 56 scored tokens; a float32 [V, D] sum is worth 10 to 20 rows of stash
+WAYS = {
+    "stash": ({}, None, {"stash"}),
+    "stash in groups": ({}, (60, 0), {"stash"}),
+    "scale": ({}, (16, 1), {"scale", "stash"}),
+    "scale, one pair": ({"lengths": [30, 26]}, (17, 0), {"scale"}),
+    "scale, simpo": ({"loss_type": "simpo"}, (16, 1), {"scale", "stash"}),
+    "scale, ipo without regularizer": ({"loss_type": "ipo", "alpha": 0.0}, (16, 1), {"scale", "stash"}),
+    "scale, weighted tokens": ({"token_weights": True, "sums": False}, (16, 1), {"scale", "stash"}),
+    "recompute": ({"loss_type": "apo_zero"}, (17, 0), {"recompute", "stash"}),
+    "recompute all": ({"loss_type": "orpo"}, (3, 0), {"recompute"}),
+    "recompute, static": ({"weighting": "static"}, (17, 0), {"recompute", "stash"}),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_way(impl, way, dtype, padded, modes):
+    options, size, expected = WAYS[way]
+    V = 301 if way != "scale, one pair" else 2000
+    case = make_case(padded=padded, bias=True, V=V, **{"D": 12, **options})
+    budget = None if size is None else budget_for(case, impl, dtype, *size)
+    check(case, dtype, impl, memory_budget=budget)
+    assert modes == expected
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float16_takes_the_gradient_where_a_loss_scale_reaches_it(impl, modes):
+    """A gradient of 1e-7 is lost in float16 unless the loss is scaled before the 16-bit products are formed."""
+    case = make_case(beta=1e-4)
+    scale = 2.0**16
+
+    def scaled(fn):
+        def run(*args, **kwargs):
+            out = fn(*args, **kwargs)
+            return out._replace(loss=out.loss * scale)
+
+        return run
+
+    check(case, torch.float16, impl, scaled(fused_treg_loss), scaled(reference.fused_treg_loss))
+    assert not modes
+
+
+HEADS = {
+    "softcap": {"softcap": 5.0, "bias": True},
+    "scale": {"logit_scale": 0.4, "temperature": 1.7},
+    "all": {"softcap": 3.0, "logit_scale": 1.7, "temperature": 0.8, "bias": True},
+}
+CALLS = {
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "static": {"weighting": "static"},
+    "no regularizer": {"alpha": 0.0},
+    "strong": {"alpha": 0.5, "beta": 2.0},
+    "smoothed": {"label_smoothing": 0.2},
+    "token weights": {"token_weights": True, "sums": False},
+    "reference per token": {"sums": False},
+}
+
+
+@pytest.mark.parametrize("options", [*HEADS.values(), *CALLS.values()], ids=[*HEADS, *CALLS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_options(impl, dtype, options):
+    if dtype == torch.float16 and impl == "torch" and "softcap" in options:
+        options = {**options, "beta": 1.0}
+    check(make_case(**options), dtype, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("frozen", ["weight", "hidden", "bias", "weight bias"])
+def test_frozen_parts(impl, frozen):
+    names = frozen.split()
+
+    def freeze(fn):
+        def run(hidden, weight, bias=None, **kwargs):
+            hidden, weight, bias = (
+                x.detach() if n in names else x
+                for n, x in (("hidden", hidden), ("weight", weight), ("bias", bias))
+            )
+            return fn(hidden, weight, bias=bias, **kwargs)
+
+        return run
+
+    case = make_case(bias=True)
+    check(case, torch.float32, impl, freeze(fused_treg_loss), freeze(reference.fused_treg_loss))
+
+
+def test_matrix_products():
+    """1 product forward only, 2 with a frozen head, 3 with a trainable one whatever the way, 4 where documented."""
+    torch.manual_seed(0)
+    case = make_case([300, 200, 150, 250], D=32, V=500).at(torch.float32)
+    product = 2 * 900 * 32 * 500
+
+    def products(hidden=True, weight=True, loss_type="dpo", **options):
+        given = dict(case.rest, loss_type=loss_type, **options)
+        h, w = case.hidden.detach().requires_grad_(hidden), case.weight.detach().requires_grad_(weight)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(hidden or weight):
+            loss = fused_treg_loss(h, w, **given).loss.sum()
+            if loss.requires_grad:
+                loss.backward()
+        return counter.get_total_flops() / product
+
+    one_pair = budget_for(case, "torch", torch.float32, 500)
+    part_and_sums = budget_for(case, "torch", torch.float32, 100, 1)
+    part = budget_for(case, "torch", torch.float32, 40)
+    assert products(False, False) == 1
+    assert products(weight=False) == 2
+    assert products(weight=False, memory_budget=part) == 2
+    assert products() == 3
+    assert products(memory_budget=one_pair) == 3
+    assert products(memory_budget=part_and_sums) == 3
+    assert products(hidden=False) == 2
+    assert products(reduction="none") == 4
+    assert products(memory_budget=part) == 4
+    assert products(memory_budget=part_and_sums, loss_type="apo_zero") == 4
+
+
+def test_ignored_tokens_cost_no_product():
+    case = make_case([100, 100], D=16, V=200).at(torch.float32)
+    rest = dict(case.rest, token_rewards=torch.zeros(206), ref_logps=torch.zeros(2))
+    flops = []
+    for ignored in (0, 1):
+        target = torch.randint(0, 200, (206,))
+        target[::2] = -100 if ignored else 1
+        with FlopCounterMode(display=False) as counter:
+            fused_treg_loss(case.hidden, case.weight, **dict(rest, target=target)).loss.backward()
+        flops.append(counter.get_total_flops())
+    assert flops[1] * 2 == flops[0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loss_type", ["dpo", "apo_zero"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_memory_stays_within_the_budget(impl, loss_type, trainable):
+    """Bytes alive at once, beyond inputs: the budget, one float32 dweight, the gradients, and [N]-sized rows."""
+    D, V = 24, 8000 if impl == "torch" else 4000
+    for length in (64, 256, 1024) if impl == "torch" else (64, 192):
+        case = make_case([length] * 4, D=D, V=V, loss_type=loss_type, spread=0.05).at(torch.float32, device_of(impl))
+        case.weight.requires_grad_(trainable)
+        budget = budget_for(case, impl, torch.float32, 150, 1)
+        with PeakMemory() as memory:
+            out = fused_treg_loss(case.hidden, case.weight, impl=impl, memory_budget=budget, **case.rest)
+            out.loss.backward()
+        N = case.hidden.shape[0]
+        gradients = 2 * case.hidden.nbytes + trainable * 2 * case.weight.nbytes
+        rows = 40 * 8 * N
+        assert memory.peak <= budget + gradients + rows, f"{memory.peak} bytes at N={N}"
+        assert memory.peak < 0.5 * N * V * 4 + gradients or length == 64
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padded_equals_packed(impl):
+    """The same pairs in both layouts give the same numbers to rounding."""
+    packed = make_case(sums=True)
+    rest = packed.rest
+    ends = rest["cu_seqlens"].tolist()
+    pieces = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+    def pad(x, value):
+        return torch.nn.utils.rnn.pad_sequence([x[p] for p in pieces], batch_first=True, padding_value=value)
+
+    padded = Case(pad(packed.hidden, 0.0), packed.weight, None, {
+        "target": pad(rest["target"], -100), "token_rewards": pad(rest["token_rewards"], 0.0), "ref_logps": rest["ref_logps"],
+    })  # fmt: skip
+    device = device_of(impl)
+    a = packed.at(torch.float32, device).run(fused_treg_loss, upstream, impl=impl)
+    b = padded.at(torch.float32, device).run(fused_treg_loss, upstream, impl=impl)
+    for name in ("token_logps", "dhidden"):
+        b[name] = torch.cat([b[name][i, : p.stop - p.start] for i, p in enumerate(pieces)])
+    for name in a:
+        assert_within_budget(name, a[name], b[name], 0.0, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("rows", [None, 60, 17])
+def test_without_looking_at_the_targets(impl, padded, rows, monkeypatch):
+    """On a GPU nobody waits to learn which rows are ignored: they go through the head, and count for nothing."""
+    import treg.ops.logprobs
+
+    for module in (treg.ops, treg.ops.logprobs):
+        monkeypatch.setattr(module, "scored_rows", lambda target, ignore_index: None)
+    case = make_case(padded=padded, softcap=5.0, bias=True, sums=False)
+    check(case, torch.float32, impl, memory_budget=None if rows is None else budget_for(case, impl, torch.float32, rows, 1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("fits", [True, False])
+def test_offsets_on_the_device(impl, fits, monkeypatch, modes):
+    """cu_seqlens that only the device can read: one group where everything fits, else log-probs first."""
+    monkeypatch.setattr(treg.ops, "_layout", lambda *args: (None, None))
+    case = make_case()
+    check(case, torch.float32, impl, memory_budget=None if fits else budget_for(case, impl, torch.float32, 50))
+    assert modes == {"stash" if fits else "compose"}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("way", ["stash", "scale", "recompute"])
+def test_no_output_is_left_unwritten(impl, way, poisoned):
+    options, size, _ = WAYS[way]
+    case = make_case(bias=True, D=12, **options)
+    budget = None if size is None else budget_for(case, impl, torch.float32, *size)
+    found = case.at(torch.float32, device_of(impl)).run(fused_treg_loss, upstream, impl=impl, memory_budget=budget)
+    for name, x in found.items():
+        assert torch.isfinite(x).all(), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_inputs_same_bits(impl, dtype):
+    case = make_case(bias=True)
+    runs = [case.at(dtype, device_of(impl)).run(fused_treg_loss, upstream, impl=impl) for _ in range(2)]
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_twice(impl):
+    """retain_graph: the second pass gives the first one's gradients, not something scaled again."""
+    case = make_case(bias=True).at(torch.float32, device_of(impl))
+    loss = fused_treg_loss(case.hidden, case.weight, bias=case.bias, impl=impl, **case.rest).loss
+    leaves = (case.hidden, case.weight, case.bias)
+    first = torch.autograd.grad(loss, leaves, torch.tensor(3.0, device=loss.device), retain_graph=True)
+    second = torch.autograd.grad(loss, leaves, torch.tensor(3.0, device=loss.device))
+    for a, b in zip(first, second, strict=True):
+        assert a.any() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_is_dpo_with_token_weights(impl):
+    """d L / d lp_t = -beta w (1 + alpha rhat_t) / B on chosen tokens, +beta w (1 - alpha rhat_t) / B on rejected ones.
+
+    Seen through the bias-free head: the fused dweight equals that of the log-probs under these coefficients.
+    """
+    beta, alpha = 0.3, 0.5
+    device = device_of(impl)
+    case = make_case(beta=beta, alpha=alpha).at(torch.float32, device)
+    out = fused_treg_loss(case.hidden, case.weight, impl=impl, **case.rest)
+    found = torch.autograd.grad(out.loss, case.weight)[0]
+    ends = case.rest["cu_seqlens"].tolist()
+    B = len(ends) // 2
+    w = torch.sigmoid(out.rejected_rewards - out.chosen_rewards).double()
+    rhat = torch.nan_to_num(case.rest["token_rewards"]).double()
+    coef = torch.zeros_like(rhat)
+    for s in range(2 * B):
+        sign = 1.0 if s < B else -1.0
+        tokens = slice(ends[s], ends[s + 1])
+        coef[tokens] = -beta * w[s % B] * (sign + alpha * rhat[tokens]) / B
+    weight = case.weight.detach().double().requires_grad_()
+    logps = reference.linear_logprobs(case.hidden.detach().double(), weight, case.rest["target"]).logprobs
+    expected = torch.autograd.grad((coef * logps).sum(), weight)[0]
+    assert error(found, expected) < 4 * EPS[torch.float32]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=PHASES)
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=3), D=st.integers(1, 40), V=st.integers(2, 300),
+    loss_type=st.sampled_from(sorted(set(OBJECTIVES) - {"discopop"})), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    padded=st.booleans(), rows=st.integers(1, 80), sums=st.integers(0, 1), bias=st.booleans(),
+    softcap=st.sampled_from([None, 4.0]), alpha=st.sampled_from([0.0, 0.25]),
+    weighting=st.sampled_from(["gradient", "static"]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_call(impl, lengths, D, V, rows, sums, dtype, seed, **options):
+    """discopop apart: its gate multiplies rounding errors by 20, and has its own test."""
+    torch.manual_seed(seed)
+    case = make_case(lengths + lengths[::-1], D, V, **options)
+    check(case, dtype, impl, memory_budget=budget_for(case, impl, dtype, rows, sums))
+
+
+@pytest.mark.gpu
+def test_no_call_waits_for_the_device():
+    case = make_case(padded=True).at(torch.bfloat16, "cuda")
+    fused_treg_loss(case.hidden, case.weight, **case.rest).loss.backward()  # compiles, tunes
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_treg_loss(case.hidden, case.weight, **case.rest).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
