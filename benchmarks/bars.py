@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,12 +66,12 @@ def times(run: Alternation) -> dict[str, object]:
     }
 
 
-def peaks() -> dict[str, int | None]:
-    """Peak extra bytes of every entry of HELD, each in a process of its own; None where the system cannot tell."""
+def peaks(labels: Iterable[str] = HELD) -> dict[str, int | None]:
+    """Peak extra bytes of entries of HELD, each in a process of its own; None where the system cannot tell."""
     command = [sys.executable, __file__, "--peak"]
     return {
         label: json.loads(subprocess.run([*command, label], stdout=subprocess.PIPE, text=True, check=True).stdout)
-        for label in HELD
+        for label in labels
     }
 
 
@@ -90,13 +91,15 @@ def main() -> None:
         print(json.dumps(_peak(args.peak)))
         return
 
-    found: dict = {"environment": environment(), "load_average_before": os.getloadavg(), "time": {}}
+    load = [os.getloadavg()[0]]
+    found: dict = {"environment": environment(), "time": {}}
     for dtype in DTYPES:
         run = alternation(dtype)
         for _ in range(args.rounds):
             run.round()
         found["time"][dtype] = times(run)
-    found["load_average_after_times"] = os.getloadavg()
+        load.append(os.getloadavg()[0])
+    found["load_average"] = load  # over a minute: before, after each dtype
     found["memory"] = {"budget_bytes": DEFAULT_BUDGET["cpu"], "peak_extra_bytes": peaks()}
 
     for dtype, result in found["time"].items():
@@ -108,7 +111,7 @@ def main() -> None:
     print("\npeak extra memory, fp32")
     for name, held in found["memory"]["peak_extra_bytes"].items():
         print(f"  {name:<45} " + ("not known" if held is None else f"{held / 2**20:6.0f} MiB"))
-    print(f"\nload average {found['load_average_before'][0]:.1f} before, {found['load_average_after_times'][0]:.1f} after")
+    print("\nload average before and after each dtype: " + ", ".join(f"{x:.1f}" for x in load))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -47,7 +47,7 @@ def treg_fused_exact_logits(b: Batch) -> tuple[Tensor, Tensor]:
 
 
 def treg_logprobs(b: Batch) -> Tensor:
-    """`linear_logprobs`, then the loss on its log-probs: 4 products (3 without the fourth, 2 frozen, 1 forward)."""
+    """`linear_logprobs`, then the loss on its log-probs: 4 products, 2 with a frozen head, 1 forward."""
     return linear_logprobs(b.hidden, b.weight, b.target, softcap=b.softcap).logprobs
 
 
@@ -55,28 +55,30 @@ def treg_logprobs(b: Batch) -> Tensor:
 
 
 def dense_log_softmax(b: Batch) -> Tensor:
-    """logits.float().log_softmax(-1).gather: what most code has."""
-    logp = _dense_logits(b).float().log_softmax(-1)
+    """logits.float().log_softmax(-1).gather, a softcap in float32: what most code has, and exact but for the logits."""
+    logp = _softcap((b.hidden @ b.weight.T).float(), b).log_softmax(-1)
     return _scored(logp.gather(-1, _labels(b)).squeeze(-1), b)
 
 
 def dense_logsumexp(b: Batch) -> Tensor:
-    """gather - logsumexp, a sequence at a time, as in the float32 branch of TRL's selective_log_softmax."""
-    logits = _dense_logits(b)
+    """gather - logsumexp, a sequence at a time, as in the float32 branch of TRL's selective_log_softmax; leaner.
+
+    A softcap is in the logits' dtype, as in transformers.
+    """
+    logits = _softcap(b.hidden @ b.weight.T, b)
     lse = torch.stack([x.float().logsumexp(-1) for x in logits])
     return _scored(logits.gather(-1, _labels(b)).squeeze(-1).float() - lse, b)
 
 
 def trl_selective(b: Batch) -> Tensor:
-    """Dense logits and TRL's selective_log_softmax, on a GPU its fused kernel over them."""
+    """Dense logits and TRL's selective_log_softmax, on a GPU its fused kernel over them; softcap as in transformers."""
     from trl.trainer.utils import selective_log_softmax
 
-    scored = b.target != IGNORE
-    return selective_log_softmax(_dense_logits(b), b.target.clamp(min=0), row_mask=scored).float()
+    logits = _softcap(b.hidden @ b.weight.T, b)
+    return selective_log_softmax(logits, b.target.clamp(min=0), row_mask=b.target != IGNORE).float()
 
 
-def _dense_logits(b: Batch) -> Tensor:
-    logits = b.hidden @ b.weight.T
+def _softcap(logits: Tensor, b: Batch) -> Tensor:
     return logits if b.softcap is None else b.softcap * torch.tanh(logits / b.softcap)
 
 

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+torch.set_num_threads(1)  # tensors of a few thousand elements: more threads cost more than they give
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
