@@ -203,9 +203,7 @@ METHODS = {
     "dense_logsumexp": Method(dense_logsumexp, "logprobs"),
     "trl_selective": Method(trl_selective, "logprobs", "trl", devices=GPU),
     "trl_chunked": Method(trl_chunked, "logprobs", "trl.kernels"),
-    "liger_dpo": Method(
-        liger_dpo, "loss", "liger_kernel.chunked_loss", modes=GRADIENTS, softcap=False, plain_dpo=True
-    ),
+    "liger_dpo": Method(liger_dpo, "loss", "liger_kernel.chunked_loss", modes=GRADIENTS, softcap=False, plain_dpo=True),
     "torch_linear_cross_entropy": Method(torch_linear_cross_entropy, "logprobs", softcap=False),
     "cut_cross_entropy": Method(cut_cross_entropy, "logprobs", "cut_cross_entropy", devices=GPU),
     "gemm_1": Method(gemm_1, "products", devices=GPU, modes=("forward",)),

@@ -34,7 +34,9 @@ class TinyLM(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[S, T] token ids -> [S, T, D] hidden states."""
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device, dtype=self.embed.weight.dtype)
+        mask = nn.Transformer.generate_square_subsequent_mask(
+            ids.shape[1], device=ids.device, dtype=self.embed.weight.dtype
+        )
         return self.layers(self.embed(ids), mask=mask, is_causal=True)
 
 
@@ -76,7 +78,9 @@ def peak_mib(which: str, args: argparse.Namespace, device: str) -> float:
     """Memory of one step beyond what was held before it. On a CPU a process of its own measures it."""
     if device == "cpu":
         flags = [f"--{k}={v}" for k, v in vars(args).items() if k != "memory_of"]
-        out = subprocess.run([sys.executable, __file__, f"--memory-of={which}", *flags], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, __file__, f"--memory-of={which}", *flags], capture_output=True, text=True, check=True
+        )
         return float(out.stdout)
     given = make_step(args, device)
     before = torch.cuda.memory_allocated()
@@ -118,7 +122,8 @@ def main() -> None:
     model, ids, batch = make_step(args, device)
     wide = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     exact = step(LOSSES["dense"], copy.deepcopy(model).double(), ids, wide)
-    print(f"T-REG, one step: {args.pairs} pairs, {int((batch['target'] != -100).sum())} scored tokens, hidden {args.hidden}, "
+    scored = int((batch["target"] != -100).sum())
+    print(f"T-REG, one step: {args.pairs} pairs, {scored} scored tokens, hidden {args.hidden}, "
           f"vocabulary {args.vocab}, {args.dtype} on {device}, torch {torch.__version__}")  # fmt: skip
     print(f"{'':28}{'fused':>12}{'dense':>12}")
     found = {name: step(fn, model, ids, batch) for name, fn in LOSSES.items()}

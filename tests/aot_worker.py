@@ -40,7 +40,12 @@ class FakeDriver:
         return lambda *args, **kwargs: None
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": SHARED_LIMIT[self.arch], "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+        return {
+            "max_shared_mem": SHARED_LIMIT[self.arch],
+            "max_num_regs": 65536,
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+        }
 
     def load_binary(self, name, binary, shared, device):
         return None, None, 0, 0, 1024
@@ -88,7 +93,9 @@ def resources(kernel, arch: str) -> dict:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(kernel.asm["cubin"])
             f.flush()
-            text = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
+            text = subprocess.run(
+                [BIN / "cuobjdump", "--dump-resource-usage", f.name], capture_output=True, text=True
+            ).stdout
         use = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
         row |= {"registers": use["REG"], "spill_bytes": use["STACK"] + use["LOCAL"]}
         code = kernel.asm["ptx"]

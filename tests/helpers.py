@@ -41,7 +41,9 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, plain: float,
     plain: `error` of the same computation in plain PyTorch, at best over several runs (`plain_error`).
     """
     found, allowed = error(actual, exact), 2 * (plain + EPS[dtype])
-    assert found <= allowed, f"{name}: relative error {found:.2e} > {allowed:.2e} = 2 * ({plain:.2e} + {EPS[dtype]:.2e})"
+    assert found <= allowed, (
+        f"{name}: relative error {found:.2e} > {allowed:.2e} = 2 * ({plain:.2e} + {EPS[dtype]:.2e})"
+    )
 
 
 @dataclasses.dataclass

@@ -169,7 +169,7 @@ ROWS = [
     ([PADDED], {"token_rewards": FLOAT_MATRIX.long()}, "token_rewards", "floating-point", "got torch.int64"),
     ([PADDED], {"token_rewards": FLOAT_MATRIX.bool()}, "token_rewards", "floating-point", "got torch.bool"),
     ([PADDED], {"token_rewards": FLOAT_MATRIX.to(torch.complex64)}, "token_rewards", "floating", "got torch.complex64"),
-    ([PADDED], {"token_rewards": FLOAT_MATRIX.to(torch.float8_e5m2)}, "token_rewards", "expected", "torch.float8"),
+    ([PADDED], {"token_rewards": FLOAT_MATRIX.to(torch.float8_e4m3fn)}, "token_rewards", "expected", "torch.float8"),
     ([PADDED], {"token_rewards": FLOAT_MATRIX.to("meta")}, "token_rewards", "on cpu", "on meta"),
     ([PADDED], {"token_rewards": FLOAT_MATRIX.to_sparse()}, "token_rewards", "expected", "sparse"),
     ([PADDED], {"token_rewards": at(FLOAT_MATRIX, (2, 1), NAN)}, "token_rewards", "finite", r"nan at index \[2, 1\]"),

@@ -1,5 +1,7 @@
 """`fused_treg_loss`, both implementations and every way of computing it, against the dense reference in float64."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import DTYPES, EPS, IMPLS, Case, assert_within_budget, check_against_reference, device_of, error
@@ -17,7 +19,8 @@ PHASES = [Phase.explicit, Phase.generate]  # shrinking runs the interpreter for 
 LENGTHS = [9, 4, 30, 7, 11, 26]  # three pairs: 16, 15 and 56 tokens
 
 
-def make_case(lengths=LENGTHS, D=40, V=301, *, padded=False, loss_type="dpo", bias=False, sums=True, token_weights=False,
+def make_case(lengths=LENGTHS, D=40, V=301, *, padded=False, loss_type="dpo", bias=False, sums=True,
+              token_weights=False,
               spread=0.3, **more) -> Case:  # fmt: skip
     """Pairs with a prompt of ignored tokens; what lies at ignored positions is garbage that must not count."""
     S, objective = len(lengths), OBJECTIVES[loss_type]
@@ -56,7 +59,9 @@ def upstream(out):
 
 
 def check(case: Case, dtype, impl, fn=fused_treg_loss, plain=reference.fused_treg_loss, **options):
-    return check_against_reference(case, fn, plain, upstream, dtype, device_of(impl), plain_runs=4, impl=impl, **options)
+    return check_against_reference(
+        case, fn, plain, upstream, dtype, device_of(impl), plain_runs=4, impl=impl, **options
+    )
 
 
 @pytest.fixture
@@ -169,8 +174,7 @@ def test_frozen_parts(impl, frozen):
     def freeze(fn):
         def run(hidden, weight, bias=None, **kwargs):
             hidden, weight, bias = (
-                x.detach() if n in names else x
-                for n, x in (("hidden", hidden), ("weight", weight), ("bias", bias))
+                x.detach() if n in names else x for n, x in (("hidden", hidden), ("weight", weight), ("bias", bias))
             )
             return fn(hidden, weight, bias=bias, **kwargs)
 
@@ -249,13 +253,14 @@ def test_padded_equals_packed(impl):
     packed = make_case(sums=True)
     rest = packed.rest
     ends = rest["cu_seqlens"].tolist()
-    pieces = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    pieces = [slice(a, b) for a, b in itertools.pairwise(ends)]
 
     def pad(x, value):
         return torch.nn.utils.rnn.pad_sequence([x[p] for p in pieces], batch_first=True, padding_value=value)
 
     padded = Case(pad(packed.hidden, 0.0), packed.weight, None, {
-        "target": pad(rest["target"], -100), "token_rewards": pad(rest["token_rewards"], 0.0), "ref_logps": rest["ref_logps"],
+        "target": pad(rest["target"], -100), "token_rewards": pad(rest["token_rewards"], 0.0),
+        "ref_logps": rest["ref_logps"],
     })  # fmt: skip
     device = device_of(impl)
     a = packed.at(torch.float32, device).run(fused_treg_loss, upstream, impl=impl)
@@ -276,7 +281,12 @@ def test_without_looking_at_the_targets(impl, padded, rows, monkeypatch):
     for module in (treg.ops, treg.ops.logprobs):
         monkeypatch.setattr(module, "scored_rows", lambda target, ignore_index: None)
     case = make_case(padded=padded, softcap=5.0, bias=True, sums=False)
-    check(case, torch.float32, impl, memory_budget=None if rows is None else budget_for(case, impl, torch.float32, rows, 1))
+    check(
+        case,
+        torch.float32,
+        impl,
+        memory_budget=None if rows is None else budget_for(case, impl, torch.float32, rows, 1),
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -350,7 +360,7 @@ def test_gradient_is_dpo_with_token_weights(impl):
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=3), D=st.integers(1, 40), V=st.integers(2, 300),
-    loss_type=st.sampled_from(sorted(set(OBJECTIVES) - {"discopop"})), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    loss_type=st.sampled_from(sorted(set(OBJECTIVES) - {"discopop"})), dtype=st.sampled_from(DTYPES[:2]),
     padded=st.booleans(), rows=st.integers(1, 80), sums=st.integers(0, 1), bias=st.booleans(),
     softcap=st.sampled_from([None, 4.0]), alpha=st.sampled_from([0.0, 0.25]),
     weighting=st.sampled_from(["gradient", "static"]), seed=st.integers(0, 2**31),

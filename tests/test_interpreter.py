@@ -1,4 +1,4 @@
-"""bfloat16 under Triton's interpreter is wrong without `interpreter_bf16`: this fails if it is not, or no longer, right."""
+"""bfloat16 in Triton's interpreter is wrong without `interpreter_bf16`: this fails where it is not right."""
 
 import pytest
 import torch

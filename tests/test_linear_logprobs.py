@@ -38,7 +38,9 @@ def weighted(out):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_values_statistics_and_gradients(impl, dtype, head):
     case = make_case(**HEADS[head])
-    check_against_reference(case, linear_logprobs, reference.linear_logprobs, weighted, dtype, device_of(impl), impl=impl)
+    check_against_reference(
+        case, linear_logprobs, reference.linear_logprobs, weighted, dtype, device_of(impl), impl=impl
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,7 +113,9 @@ def test_certain_targets(impl):
     """log p near 0 keeps its relative accuracy in Triton, and is never above 0 in either."""
     case = make_case(N=16, D=32, V=257, ignored=0, outputs=(), spread=0.01)
     case.rest["target"] = torch.randperm(257)[:16]
-    case.weight[case.rest["target"]] += torch.linspace(4, 14, 16)[:, None] * case.hidden / case.hidden.square().sum(1)[:, None]
+    case.weight[case.rest["target"]] += (
+        torch.linspace(4, 14, 16)[:, None] * case.hidden / case.hidden.square().sum(1)[:, None]
+    )
     exact = case.at(torch.float64).run(reference.linear_logprobs, weighted)["logprobs"]
     found = case.at(torch.float32, device_of(impl)).run(linear_logprobs, weighted, impl=impl)["logprobs"].cpu()
     assert exact.min() > -3 and exact.max() > -1e-3
@@ -123,12 +127,16 @@ def test_certain_targets(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape", [(0, 16, 17), (1, 1, 1), (1, 16, 2), (5, 80, 517), (129, 33, 128), (64, 64, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 16, 17), (1, 1, 1), (1, 16, 2), (5, 80, 517), (129, 33, 128), (64, 64, 256)], ids=str
+)
 def test_edges_of_shape(impl, shape):
     """No rows, one row, one token of vocabulary, sizes at and beside a tile's."""
     N, D, V = shape
     case = make_case(N, D, V, ignored=0)
-    check_against_reference(case, linear_logprobs, reference.linear_logprobs, weighted, torch.float32, device_of(impl), impl=impl)
+    check_against_reference(
+        case, linear_logprobs, reference.linear_logprobs, weighted, torch.float32, device_of(impl), impl=impl
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -186,7 +194,7 @@ def least_budget(case: Case, dtype: torch.dtype, impl: str) -> int:
     """Bytes for one row, as the error for one byte says."""
     case = case.at(dtype, device_of(impl))
     target = case.rest["target"]
-    with pytest.raises(ValueError, match="^memory_budget: expected at least") as caught:
+    with pytest.raises(ValueError, match=r"^memory_budget: expected at least") as caught:
         kwargs = {k: v for k, v in case.rest.items() if k not in ("target", "outputs")}
         linear_logprobs(case.hidden, case.weight.detach(), target, bias=case.bias, impl=impl, memory_budget=1, **kwargs)
     return 2 * int(str(caught.value).split()[4])
@@ -224,7 +232,9 @@ def test_an_impossible_target_gives_nan_not_a_number(impl):
     hidden, weight = torch.randn(5, 8, device=DEVICE), torch.randn(7, 8, device=DEVICE)
     stash = torch.empty(5, 7, device=DEVICE)
     for tile in (None, stash):
-        got = logprob_forward(hidden, weight, target, None, Scalars.of(1.0, None, 1.0), -100, (), tile)["logprobs"].cpu()
+        got = logprob_forward(hidden, weight, target, None, Scalars.of(1.0, None, 1.0), -100, (), tile)[
+            "logprobs"
+        ].cpu()
         assert torch.isfinite(got[[0, 4]]).all() and got[4] == 0
         assert got[1:4].isnan().all()
 

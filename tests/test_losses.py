@@ -137,6 +137,15 @@ def test_orpo_where_the_odds_are_whole():
     assert by_hand("orpo", logps=logps).loss.item() == pytest.approx(-0.5 * log(1 / 10) + log(4), rel=F64)
 
 
+@pytest.mark.parametrize("certain", [1e-12, 1e-6, 1e-3])
+def test_orpo_near_certainty(certain):
+    """Means -certain and -1: 1 - p keeps its digits."""
+    logps = [-certain] * 2 + [-1.0] * 4
+    ratio = -certain - log(-math.expm1(-certain)) + 1 + log(-math.expm1(-1))
+    expected = 0.5 * math.log1p(math.exp(-ratio)) + certain  # -log sigmoid(x) = log(1 + e^-x)
+    assert by_hand("orpo", logps=logps).loss.item() == pytest.approx(expected, rel=F64, abs=0.0)
+
+
 @pytest.mark.parametrize(
     ("m", "expected"),
     [

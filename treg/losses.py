@@ -167,11 +167,15 @@ class LossOptions:
         if self.alpha < 0:
             raise ValueError(f"alpha: expected a number >= 0, got {self.alpha}; 0 turns the regularizer off")
         if self.gamma and self.loss_type != "simpo":
-            raise ValueError(f"gamma: expected 0 for loss_type={self.loss_type!r} (a margin of simpo), got {self.gamma}")
+            raise ValueError(
+                f"gamma: expected 0 for loss_type={self.loss_type!r} (a margin of simpo), got {self.gamma}"
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing: expected 0 <= value < 0.5, got {self.label_smoothing}")
         if self.label_smoothing and not self.objective.smoothing:
-            raise ValueError(f"label_smoothing: expected 0 for loss_type={self.loss_type!r}, got {self.label_smoothing}")
+            raise ValueError(
+                f"label_smoothing: expected 0 for loss_type={self.loss_type!r}, got {self.label_smoothing}"
+            )
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError("label_smoothing: expected a number > 0 for loss_type='exo_pair', got 0")
 
@@ -193,8 +197,9 @@ class LossOptions:
 
 def reward_gradient(rho_w: Tensor, rho_l: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     """d base / d rho_w and d base / d rho_l, each [B], detached (the likelihood term of orpo and cpo apart)."""
-    with torch.enable_grad():
-        w, l = rho_w.detach().requires_grad_(), rho_l.detach().requires_grad_()
+    # a clone made outside inference mode can take a gradient, whatever mode the caller is in
+    with torch.inference_mode(False), torch.enable_grad():
+        w, l = (x.detach().clone().requires_grad_() for x in (rho_w, rho_l))
         return torch.autograd.grad(options.objective.fn(w, l, options).sum(), (w, l))
 
 
@@ -290,7 +295,9 @@ def check_reference(options: LossOptions, ref_logps: Tensor | None, *, per_token
     """Raise ValueError where ref_logps and the objective do not go together."""
     if options.objective.reference_free:
         if ref_logps is not None:
-            raise ValueError(f"ref_logps: expected None for the reference-free loss_type={options.loss_type!r}, got a tensor")
+            raise ValueError(
+                f"ref_logps: expected None for the reference-free loss_type={options.loss_type!r}, got a tensor"
+            )
     elif ref_logps is None:
         raise ValueError(f"ref_logps: expected a tensor for loss_type={options.loss_type!r}, got None")
     elif weighted and not per_token:

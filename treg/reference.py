@@ -4,6 +4,8 @@ Every op of `treg.ops` and every objective of `treg.losses` is tested against th
 them. It holds [N, V] logits and loops over pairs: it is the oracle and the baseline, not a way to train.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,9 +78,7 @@ def fused_treg_loss(
         rows = [torch.nonzero(t != ignore_index).flatten() + i * target.shape[1] for i, t in enumerate(target)]
     else:
         ends = cu_seqlens.tolist()
-        rows = [
-            a + torch.nonzero(target[a:b] != ignore_index).flatten() for a, b in zip(ends[:-1], ends[1:], strict=True)
-        ]
+        rows = [a + torch.nonzero(target[a:b] != ignore_index).flatten() for a, b in itertools.pairwise(ends)]
     lp, count = logps.flatten(), len(rows) // 2
 
     def of(x: Tensor, s: int) -> Tensor:

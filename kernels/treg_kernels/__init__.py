@@ -1,9 +1,9 @@
 """Triton kernels of the loss head: torch tensors in and out, no autograd, no objective.
 
-    tiles.py     device helpers: tile order, one logits tile, the logit transform
-    configs.py   the tile shapes that are tried
-    forward.py   log-prob, lse and statistics; optionally the unscaled gradient of the logits (the stash)
-    backward.py  the gradient of the logits for a known coefficient per token
+tiles.py     device helpers: tile order, one logits tile, the logit transform
+configs.py   the tile shapes that are tried
+forward.py   log-prob, lse and statistics; optionally the unscaled gradient of the logits (the stash)
+backward.py  the gradient of the logits for a known coefficient per token
 """
 
 from treg_kernels.backward import logits_gradient

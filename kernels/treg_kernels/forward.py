@@ -197,7 +197,9 @@ def _combine_kernel(
         for start in range(0, columns, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             mask_v = uneven[:, None] & (offs_v < V)[None, :]
-            k_here = tl.load(k_ptr + offs_n[:, None] * stride_part + (offs_v // tile_width)[None, :], mask=mask_v, other=0.0)
+            k_here = tl.load(
+                k_ptr + offs_n[:, None] * stride_part + (offs_v // tile_width)[None, :], mask=mask_v, other=0.0
+            )
             ptrs = stash_ptr + offs_n[:, None] * V + offs_v[None, :]
             value = tl.load(ptrs, mask=mask_v, other=0.0).to(tl.float32) * tl.exp2(k_here - K[:, None])
             value = tl.where(offs_v[None, :] == target[:, None], entry[:, None], value)
@@ -230,8 +232,9 @@ def logprob_forward(
         outputs: any of STATISTICS.
         stash: [N, V] contiguous, float32 or bfloat16, overwritten with E; None where no gradient follows.
     Returns:
-        {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool); norm is lse / ln 2,
-        which `logits_gradient` takes. Temporaries: 4 * N * part_columns(V) bytes for each of k, s and one per statistic.
+        {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool); norm, which
+        `logits_gradient` takes, is lse / ln 2. Temporaries: 4 * N * part_columns(V) bytes for each of k and s and for
+        each statistic.
     """
     N, D = hidden.shape
     V = weight.shape[0]
@@ -270,11 +273,12 @@ def logprob_forward(
         scalars.scale2, scalars.cap_scale, scalars.cap2,
         PRECISION="ieee", GROUP_N=8,
     )  # fmt: skip
+    rest = ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")
     block_j = triton.next_power_of_2(columns)
     block_r = max(1, min(16, 2048 // block_j))
     _combine_kernel[(triton.cdiv(N, block_r),)](
         k, s, top, ez, z, ee, tile_width, target, target_z2, stash,
-        found["logprobs"], found["norm"], *(found.get(n) for n in ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")),
+        found["logprobs"], found["norm"], *(found.get(n) for n in rest),
         N, V, columns, ignore_index, scalars.scale, scalars.cap2,
         BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=2048 // block_r,
     )  # fmt: skip

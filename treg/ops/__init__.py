@@ -4,6 +4,7 @@ N rows, D hidden size, V vocabulary, B pairs, S = 2B sequences (chosen first), T
 """
 
 import contextlib
+import itertools
 
 import torch
 from torch import Tensor
@@ -120,13 +121,14 @@ def fused_treg_loss(
         token_rewards: like target, floating; rhat_t. May be None when alpha is 0.
         ref_logps: [2B] summed reference log-probs, or like target per token (needed with token_weights); None for
             the reference-free loss types simpo, orpo, cpo.
-        cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N. Keep it on the CPU: a GPU tensor's values
-            are not looked at, and a batch larger than memory_budget then takes the fourth product.
+        cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N. Keep it on the CPU: the values of a GPU
+            tensor are not looked at, and a batch larger than memory_budget then takes the fourth product.
         beta: > 0, reward scale. alpha: >= 0, weight of the regularizer. gamma: simpo's margin, in rewards.
         loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting: "gradient", or "static"
             (w = 1). token_weights: like target, u_t >= 0.
         reduction: "mean" over pairs, "sum", or "none".
-        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype: as in `linear_logprobs`.
+        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype: as in
+            `linear_logprobs`.
     Returns:
         TRegLoss; `loss` carries the gradient in hidden, weight and bias, everything else is detached.
     Raises:
@@ -169,7 +171,9 @@ def fused_treg_loss(
     return TRegLoss(loss, *result[1:], logps.detach().reshape(target.shape))
 
 
-def _layout(target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index: int) -> tuple[Tensor | None, list[int] | None]:
+def _layout(
+    target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index: int
+) -> tuple[Tensor | None, list[int] | None]:
     """The rows that are scored (None: all), and how many of them each sequence has, as far as the host can know."""
     n = target.shape[0]
     if cu_seqlens is None:
@@ -181,7 +185,7 @@ def _layout(target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index:
     rows = scored_rows(target, ignore_index)
     if rows is not None:
         ends = torch.searchsorted(rows, torch.tensor(ends)).tolist()
-    lengths = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
     checks.check_lengths(lengths)
     return rows, lengths
 
@@ -192,7 +196,10 @@ def _tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> TorchTile
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What torch.autocast would do to a linear layer's operands."""
-    if not (isinstance(weight, Tensor) and torch.is_autocast_enabled(hidden.device.type)) or hidden.dtype == torch.float64:
+    if (
+        not (isinstance(weight, Tensor) and torch.is_autocast_enabled(hidden.device.type))
+        or hidden.dtype == torch.float64
+    ):
         return hidden, weight
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype)

@@ -3,6 +3,7 @@
 Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`; shapes, dtypes and devices always.
 """
 
+import itertools
 import math
 
 import torch
@@ -57,7 +58,9 @@ def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
         bad &= scored
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name}: expected finite values, got {x[tuple(at)].item()} at index {at} ({int(bad.sum())} in all)")
+        raise ValueError(
+            f"{name}: expected finite values, got {x[tuple(at)].item()} at index {at} ({int(bad.sum())} in all)"
+        )
 
 
 def check_head(
@@ -75,10 +78,12 @@ def check_head(
     if weight.ndim != 2 or weight.shape[0] < 1:
         raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
     if weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got {list(weight.shape)}; is it transposed?")
+        raise ValueError(
+            f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got {list(weight.shape)}; is it transposed?"
+        )
     if weight.dtype != hidden.dtype:
         raise ValueError(
-            f"weight: expected {hidden.dtype} (hidden's dtype), got {weight.dtype}; convert one, or run under torch.autocast"
+            f"weight: expected {hidden.dtype} (hidden's dtype), got {weight.dtype}; convert one, or use torch.autocast"
         )
     if target.dtype != torch.int64:
         raise ValueError(f"target: expected torch.int64, got {target.dtype}; use target.long()")
@@ -111,7 +116,8 @@ def check_head(
         if bool(bad.any()):
             at = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"target: expected values in [0, {V}) or ignore_index={ignore_index}, got {target[tuple(at)].item()} at index {at}"
+                f"target: expected values in [0, {V}) or ignore_index={ignore_index}, "
+                f"got {target[tuple(at)].item()} at index {at}"
             )
 
 
@@ -135,7 +141,8 @@ def resolve_impl(impl, hidden) -> str:
             raise ValueError("impl: expected 'torch' where Triton is not installed, got 'triton'") from error
         if not INTERPRET:
             raise ValueError(
-                f"impl: expected 'torch' for tensors on {hidden.device} ('triton' needs a GPU, or its interpreter), got 'triton'"
+                f"impl: expected 'torch' for tensors on {hidden.device} ('triton' needs a GPU, or its interpreter), "
+                "got 'triton'"
             )
     return impl
 
@@ -145,21 +152,21 @@ def check_sequences(hidden: Tensor, target: Tensor, cu_seqlens, ignore_index: in
     check_tensor("cu_seqlens", cu_seqlens, optional=True)
     if cu_seqlens is None:
         if hidden.ndim != 3:
-            raise ValueError(f"hidden: expected [2B, T, D], or [N, D] with cu_seqlens, got {list(hidden.shape)} without")
+            raise ValueError(
+                f"hidden: expected [2B, T, D], or [N, D] with cu_seqlens, got {list(hidden.shape)} without"
+            )
         count = hidden.shape[0]
     else:
         if hidden.ndim != 2:
             raise ValueError(f"hidden: expected [N, D] beside cu_seqlens, got {list(hidden.shape)}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
-            raise ValueError(
-                f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
-            )
+            raise ValueError(f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
         count = cu_seqlens.shape[0] - 1
         if values_visible(cu_seqlens) and count >= 0:
             ends = cu_seqlens.tolist()
             if ends[0] != 0:
                 raise ValueError(f"cu_seqlens: expected to start at 0, got {ends[0]}")
-            if any(a > b for a, b in zip(ends[:-1], ends[1:], strict=True)):
+            if any(a > b for a, b in itertools.pairwise(ends)):
                 raise ValueError(f"cu_seqlens: expected not to decrease, got {ends}")
             if ends[-1] != hidden.shape[0]:
                 raise ValueError(f"cu_seqlens: expected to end at N={hidden.shape[0]} (rows of hidden), got {ends[-1]}")
@@ -197,4 +204,6 @@ def check_lengths(lengths: list[int]) -> None:
     """Every sequence has a scored token; lengths in scored tokens."""
     for s, length in enumerate(lengths):
         if length == 0:
-            raise ValueError(f"target: expected a scored token in every sequence, got none in sequence {s} of {len(lengths)}")
+            raise ValueError(
+                f"target: expected a scored token in every sequence, got none in sequence {s} of {len(lengths)}"
+            )

@@ -1,8 +1,8 @@
 """`linear_logprobs` as an autograd function.
 
-    forward only       1 GEMM a row
-    frozen head        2: the forward also leaves dhidden without its coefficient, which the backward multiplies in
-    trainable head     4: the logits are computed again in the backward, when the coefficients are known
+forward only       1 GEMM a row
+frozen head        2: the forward also leaves dhidden without its coefficient, which the backward multiplies in
+trainable head     4: the logits are computed again in the backward, when the coefficients are known
 """
 
 import torch
@@ -34,7 +34,9 @@ class _LinearLogprobs(torch.autograd.Function):
         if frozen:
             count = N if rows is None else rows.shape[0]
             stash = hidden.new_empty(min(step, count), weight.shape[0], dtype=tiles.stash_dtype)
-            grads = HeadGradients(hidden, tiles.head, (True, False, False), compute=tiles.compute, complete=rows is None)
+            grads = HeadGradients(
+                hidden, tiles.head, (True, False, False), compute=tiles.compute, complete=rows is None
+            )
         for r in chunks(rows, N, step):
             h = hidden[r]
             tile = None if stash is None else stash[: h.shape[0]]

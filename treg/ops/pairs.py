@@ -4,9 +4,9 @@ The coefficient of a token, d L / d lp_t, is known only when its whole pair has 
 is computed twice, either what the gradient needs of it is kept until then, or the unknown part is factored out:
 
     stash      pairs whose tiles fit into the budget together: keep the unscaled gradient E of all their rows;
-               then v_t = coef_t * factor_t, dhidden = v * (E W), dweight += E^T (v * h)                    any objective
+               then v_t = coef_t * factor_t, dhidden = v * (E W), dweight += E^T (v * h)                   any objective
     scale      one pair longer than that, coef_t = w * s_t with s_t known beforehand: add up D = E^T (s * factor * h)
-               over its tiles, then dweight += w * D                                   objectives with pair_scalar
+               over its tiles, then dweight += w * D                                  objectives with pair_scalar
     recompute  one pair longer than that, anything else: log-probs first, then each tile again (a fourth GEMM)
 
 Which, is decided on the host from lengths alone.
