@@ -95,7 +95,7 @@ ROWS = [
     (BOTH, {"weight": torch.zeros(V, D, dtype=torch.bfloat16)}, "weight", "torch.float32", "got torch.bfloat16"),
     (BOTH, {"weight": torch.zeros(V, D, dtype=torch.float64)}, "weight", "torch.float32", "got torch.float64"),
     (BOTH, {"weight": torch.zeros(V, D, dtype=torch.int64)}, "weight", "torch.float32", "got torch.int64"),
-    (BOTH, {"weight": torch.zeros(V, D, device="meta")}, "weight", "on cpu", "on meta"),
+    (BOTH, {"weight": torch.zeros(V, D, device="meta")}, "weight", "with values", "the meta device"),
     (BOTH, {"weight": torch.zeros(V, D).to_sparse()}, "weight", "expected", "sparse"),
     # -- target
     (BOTH, {"target": TARGET.int()}, "target", "torch.int64", r"got torch\.int32.*long\(\)"),
@@ -103,7 +103,7 @@ ROWS = [
     (BOTH, {"target": TARGET[:, :2]}, "target", r"\[4, 3\]", r"got \[4, 2\]"),
     (BOTH, {"target": TARGET.flatten()}, "target", r"\[4, 3\]", r"got \[12\]"),
     (BOTH, {"target": TARGET.unsqueeze(-1)}, "target", r"\[4, 3\]", r"got \[4, 3, 1\]"),
-    (BOTH, {"target": TARGET.to("meta")}, "target", "on cpu", "on meta"),
+    (BOTH, {"target": TARGET.to("meta")}, "target", "with values", "the meta device"),
     (BOTH, {"target": TARGET.to_sparse()}, "target", "expected", "sparse"),
     (BOTH, {"target": at(TARGET, (1, 1), V)}, "target", r"\[0, 7\).*-100", r"got 7 at index \[1, 1\]"),
     (BOTH, {"target": at(TARGET, (2, 0), -1)}, "target", r"\[0, 7\).*-100", r"got -1 at index \[2, 0\]"),
@@ -122,7 +122,7 @@ ROWS = [
     (BOTH, {"bias": torch.zeros(V, dtype=torch.int64)}, "bias", "floating-point", "got torch.int64"),
     (BOTH, {"bias": torch.zeros(V, dtype=torch.complex64)}, "bias", "floating-point", "got torch.complex64"),
     (BOTH, {"bias": torch.zeros(V).to(torch.float8_e4m3fn)}, "bias", "expected", "got torch.float8"),
-    (BOTH, {"bias": torch.zeros(V, device="meta")}, "bias", "on cpu", "on meta"),
+    (BOTH, {"bias": torch.zeros(V, device="meta")}, "bias", "with values", "the meta device"),
     (BOTH, {"bias": torch.zeros(V).to_sparse()}, "bias", "expected", "sparse"),
     # -- scalars of the head
     (BOTH, {"logit_scale": NAN}, "logit_scale", "a finite number", "got nan"),
@@ -170,7 +170,7 @@ ROWS = [
     ([PADDED], {"token_rewards": FLOAT_MATRIX.bool()}, "token_rewards", "floating-point", "got torch.bool"),
     ([PADDED], {"token_rewards": FLOAT_MATRIX.to(torch.complex64)}, "token_rewards", "floating", "got torch.complex64"),
     ([PADDED], {"token_rewards": FLOAT_MATRIX.to(torch.float8_e4m3fn)}, "token_rewards", "expected", "torch.float8"),
-    ([PADDED], {"token_rewards": FLOAT_MATRIX.to("meta")}, "token_rewards", "on cpu", "on meta"),
+    ([PADDED], {"token_rewards": FLOAT_MATRIX.to("meta")}, "token_rewards", "with values", "the meta device"),
     ([PADDED], {"token_rewards": FLOAT_MATRIX.to_sparse()}, "token_rewards", "expected", "sparse"),
     ([PADDED], {"token_rewards": at(FLOAT_MATRIX, (2, 1), NAN)}, "token_rewards", "finite", r"nan at index \[2, 1\]"),
     ([PADDED], {"token_rewards": at(FLOAT_MATRIX, (0, 0), -INF)}, "token_rewards", "finite", r"-inf at index \[0, 0\]"),
@@ -187,7 +187,7 @@ ROWS = [
     ([PADDED], {"ref_logps": torch.zeros(4, dtype=torch.int64)}, "ref_logps", "floating-point", "got torch.int64"),
     ([PADDED], {"ref_logps": torch.zeros(4).to(torch.complex64)}, "ref_logps", "floating-point", "got torch.complex64"),
     ([PADDED], {"ref_logps": torch.zeros(4).to(torch.float8_e4m3fn)}, "ref_logps", "expected", "torch.float8"),
-    ([PADDED], {"ref_logps": torch.zeros(4, device="meta")}, "ref_logps", "on cpu", "on meta"),
+    ([PADDED], {"ref_logps": torch.zeros(4, device="meta")}, "ref_logps", "with values", "the meta device"),
     ([PADDED], {"ref_logps": torch.zeros(4).to_sparse()}, "ref_logps", "expected", "sparse"),
     ([PADDED], {"ref_logps": at(torch.zeros(4), 3, NAN)}, "ref_logps", "finite", r"nan at index \[3\]"),
     ([PADDED], {"ref_logps": at(torch.zeros(4), 1, INF)}, "ref_logps", "finite", r"inf at index \[1\]"),
@@ -195,7 +195,7 @@ ROWS = [
     # -- token_weights
     ([WEIGHTED], {"token_weights": torch.ones(4)}, "token_weights", r"\[4, 3\]", r"got \[4\]"),
     ([WEIGHTED], {"token_weights": FLOAT_MATRIX.long()}, "token_weights", "floating-point", "got torch.int64"),
-    ([WEIGHTED], {"token_weights": FLOAT_MATRIX.to("meta")}, "token_weights", "on cpu", "on meta"),
+    ([WEIGHTED], {"token_weights": FLOAT_MATRIX.to("meta")}, "token_weights", "with values", "the meta device"),
     ([WEIGHTED], {"token_weights": at(FLOAT_MATRIX, (0, 1), -0.5)}, "token_weights", ">= 0", "got -0.5"),
     ([WEIGHTED], {"token_weights": at(FLOAT_MATRIX, (3, 1), NAN)}, "token_weights", "finite", r"nan at index \[3, 1\]"),
     # -- cu_seqlens

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import DEVICE, EPS
 
-from treg.segments import segment_ids, segment_sum
+from treg.segments import segment_sum
 
 LENGTHS = {
     "usual": [3, 1, 4, 2],
@@ -99,11 +99,3 @@ def test_deterministic_and_alone():
     assert all(torch.equal(segment_sum(values, cu_seqlens), first) for _ in range(3))
     alone = [segment_sum(x.contiguous(), offsets([x.shape[0]])) for x in values.split(lengths)]
     assert torch.equal(torch.cat(alone), first)
-
-
-@pytest.mark.parametrize("dtype", INDEX_DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_segment_ids(lengths, dtype):
-    found = segment_ids(offsets(lengths, dtype), sum(lengths))
-    assert found.dtype == torch.int64
-    assert found.tolist() == [s for s, n in enumerate(lengths) for _ in range(n)]

@@ -11,7 +11,9 @@ def set_debug(enabled: bool) -> None:
     `set_debug(True)`. Checks of shapes, dtypes and devices are always made.
     """
     global _debug
-    _debug = bool(enabled)
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__}")
+    _debug = enabled
 
 
 def is_debug() -> bool:

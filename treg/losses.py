@@ -18,6 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treg.checks import (
+    check_floating,
+    check_lengths,
+    check_number,
+    check_pair_inputs,
+    check_sequences,
+    check_shape,
+    check_tensor,
+    values_visible,
+)
 from treg.results import PairLoss
 from treg.segments import segment_sum
 
@@ -89,7 +99,8 @@ def discopop(rho_w: Tensor, rho_l: Tensor, o: "LossOptions") -> Tensor:
     """-(1 - g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05).   DiscoPOP, arXiv 2406.08414 Eq. 5."""
     m = rho_w - rho_l
     gate = torch.sigmoid(m / DISCOPOP_TAU)
-    return -(1 - gate) * F.logsigmoid(m) + gate * torch.exp(-m)
+    # gate * exp(-m), where exp(-m) alone would overflow
+    return -(1 - gate) * F.logsigmoid(m) + torch.exp(F.logsigmoid(m / DISCOPOP_TAU) - m)
 
 
 def orpo(rho_w: Tensor, rho_l: Tensor, o: "LossOptions") -> Tensor:
@@ -99,6 +110,7 @@ def orpo(rho_w: Tensor, rho_l: Tensor, o: "LossOptions") -> Tensor:
 
 
 def _log_odds(logp: Tensor) -> Tensor:
+    logp = logp.clamp(max=-1e-12)  # the odds of a certain answer are infinite
     near_zero = logp > -math.log(2)  # each branch is exact on its side; the other's input is kept finite for autograd
     log1m = torch.where(
         near_zero,
@@ -152,18 +164,14 @@ class LossOptions:
     weighting: str = "gradient"
 
     def __post_init__(self):
-        if self.loss_type not in OBJECTIVES:
+        if not isinstance(self.loss_type, str) or self.loss_type not in OBJECTIVES:
             near = difflib.get_close_matches(str(self.loss_type), OBJECTIVES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"loss_type: expected one of {sorted(OBJECTIVES)}, got {self.loss_type!r}{hint}")
         if self.weighting not in ("gradient", "static"):
             raise ValueError(f"weighting: expected 'gradient' or 'static' (w = 1), got {self.weighting!r}")
         for name in ("beta", "alpha", "gamma", "label_smoothing"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}")
-        if self.beta <= 0:
-            raise ValueError(f"beta: expected a number > 0, got {self.beta}")
+            check_number(name, getattr(self, name), positive=name == "beta")
         if self.alpha < 0:
             raise ValueError(f"alpha: expected a number >= 0, got {self.alpha}; 0 turns the regularizer off")
         if self.gamma and self.loss_type != "simpo":
@@ -236,11 +244,38 @@ def treg_loss(
     Returns:
         PairLoss, in logps' dtype (computed in float64); loss [B] carries the gradient.
     Raises:
-        ValueError: ref_logps given or missing against the objective, or sums given with token_weights.
+        TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by name.
     """
+    check_tensor("logps", logps)
+    check_floating("logps", logps)
+    count = check_sequences("logps", logps, 2, cu_seqlens)
+    check_tensor("mask", mask, optional=True)
+    if mask is not None:
+        check_shape("mask", mask, logps.shape, "one per token")
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+    if not isinstance(options, LossOptions):
+        raise TypeError(f"options: expected a LossOptions, got {type(options).__name__}")
+    check_pair_inputs(logps, mask, token_rewards, ref_logps, token_weights, count, options.alpha)
+    per_token = ref_logps is not None and ref_logps.shape == logps.shape
+    check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
+    if values_visible(logps):
+        scored = torch.ones_like(logps) if mask is None else mask.to(logps.dtype)
+        check_lengths("logps" if mask is None else "mask", segment_sum(scored, cu_seqlens).tolist())
+    return pair_loss(logps, token_rewards, ref_logps, options, cu_seqlens, mask, token_weights)
+
+
+def pair_loss(
+    logps: Tensor,
+    token_rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    options: LossOptions,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+) -> PairLoss:
+    """`treg_loss` of inputs that have been checked."""
     objective = options.objective
-    check_reference(options, ref_logps, per_token=ref_logps is not None and ref_logps.shape == logps.shape,
-                    weighted=token_weights is not None)  # fmt: skip
     # sums over thousands of tokens, and differences of such sums, are taken in float64
     dtype, logps = logps.dtype, logps.double()
     if mask is None:

@@ -30,7 +30,7 @@ def linear_logprobs(
     Shapes and meaning as in `treg.ops.linear_logprobs`. 16-bit logits are rounded once by the matmul, then float32.
     """
     scored = target != ignore_index
-    y = target.clamp(min=0).unsqueeze(-1)
+    y = torch.where(scored, target, 0).unsqueeze(-1)
     z = hidden @ weight.T
     z = z if z.dtype == torch.float64 else z.float()
     if bias is not None:
@@ -43,7 +43,7 @@ def linear_logprobs(
     zero = z.new_zeros(())
     extra = {
         "lse": lambda: z.logsumexp(-1),
-        "entropy": lambda: -(logp.exp() * logp).sum(-1),
+        "entropy": lambda: torch.special.entr(logp.exp()).sum(-1),
         "mean_logit": lambda: z.mean(-1),
         "is_top1": lambda: z.gather(-1, y).squeeze(-1) >= z.amax(-1),
         "log_sum_sq_probs": lambda: (2 * logp).logsumexp(-1),

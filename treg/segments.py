@@ -21,9 +21,3 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     lengths = cu_seqlens.diff().to(device=values.device, dtype=torch.int64, non_blocking=True)
     # unsafe=True: the check of the lengths would make a GPU wait
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
-
-
-def segment_ids(cu_seqlens: Tensor, n: int) -> Tensor:
-    """Sequence number of each of n packed tokens: [n] int64 on cu_seqlens' device."""
-    ends = cu_seqlens[1:].to(torch.int64)
-    return torch.searchsorted(ends, torch.arange(n, device=ends.device), right=True)

@@ -9,8 +9,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from treg.losses import LossOptions, check_reference, treg_loss
-from treg.ops import checks
+from treg import checks
+from treg.losses import LossOptions, check_reference, pair_loss
 from treg.ops.head import Head, budget_of, scored_rows
 from treg.ops.logprobs import run_logprobs
 from treg.ops.pairs import Pairs, plan, run_pairs
@@ -67,7 +67,7 @@ def linear_logprobs(
     names = checks.check_outputs(outputs)
     checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
                       memory_budget, logits_dtype)  # fmt: skip
-    tiles = _tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
     budget = budget_of(memory_budget, hidden.device)
     with _no_autocast(hidden):
         found = run_logprobs(tiles, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), names, budget)
@@ -141,12 +141,16 @@ def fused_treg_loss(
     hidden, weight = _autocast(hidden, weight)
     checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
                       memory_budget, logits_dtype)  # fmt: skip
-    count = checks.check_sequences(hidden, target, cu_seqlens, ignore_index)
-    checks.check_pair_inputs(target, token_rewards, ref_logps, token_weights, count, alpha, ignore_index)
+    count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
+    scored = target != ignore_index
+    checks.check_pair_inputs(target, scored, token_rewards, ref_logps, token_weights, count, alpha)
+    token_rewards, ref_logps, token_weights = (
+        None if x is None else x.detach() for x in (token_rewards, ref_logps, token_weights)
+    )
     per_token = ref_logps is not None and ref_logps.shape == target.shape
     check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
 
-    tiles = _tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
     budget = budget_of(memory_budget, hidden.device)
     flat = [None if x is None else x.reshape(-1) for x in (target, token_rewards, token_weights)]
     ref = ref_logps.reshape(-1) if per_token else ref_logps
@@ -163,10 +167,9 @@ def fused_treg_loss(
             loss, result, logps = run_pairs(tiles, pairs, groups, budget)
         else:
             logps = run_logprobs(tiles, pairs.hidden, pairs.target, (), budget)["logprobs"]
-            result = treg_loss(
-                logps.reshape(target.shape), token_rewards, ref_logps, options, cu_seqlens=cu_seqlens,
-                mask=target != ignore_index, token_weights=token_weights,
-            )  # fmt: skip
+            result = pair_loss(
+                logps.reshape(target.shape), token_rewards, ref_logps, options, cu_seqlens, scored, token_weights
+            )
             loss = {"mean": result.loss.mean, "sum": result.loss.sum, "none": lambda: result.loss}[reduction]()
     return TRegLoss(loss, *result[1:], logps.detach().reshape(target.shape))
 
@@ -186,7 +189,7 @@ def _layout(
     if rows is not None:
         ends = torch.searchsorted(rows, torch.tensor(ends)).tolist()
     lengths = [b - a for a, b in itertools.pairwise(ends)]
-    checks.check_lengths(lengths)
+    checks.check_lengths("target", lengths)
     return rows, lengths
 
 
@@ -195,13 +198,13 @@ def _tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> TorchTile
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What torch.autocast would do to a linear layer's operands."""
-    if (
-        not (isinstance(weight, Tensor) and torch.is_autocast_enabled(hidden.device.type))
-        or hidden.dtype == torch.float64
-    ):
+    """What torch.autocast would do to a linear layer's operands; anything else is left for the checks to refuse."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or not isinstance(weight, Tensor):
         return hidden, weight
-    dtype = torch.get_autocast_dtype(hidden.device.type)
+    if hidden.dtype not in checks.HEAD_DTYPES or weight.dtype not in checks.HEAD_DTYPES:
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
 
 

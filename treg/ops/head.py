@@ -24,6 +24,12 @@ class Head:
     temperature: float = 1.0
     ignore_index: int = -100
 
+    @classmethod
+    def of(cls, weight, bias, logit_scale, softcap, temperature, ignore_index) -> "Head":
+        """From checked arguments; numbers of any kind become floats."""
+        cap = None if softcap is None else float(softcap)
+        return cls(weight, bias, float(logit_scale), cap, float(temperature), ignore_index)
+
     @property
     def scale(self) -> float:
         """dz / da at a softcap's slope of 1."""
@@ -39,14 +45,20 @@ def tile_rows(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = (),
     return max(0, budget - reserved - tiles.fixed_bytes) // tiles.row_bytes(stash=stash, outputs=outputs)
 
 
-def require_rows(tiles, budget: int, **kwargs) -> int:
-    """`tile_rows`, at most `tiles.max_rows`; ValueError where the budget does not hold a row."""
-    rows = tile_rows(tiles, budget, **kwargs)
-    if rows < 1:
-        least = tiles.fixed_bytes + tiles.row_bytes(**{k: v for k, v in kwargs.items() if k != "reserved"})
+def tile_step(tiles, budget: int, **kwargs) -> int:
+    """Rows of each tile of a longer run: what the budget holds (`check_budget`: at least one), as far as it helps."""
+    return max(1, min(tiles.max_rows, tile_rows(tiles, budget, **kwargs)))
+
+
+def check_budget(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = ()) -> None:
+    """ValueError where the budget does not hold a tile of one row, without a stash and (if needed) with one."""
+    sizes = [tiles.row_bytes(stash=False, outputs=outputs)]
+    if stash:
+        sizes.append(tiles.row_bytes(stash=True, outputs=outputs))
+    least = tiles.fixed_bytes + max(sizes)
+    if budget < least:
         V = tiles.head.weight.shape[0]
         raise ValueError(f"memory_budget: expected at least {least} bytes (one row at V={V}), got {budget}")
-    return min(rows, tiles.max_rows)
 
 
 def scored_rows(target: Tensor, ignore_index: int) -> Tensor | None:

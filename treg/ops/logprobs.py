@@ -8,7 +8,7 @@ trainable head     4: the logits are computed again in the backward, when the co
 import torch
 from torch import Tensor
 
-from treg.ops.head import Head, HeadGradients, chunks, require_rows, scaled_to, scored_rows
+from treg.ops.head import Head, HeadGradients, check_budget, chunks, scaled_to, scored_rows, tile_step
 
 
 def run_logprobs(tiles, hidden: Tensor, target: Tensor, outputs: tuple[str, ...], budget: int) -> dict[str, Tensor]:
@@ -29,7 +29,8 @@ class _LinearLogprobs(torch.autograd.Function):
         frozen = need_hidden and not (need_weight or need_bias) and weight.dtype != torch.float16
         found = {n: hidden.new_zeros(N, dtype=torch.bool if n == "is_top1" else tiles.compute)
                  for n in ("logprobs", "norm", *outputs)}  # fmt: skip
-        step = require_rows(tiles, budget, stash=frozen, outputs=outputs)
+        check_budget(tiles, budget, stash=need_hidden or need_weight or need_bias, outputs=outputs)
+        step = tile_step(tiles, budget, stash=frozen, outputs=outputs)
         stash = grads = None
         if frozen:
             count = N if rows is None else rows.shape[0]
@@ -68,7 +69,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, target, norm, rows = ctx.saved_tensors
         tiles, N = ctx.tiles, hidden.shape[0]
         count = N if rows is None else rows.shape[0]
-        step = require_rows(tiles, ctx.budget, stash=True)
+        step = tile_step(tiles, ctx.budget, stash=True)
         grads = HeadGradients(hidden, tiles.head, ctx.needs_input_grad[:3], compute=tiles.compute,
                               complete=rows is None, single=count <= step)  # fmt: skip
         tile = hidden.new_empty(min(step, count), weight.shape[0], dtype=tiles.stash_dtype)

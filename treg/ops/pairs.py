@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treg.losses import LossOptions, reward_gradient, treg_loss
-from treg.ops.head import HeadGradients, chunks, scaled_to, tile_rows
+from treg.losses import LossOptions, pair_loss, reward_gradient
+from treg.ops.head import HeadGradients, chunks, scaled_to, tile_rows, tile_step
 from treg.results import PairLoss
 
 MIN_TILE_ROWS = 16  # below this a GEMM reads the weight more often than it is worth
@@ -167,7 +167,7 @@ class _Work:
         # the first pair's sums are scaled in place; a later one's are kept apart until its w is known
         sums = total if total.empty else self._pair_sums()
         reserved = 0 if sums is total or total.dweight is None else total.dweight.nbytes
-        step = self._step(stash=True, reserved=reserved)
+        step = tile_step(self.tiles, self.budget, stash=True, reserved=reserved)
         tile = self._tile(min(step, rows.shape[0]))
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
@@ -189,14 +189,14 @@ class _Work:
 
     def _recompute(self, group: Group, rows: Tensor) -> None:
         norm = torch.empty_like(self.logps[rows])
-        step = self._step(stash=False)
+        step = tile_step(self.tiles, self.budget, stash=False)
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
             got = self.tiles.forward(self.pairs.hidden[r], self.pairs.target[r])
             self.logps[r], norm[piece] = got["logprobs"], got["norm"]
         self.tiles.release()
         coef = self._coefficients(group, rows)
-        step = self._step(stash=True)
+        step = tile_step(self.tiles, self.budget, stash=True)
         tile = self._tile(min(step, rows.shape[0]))
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
@@ -221,7 +221,7 @@ class _Work:
         return rows if self.pairs.rows is None else self.pairs.rows[rows]
 
     def _loss(self, group: Group, rows: Tensor, logps: Tensor) -> PairLoss:
-        """treg_loss of a group from its log-probs; kept for `result`."""
+        """The loss of a group from its log-probs; kept for `result`."""
         pairs, B = self.pairs, self.pairs.count
         cu_seqlens = pairs.cu_seqlens
         if pairs.lengths is not None:
@@ -231,14 +231,14 @@ class _Work:
         if ref is not None:
             per_token = ref.shape == pairs.target.shape
             ref = ref[rows] if per_token else torch.cat([ref[i + group.first : i + group.last] for i in (0, B)])
-        loss = treg_loss(
+        loss = pair_loss(
             logps,
             None if pairs.token_rewards is None else pairs.token_rewards[rows],
             ref,
             pairs.options,
-            cu_seqlens=cu_seqlens,
-            mask=None if pairs.rows is not None else pairs.target[rows] != self.tiles.head.ignore_index,
-            token_weights=None if pairs.token_weights is None else pairs.token_weights[rows],
+            cu_seqlens,
+            None if pairs.rows is not None else pairs.target[rows] != self.tiles.head.ignore_index,
+            None if pairs.token_weights is None else pairs.token_weights[rows],
         )
         self.losses.append(PairLoss(*(x.detach() for x in loss)))
         return loss
@@ -279,9 +279,6 @@ class _Work:
 
     def _new_grads(self, hidden: Tensor, head) -> HeadGradients:
         return HeadGradients(hidden, head, self.needs, compute=self.tiles.compute, complete=self.pairs.rows is None)
-
-    def _step(self, **kwargs) -> int:
-        return max(1, min(self.tiles.max_rows, tile_rows(self.tiles, self.budget, **kwargs)))
 
     def _tile(self, rows: int) -> Tensor:
         """[rows, V]; one buffer serves all groups."""

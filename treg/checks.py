@@ -1,33 +1,48 @@
-"""What the public ops accept. Every message names the argument, what was expected and what came.
+"""What the public functions accept. Every message names the argument, what was expected and what came.
 
 Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`; shapes, dtypes and devices always.
 """
 
-import itertools
 import math
+from collections.abc import Collection
+from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from treg.debug import is_debug
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*HEAD_DTYPES, torch.float64)
 OUTPUTS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
 def check_tensor(name: str, x, *, optional: bool = False) -> None:
-    if isinstance(x, Tensor) or (optional and x is None):
+    """A dense tensor with values."""
+    if optional and x is None:
         return
-    raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(x).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(x).__name__}")
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"{name}: expected a plain tensor, got a DTensor; pass {name}.full_tensor()")
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}{' (nested)' if x.is_nested else ''}")
+    if x.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
 
 
 def check_number(name: str, x, *, positive: bool = False, optional: bool = False) -> None:
+    """A finite real number."""
     if optional and x is None:
         return
-    bad = isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x) or (positive and x <= 0)
-    if bad:
+    try:
+        good = isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(float(x)) and not (positive and x <= 0)
+    except OverflowError:
+        good = False
+    if not good:
         kind = "a finite number > 0" if positive else "a finite number"
-        raise ValueError(f"{name}: expected {kind}{' or None' if optional else ''}, got {x!r}")
+        raise ValueError(f"{name}: expected {kind}{' or None' if optional else ''}, got {repr(x)[:60]}")
 
 
 def check_shape(name: str, x: Tensor, shape, why: str) -> None:
@@ -35,19 +50,19 @@ def check_shape(name: str, x: Tensor, shape, why: str) -> None:
         raise ValueError(f"{name}: expected shape {list(shape)} ({why}), got {list(x.shape)}")
 
 
-def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
-    if x.device != hidden.device:
-        raise ValueError(f"{name}: expected a tensor on {hidden.device} (where hidden is), got one on {x.device}")
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, as the others are, got one on {x.device}")
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {x.dtype}")
 
 
 def values_visible(x: Tensor) -> bool:
     """Whether the values of a tensor may be looked at here."""
-    return x.device.type == "cpu" or (x.device.type != "meta" and is_debug())
+    return x.device.type == "cpu" or is_debug()
 
 
 def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
@@ -58,21 +73,20 @@ def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
         bad &= scored
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}: expected finite values, got {x[tuple(at)].item()} at index {at} ({int(bad.sum())} in all)"
-        )
+        got = f"{x[tuple(at)].item()} at index {at} ({int(bad.sum())} in all)"
+        raise ValueError(f"{name}: expected finite values, got {got}")
 
 
 def check_head(
     hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype
 ) -> None:
-    """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]."""
+    """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]; impl resolved."""
     for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
         check_tensor(name, x)
     check_tensor("bias", bias, optional=True)
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden: expected shape [..., D] with D >= 1, got {list(hidden.shape)}")
-    allowed = FLOATS if impl == "triton" else (*FLOATS, torch.float64)
+    allowed = HEAD_DTYPES if impl == "triton" else FLOATS
     if hidden.dtype not in allowed:
         raise ValueError(f"hidden: expected one of {[str(d) for d in allowed]} for impl={impl!r}, got {hidden.dtype}")
     if weight.ndim != 2 or weight.shape[0] < 1:
@@ -90,19 +104,22 @@ def check_head(
     check_shape("target", target, hidden.shape[:-1], "hidden's without D")
     check_device("weight", weight, hidden)
     check_device("target", target, hidden)
+    V = weight.shape[0]
     if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],), "V")
+        check_shape("bias", bias, (V,), "V")
         check_floating("bias", bias)
         check_device("bias", bias, hidden)
     check_number("logit_scale", logit_scale)
     check_number("softcap", softcap, positive=True, optional=True)
     check_number("temperature", temperature, positive=True)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise ValueError(f"ignore_index: expected an int, got {ignore_index!r}")
-    if memory_budget is not None and (
-        isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0
-    ):
-        raise ValueError(f"memory_budget: expected a number of bytes > 0 (int) or None, got {memory_budget!r}")
+    if not abs(logit_scale / temperature) < 1e30:
+        raise ValueError(
+            f"temperature: expected |logit_scale / temperature| < 1e30, got {logit_scale} / {temperature}; "
+            "float32 logits would overflow"
+        )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
+    _check_budget(memory_budget)
     if logits_dtype is not None and (
         impl == "triton" or logits_dtype not in (torch.float32, hidden.dtype) or hidden.dtype == torch.float64
     ):
@@ -111,7 +128,6 @@ def check_head(
             f"inputs, got {logits_dtype!r} with impl={impl!r} and {hidden.dtype}"
         )
     if values_visible(target):
-        V = weight.shape[0]
         bad = (target != ignore_index) & ((target < 0) | (target >= V))
         if bool(bad.any()):
             at = bad.nonzero()[0].tolist()
@@ -121,8 +137,15 @@ def check_head(
             )
 
 
+def _check_budget(memory_budget) -> None:
+    if memory_budget is None:
+        return
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
+        raise ValueError(f"memory_budget: expected a number of bytes > 0 (int) or None, got {memory_budget!r}")
+
+
 def check_outputs(outputs) -> tuple[str, ...]:
-    if isinstance(outputs, str) or not all(isinstance(n, str) and n in OUTPUTS for n in outputs):
+    if isinstance(outputs, str) or not isinstance(outputs, Collection) or any(n not in OUTPUTS for n in outputs):
         raise ValueError(f"outputs: expected a tuple of names among {list(OUTPUTS)}, got {outputs!r}")
     return tuple(n for n in OUTPUTS if n in outputs)
 
@@ -147,63 +170,71 @@ def resolve_impl(impl, hidden) -> str:
     return impl
 
 
-def check_sequences(hidden: Tensor, target: Tensor, cu_seqlens, ignore_index: int) -> int:
-    """Layout of fused_treg_loss: [2B, T, D], or [N, D] with cu_seqlens. Returns 2B."""
+def check_sequences(name: str, x: Tensor, ndim: int, cu_seqlens) -> int:
+    """Layout of sequences in x: ndim dimensions [2B, T, ...], or one less, [N, ...], with cu_seqlens. Returns 2B."""
     check_tensor("cu_seqlens", cu_seqlens, optional=True)
+    tail = ", D" if ndim == 3 else ""
     if cu_seqlens is None:
-        if hidden.ndim != 3:
+        if x.ndim != ndim:
             raise ValueError(
-                f"hidden: expected [2B, T, D], or [N, D] with cu_seqlens, got {list(hidden.shape)} without"
+                f"{name}: expected [2B, T{tail}], or [N{tail}] with cu_seqlens, got {list(x.shape)} without"
             )
-        count = hidden.shape[0]
+        count = x.shape[0]
     else:
-        if hidden.ndim != 2:
-            raise ValueError(f"hidden: expected [N, D] beside cu_seqlens, got {list(hidden.shape)}")
+        if x.ndim != ndim - 1:
+            raise ValueError(f"{name}: expected [N{tail}] beside cu_seqlens, got {list(x.shape)}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
             raise ValueError(f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+        if cu_seqlens.device.type != "cpu":
+            check_device("cu_seqlens", cu_seqlens, x)
         count = cu_seqlens.shape[0] - 1
         if values_visible(cu_seqlens) and count >= 0:
             ends = cu_seqlens.tolist()
             if ends[0] != 0:
                 raise ValueError(f"cu_seqlens: expected to start at 0, got {ends[0]}")
-            if any(a > b for a, b in itertools.pairwise(ends)):
+            if any(a > b for a, b in pairwise(ends)):
                 raise ValueError(f"cu_seqlens: expected not to decrease, got {ends}")
-            if ends[-1] != hidden.shape[0]:
-                raise ValueError(f"cu_seqlens: expected to end at N={hidden.shape[0]} (rows of hidden), got {ends[-1]}")
+            if ends[-1] != x.shape[0]:
+                raise ValueError(f"cu_seqlens: expected to end at N={x.shape[0]} (rows of {name}), got {ends[-1]}")
     if count < 2 or count % 2:
-        name = "hidden" if cu_seqlens is None else "cu_seqlens"
-        raise ValueError(f"{name}: expected an even number >= 2 of sequences (chosen, then rejected), got {count}")
+        argument = name if cu_seqlens is None else "cu_seqlens"
+        raise ValueError(
+            f"{argument}: expected an even number >= 2 of sequences (chosen, then rejected), got {max(count, 0)}"
+        )
     return count
 
 
-def check_pair_inputs(target, token_rewards, ref_logps, token_weights, count, alpha, ignore_index) -> None:
-    """Per-token and per-sequence inputs of fused_treg_loss."""
-    scored = target != ignore_index if values_visible(target) else None
+def check_pair_inputs(
+    like: Tensor, scored: Tensor | None, token_rewards, ref_logps, token_weights, count: int, alpha: float
+) -> None:
+    """Per-token inputs have like's shape, ref_logps may be [2B]; values matter where scored (None: everywhere)."""
     check_tensor("token_rewards", token_rewards, optional=alpha == 0)
     for name, x in (("token_rewards", token_rewards), ("token_weights", token_weights)):
         check_tensor(name, x, optional=True)
         if x is not None:
-            check_shape(name, x, target.shape, "target's")
+            check_shape(name, x, like.shape, "one per token")
             check_floating(name, x)
-            check_device(name, x, target)
+            check_device(name, x, like)
             check_finite(name, x, scored)
-    if token_weights is not None and values_visible(token_weights) and bool((token_weights < 0).any()):
-        raise ValueError(f"token_weights: expected values >= 0, got {token_weights.min().item()}")
+    if token_weights is not None and values_visible(token_weights):
+        bad = token_weights < 0 if scored is None else (token_weights < 0) & scored
+        if bool(bad.any()):
+            raise ValueError(f"token_weights: expected values >= 0, got {token_weights[bad].min().item()}")
     check_tensor("ref_logps", ref_logps, optional=True)
     if ref_logps is not None:
-        if tuple(ref_logps.shape) not in ((count,), tuple(target.shape)):
+        if tuple(ref_logps.shape) not in ((count,), tuple(like.shape)):
             raise ValueError(
-                f"ref_logps: expected [{count}] sums, or {list(target.shape)} per token, got {list(ref_logps.shape)}"
+                f"ref_logps: expected [{count}] sums, or {list(like.shape)} per token, got {list(ref_logps.shape)}"
             )
         check_floating("ref_logps", ref_logps)
-        check_device("ref_logps", ref_logps, target)
-        check_finite("ref_logps", ref_logps, scored if ref_logps.shape == target.shape else None)
+        check_device("ref_logps", ref_logps, like)
+        check_finite("ref_logps", ref_logps, scored if ref_logps.shape == like.shape else None)
 
 
-def check_lengths(lengths: list[int]) -> None:
+def check_lengths(name: str, lengths: list[int]) -> None:
     """Every sequence has a scored token; lengths in scored tokens."""
     for s, length in enumerate(lengths):
         if length == 0:
             raise ValueError(
-                f"target: expected a scored token in every sequence, got none in sequence {s} of {len(lengths)}"
+                f"{name}: expected a scored token in every sequence, got none in sequence {s} of {len(lengths)}"
             )
