@@ -9,7 +9,8 @@ from torch import Tensor
 
 from treg.ops.head import Head
 
-CACHE_ROWS = 1 << 20  # elements that the row passes work on at a time (4 MiB in float32)
+BLOCK = {"cpu": 1 << 20}  # elements that the row passes work on at a time: 4 MiB in float32 stay in a CPU's cache;
+BLOCK_GPU = 1 << 24  # on a GPU each pass is a launch
 PASS_BUFFERS = 4  # such blocks alive at once, at most
 UPCAST_SLAB = 4096  # vocabulary rows of a 16-bit weight brought to float32 at a time
 
@@ -26,6 +27,7 @@ class TorchTiles:
             logits_dtype = torch.bfloat16 if rounded else self.compute
         self.logits_dtype = logits_dtype
         self.stash_dtype = weight.dtype
+        self._block = BLOCK.get(weight.device.type, BLOCK_GPU)
         self._logits: Tensor | None = None
 
     # -- sizes, in bytes ----------------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ class TorchTiles:
     def fixed_bytes(self) -> int:
         """Temporaries that do not depend on the rows of a tile."""
         V, D = self.head.weight.shape
-        passes = PASS_BUFFERS * max(CACHE_ROWS, V) * self.compute.itemsize
+        passes = PASS_BUFFERS * max(self._block, V) * self.compute.itemsize
         return passes + self._upcast * min(V, UPCAST_SLAB) * D * self.compute.itemsize
 
     @property
@@ -123,7 +125,7 @@ class TorchTiles:
         self._logits = None
 
     def _blocks(self, n: int):
-        step = max(1, CACHE_ROWS // self.head.weight.shape[0])
+        step = max(1, self._block // self.head.weight.shape[0])
         return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
     def _matmul(self, hidden: Tensor, out: Tensor | None) -> Tensor:
