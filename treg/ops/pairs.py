@@ -154,6 +154,7 @@ class _Work:
     # -- the three ways -----------------------------------------------------------------------------------------
 
     def _stash(self, group: Group, rows: Tensor) -> None:
+        self._pair = None  # the stash may take all of the budget
         hidden, target = self.pairs.hidden[rows], self.pairs.target[rows]
         stash = self._tile(rows.shape[0])
         got = self.tiles.forward(hidden, target, stash=stash)
@@ -163,11 +164,13 @@ class _Work:
 
     def _scale(self, group: Group, rows: Tensor) -> None:
         known = self._known_coefficients(group, rows)
-        total = self.grads
         # the first pair's sums are scaled in place; a later one's are kept apart until its w is known
-        sums = total if total.empty else self._pair_sums()
-        reserved = 0 if sums is total or total.dweight is None else total.dweight.nbytes
+        total, apart = self.grads, not self.grads.empty
+        reserved = total.dweight.nbytes if apart and total.dweight is not None else 0
         step = tile_step(self.tiles, self.budget, stash=True, reserved=reserved)
+        if self._buffer is not None and self._buffer.shape[0] > step:
+            self._buffer = None  # a larger tile of an earlier group
+        sums = self._pair_sums() if apart else total
         tile = self._tile(min(step, rows.shape[0]))
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
@@ -185,9 +188,10 @@ class _Work:
             return
         for x, part in ((total.dweight, sums.dweight), (total.dbias, sums.dbias)):
             if x is not None:
-                x.mul_(w) if sums is total else x.addcmul_(part, w)
+                x.addcmul_(part, w) if apart else x.mul_(w)
 
     def _recompute(self, group: Group, rows: Tensor) -> None:
+        self._pair = self._buffer = None
         norm = torch.empty_like(self.logps[rows])
         step = tile_step(self.tiles, self.budget, stash=False)
         for piece in chunks(None, rows.shape[0], step):
