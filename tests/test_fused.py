@@ -235,7 +235,8 @@ def test_memory_stays_within_the_budget(impl, loss_type, trainable):
     D, V = 24, 8000 if impl == "torch" else 4000
     # a short pair, a long one, a short one: each way takes over from another
     for length in (64, 256, 1024) if impl == "torch" else (64, 192):
-        case = make_case([40, length, 40] * 2, D=D, V=V, loss_type=loss_type, spread=0.05).at(torch.float32, device_of(impl))
+        case = make_case([40, length, 40] * 2, D=D, V=V, loss_type=loss_type, spread=0.05)
+        case = case.at(torch.float32, device_of(impl))
         case.weight.requires_grad_(trainable)
         budget = budget_for(case, impl, torch.float32, 150, 1)
         with PeakMemory() as memory:
