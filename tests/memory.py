@@ -25,7 +25,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._note(tree_leaves((args, kwargs)), self._known.add)
         result = func(*args, **(kwargs or {}))
-        if self.collect and any(isinstance(x, torch.Tensor) and x.nbytes > 1 << 16 for x in tree_leaves(result)):
+        if self.collect and any(isinstance(x, torch.Tensor) and self._large_and_new(x) for x in tree_leaves(result)):
             gc.collect()
         for key in [k for k, (ref, _) in self._alive.items() if ref.expired()]:
             del self._alive[key]
@@ -36,6 +36,10 @@ class PeakMemory(TorchDispatchMode):
                     self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(n for _, n in self._alive.values()))
         return result
+
+    def _large_and_new(self, x):
+        storage = x.untyped_storage()
+        return storage.nbytes() > 1 << 18 and storage._cdata not in self._alive and storage._cdata not in self._known
 
     def _note(self, leaves, add):
         for x in leaves:

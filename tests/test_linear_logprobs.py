@@ -1,11 +1,15 @@
 """`linear_logprobs`, both implementations, against the dense reference in float64."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers import DEVICE, DTYPES, IMPLS, Case, assert_within_budget, check_against_reference, device_of, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import treg.ops.head
 from treg import reference
 from treg.ops import linear_logprobs
 
@@ -200,6 +204,73 @@ def least_budget(case: Case, dtype: torch.dtype, impl: str) -> int:
     return 2 * int(str(caught.value).split()[4])
 
 
+UPSTREAMS = {
+    "sum": lambda out: out.logprobs.sum(),  # one number, expanded
+    "every second": lambda out: (out.logprobs[::2] * 3).sum(),
+    "reversed": lambda out: (out.logprobs.flip(0) * torch.arange(out.logprobs.shape[0]).to(out.logprobs)).sum(),
+    "strided": lambda out: torch.stack([out.logprobs, -2 * out.logprobs], 1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pytest.mark.parametrize("target", ["plain", "strided", "expanded"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layouts_of_rows(impl, target, upstream):
+    """Upstream gradients and targets of any strides; nothing ignored, so that rows are taken as they lie."""
+    case = make_case(N=40, D=16, V=90, ignored=0, outputs=())
+    y = case.rest["target"]
+    case.rest["target"] = {"plain": y, "strided": y.repeat_interleave(2)[::2], "expanded": y[:1].expand(40)}[target]
+    check_against_reference(case, linear_logprobs, reference.linear_logprobs, UPSTREAMS[upstream], torch.float32,
+                            device_of(impl), impl=impl)  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_at_ignored_rows_stays_there(impl, frozen, monkeypatch):
+    """Also where nobody looks which rows are ignored, as on a GPU."""
+    monkeypatch.setattr(treg.ops.head, "sees_values", lambda x: False)
+    case = make_case(N=20, bias=True, ignored=5, outputs=OUTPUTS)
+    clean = case.at(torch.float32, device_of(impl))
+    case.hidden[case.rest["target"] == -100] = float("nan")
+    dirty = case.at(torch.float32, device_of(impl))
+    for c in (clean, dirty):
+        c.weight.requires_grad_(not frozen)
+        c.bias.requires_grad_(not frozen)
+    clean, dirty = (c.run(linear_logprobs, weighted, impl=impl) for c in (clean, dirty))
+    for name in clean:
+        assert torch.equal(clean[name], dirty[name]), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vocabulary_masked_by_the_bias(impl):
+    """A bias of -inf takes tokens out; every statistic stays finite."""
+    case = make_case(N=20, V=300, bias=True, ignored=0, outputs=("lse", "entropy", "is_top1", "log_sum_sq_probs"))
+    case.bias[[3, 150, 299]] = -float("inf")
+    case.bias[128:256] = -float("inf")  # a whole tile
+    case.rest["target"] = torch.randint(4, 100, (20,))
+    check_against_reference(case, linear_logprobs, reference.linear_logprobs, weighted, torch.float32, device_of(impl),
+                            plain_runs=2, impl=impl)  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weight_is_saved_by_autograd_alone(impl):
+    """After the backward nothing of the graph holds the weight; a weight changed before it is noticed."""
+    case = make_case(N=4, outputs=()).at(torch.float32, device_of(impl))
+    weight = case.weight * 1.0
+    out = linear_logprobs(case.hidden, weight, impl=impl, **case.rest).logprobs
+    with torch.no_grad():
+        weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    weight = case.weight * 1.0
+    gone = weakref.ref(weight)
+    out = linear_logprobs(case.hidden, weight, impl=impl, **case.rest).logprobs
+    out.sum().backward()
+    del weight
+    gc.collect()
+    assert gone() is None and out is not None
+
+
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_output_is_left_unwritten(impl, trainable, poisoned):
@@ -282,6 +353,16 @@ def test_autocast_casts_both_operands():
     exact = case.at(torch.float64).run(reference.linear_logprobs, lambda o: o.logprobs.sum())
     assert case.weight.grad.dtype == torch.float32
     assert error(case.weight.grad, exact["dweight"]) < 2e-2
+
+
+def test_a_backward_under_autocast_keeps_float32():
+    """What was computed in float32 is differentiated in float32."""
+    case = make_case(N=20, outputs=()).at(torch.float32)
+    plain = case.run(linear_logprobs, weighted)
+    out = linear_logprobs(case.hidden, case.weight, case.rest["target"])
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(weighted(out), (case.hidden, case.weight))
+    assert torch.equal(grads[0], plain["dhidden"]) and torch.equal(grads[1], plain["dweight"])
 
 
 def test_rounded_logits_are_an_option_not_a_surprise():

@@ -68,6 +68,7 @@ def logits_gradient(
     """
     N, D = hidden.shape
     V = weight.shape[0]
+    assert all(x is None or x.is_contiguous() for x in (target, bias, norm, coef, out))
     if N == 0:
         return
     _gradient_kernel[lambda c: (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)](

@@ -117,7 +117,7 @@ def _tile_kernel(
     if top_ptr is not None:
         tl.store(top_ptr + at, top, mask=mask_n)
     if ez_ptr is not None:
-        tl.store(ez_ptr + at, tl.sum(e * (z2 - k[:, None]), axis=1), mask=mask_n)
+        tl.store(ez_ptr + at, tl.sum(tl.where(e > 0.0, e * (z2 - k[:, None]), 0.0), axis=1), mask=mask_n)
     if ee_ptr is not None:
         tl.store(ee_ptr + at, tl.sum(e * e, axis=1), mask=mask_n)
     if stash_ptr is not None:
@@ -239,6 +239,7 @@ def logprob_forward(
     N, D = hidden.shape
     V = weight.shape[0]
     dev = hidden.device
+    assert all(x is None or x.is_contiguous() for x in (target, bias, stash))
 
     def row(dtype=torch.float32):
         return torch.empty(N, dtype=dtype, device=dev)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treg import checks
 from treg.losses import LossOptions, check_reference, pair_loss
-from treg.ops.head import Head, budget_of, scored_rows
+from treg.ops.head import Head, budget_of, scored_rows, without_autocast
 from treg.ops.logprobs import run_logprobs
 from treg.ops.pairs import Pairs, plan, run_pairs
 from treg.ops.torch_tiles import TorchTiles
@@ -69,8 +69,10 @@ def linear_logprobs(
                       memory_budget, logits_dtype)  # fmt: skip
     tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
     budget = budget_of(memory_budget, hidden.device)
-    with _no_autocast(hidden):
-        found = run_logprobs(tiles, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), names, budget)
+    with without_autocast(hidden):
+        found = run_logprobs(
+            tiles, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(), names, budget
+        )
     return LinearLogprobs(**{name: x.reshape(target.shape) for name, x in found.items()})
 
 
@@ -152,7 +154,7 @@ def fused_treg_loss(
 
     tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
     budget = budget_of(memory_budget, hidden.device)
-    flat = [None if x is None else x.reshape(-1) for x in (target, token_rewards, token_weights)]
+    flat = [None if x is None else x.reshape(-1).contiguous() for x in (target, token_rewards, token_weights)]
     ref = ref_logps.reshape(-1) if per_token else ref_logps
     rows, lengths = _layout(flat[0], cu_seqlens, count, ignore_index)
     pairs = Pairs(hidden.reshape(-1, hidden.shape[-1]), flat[0], flat[1], ref, flat[2], rows, lengths, cu_seqlens,
@@ -162,7 +164,7 @@ def fused_treg_loss(
     groups = None
     if trained and reduction != "none" and weight.dtype != torch.float16:
         groups = plan(pairs, tiles, budget)
-    with _no_autocast(hidden):
+    with without_autocast(hidden):
         if groups is not None:
             loss, result, logps = run_pairs(tiles, pairs, groups, budget)
         else:
@@ -206,8 +208,3 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
-
-
-def _no_autocast(hidden: Tensor):
-    device = hidden.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

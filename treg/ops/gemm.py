@@ -6,7 +6,11 @@ Plain GEMMs of the vendor's library. What differs is where they round: dweight i
 import torch
 from torch import Tensor
 
-SLAB = 4096  # vocabulary rows of a CPU product at a time: its result stays in cache until it is added
+SLAB = 1 << 20  # elements of [V, D] that a CPU widens or adds at a time: 4 MiB in float32 stay in cache
+
+
+def slab_rows(columns: int) -> int:
+    return max(1, SLAB // columns)
 
 
 def widened(dtype: torch.dtype, device: torch.device) -> bool:
@@ -14,13 +18,22 @@ def widened(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.float16
 
 
+def slab_bytes(D: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Temporaries of the products below: bytes in all, and more per row of a tile."""
+    if device.type != "cpu" or dtype.itemsize > 2:
+        return 0, 0
+    rows = slab_rows(D)
+    return rows * D * 12, rows * 8 * widened(dtype, device)
+
+
 def times_weight(tile: Tensor, weight: Tensor) -> Tensor:
     """tile [n, V] @ weight [V, D] -> [n, D] in tile's dtype, float32 sums."""
     if not widened(tile.dtype, tile.device):
         return tile @ weight
     out = torch.zeros(tile.shape[0], weight.shape[1])
-    for a in range(0, weight.shape[0], SLAB):
-        out.addmm_(tile[:, a : a + SLAB].float(), weight[a : a + SLAB].float())
+    step = slab_rows(weight.shape[1])
+    for a in range(0, weight.shape[0], step):
+        out.addmm_(tile[:, a : a + step].float(), weight[a : a + step].float())
     return out.to(tile.dtype)
 
 
@@ -36,9 +49,24 @@ def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> N
         torch.addmm(acc, tile.T, rows, out_dtype=acc.dtype, beta=beta, out=acc)
     else:
         rows = rows.to(acc.dtype) if widened(tile.dtype, tile.device) else rows
-        for a in range(0, acc.shape[0], SLAB):
-            part = tile[:, a : a + SLAB].to(rows.dtype).T @ rows
-            if first:
-                acc[a : a + SLAB] = part
-            else:
-                acc[a : a + SLAB].add_(part.to(acc.dtype))
+        step = slab_rows(rows.shape[1])
+        for a in range(0, acc.shape[0], step):
+            slab = acc[a : a + step]
+            slab.copy_(_product(tile, rows, a, step)) if first else slab.add_(
+                _product(tile, rows, a, step).to(acc.dtype)
+            )
+
+
+def _product(tile: Tensor, rows: Tensor, a: int, step: int) -> Tensor:
+    return tile[:, a : a + step].to(rows.dtype).T @ rows
+
+
+def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor (a scalar or one number a row), rounded once to dtype; x is [n] or [n, D]."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.device.type != "cpu" or x.dtype == dtype:
+        return torch.mul(x, factor, out=out)
+    step = slab_rows(max(1, x[:1].numel()))  # a CPU would make a wide copy of all of it
+    for a in range(0, x.shape[0], step):
+        out[a : a + step] = x[a : a + step] * (factor if factor.ndim == 0 else factor[a : a + step])
+    return out

@@ -1,5 +1,6 @@
 """A language-model head and the rows that go through it; what every implementation shares."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,6 +37,12 @@ class Head:
         return self.logit_scale / self.temperature
 
 
+def without_autocast(x: Tensor):
+    """A context in which products keep the dtypes they are given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def budget_of(memory_budget: int | None, device: torch.device) -> int:
     return memory_budget or DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_GPU)
 
@@ -61,12 +68,25 @@ def check_budget(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = 
         raise ValueError(f"memory_budget: expected at least {least} bytes (one row at V={V}), got {budget}")
 
 
+def sees_values(x: Tensor) -> bool:
+    """Whether looking at a tensor's values is free. On a GPU it would wait for the device."""
+    return not x.is_cuda
+
+
 def scored_rows(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Rows with a target, or None for all of them. On a GPU always None: finding them would wait for the device."""
-    if target.is_cuda:
+    """Rows with a target; None for all of them, and where nobody may look."""
+    if not sees_values(target):
         return None
     scored = target != ignore_index
     return None if bool(scored.all()) else scored.nonzero().squeeze(1)
+
+
+def select(hidden: Tensor, target: Tensor, rows: slice | Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Rows of both. Where ignored rows could not be left out, what they hold (NaN even) is replaced by 0."""
+    h, y = hidden[rows], target[rows]
+    if not sees_values(target):
+        h = torch.where((y != ignore_index).unsqueeze(-1), h, 0.0)
+    return h, y
 
 
 def chunks(rows: Tensor | None, n: int, step: int) -> Iterator[slice | Tensor]:
@@ -90,12 +110,12 @@ class HeadGradients:
         self.head = head
         need_hidden, need_weight, need_bias = needs
         weight, bias = head.weight, head.bias
-        make = torch.empty_like if complete else torch.zeros_like
-        self.dhidden = make(hidden, memory_format=torch.contiguous_format) if need_hidden else None
+        make = hidden.new_empty if complete else hidden.new_zeros
+        self.dhidden = make(hidden.shape) if need_hidden else None
         self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=compute)
         sums = weight.dtype if single and not widened(weight.dtype, weight.device) else compute
         self.dweight = torch.empty(weight.shape, dtype=sums, device=weight.device) if need_weight else None
-        self.dbias = torch.zeros_like(bias, dtype=compute) if need_bias else None
+        self.dbias = torch.empty_like(bias, dtype=compute) if need_bias else None
         self.empty = True
 
     def add(self, tile: Tensor, rows: slice | Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
@@ -107,23 +127,12 @@ class HeadGradients:
             scaled = hidden if scale is None else (hidden * scale.unsqueeze(-1)).to(hidden.dtype)
             add_transposed(self.dweight, tile, scaled, first=self.empty)
         if self.dbias is not None:
-            self.dbias += tile.sum(0, dtype=self.dbias.dtype) if scale is None else _weighted_sum(tile, scale)
+            ones = self.row_scale[rows].unsqueeze(-1).to(tile.dtype)
+            add_transposed(self.dbias.unsqueeze(-1), tile, ones, first=self.empty)
         self.empty = False
 
     def finish(self) -> None:
         """After the last tile: the sums of no tile are 0."""
-        if self.empty and self.dweight is not None:
-            self.dweight.zero_()
-
-
-def _weighted_sum(tile: Tensor, scale: Tensor) -> Tensor:
-    """sum_t scale_t tile[t] in scale's dtype, a few rows at a time."""
-    total = scale.new_zeros(tile.shape[1])
-    for i in range(0, tile.shape[0], 256):
-        total += scale[i : i + 256] @ tile[i : i + 256].to(scale.dtype)
-    return total
-
-
-def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor, rounded once to dtype."""
-    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+        for total in (self.dweight, self.dbias):
+            if self.empty and total is not None:
+                total.zero_()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from treg.losses import LossOptions, pair_loss, reward_gradient
-from treg.ops.head import HeadGradients, chunks, scaled_to, tile_rows, tile_step
+from treg.ops.gemm import scaled_to
+from treg.ops.head import HeadGradients, chunks, select, tile_rows, tile_step
 from treg.results import PairLoss
 
 MIN_TILE_ROWS = 16  # below this a GEMM reads the weight more often than it is worth
@@ -155,7 +156,7 @@ class _Work:
 
     def _stash(self, group: Group, rows: Tensor) -> None:
         self._pair = None  # the stash may take all of the budget
-        hidden, target = self.pairs.hidden[rows], self.pairs.target[rows]
+        hidden, target = self._select(rows)
         stash = self._tile(rows.shape[0])
         got = self.tiles.forward(hidden, target, stash=stash)
         self.logps[rows] = got["logprobs"]
@@ -174,9 +175,9 @@ class _Work:
         tile = self._tile(min(step, rows.shape[0]))
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
-            hidden = self.pairs.hidden[r]
+            hidden, target = self._select(r)
             out = tile[: r.shape[0]]
-            got = self.tiles.forward(hidden, self.pairs.target[r], stash=out)
+            got = self.tiles.forward(hidden, target, stash=out)
             self.logps[r] = got["logprobs"]
             sums.add(out, r, hidden, known[piece] * got["factor"])
         loss = self._loss(group, rows, self.logps[rows])
@@ -196,7 +197,7 @@ class _Work:
         step = tile_step(self.tiles, self.budget, stash=False)
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
-            got = self.tiles.forward(self.pairs.hidden[r], self.pairs.target[r])
+            got = self.tiles.forward(*self._select(r))
             self.logps[r], norm[piece] = got["logprobs"], got["norm"]
         self.tiles.release()
         coef = self._coefficients(group, rows)
@@ -204,9 +205,9 @@ class _Work:
         tile = self._tile(min(step, rows.shape[0]))
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
-            hidden = self.pairs.hidden[r]
+            hidden, target = self._select(r)
             out = tile[: r.shape[0]]
-            self.tiles.gradient(hidden, self.pairs.target[r], norm[piece], coef[piece], out)
+            self.tiles.gradient(hidden, target, norm[piece], coef[piece], out)
             self.grads.add(out, r, hidden)
 
     # -- pieces -------------------------------------------------------------------------------------------------
@@ -223,6 +224,9 @@ class _Work:
         spans = [(self.starts[i + group.first], self.starts[i + group.last]) for i in (0, B)]
         rows = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
         return rows if self.pairs.rows is None else self.pairs.rows[rows]
+
+    def _select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return select(self.pairs.hidden, self.pairs.target, rows, self.tiles.head.ignore_index)
 
     def _loss(self, group: Group, rows: Tensor, logps: Tensor) -> PairLoss:
         """The loss of a group from its log-probs; kept for `result`."""
@@ -263,9 +267,9 @@ class _Work:
         scored = pairs.target[rows] != self.tiles.head.ignore_index
         sign = scored.new_ones(chosen + rejected, dtype=self.logps.dtype)
         sign[chosen:] = -1.0
-        weight = sign if pairs.token_weights is None else sign * pairs.token_weights[rows]
+        weight = sign if pairs.token_weights is None else sign * pairs.token_weights[rows].to(sign.dtype)
         if o.alpha:
-            weight = weight + o.alpha * pairs.token_rewards[rows]
+            weight = weight + o.alpha * pairs.token_rewards[rows].to(sign.dtype)
         if o.objective.length_normalised:
             counts = [scored[:chosen].sum(), scored[chosen:].sum()]
             weight = weight / torch.cat([c.expand(n) for c, n in zip(counts, (chosen, rejected), strict=True)])
@@ -277,8 +281,6 @@ class _Work:
             self._pair = self._new_grads(self.pairs.hidden[:0], self.tiles.head)
             self._pair.dhidden, self._pair.row_scale = self.grads.dhidden, self.grads.row_scale
         self._pair.empty = True
-        if self._pair.dbias is not None:
-            self._pair.dbias.zero_()
         return self._pair
 
     def _new_grads(self, hidden: Tensor, head) -> HeadGradients:

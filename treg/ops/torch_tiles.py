@@ -7,18 +7,18 @@ it stays in cache. Exact float32 logits are the rule; `logits_dtype` says where 
 import torch
 from torch import Tensor
 
+from treg.ops.gemm import slab_bytes, slab_rows
 from treg.ops.head import Head
 
 BLOCK = {"cpu": 1 << 20}  # elements that the row passes work on at a time: 4 MiB in float32 stay in a CPU's cache;
 BLOCK_GPU = 1 << 24  # on a GPU each pass is a launch
 PASS_BUFFERS = 4  # such blocks alive at once, at most
-UPCAST_SLAB = 4096  # vocabulary rows of a 16-bit weight brought to float32 at a time
 
 
 class TorchTiles:
     """See `treg.ops.triton_tiles.TritonTiles` for the same interface on Triton."""
 
-    def __init__(self, head: Head, logits_dtype: torch.dtype | None):
+    def __init__(self, head: Head, logits_dtype: torch.dtype | None = None):
         self.head = head
         weight = head.weight
         self.compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -36,14 +36,16 @@ class TorchTiles:
         """Temporaries per row of a tile, a stash included."""
         V, D = self.head.weight.shape
         tile = V * self.logits_dtype.itemsize if not stash or self._separate_logits else 0
-        return tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize
+        _, products = slab_bytes(D, self.stash_dtype, self.head.weight.device)
+        return tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize + products
 
     @property
     def fixed_bytes(self) -> int:
         """Temporaries that do not depend on the rows of a tile."""
         V, D = self.head.weight.shape
         passes = PASS_BUFFERS * max(self._block, V) * self.compute.itemsize
-        return passes + self._upcast * min(V, UPCAST_SLAB) * D * self.compute.itemsize
+        products, _ = slab_bytes(D, self.stash_dtype, self.head.weight.device)
+        return passes + max(products, self._upcast * slab_rows(D) * D * self.compute.itemsize)
 
     @property
     def max_rows(self) -> int:
@@ -141,9 +143,10 @@ class TorchTiles:
         if hidden.is_cuda and self.logits_dtype == torch.float32:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
         wide = hidden.to(self.logits_dtype)
-        for a in range(0, weight.shape[0], UPCAST_SLAB):
-            slab = weight[a : a + UPCAST_SLAB].to(self.logits_dtype)
-            torch.mm(wide, slab.T, out=out[:, a : a + UPCAST_SLAB])
+        step = slab_rows(weight.shape[1])
+        for a in range(0, weight.shape[0], step):
+            slab = weight[a : a + step].to(self.logits_dtype)
+            torch.mm(wide, slab.T, out=out[:, a : a + step])
         return out
 
     def _transform(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -5,25 +5,32 @@ import contextlib
 import torch
 from torch import Tensor
 
+from treg.ops.gemm import slab_bytes
 from treg.ops.head import Head
 
 
 class TritonTiles:
     """Same interface as `treg.ops.torch_tiles.TorchTiles`."""
 
-    fixed_bytes = 0
     max_rows = 1 << 20
 
-    def __init__(self, head: Head):
+    def __init__(self, head: Head, logits_dtype: None = None):
+        """Logits are float32, in registers."""
         from treg_kernels.forward import part_columns
         from treg_kernels.tiles import Scalars
 
-        self.head = head
+        self.head, self.logits_dtype = head, logits_dtype
         self.compute = torch.float32
         self.stash_dtype = head.weight.dtype
         self._scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
         self._bias = None if head.bias is None else head.bias.contiguous()
         self._columns = part_columns(head.weight.shape[0])
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of the products alone, and only where the interpreter runs on a CPU."""
+        weight = self.head.weight
+        return slab_bytes(weight.shape[1], weight.dtype, weight.device)[0]
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
         V, D = self.head.weight.shape
