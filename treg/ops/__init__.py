@@ -3,7 +3,6 @@
 N rows, D hidden size, V vocabulary, B pairs, S = 2B sequences (chosen first), T padded length.
 """
 
-import contextlib
 import itertools
 
 import torch
@@ -69,10 +68,9 @@ def linear_logprobs(
                       memory_budget, logits_dtype)  # fmt: skip
     tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
     budget = budget_of(memory_budget, hidden.device)
+    rows, y = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     with without_autocast(hidden):
-        found = run_logprobs(
-            tiles, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(), names, budget
-        )
+        found = run_logprobs(tiles, rows, y, names, budget)
     return LinearLogprobs(**{name: x.reshape(target.shape) for name, x in found.items()})
 
 
