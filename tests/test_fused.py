@@ -244,7 +244,7 @@ def test_memory_stays_within_the_budget(impl, loss_type, trainable, dtype, monke
     monkeypatch.setattr(treg.ops.torch_tiles, "BLOCK", {"cpu": V})  # its buffers would hide a stash of this size
     # a short pair, a long one, a short one: each way takes over from another
     for length in (64, 256, 1024) if impl == "torch" else (64, 192):
-        case = make_case([78, length, 78] * 2, D=D, V=V, loss_type=loss_type, spread=0.05)
+        case = make_case([86, length, 86] * 2, D=D, V=V, loss_type=loss_type, spread=0.05)
         case = case.at(dtype, device_of(impl))
         case.weight.requires_grad_(trainable)
         budget = budget_for(case, impl, dtype, 150, 1)

@@ -51,14 +51,12 @@ def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> N
         rows = rows.to(acc.dtype) if widened(tile.dtype, tile.device) else rows
         step = slab_rows(rows.shape[1])
         for a in range(0, acc.shape[0], step):
-            slab = acc[a : a + step]
-            slab.copy_(_product(tile, rows, a, step)) if first else slab.add_(
-                _product(tile, rows, a, step).to(acc.dtype)
-            )
-
-
-def _product(tile: Tensor, rows: Tensor, a: int, step: int) -> Tensor:
-    return tile[:, a : a + step].to(rows.dtype).T @ rows
+            product = tile[:, a : a + step].to(rows.dtype).T @ rows
+            if first:
+                acc[a : a + step] = product
+            else:
+                acc[a : a + step].add_(product.to(acc.dtype))
+            del product  # before its successor
 
 
 def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
