@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("dense_log_softmax", "dense_logsumexp", "liger_dpo")
 OURS = {"fp32": ("treg_fused",), "bf16": ("treg_fused", "treg_fused_exact_logits")}
 HALF = "treg_fused, half ignored"
+FLOOR = "three bare products"
 
 _HELD = Case("bars-memory", 2, 512, 256, 64000, torch.float32)
 HELD = {
@@ -40,25 +41,43 @@ HELD = {
 }
 
 
-def alternation(dtype: str, check: Case = TIMED) -> Alternation:
-    """The calls to time in a dtype, warm; this project's own are first checked against float64 on `check`."""
-    check = replace(check, dtype=DTYPES[dtype])
+def alternation(dtype: str, timed: Case = TIMED) -> Alternation:
+    """The calls to time in a dtype, warm; this project's own are first checked against float64."""
+    check = replace(timed, dtype=DTYPES[dtype])
     for name in OURS[dtype]:
         checked_errors(name, check)
     names = (*OURS[dtype], *(name for name in PEERS if METHODS[name].missing() is None))
     small = batch_of(replace(check, length=32))
     for name in names:
         step(METHODS[name], small)
-    case = replace(TIMED, dtype=DTYPES[dtype])
+    case = replace(timed, dtype=DTYPES[dtype])
     calls = {name: functools.partial(step, METHODS[name], batch_of(case)) for name in names}
+    calls[FLOOR] = bare_products(case)
     calls[HALF] = functools.partial(step, METHODS["treg_fused"], batch_of(replace(case, ignored=0.5)))
     return Alternation(calls)
 
 
+def bare_products(case: Case) -> Callable[[], None]:
+    """The three matrix products of a trainable head and nothing else, into buffers that are there: the floor."""
+    batch = batch_of(case)
+    hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
+    tile = torch.zeros(2048, case.vocab, dtype=case.dtype)
+    dhidden, dweight = torch.zeros_like(hidden[:2048]), torch.zeros_like(weight)
+
+    def run() -> None:
+        for rows in hidden.split(2048):
+            torch.mm(rows, weight.T, out=tile)
+            torch.mm(tile, weight, out=dhidden)
+            torch.mm(tile.T, rows, out=dweight)
+
+    return run
+
+
 def times(run: Alternation) -> dict[str, object]:
     """Median and best seconds of each call, and this project's over each peer's."""
-    pairs = [(ours, peer) for ours in run.calls if ours != HALF and ours not in PEERS for peer in PEERS]
-    pairs = [(a, b) for a, b in [*pairs, (HALF, "treg_fused")] if b in run.calls]
+    pairs = [(ours, peer) for ours in run.calls if ours not in (HALF, FLOOR, *PEERS) for peer in PEERS]
+    pairs += [(FLOOR, peer) for peer in ("treg_fused", "dense_log_softmax")] + [(HALF, "treg_fused")]
+    pairs = [(a, b) for a, b in pairs if b in run.calls]
     return {
         "rounds": len(run.seconds["treg_fused"]),
         "median_seconds": {name: run.median(name) for name in run.calls},

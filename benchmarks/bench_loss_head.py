@@ -11,7 +11,7 @@ from loss_head_cases import CASES, DEVICE, batch_of
 from loss_head_measure import checked_errors, environment, peak_bytes
 from loss_head_peers import METHODS, step
 
-ROUNDS, WARMUP = (20, 5) if DEVICE == "cuda" else (3, 0)  # the check and the memory run warm a CPU up
+ROUNDS, WARMUP = (20, 5) if DEVICE == "cuda" else (2, 0)  # the check and the memory run warm a CPU up
 ROWS = [(case, name) for case in CASES for name, method in METHODS.items() if method.applies_to(case)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.aot
-ARCHS = ["sm80", "sm90", "sm100", "gfx942"]
+ARCHS = ["sm80", "sm90", "sm100", "sm120", "gfx942"]
 GEMMS = ("_tile_kernel", "_gradient_kernel")
 
 
@@ -62,4 +62,4 @@ def test_no_atomics(arch):
 
 def test_wide_tiles_only_where_tensor_cores_read_shared_memory():
     assert any(r["wide"] for r in rows("sm90")) and any(r["wide"] for r in rows("sm100"))
-    assert not any(r["wide"] for r in rows("sm80") + rows("gfx942"))
+    assert not any(r["wide"] for r in rows("sm80") + rows("sm120") + rows("gfx942"))

@@ -41,7 +41,7 @@ def linear_logprobs(
         lp_t = z_t[y_t] - logsumexp_v z_t[v]
         d lp_t / d (h W^T + b)_tv = ( 1{v = y_t} - exp(z_tv - lse_t) ) * dz/da
 
-    The matrix products a row are 1 forward only, 2 with a frozen head, 4 with a trainable one.
+    The matrix products a row are 1 forward only, 2 with a frozen head (3 in float16), 4 with a trainable one.
 
     Args:
         hidden: [..., D] float32, bfloat16 or float16 (float64 too with impl="torch"), any strides.
@@ -111,7 +111,7 @@ def fused_treg_loss(
     Differs: see `treg.losses.treg_loss`.
 
     With a trainable head the gradients are taken in the forward, in 3 matrix products a row; a frozen head takes 2, and
-    a call under no_grad 1. A fourth comes back for reduction="none", for float16 inputs (so that a loss scaler's factor
+    a call under no_grad 1. One more is needed for reduction="none", for float16 inputs (so that a loss scaler's factor
     reaches the 16-bit products), and for a pair that does not fit into memory_budget where its objective is not
     -w * (known coefficients), or where the budget holds no second float32 [V, D] sum beside other pairs.
 
