@@ -23,8 +23,12 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "sm120": 101376, "gfx942": 65536}
 # what a tensor-core product looks like in the text that the compiler leaves
 MATRIX_OP = {
-    "sm80": r"mma\.sync", "sm90": r"wgmma\.mma_async", "sm100": r"tcgen05\.mma", "sm120": r"mma\.sync", "gfx942": r"v_mfma"
-}  # fmt: skip
+    "sm80": r"mma\.sync",
+    "sm90": r"wgmma\.mma_async",
+    "sm100": r"tcgen05\.mma",
+    "sm120": r"mma\.sync",
+    "gfx942": r"v_mfma",
+}
 
 
 def target_of(arch: str) -> GPUTarget:
