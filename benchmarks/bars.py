@@ -61,11 +61,12 @@ def bare_products(case: Case) -> Callable[[], None]:
     """The three matrix products of a trainable head and nothing else, into buffers that are there: the floor."""
     batch = batch_of(case)
     hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
-    tile = torch.zeros(2048, case.vocab, dtype=case.dtype)
-    dhidden, dweight = torch.zeros_like(hidden[:2048]), torch.zeros_like(weight)
+    step = min(2048, case.rows)
+    tile = torch.zeros(step, case.vocab, dtype=case.dtype)
+    dhidden, dweight = torch.zeros_like(hidden[:step]), torch.zeros_like(weight)
 
     def run() -> None:
-        for rows in hidden.split(2048):
+        for rows in hidden.split(step):
             torch.mm(rows, weight.T, out=tile)
             torch.mm(tile, weight, out=dhidden)
             torch.mm(tile.T, rows, out=dweight)

@@ -117,7 +117,7 @@ def _tile_kernel(
     if top_ptr is not None:
         tl.store(top_ptr + at, top, mask=mask_n)
     if ez_ptr is not None:
-        tl.store(ez_ptr + at, tl.sum(tl.where(e > 0.0, e * (z2 - k[:, None]), 0.0), axis=1), mask=mask_n)
+        tl.store(ez_ptr + at, tl.sum(e * tl.maximum(z2 - k[:, None], -1e30), axis=1), mask=mask_n)
     if ee_ptr is not None:
         tl.store(ee_ptr + at, tl.sum(e * e, axis=1), mask=mask_n)
     if stash_ptr is not None:
