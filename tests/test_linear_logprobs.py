@@ -291,11 +291,9 @@ def test_same_inputs_same_bits(impl):
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS[1:])
 def test_an_impossible_target_gives_nan_not_a_number(impl):
-    """Where values are not checked (a GPU), a target outside the vocabulary shows as NaN."""
-    if impl == "torch":
-        pytest.skip("the torch implementation checks values on a CPU; indexing raises on a GPU")
+    """Where values are not checked (a GPU), a target outside the vocabulary shows as NaN; torch raises."""
     from treg_kernels import logprob_forward
     from treg_kernels.tiles import Scalars
 

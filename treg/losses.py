@@ -276,6 +276,7 @@ def pair_loss(
 ) -> PairLoss:
     """`treg_loss` of inputs that have been checked."""
     objective = options.objective
+    per_token = ref_logps is not None and ref_logps.shape == logps.shape
     # sums over thousands of tokens, and differences of such sums, are taken in float64
     dtype, logps = logps.dtype, logps.double()
     if mask is None:
@@ -283,7 +284,6 @@ def pair_loss(
     else:
         count = segment_sum(mask.to(logps.dtype), cu_seqlens)
         # cleaned before any product: the gradient of where(mask, x * nan, 0) would be nan
-        per_token = ref_logps is not None and ref_logps.shape == logps.shape
         logps, token_rewards, token_weights = (
             None if x is None else torch.where(mask, x, 0.0) for x in (logps, token_rewards, token_weights)
         )
@@ -294,12 +294,12 @@ def pair_loss(
 
     sums = total(logps)
     ratio = logps
-    if ref_logps is not None and ref_logps.shape == logps.shape:
+    if per_token:
         ratio = ratio - ref_logps.to(logps.dtype)
     if token_weights is not None:
         ratio = ratio * token_weights.to(logps.dtype)
     rho = sums if ratio is logps else total(ratio)
-    if ref_logps is not None and ref_logps.shape != logps.shape:
+    if ref_logps is not None and not per_token:
         rho = rho - ref_logps.to(logps.dtype)
     norm = count if objective.length_normalised else 1.0
     rho_w, rho_l = (options.beta * rho / norm).chunk(2)

@@ -35,7 +35,7 @@ class TorchTiles:
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
         """Temporaries per row of a tile, a stash included."""
         V, D = self.head.weight.shape
-        tile = V * self.logits_dtype.itemsize if not stash or self._separate_logits else 0
+        tile = V * self.logits_dtype.itemsize if not stash or self._upcast else 0
         _, products = slab_bytes(D, self.stash_dtype, self.head.weight.device)
         return tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize + products
 
@@ -54,11 +54,8 @@ class TorchTiles:
 
     @property
     def _upcast(self) -> bool:
+        """Logits are wider than the weight and the stash: they have a buffer of their own."""
         return self.logits_dtype != self.head.weight.dtype
-
-    @property
-    def _separate_logits(self) -> bool:
-        return self.logits_dtype != self.stash_dtype
 
     # -- work ---------------------------------------------------------------------------------------------------
 
@@ -133,7 +130,7 @@ class TorchTiles:
     def _matmul(self, hidden: Tensor, out: Tensor | None) -> Tensor:
         """hidden W^T [n, V] in logits_dtype: into out where the dtypes agree, else into a buffer that is kept."""
         weight, n = self.head.weight, hidden.shape[0]
-        if out is None or self._separate_logits:
+        if out is None or self._upcast:
             if self._logits is None or self._logits.shape[0] < n:
                 self._logits = None  # freed before its successor is allocated
                 self._logits = hidden.new_empty(n, weight.shape[0], dtype=self.logits_dtype)
