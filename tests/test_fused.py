@@ -87,7 +87,8 @@ def budget_for(case: Case, impl: str, dtype: torch.dtype, rows: int, sums: int =
 
     case = case.at(dtype)
     tiles = _tiles(impl, Head(case.weight.detach(), case.bias, softcap=case.rest.get("softcap")), None)
-    return tiles.fixed_bytes + rows * tiles.row_bytes(stash=True) + sums * 4 * case.weight.numel()
+    row = tiles.row_bytes(stash=True, outputs=case.rest.get("outputs", ()))
+    return tiles.fixed_bytes + rows * row + sums * 4 * case.weight.numel()
 
 
 @pytest.mark.parametrize("loss_type", OBJECTIVES)
@@ -307,6 +308,23 @@ def test_offsets_on_the_device(impl, fits, monkeypatch, modes):
     case = make_case()
     check(case, torch.float32, impl, memory_budget=None if fits else budget_for(case, impl, torch.float32, 50))
     assert modes == {"stash" if fits else "compose"}
+
+
+@pytest.mark.parametrize("way", ["stash", "stash in groups", "scale", "recompute", "none"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_statistics(impl, way, modes):
+    """Of each token, from the pass that is made anyhow; what they stand beside has the same bits without them."""
+    options, size, expected = WAYS.get(way, ({"reduction": "none"}, None, set()))
+    names = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+    case = make_case(bias=True, outputs=names, **{"D": 12, **options})
+    budget = None if size is None else budget_for(case, impl, torch.float32, *size)
+    check(case, torch.float32, impl, memory_budget=budget)
+    assert modes == expected
+    run = case.at(torch.float32, device_of(impl)).run
+    found, plain = (run(fused_treg_loss, upstream, impl=impl, outputs=o) for o in (names, ()))
+    assert found.keys() - plain.keys() == set(names)
+    for name, x in plain.items():
+        assert torch.equal(found[name], x), name
 
 
 @pytest.mark.parametrize("impl", IMPLS)

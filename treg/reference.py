@@ -73,7 +73,8 @@ def fused_treg_loss(
     **head,
 ) -> TRegLoss:
     """T-REG (arXiv 2412.02685, Eq. 1-3) over any base objective, pair by pair; arguments as in `treg.ops`."""
-    logps = linear_logprobs(hidden, weight, target, ignore_index=ignore_index, **head).logprobs
+    scores = linear_logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
+    logps = scores.logprobs
     if cu_seqlens is None:
         rows = [torch.nonzero(t != ignore_index).flatten() + i * target.shape[1] for i, t in enumerate(target)]
     else:
@@ -118,7 +119,7 @@ def fused_treg_loss(
     sums, rho, reg = (torch.stack(x).detach() for x in (sums, rho, reg))
     return TRegLoss(
         loss, sums[:count], sums[count:], rho[:count], rho[count:], reg[:count] + reg[count:],
-        ws.T.flatten() if two else ws[:, 0], logps.detach(),
+        ws.T.flatten() if two else ws[:, 0], logps.detach(), *scores[1:],
     )  # fmt: skip
 
 

@@ -39,3 +39,8 @@ class TRegLoss(NamedTuple):
     reg_loss: Tensor  # [B]
     weights: Tensor  # [B] or [2B]
     token_logps: Tensor  # like target, nats, 0 where ignored
+    lse: Tensor | None = None  # like target; these five where asked for, as in LinearLogprobs
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None

@@ -95,6 +95,7 @@ def fused_treg_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    outputs: tuple[str, ...] = (),
     impl: str | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -127,6 +128,7 @@ def fused_treg_loss(
         loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting: "gradient", or "static"
             (w = 1). token_weights: like target, u_t >= 0.
         reduction: "mean" over pairs, "sum", or "none".
+        outputs: statistics of each token, as in `linear_logprobs`; they cost no matrix product.
         bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype: as in
             `linear_logprobs`.
     Returns:
@@ -139,6 +141,7 @@ def fused_treg_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     hidden, weight = _autocast(hidden, weight)
+    names = checks.check_outputs(outputs)
     checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
                       memory_budget, logits_dtype)  # fmt: skip
     count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
@@ -156,7 +159,7 @@ def fused_treg_loss(
     ref = ref_logps.reshape(-1) if per_token else ref_logps
     rows, lengths = _layout(flat[0], cu_seqlens, count, ignore_index)
     pairs = Pairs(hidden.reshape(-1, hidden.shape[-1]), flat[0], flat[1], ref, flat[2], rows, lengths, cu_seqlens,
-                  options, reduction)  # fmt: skip
+                  options, reduction, names)  # fmt: skip
 
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     groups = None
@@ -164,14 +167,21 @@ def fused_treg_loss(
         groups = plan(pairs, tiles, budget)
     with without_autocast(hidden):
         if groups is not None:
-            loss, result, logps = run_pairs(tiles, pairs, groups, budget)
+            loss, result, found = run_pairs(tiles, pairs, groups, budget)
         else:
-            logps = run_logprobs(tiles, pairs.hidden, pairs.target, (), budget)["logprobs"]
+            found = run_logprobs(tiles, pairs.hidden, pairs.target, names, budget)
             result = pair_loss(
-                logps.reshape(target.shape), token_rewards, ref_logps, options, cu_seqlens, scored, token_weights
+                found["logprobs"].reshape(target.shape),
+                token_rewards,
+                ref_logps,
+                options,
+                cu_seqlens,
+                scored,
+                token_weights,
             )
             loss = {"mean": result.loss.mean, "sum": result.loss.sum, "none": lambda: result.loss}[reduction]()
-    return TRegLoss(loss, *result[1:], logps.detach().reshape(target.shape))
+    token_logps, *statistics = (x.detach().reshape(target.shape) for x in found.values())
+    return TRegLoss(loss, *result[1:], token_logps, **dict(zip(names, statistics, strict=True)))
 
 
 def _layout(

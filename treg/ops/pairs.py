@@ -49,6 +49,7 @@ class Pairs:
     cu_seqlens: Tensor | None  # [2B+1], read where lengths is None
     options: LossOptions
     reduction: str
+    outputs: tuple[str, ...] = ()  # statistics of each token, as in `linear_logprobs`
 
     @property
     def count(self) -> int:
@@ -58,7 +59,7 @@ class Pairs:
 def plan(pairs: Pairs, tiles, budget: int) -> list[Group] | None:
     """Groups of pairs and how each is computed; None where recomputing everything is all that fits."""
     B, lengths = pairs.count, pairs.lengths
-    capacity = tile_rows(tiles, budget, stash=True)
+    capacity = tile_rows(tiles, budget, stash=True, outputs=pairs.outputs)
     if lengths is None:
         return [Group("stash", 0, B)] if pairs.hidden.shape[0] <= capacity else None
     if capacity < 1:
@@ -66,7 +67,8 @@ def plan(pairs: Pairs, tiles, budget: int) -> list[Group] | None:
     V, D = tiles.head.weight.shape
     accumulator = 0 if B == 1 else V * D * tiles.compute.itemsize
     can_scale = pairs.options.pair_scalar and (
-        tile_rows(tiles, budget, stash=True, reserved=accumulator) >= min(MIN_TILE_ROWS, capacity)
+        tile_rows(tiles, budget, stash=True, outputs=pairs.outputs, reserved=accumulator)
+        >= min(MIN_TILE_ROWS, capacity)
     )
     groups: list[Group] = []
     used = 0
@@ -83,11 +85,12 @@ def plan(pairs: Pairs, tiles, budget: int) -> list[Group] | None:
     return groups
 
 
-def run_pairs(tiles, pairs: Pairs, groups: list[Group], budget: int) -> tuple[Tensor, PairLoss, Tensor]:
-    """Reduced loss (differentiable), the unreduced results, and the log-probs [N]."""
+def run_pairs(tiles, pairs: Pairs, groups: list[Group], budget: int) -> tuple[Tensor, PairLoss, dict[str, Tensor]]:
+    """Reduced loss (differentiable), the unreduced results, and log-probs and statistics of each token, [N]."""
     head = tiles.head
-    loss, logps, *rest = _PairLoss.apply(pairs.hidden, head.weight, head.bias, pairs, tiles, groups, budget)
-    return loss, PairLoss(*rest), logps
+    loss, *rest = _PairLoss.apply(pairs.hidden, head.weight, head.bias, pairs, tiles, groups, budget)
+    names, n = ("logprobs", *pairs.outputs), len(PairLoss._fields)
+    return loss, PairLoss(*rest[:n]), dict(zip(names, rest[n:], strict=True))
 
 
 class _PairLoss(torch.autograd.Function):
@@ -103,7 +106,7 @@ class _PairLoss(torch.autograd.Function):
         result = work.result()
         total = result.loss.sum()
         loss = total / pairs.count if pairs.reduction == "mean" else total
-        outputs = (loss, work.logps, *result)
+        outputs = (loss, *result, *work.found.values())
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
@@ -126,11 +129,17 @@ class _PairLoss(torch.autograd.Function):
 
 
 class _Work:
-    """The groups of one call: logps [N] and the gradients, group by group."""
+    """The groups of one call: log-probs and statistics [N] and the gradients, group by group."""
 
     def __init__(self, pairs: Pairs, tiles, groups: list[Group], budget: int, needs: tuple[bool, bool, bool]):
         self.pairs, self.tiles, self.budget, self.needs = pairs, tiles, budget, needs
-        self.logps = pairs.hidden.new_zeros(pairs.hidden.shape[0], dtype=tiles.compute)
+        self.found = {
+            name: pairs.hidden.new_zeros(
+                pairs.hidden.shape[0], dtype=torch.bool if name == "is_top1" else tiles.compute
+            )
+            for name in ("logprobs", *pairs.outputs)
+        }
+        self.logps = self.found["logprobs"]
         self.grads = self._new_grads(pairs.hidden, tiles.head)
         self.weight_scale: Tensor | None = None  # of dweight and dbias, where one pair makes all of them
         self.alone = len(groups) == 1
@@ -158,8 +167,7 @@ class _Work:
         self._pair = None  # the stash may take all of the budget
         hidden, target = self._select(rows)
         stash = self._tile(rows.shape[0])
-        got = self.tiles.forward(hidden, target, stash=stash)
-        self.logps[rows] = got["logprobs"]
+        got = self._forward(rows, hidden, target, stash)
         coef = self._coefficients(group, rows)
         self.grads.add(stash, rows, hidden, coef * got["factor"])
 
@@ -168,7 +176,7 @@ class _Work:
         # the first pair's sums are scaled in place; a later one's are kept apart until its w is known
         total, apart = self.grads, not self.grads.empty
         reserved = total.dweight.nbytes if apart and total.dweight is not None else 0
-        step = tile_step(self.tiles, self.budget, stash=True, reserved=reserved)
+        step = tile_step(self.tiles, self.budget, stash=True, outputs=self.pairs.outputs, reserved=reserved)
         if self._buffer is not None and self._buffer.shape[0] > step:
             self._buffer = None  # a larger tile of an earlier group
         sums = self._pair_sums() if apart else total
@@ -177,8 +185,7 @@ class _Work:
             r = rows[piece]
             hidden, target = self._select(r)
             out = tile[: r.shape[0]]
-            got = self.tiles.forward(hidden, target, stash=out)
-            self.logps[r] = got["logprobs"]
+            got = self._forward(r, hidden, target, out)
             sums.add(out, r, hidden, known[piece] * got["factor"])
         loss = self._loss(group, rows, self.logps[rows])
         grad_w, _ = reward_gradient(loss.chosen_rewards, loss.rejected_rewards, self.pairs.options)
@@ -194,11 +201,10 @@ class _Work:
     def _recompute(self, group: Group, rows: Tensor) -> None:
         self._pair = self._buffer = None
         norm = torch.empty_like(self.logps[rows])
-        step = tile_step(self.tiles, self.budget, stash=False)
+        step = tile_step(self.tiles, self.budget, stash=False, outputs=self.pairs.outputs)
         for piece in chunks(None, rows.shape[0], step):
             r = rows[piece]
-            got = self.tiles.forward(*self._select(r))
-            self.logps[r], norm[piece] = got["logprobs"], got["norm"]
+            norm[piece] = self._forward(r, *self._select(r))["norm"]
         self.tiles.release()
         coef = self._coefficients(group, rows)
         step = tile_step(self.tiles, self.budget, stash=True)
@@ -224,6 +230,12 @@ class _Work:
         spans = [(self.starts[i + group.first], self.starts[i + group.last]) for i in (0, B)]
         rows = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
         return rows if self.pairs.rows is None else self.pairs.rows[rows]
+
+    def _forward(self, rows: Tensor, hidden: Tensor, target: Tensor, stash: Tensor | None = None) -> dict[str, Tensor]:
+        got = self.tiles.forward(hidden, target, self.pairs.outputs, stash)
+        for name, x in self.found.items():
+            x[rows] = got[name]
+        return got
 
     def _select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return select(self.pairs.hidden, self.pairs.target, rows, self.tiles.head.ignore_index)
