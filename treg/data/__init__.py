@@ -1,0 +1,27 @@
+"""Preference files -> token ids -> batches."""
+
+from treg.data.batches import LOSS_KEYS, PairCollator, first_pairs, pack_pairs, pair_tokens
+from treg.data.encode import EncodeOptions, Pair, encode, load_pairs, prompt_text
+from treg.data.examples import ExampleLoader
+from treg.data.report import Report, RowProblem
+from treg.data.rows import Preference, parse_row, read_rows, text_of
+
+__all__ = [
+    "LOSS_KEYS",
+    "EncodeOptions",
+    "ExampleLoader",
+    "Pair",
+    "PairCollator",
+    "Preference",
+    "Report",
+    "RowProblem",
+    "encode",
+    "first_pairs",
+    "load_pairs",
+    "pack_pairs",
+    "pair_tokens",
+    "parse_row",
+    "prompt_text",
+    "read_rows",
+    "text_of",
+]

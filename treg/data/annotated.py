@@ -1,0 +1,185 @@
+"""The annotated file: token ids, token rewards and reference log-probs of each pair, and what they were made with.
+
+A parquet file with a row for each pair:
+
+    index, where                                          int64, string: the row of the source
+    prompt_ids, chosen_ids, rejected_ids                  list<int32>
+    chosen_token_rewards, rejected_token_rewards          list<float32>: rhat_t of each completion token
+    ref_chosen_logps, ref_rejected_logps                  double, nats: sums over the completion
+    ref_chosen_token_logps, ref_rejected_token_logps      list<float32>, nats; only on request
+
+and, under the key "treg" of its metadata, a JSON object: `fingerprint`, `settings`, `report`.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REF_TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+PROBE = "The quick brown fox, 12345 + 6.78 = ?\n\tdéjà vu — 東京 🙂 def f(x): return x"
+SAMPLES = 64
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary, the chat template, the end-of-sequence token, and the ids of a probe text."""
+    vocabulary, probe = sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]
+    state = [vocabulary, tokenizer.chat_template, tokenizer.eos_token_id, probe]
+    return hashlib.sha256(json.dumps(state, ensure_ascii=True).encode()).hexdigest()[:16]
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over the parameters' names and shapes and 64 values of each, rounded to bfloat16.
+
+    So a checkpoint has one fingerprint in float32 and in bfloat16, with and without adapters on it; one that has been
+    trained has another.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in _base_parameters(model):
+        flat = parameter.detach().reshape(-1)
+        at = torch.linspace(0, flat.shape[0] - 1, min(SAMPLES, flat.shape[0]), dtype=torch.float64).long()
+        sample = flat[at.to(flat.device)].bfloat16().float().cpu()
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of the checkpoint itself, by their own names: without adapters, and copies that are trained."""
+    # PEFT methods name their own weights by a prefix: lora_, ia3_, ...
+    adapter = getattr(getattr(model, "base_model", None), "prefix", "lora_")
+    for name, parameter in model.named_parameters():
+        if adapter in name or ".modules_to_save." in name or ".trainable_tokens_" in name:
+            continue
+        name = name.removeprefix("base_model.model.")
+        for wrapper in (".base_layer", ".original_module", ".token_adapter"):
+            name = name.replace(wrapper, "")
+        yield name, parameter
+
+
+def write_annotated(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any], *, per_token: bool = False
+) -> None:
+    """Write rows (the columns above, by name) and meta; a reader sees the whole file or none."""
+    import pyarrow as pa
+
+    columns = {"index": pa.int64(), "where": pa.string()}
+    columns |= dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32()))
+    columns |= dict.fromkeys(REWARD_COLUMNS, pa.list_(pa.float32()))
+    columns |= dict.fromkeys(REF_COLUMNS, pa.float64())
+    if per_token:
+        columns |= dict.fromkeys(REF_TOKEN_COLUMNS, pa.list_(pa.float32()))
+    schema = pa.schema(list(columns.items()), metadata={"treg": json.dumps(meta)})
+    _write(
+        path, pa.table([pa.array([row[name] for row in rows], kind) for name, kind in columns.items()], schema=schema)
+    )
+
+
+def merge_annotated(parts: Sequence[Path], path: Path, meta: Mapping[str, Any]) -> None:
+    """The rows of all parts as one file, in the order of the source."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = pa.concat_tables([pyarrow.parquet.read_table(part).replace_schema_metadata(None) for part in parts])
+    _write(path, table.sort_by("index").replace_schema_metadata({"treg": json.dumps(meta)}))
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What `write_annotated` was given as meta."""
+    import pyarrow.parquet
+
+    return json.loads(pyarrow.parquet.read_schema(path).metadata[b"treg"])
+
+
+def _write(path: str | Path, table: Any) -> None:
+    import pyarrow.parquet
+
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        pyarrow.parquet.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_annotated(path: Any) -> bool:
+    """Whether path is a file that `write_annotated` wrote."""
+    if not isinstance(path, (str, Path)) or not str(path).endswith(".parquet") or not Path(path).is_file():
+        return False
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        return b"treg" in (pyarrow.parquet.read_schema(path).metadata or {})
+    except (OSError, pyarrow.lib.ArrowException):
+        return False
+
+
+def read_annotated(path: str | Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Examples for `PairCollator`, in the order of the file, and the file's meta.
+
+    Raises:
+        ValueError: no annotated file, or a row whose columns do not agree.
+    """
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data: no such file: {path}")
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.lib.ArrowException) as error:
+        raise ValueError(f"{path}: expected a parquet file written by `treg annotate`, got: {error}") from error
+    meta = (table.schema.metadata or {}).get(b"treg")
+    missing = [name for name in (*ID_COLUMNS, *REWARD_COLUMNS, *REF_COLUMNS) if name not in table.column_names]
+    if meta is None or missing:
+        raise ValueError(
+            f"{path}: expected a parquet file written by `treg annotate`, got one without "
+            f"{'its metadata' if meta is None else 'the columns ' + ', '.join(missing)}; run `treg annotate` on it"
+        )
+    if not table.num_rows:
+        raise ValueError(f"{path}: expected at least one pair, found none")
+    columns = {name: _values(table.column(name)) for name in table.column_names}
+    examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for example in examples:
+        _check_example(example, path)
+    return examples, json.loads(meta)
+
+
+def _values(column: Any) -> list:
+    """A column as Python numbers and strings, or, where it holds lists, as arrays that share one buffer."""
+    import pyarrow as pa
+
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    offsets = array.offsets.to_numpy()
+    values = array.values.to_numpy(zero_copy_only=False)
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+def _check_example(example: Mapping[str, Any], path: str | Path) -> None:
+    where = f"{path}: row {example.get('index')}"
+    for side in ("chosen", "rejected"):
+        length = len(example[f"{side}_ids"])
+        if not length or not len(example["prompt_ids"]):
+            raise ValueError(f"{where}: expected tokens in prompt_ids and {side}_ids, got none")
+        for name in (f"{side}_token_rewards", f"ref_{side}_token_logps"):
+            if name in example and (len(example[name]) != length or not np.isfinite(example[name]).all()):
+                raise ValueError(
+                    f"{where}: expected {length} finite numbers in {name}, one a token of {side}_ids, got "
+                    f"{len(example[name])}{'' if np.isfinite(example[name]).all() else ', some not finite'}"
+                )
+        total = example[f"ref_{side}_logps"]
+        if total is None or not np.isfinite(total):
+            raise ValueError(f"{where}: expected a finite ref_{side}_logps, got {total}")

@@ -1,0 +1,70 @@
+"""Datasets as the trainer takes them: examples that have what the objective needs, made by the model that trains."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from treg.data.annotated import (
+    ID_COLUMNS,
+    REF_COLUMNS,
+    REWARD_COLUMNS,
+    is_annotated,
+    model_fingerprint,
+    read_annotated,
+    tokenizer_fingerprint,
+)
+from treg.data.encode import EncodeOptions, load_pairs
+from treg.data.report import Report
+
+
+class ExampleLoader:
+    """Calls: (source, name of the argument) -> examples for `PairCollator`.
+
+    A source is an annotated file, its examples, or, where need_rewards is False, anything `load_pairs` reads.
+
+    Args:
+        reference: the model that must have made the annotations; only its fingerprint is looked at.
+        max_length: of pairs that are tokenized here.
+        need_rewards, need_reference: whether examples must have token rewards, reference log-probs.
+    """
+
+    def __init__(self, tokenizer: Any, reference: Any, *, max_length: int | None, need_rewards: bool,
+                 need_reference: bool, check_fingerprint: bool = True):  # fmt: skip
+        self.tokenizer, self.reference, self.max_length = tokenizer, reference, max_length
+        self.need_rewards, self.need_reference = need_rewards, need_reference
+        self.check_fingerprint = check_fingerprint
+        self.reports: dict[str, Report] = {}
+
+    def __call__(self, source: Any, name: str) -> Sequence[Mapping[str, Any]]:
+        if is_annotated(source):
+            examples, meta = read_annotated(source)
+            if self.check_fingerprint:
+                self._check(str(source), meta["fingerprint"])
+        elif isinstance(source, Sequence) and source and isinstance(source[0], Mapping) and "chosen_ids" in source[0]:
+            examples = source
+        elif self.need_rewards:
+            raise ValueError(
+                f"{name}: expected annotated pairs with token rewards, got raw ones; run `treg annotate` on them "
+                "first, or set alpha=0 for the plain objective"
+            )
+        else:
+            pairs, self.reports[name] = load_pairs(source, self.tokenizer, EncodeOptions(self.max_length))
+            examples = [{k: getattr(p, k) for k in ID_COLUMNS} for p in pairs]
+        for needed, columns, otherwise in (
+            (self.need_rewards, REWARD_COLUMNS, "or set alpha=0"),
+            (self.need_reference, REF_COLUMNS, "give a ref_model, or train adapters"),
+        ):
+            missing = [k for k in columns if k not in examples[0]]
+            if needed and missing:
+                raise ValueError(
+                    f"{name}: expected the columns {', '.join(missing)}, found none; run `treg annotate`, {otherwise}"
+                )
+        return examples
+
+    def _check(self, path: str, made_with: Mapping[str, str]) -> None:
+        found = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "model": model_fingerprint(self.reference)}
+        for what, value in found.items():
+            if made_with[what] != value:
+                raise ValueError(
+                    f"{path}: expected data annotated with this {what} ({value}), got {made_with[what]}; annotate with "
+                    "the model that training starts from, give that one as ref_model, or set ignore_fingerprint"
+                )
