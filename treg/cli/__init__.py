@@ -1,0 +1,54 @@
+"""The command line: treg demo | annotate | train | inspect | doctor.
+
+Every command takes its options from the command line and from a YAML file (--config), of which the command line wins.
+Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+USAGE = """\
+treg: token-level preference optimization (T-REG, DPO and relatives).
+
+  treg demo                                                        the whole path on a small world, no download
+  treg annotate --model M --data prefs.jsonl --output a.parquet    token rewards by contrastive prompts
+  treg train    --model M --data a.parquet --output_dir out        train; raw data are annotated first
+  treg inspect  --data a.parquet --model out --output page.html    what was rewarded, token by token
+  treg doctor                                                      versions, devices, a self-test
+
+Any command: --help, and --config FILE.yaml with the same option names (the command line wins).
+On several GPUs: accelerate launch -m treg annotate ..., accelerate launch -m treg train ...
+"""
+COMMANDS = ("demo", "annotate", "train", "inspect", "doctor")
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else EXIT_USAGE
+    name, rest = argv[0], argv[1:]
+    if name in ("-V", "--version"):
+        import treg
+
+        print(f"treg {treg.__version__}")
+        return 0
+    if name not in COMMANDS:
+        from treg.cli.options import nearest
+
+        print(f"treg: no command {name!r}{nearest(name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        commands = importlib.import_module("treg.cli.commands")  # loads transformers
+        return getattr(commands, f"run_{name}")(rest) or 0
+    except KeyboardInterrupt:
+        print(f"\ntreg {name}: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, TypeError, OSError) as error:  # what the library says about its inputs
+        print(f"treg {name}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except ModuleNotFoundError as error:
+        print(f"treg {name}: error: {error}; install it with: pip install 'treg[train]'", file=sys.stderr)
+        return EXIT_FAILED

@@ -1,0 +1,63 @@
+"""What this machine has, which implementation will run, and whether it gives right numbers."""
+
+import importlib.metadata
+import platform
+import time
+
+import torch
+
+from treg import reference
+from treg.ops import fused_treg_loss
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "pyarrow", "jinja2", "matplotlib",
+            "peft", "liger-kernel", "trl")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, or "not installed"."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def devices() -> list[str]:
+    """The GPUs by name, capability and memory; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return [f"cpu, {torch.get_num_threads()} threads, {platform.machine()}"]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(f"cuda:{i} {p.name}, capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return found
+
+
+def self_test() -> tuple[str, dict[str, float], float]:
+    """The T-REG loss and its gradients on random inputs against dense float64.
+
+    Returns:
+        The implementation that ran, the relative error of the loss, dhidden and dweight, and the seconds it took.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.perf_counter()
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((256, 64), (2000, 64)))
+    target = torch.randint(2000, (256,), generator=g)
+    rest = {"token_rewards": torch.rand(256, generator=g) - 0.5, "ref_logps": torch.full((4,), -700.0),
+            "cu_seqlens": torch.tensor([0, 70, 130, 200, 256], dtype=torch.int32)}  # fmt: skip
+    runs = []
+    for fn, dtype, where in ((reference.fused_treg_loss, torch.float64, "cpu"),
+                             (fused_treg_loss, torch.float32, device)):  # fmt: skip
+        h, w = (x.detach().to(where, dtype).requires_grad_() for x in (hidden, weight))
+        given = {k: v if k == "cu_seqlens" else v.to(where) for k, v in rest.items()}
+        loss = fn(h, w, target.to(where), **given).loss
+        loss.backward()
+        runs.append([x.detach().double().cpu() for x in (loss, h.grad, w.grad)])
+    errors = {
+        name: ((got - exact).norm() / exact.norm()).item()
+        for name, exact, got in zip(("loss", "dhidden", "dweight"), *runs, strict=True)
+    }
+    return "triton" if device == "cuda" else "torch", errors, time.perf_counter() - start
