@@ -1,26 +1,31 @@
-# PYTHON, VENV, PIP_ARGS, PYTEST_ARGS and BENCH_ARGS can be given on the command line or in the environment.
+# PYTHON, VENV, PIP_ARGS, PYTEST_ARGS, BENCH_ARGS and DEMO_ARGS can be given on the command line or in the environment.
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. PIP_ARGS="--find-links DIR" for a folder of CPU builds of torch
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEMO_ARGS ?=
 
 PY := $(VENV)/bin/python
 # one constraints file in every install: a later one never moves what an earlier one chose
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 CORE := $(VENV)/.installed-core
+TRAIN := $(VENV)/.installed-train
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint types wheel clean
+.PHONY: help demo step test bench lint types wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(CORE) ## one optimizer step on a toy head (needs torch, triton and numpy only)
+demo: $(TRAIN) ## annotate, train DPO and T-REG, check, on a small world of known truth; DEMO_ARGS are passed on
+	@$(PY) -m treg demo $(DEMO_ARGS)
+
+step: $(CORE) ## one optimizer step on a toy head, fused and dense (needs torch, triton and numpy only)
 	@$(PY) examples/one_step.py
 
 test: $(DEV) ## the tests; PYTEST_ARGS="-k name" and the like are passed on
@@ -54,9 +59,14 @@ $(CORE): pyproject.toml constraints.txt | $(PY)
 	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(DEV): $(CORE)
+$(TRAIN): $(CORE)
+	@echo "installing what training needs into $(VENV)"
+	@$(INSTALL) --no-build-isolation --editable '.[train]'
+	@touch $@
+
+$(DEV): $(TRAIN)
 	@echo "installing the test dependencies into $(VENV)"
-	@$(INSTALL) --no-build-isolation --editable '.[dev]' transformers
+	@$(INSTALL) --no-build-isolation --editable '.[train,peft,dev]'
 	@touch $@
 
 $(BENCH): $(CORE)

@@ -30,24 +30,31 @@ MAY_IMPORT = {
     "treg.reference": {"treg.results", "torch"},
     "treg.losses": {"treg.checks", "treg.results", "treg.segments", "torch"},
     "treg.ops": {"treg.ops", "treg.checks", "treg.losses", "treg.results", "treg_kernels", "torch"},
-    "treg.rewards": {"treg.rewards", "treg.ops", "treg.segments", "torch"},
+    "treg.rewards": {"treg.rewards", "treg.ops", "treg.segments", "torch", "jinja2", "yaml"},
     "treg.heads": {"torch", "transformers"},
-    "treg.data": {"torch", "numpy", "jinja2", *HUGGING_FACE},
-    "treg.annotate": {
-        *("treg.data", "treg.heads", "treg.ops", "treg.rewards"),
-        *("torch", "numpy", "pyarrow", *HUGGING_FACE),
+    "treg.data": {"treg.data", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
+    "treg.scorer": {"treg.data", "treg.heads", "treg.ops", "treg.rewards", "torch"},
+    "treg.annotate": {"treg.data", "treg.rewards", "treg.scorer", "torch", "tqdm", *HUGGING_FACE},
+    "treg.trainer": {
+        *("treg.data", "treg.heads", "treg.ops", "treg.losses", "treg.results"),
+        *("torch", "numpy", "peft", *HUGGING_FACE),
     },
-    "treg.trainer": {"treg.data", "treg.heads", "treg.ops", "treg.losses", "torch", *HUGGING_FACE},
-    "treg.viz": {"torch", "numpy", "jinja2", "rich"},
+    "treg.viz": {"numpy", "jinja2", "markupsafe", "rich", "matplotlib"},
+    "treg.views": {"treg.rewards", "treg.scorer", "treg.viz", "torch"},
+    # the demo is a user of the library
+    "treg.demo": {
+        *("treg.demo", "treg.annotate", "treg.data", "treg.rewards", "treg.scorer", "treg.trainer", "treg.views"),
+        *("treg.viz", "torch", "numpy", "tokenizers", "safetensors", *HUGGING_FACE),
+    },
     "treg.cli": {
-        *("treg.annotate", "treg.data", "treg.debug", "treg.heads", "treg.losses", "treg.ops"),
-        *("treg.reference", "treg.rewards", "treg.segments", "treg.trainer", "treg.viz"),
-        *("torch", "triton", "numpy", "rich", *HUGGING_FACE),
+        *("treg", "treg.cli", "treg.annotate", "treg.data", "treg.demo", "treg.ops", "treg.reference", "treg.rewards"),
+        *("treg.trainer", "treg.views", "treg.viz", "torch", "yaml", "peft", *HUGGING_FACE),
     },
+    "treg.__main__": {"treg.cli"},
     "treg.integrations": {"*"},
 }
 # The package itself only gathers public names.
-MAY_IMPORT["treg"] = MAY_IMPORT.keys() - {"treg_kernels", "treg.cli", "treg.integrations"}
+MAY_IMPORT["treg"] = MAY_IMPORT.keys() - {"treg_kernels", "treg.cli", "treg.demo", "treg.__main__", "treg.integrations"}
 
 
 def modules(root: Path) -> dict[str, Path]:
