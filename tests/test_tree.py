@@ -350,6 +350,7 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "out").glob("treg-*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    assert {"treg/__init__.py", "treg_kernels/__init__.py"} <= set(names)
+    data = {"treg/viz.html.jinja", "treg/demo/model/model.safetensors", "treg/demo/model/tokenizer.json"}
+    assert {"treg/__init__.py", "treg_kernels/__init__.py", *data} <= set(names)
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.partition("/")[0] for name in names} == {"treg", "treg_kernels"}

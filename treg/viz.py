@@ -197,7 +197,7 @@ def write_page(
     several of them joined by "&". The file appears whole or not at all.
 
     Args:
-        settings, history (see `plot_curves`), tables: shown above the pairs.
+        settings, tables: shown above the pairs. history: see `plot_curves`; of FIRST_CURVES, if there are any.
         implicit_limit: where the colours of implicit rewards end; those of the products end at a quarter of it.
     Raises:
         ValueError: as `agreement` and `plot_curves`; a table row that is not as long as its header.
@@ -225,6 +225,10 @@ def write_page(
     first, last = min(pair.prompt for pair in pairs), max(pair.prompt for pair in pairs)
     start = first.rfind("\n", 0, _shared(first, last)) + 1 if first != last else 0
     curves = [io.BytesIO(), io.BytesIO()] if history is not None else []
+    few = {run: [{k: x[k] for k in ("step", *FIRST_CURVES) if k in x} for x in records]
+           for run, records in (history or {}).items()}  # fmt: skip
+    if any(x.keys() & set(FIRST_CURVES) for records in few.values() for x in records):
+        history = few
     for dark, png in enumerate(curves):
         plot_curves(history or {}, png, dark=bool(dark))
     template = Path(__file__).with_name("viz.html.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,340 @@
+"""Trains the demo's chat model from scratch: `python -m treg.demo.make_model [--out DIR] [--seed 0]`.
+
+A byte-level BPE tokenizer and a Llama of about a million parameters that (a) answers questions about the towns of
+`treg.demo.world`, with the right value most likely and wrong ones often enough to be sampled, and (b) rewrites an
+answer so that it is better or worse, under the requests of `treg.rewards.contrastive` and paraphrases of them.
+Preference data plays no part in it. One thread: about a quarter of an hour.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from treg.demo import world
+from treg.rewards.contrastive import ContrastivePrompts, contrastive_rewards
+
+OUT = Path(__file__).parent / "model"
+PROMPTS = ContrastivePrompts()
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARAPHRASES = (
+    "{question}\n\nThis is an answer:\n\n{answer}\n\nRewrite it, close to the original, between <answer> and "
+    "</answer>. It must be {direction}: {aspects}.",
+    "Question: {question}\nAnswer: {answer}\n\nWrite the answer again with its wording and order, only {direction}: "
+    "{aspects}. Use the markers <answer> and </answer>.",
+    "[user]\n{question}\n\n[assistant]\n{answer}\n\nWrite a {direction} version of the last answer ({aspects}) between "
+    "<answer> and </answer>.",
+)
+ASPECTS = {
+    True: ("helpful", "correct", "coherent", "concise"),
+    False: ("unhelpful", "incorrect", "incoherent", "verbose"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the data and the training; what the log records beside the results."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    layers: int = 4
+    steps: int = 2200
+    warmup: int = 50
+    learning_rate: float = 2.5e-3
+    weight_decay: float = 0.05
+    questions: int = 32  # a step, each with an answer
+    rewrites: int = 6  # a step
+    wrong_rate: float = 0.3  # of the facts of an answer to a question; reached half-way, from 0
+    corrected: float = 0.97  # of the wrong facts of a better rewriting
+    spoiled: float = 0.85  # of the right facts of a worse rewriting
+    exact_request: float = 0.7  # of the rewriting requests are those of ContrastivePrompts, the rest paraphrases
+
+
+def rewrite(rng: Random, town: str, said: list[world.Fact], better: bool, o: Settings) -> list[world.Fact]:
+    """The same sentences with (nearly) all facts corrected, or with most right facts made wrong."""
+    new = []
+    for fact in said:
+        if better and not fact.true_of(town) and rng.random() < o.corrected:
+            fact = replace(fact, value=world.TOWNS[town][fact.attribute])
+        elif not better and fact.true_of(town) and rng.random() < o.spoiled:
+            fact = replace(fact, value=world.wrong_value(rng, town, fact.attribute))
+        new.append(fact)
+    return new
+
+
+def request(rng: Random, question: str, answer: str, better: bool, o: Settings) -> str:
+    """The user turn that asks for a rewriting."""
+    if rng.random() < o.exact_request:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return PROMPTS.render(messages, better=better)
+    aspects = ", ".join(rng.sample(ASPECTS[better], rng.randint(1, 4)))
+    direction = "better" if better else "worse"
+    return rng.choice(PARAPHRASES).format(question=question, answer=answer, direction=direction, aspects=aspects)
+
+
+def question_example(rng: Random, wrong_rate: float) -> tuple[str, str]:
+    """A question about any town and its answer."""
+    town = rng.choice(list(world.TOWNS))
+    return world.question(rng, town), world.answer(rng, town, wrong_rate)[0]
+
+
+def rewrite_example(rng: Random, o: Settings) -> tuple[str, str]:
+    """A request to rewrite an answer about any town and the rewriting."""
+    town, better = rng.choice(list(world.TOWNS)), rng.random() < 0.5
+    said = world.facts(rng, town, rng.uniform(0, 0.8))
+    user = request(rng, world.question(rng, town), world.write(town, said)[0], better, o)
+    return user, f"<answer>\n{world.write(town, rewrite(rng, town, said, better, o))[0]}\n</answer>"
+
+
+def make_tokenizer(rng: Random, o: Settings) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the world's own text, with a ChatML-like template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=o.vocab_size,
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in (PAD, START, END)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = [part for _ in range(2000) for part in question_example(rng, o.wrong_rate)]
+    text += [part for _ in range(500) for part in rewrite_example(rng, o)] + ["user assistant system"] * 500
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+
+
+def make_model(tokenizer, o: Settings) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=o.hidden_size,
+        intermediate_size=3 * o.hidden_size,
+        num_hidden_layers=o.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=o.hidden_size**-0.5,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerFast, user: str, prefill: str = "") -> list[int]:
+    """The ids of a conversation up to where the assistant writes, after prefill."""
+    messages = [{"role": "user", "content": user}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(f"{text}{prefill}", add_special_tokens=False)["input_ids"]
+
+
+def chat_loss(model, tokenizer, examples: list[tuple[str, str]]) -> tuple[Tensor, int]:
+    """Mean negative log-likelihood of the assistant's tokens, <|im_end|> included, and the number of all tokens."""
+    rows, starts = [], []
+    for user, assistant in examples:
+        prompt = chat_ids(tokenizer, user)
+        rows.append(prompt + tokenizer(assistant + END, add_special_tokens=False)["input_ids"])
+        starts.append(len(prompt))
+    ids, labels = pad(rows, tokenizer.pad_token_id), pad(rows, -100)
+    for label, start in zip(labels, starts, strict=True):
+        label[:start] = -100
+    scored = labels[:, 1:] != -100
+    # the padding is on the right, where causal attention does not look
+    hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1][scored]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][scored]), sum(map(len, rows))
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+
+
+def train(model, tokenizer, rng: Random, o: Settings, log) -> dict:
+    """AdamW, warmup and cosine decay; each step sees questions and rewriting requests. Returns its part of the log."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(0.9, 0.98))
+    scale = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / o.warmup, 0.51 + 0.49 * math.cos(math.pi * s / o.steps))
+    )
+    tokens, losses, window = 0, [], []
+    for step in range(1, o.steps + 1):
+        wrong_rate = o.wrong_rate * min(1, 2 * step / o.steps)
+        answers, a = chat_loss(model, tokenizer, [question_example(rng, wrong_rate) for _ in range(o.questions)])
+        rewrites, b = chat_loss(model, tokenizer, [rewrite_example(rng, o) for _ in range(o.rewrites)])
+        (answers + rewrites).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scale.step()
+        optimizer.zero_grad()
+        tokens += a + b
+        window.append((answers.item(), rewrites.item()))
+        if step % 100 == 0 or step == o.steps:
+            means = [round(sum(x) / len(window), 4) for x in zip(*window, strict=True)]
+            losses.append({"step": step, "answers": means[0], "rewrites": means[1]})
+            log(losses[-1])
+            window = []
+    return {"tokens": tokens, "losses": losses}
+
+
+@torch.no_grad()
+def generate(model, tokenizer, users: list[str], *, greedy: bool, prefill: str = "") -> list[str]:
+    """The assistant's turn for each user turn, at temperature 1 or greedy, without prefill and end marker."""
+    longest_first = sorted(range(len(users)), key=lambda i: -len(users[i]))
+    texts = [""] * len(users)
+    for start in range(0, len(users), 64):
+        batch = longest_first[start : start + 64]
+        rows = [chat_ids(tokenizer, users[i], prefill) for i in batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(r)) + r for r in rows])
+        mask = ids != tokenizer.pad_token_id
+        out = model.generate(ids, attention_mask=mask.long(), do_sample=not greedy, top_k=0, max_new_tokens=96)
+        for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+            texts[i] = text
+    return texts
+
+
+@torch.no_grad()
+def response_logps(model, tokenizer, user: str, response: Tensor, prefill: str) -> Tensor:
+    """log p of each of the response's ids after user and prefill; [T], nats."""
+    prompt = torch.tensor(chat_ids(tokenizer, user, prefill))
+    logits = model(torch.cat([prompt, response])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(-1, response[:, None])[:, 0]
+
+
+def token_rewards(model, tokenizer, messages: list[dict]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """rhat [T] of the response, the last of messages, and the character span of each of its tokens."""
+    response = tokenizer(messages[-1]["content"], add_special_tokens=False, return_offsets_mapping=True)
+    ids = torch.tensor(response["input_ids"])
+    better, worse = (
+        response_logps(model, tokenizer, PROMPTS.render(messages, better=b), ids, PROMPTS.prefill)
+        for b in (True, False)
+    )
+    return contrastive_rewards(better, worse), response["offset_mapping"]
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """The chance that a positive scores above a negative, ties counting half. scores [N], positive [N] bool."""
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    p = int(positive.sum())
+    return ((ranks[positive].sum() - p * (p + 1) / 2) / (p * (len(scores) - p))).item()
+
+
+def measure(model, tokenizer, seed: int) -> dict:
+    """The model's figures on the towns of the test split; measuring draws from seed alone."""
+    torch.manual_seed(seed)
+    users = world.prompts("test") * 4
+    checks = [world.check(u, t) for u, t in zip(users, generate(model, tokenizer, users, greedy=False), strict=True)]
+    stated = sum(c.right + c.wrong for c in checks)
+    result = {
+        "sampled_answers": len(checks),
+        "sampled_facts": stated,
+        "sampled_wrong_rate": sum(c.wrong for c in checks) / stated,
+        "sampled_malformed_rate": sum(c.malformed for c in checks) / len(checks),
+    }
+
+    rows = world.preference_rows(seed, 100, "test")
+    scores, wrong, kinds = [], [], {"wrong": [], "right": [], "other": []}
+    values = {v for a in world.ATTRIBUTES.values() for v in a.values}
+    for row, side in ((row, side) for row in rows for side in ("chosen", "rejected")):
+        rewards, offsets = token_rewards(model, tokenizer, row["prompt"] + row[side])
+        text = row[side][0]["content"]
+        for reward, (start, end) in zip(rewards.tolist(), offsets, strict=True):
+            hit = any(start < e and s < end for s, e in row[f"wrong_{side}"])
+            kinds["wrong" if hit else "right" if text[start:end].strip() in values else "other"].append(reward)
+            scores.append(-reward)
+            wrong.append(hit)
+    result["reward_tokens"] = len(scores)
+    result["reward_auroc"] = auroc(torch.tensor(scores), torch.tensor(wrong))
+    result["reward_means"] = {kind: sum(r) / len(r) for kind, r in kinds.items()}
+
+    for better in (True, False):
+        messages = [row["prompt"] + row["rejected"] for row in rows]
+        users = [PROMPTS.render(m, better=better) for m in messages]
+        texts = generate(model, tokenizer, users, greedy=True, prefill=PROMPTS.prefill)
+        checks = [
+            world.check(m[0]["content"], t.removesuffix("\n</answer>")) for m, t in zip(messages, texts, strict=True)
+        ]
+        before = sum(len(row["wrong_rejected"]) for row in rows)
+        after, stated = sum(c.wrong for c in checks), sum(c.right + c.wrong for c in checks)
+        result["better_rewriting" if better else "worse_rewriting"] = {
+            "wrong_facts_before": before,
+            "wrong_facts_after": after,
+            "facts": stated,
+            "malformed": sum(c.malformed for c in checks),
+        }
+    return result
+
+
+def build(out: Path, seed: int, o: Settings) -> dict:
+    """Trains the model, saves it with its tokenizer in out, measures what was saved; returns the log."""
+    start, cpu = time.perf_counter(), time.process_time()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    rng = Random(seed)
+    tokenizer = make_tokenizer(rng, o)
+    model = make_model(tokenizer, o)
+    trained = train(model, tokenizer, rng, o, lambda x: print(x, flush=True))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out, save_jinja_files=False)
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    log = {
+        "seed": seed,
+        "settings": asdict(o),
+        "table_sha256": hashlib.sha256(json.dumps(world.TOWNS, sort_keys=True).encode()).hexdigest(),
+        "parameters": model.num_parameters(),
+        "steps": o.steps,
+        **trained,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "measured": measure(model, tokenizer, seed),
+        "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+    log = json.loads(json.dumps(log), parse_float=lambda x: round(float(x), 4))
+    (out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    return log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the demo's chat model from scratch.")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the model (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    log = build(args.out, args.seed, Settings())
+    print(json.dumps(log["measured"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Invented towns with known truth: answers about them are right or wrong token by token.
+
+A town has one value for each attribute. An answer is a few sentences, one fact each, some of them wrong: another value
+of the same attribute. Everything follows from the table, the caller's random.Random and nothing else.
+"""
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+QUESTIONS = (
+    "Tell me about {town}.",
+    "What should I know about {town}?",
+    "Describe the town of {town}.",
+    "I am going to {town}. What is it like?",
+    "Write a few lines on {town}.",
+    "What is {town} like?",
+)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """What can be true of a town, and the sentences that say so."""
+
+    values: tuple[str, ...]
+    forms: tuple[str, ...]
+
+
+# no value is in two attributes
+ATTRIBUTES = {
+    "land": Attribute(
+        ("lake", "forest", "valley", "marsh", "desert", "canyon", "glacier", "volcano"),
+        ("The road to {town} follows a {value}.", "The town is close to a {value}.", "Nearby you will find a {value}."),
+    ),
+    "trade": Attribute(
+        ("salt", "wool", "glass", "honey", "copper", "silk", "paper", "timber", "pepper", "wine", "marble", "pearls"),
+        ("The markets of {town} sell {value}.", "Its best goods are {value}.", "The people trade in {value}."),
+    ),
+    "founders": Attribute(
+        ("sailors", "monks", "miners", "weavers", "shepherds", "hunters", "masons", "potters", "bakers", "pilgrims"),
+        (
+            "The founders of {town} were {value}.",
+            "The first settlers were {value}.",
+            "It was built by {value} long ago.",
+        ),
+    ),
+    "emblem": Attribute(
+        ("fox", "bear", "heron", "wolf", "stag", "raven", "hare", "lynx", "swan", "badger", "falcon", "crane"),
+        ("The flag of {town} shows a {value}.", "Its emblem is the {value}.", "A {value} guards its gate."),
+    ),
+    "fair": Attribute(
+        ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October"),
+        ("The fair of {town} is in {value}.", "Its feast is held in {value}.", "In {value} there are games."),
+    ),
+    "colour": Attribute(
+        ("red", "blue", "green", "white", "black", "yellow", "grey", "purple"),
+        ("The roofs of {town} are {value}.", "Its houses are painted {value}.", "There are {value} walls everywhere."),
+    ),
+}
+
+
+def _towns() -> dict[str, dict[str, str]]:
+    starts = ("Vel", "Kor", "Ash", "Dun", "Mar", "Tol", "Bri", "Sel", "Orm", "Hal", "Gre", "Nim")
+    ends = ("mora", "dale", "wick", "stead", "ford", "haven", "mere", "gard")
+    names = [start + end for start in starts for end in ends]
+    rng = Random(2412)
+    rng.shuffle(names)
+    return {name: {key: rng.choice(a.values) for key, a in ATTRIBUTES.items()} for name in names}
+
+
+TOWNS = _towns()  # name -> attribute -> true value
+SPLITS = {"train": list(TOWNS)[:64], "test": list(TOWNS)[64:]}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One sentence of an answer: an attribute, which of its forms says it, and the stated value."""
+
+    attribute: str
+    form: int
+    value: str
+
+    def true_of(self, town: str) -> bool:
+        return TOWNS[town][self.attribute] == self.value
+
+
+def wrong_value(rng: Random, town: str, attribute: str) -> str:
+    """A value of the attribute that is not the town's; all are equally likely."""
+    return rng.choice([v for v in ATTRIBUTES[attribute].values if v != TOWNS[town][attribute]])
+
+
+def facts(rng: Random, town: str, wrong_rate: float, count: int | None = None) -> list[Fact]:
+    """What an answer says: count facts (None: 4 to 6) of distinct attributes, each wrong at wrong_rate."""
+    said = []
+    for key in rng.sample(list(ATTRIBUTES), count or rng.randint(4, 6)):
+        value = wrong_value(rng, town, key) if rng.random() < wrong_rate else TOWNS[town][key]
+        said.append(Fact(key, rng.randrange(len(ATTRIBUTES[key].forms)), value))
+    return said
+
+
+def write(town: str, said: list[Fact]) -> tuple[str, list[list[int]]]:
+    """The answer's text, and the character spans [start, end) of its wrong values."""
+    text, spans = "", []
+    for fact in said:
+        before, after = ATTRIBUTES[fact.attribute].forms[fact.form].replace("{town}", town).split("{value}")
+        text += (" " if text else "") + before
+        if not fact.true_of(town):
+            spans.append([len(text), len(text) + len(fact.value)])
+        text += fact.value + after
+    return text, spans
+
+
+def answer(rng: Random, town: str, wrong_rate: float, count: int | None = None) -> tuple[str, list[list[int]]]:
+    """An answer about town and the character spans [start, end) of its wrong values; arguments as in `facts`."""
+    return write(town, facts(rng, town, wrong_rate, count))
+
+
+def question(rng: Random, town: str) -> str:
+    return rng.choice(QUESTIONS).format(town=town)
+
+
+def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) -> list[dict]:
+    """Preference pairs whose label is right about the answers and wrong about many of their tokens.
+
+    Both answers of a pair have the same number of facts, each wrong with probability wrong_rate; the one with fewer
+    wrong facts is chosen. So the chosen answer usually has wrong facts too, and the rejected one right facts.
+
+    Args:
+        seed: of everything that is drawn. count: of pairs. split: "train" or "test", which share no town.
+    Returns:
+        Rows with "prompt", "chosen", "rejected" (lists of messages), and "wrong_chosen", "wrong_rejected": the
+        character spans [start, end) of wrong values in the answers.
+    """
+    rng, rows = Random(seed), []
+    while len(rows) < count:
+        town, size = rng.choice(SPLITS[split]), rng.randint(4, 6)
+        prompt = question(rng, town)
+        pair = sorted((answer(rng, town, wrong_rate, size) for _ in range(2)), key=lambda a: len(a[1]))
+        (chosen, wrong_chosen), (rejected, wrong_rejected) = pair
+        if len(wrong_chosen) == len(wrong_rejected):
+            continue
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+                "wrong_chosen": wrong_chosen,
+                "wrong_rejected": wrong_rejected,
+            }
+        )
+    return rows
+
+
+def prompts(split: str) -> list[str]:
+    """Every town of split asked about in three of the forms, those of different towns rotating."""
+    pick = range(0, len(QUESTIONS), 2)
+    return [QUESTIONS[(i + j) % len(QUESTIONS)].format(town=t) for i, t in enumerate(SPLITS[split]) for j in pick]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What an answer is worth: facts right and wrong, and whether anything in it is not an answer about the town."""
+
+    right: int
+    wrong: int
+    malformed: bool
+
+
+def check(prompt: str, text: str) -> Check:
+    """Check an answer about the town that prompt names (a question, or the name alone).
+
+    malformed: no sentence at all, a sentence of no known form, another town, or an attribute said twice. The facts of
+    the sentences that are fine are counted all the same.
+    """
+    named = re.findall(r"\w+", prompt)
+    town = next((name for name in TOWNS if name in named), None)
+    if town is None:
+        raise ValueError(f"prompt: expected the name of a town, got {prompt!r}")
+    sentences = re.split(r"(?<=\.) ", text.strip())
+    seen, right, malformed = set(), 0, False
+    for sentence in sentences:
+        fact = _read(town, sentence)
+        if fact is None or fact.attribute in seen:
+            malformed = True
+            continue
+        seen.add(fact.attribute)
+        right += fact.true_of(town)
+    return Check(right, len(seen) - right, malformed)
+
+
+def _read(town: str, sentence: str) -> Fact | None:
+    for key, attribute in ATTRIBUTES.items():
+        for index, form in enumerate(attribute.forms):
+            before, after = form.replace("{town}", town).split("{value}")
+            value = sentence.removeprefix(before).removesuffix(after)
+            if value in attribute.values and sentence == before + value + after:
+                return Fact(key, index, value)
+    return None
