@@ -44,7 +44,7 @@ wheel: $(DEV) ## sdist and wheel into dist/
 	@$(PY) -m build --no-isolation
 
 clean: ## remove what builds and tools left; the virtual environment stays
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache .coverage htmlcov
+	rm -rf build dist *.egg-info treg-demo .benchmarks .hypothesis .pytest_cache .ruff_cache .coverage htmlcov
 	find treg kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # a system Python may lack ensurepip: its own pip then fills the environment
@@ -66,7 +66,7 @@ $(TRAIN): $(CORE)
 
 $(DEV): $(TRAIN)
 	@echo "installing the test dependencies into $(VENV)"
-	@$(INSTALL) --no-build-isolation --editable '.[train,peft,dev]'
+	@$(INSTALL) --no-build-isolation --editable '.[train,dev]'
 	@touch $@
 
 $(BENCH): $(CORE)

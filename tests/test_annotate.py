@@ -43,6 +43,7 @@ from treg.data.annotated import (
 )
 from treg.data.examples import ExampleLoader
 from treg.rewards import ContrastivePrompts
+from treg.scorer import Scorer
 
 SIDES = ("chosen", "rejected")
 CHAT, PLAIN = tiny_tokenizer(), tiny_tokenizer(chat=False)
@@ -290,8 +291,8 @@ tokenizer = tiny_tokenizer()
 model = tiny_llama(len(tokenizer))
 model.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 if os.environ.get("RANK") == "1":
-    claim = treg.annotate._claim
-    treg.annotate._claim = lambda *args: (claim(*args), time.sleep(late))
+    parts = treg.annotate._annotate_parts
+    treg.annotate._annotate_parts = lambda *args: (time.sleep(late), parts(*args))[1]
 options = treg.annotate.AnnotateOptions(EncodeOptions(256), ContrastivePrompts(**prompts), tokens_per_batch=512)
 treg.annotate.annotate(model, tokenizer, rows, output, options, progress=False)
 """
@@ -384,9 +385,7 @@ OTHER = {
     "tokenizer": dict(tokenizer=seeded(tiny_tokenizer)),
     "data": dict(data=rows(26, seed=5)),
     "fewer-rows": dict(data=rows(25, seed=4)),
-    "tokens_per_batch": dict(options=replace(SMALL, tokens_per_batch=513)),
     "per_token": dict(options=replace(SMALL, per_token=True)),
-    "share_prefix": dict(options=replace(SMALL, share_prefix=False)),
     "prompts": dict(options=replace(SMALL, prompts=replace(SHORT, prefill="<a>"))),
     "max_length": dict(options=replace(SMALL, encode=EncodeOptions(255))),
 }
@@ -407,6 +406,82 @@ def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, small_parts, 
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **{"data": data} | OTHER[changed])
     assert (tmp_path / "a.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [{"tokens_per_batch": 128}, {"share_prefix": False}])
+def test_smaller_batches_go_on(tmp_path, monkeypatch, small_parts, whole, changed):
+    """After running out of memory: the finished parts stay, the numbers are the same but for roundings."""
+    folder = stopped(tmp_path, monkeypatch)
+    parts = {file: file.stat().st_mtime_ns for file in folder.glob("part-*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(treg.annotate.shutil, "rmtree", lambda *_, **__: None)
+        _, examples, _ = run(tmp_path, replace(SMALL, **changed), rows(26, seed=4))
+    assert all(file.stat().st_mtime_ns == time for file, time in parts.items())
+    for x, y in zip(examples, read_annotated(whole)[0], strict=True):
+        for name in ("chosen_token_rewards", "rejected_token_rewards", "ref_chosen_logps", "ref_rejected_logps"):
+            np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-5)
+    run(tmp_path, replace(SMALL, **changed), rows(26, seed=4))  # and the output is complete for both
+    run(tmp_path, SMALL, rows(26, seed=4))
+
+
+def test_two_runs_on_one_output(tmp_path, monkeypatch, small_parts):
+    def second(*args, **kwargs):
+        with pytest.raises(ValueError, match="another run is at work on it; wait for it"):
+            run(tmp_path, data=rows(26, seed=4))
+        raise Stop
+
+    monkeypatch.setattr(treg.annotate, "annotate_pairs", second)
+    with pytest.raises(Stop):
+        run(tmp_path, data=rows(26, seed=4))
+
+
+def test_adapters_at_work_are_another_model():
+    model = peft.get_peft_model(
+        copy.deepcopy(MODEL), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    assert model_fingerprint(model) == model_fingerprint(MODEL) == model_fingerprint(MODEL, adapters=True)
+    assert model_fingerprint(model, adapters=True) != model_fingerprint(MODEL)
+
+
+def test_positions_stay_in_the_table(tmp_path):
+    """A row with a long beginning and one with a long response share a batch; padding must not go beyond the table."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    data = [{"prompt": "fox " * 150, "chosen": "owl", "rejected": "sun"},
+            {"prompt": "owl?", "chosen": "moon " * 40, "rejected": "wood " * 40}]  # fmt: skip
+    prompts = ContrastivePrompts(
+        "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'better' if better else 'no' }}"
+    )
+    options = AnnotateOptions(EncodeOptions(None), prompts, tokens_per_batch=10**6)
+    pairs, _ = load_pairs(data, CHAT)
+
+    def build(positions):
+        config = GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_positions=positions, bos_token_id=None,
+                            eos_token_id=None)  # fmt: skip
+        return seeded(lambda: GPT2LMHeadModel(config).eval())
+
+    scorer = Scorer(build(1024), CHAT, prompts, tokens_per_batch=10**6, share_prefix=True)
+    need = max(len(context) + len(y) - 1 for pair in pairs for *both, y in scorer._judged(pair) for context in both)
+    report, *_ = run(tmp_path, options, data, model=build(need))
+    assert report.kept == 2
+
+
+def test_sharing_is_judged_on_the_longest_pair(tmp_path, caplog):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "rope_theta": 1e4,
+               "original_max_position_embeddings": 100}  # fmt: skip
+    model = seeded(lambda: Phi3ForCausalLM(Phi3Config(
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=800, original_max_position_embeddings=100,
+        rope_parameters=factors, initializer_range=0.3, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None)).eval())  # fmt: skip
+    pairs, _ = load_pairs([{"prompt": "owl?", "chosen": "moon " * n, "rejected": "sun " * n} for n in (60, 2)], CHAT)
+    scorer = Scorer(model, CHAT, SHORT, tokens_per_batch=512, share_prefix=True)
+    scorer.check_sharing(pairs[1:])
+    assert scorer.share
+    scorer.check_sharing(pairs)
+    assert not scorer.share
 
 
 def test_parts_of_another_size_are_refused(tmp_path, monkeypatch, small_parts):
@@ -454,7 +529,7 @@ def test_a_run_that_is_killed_while_it_cleans_up(tmp_path, monkeypatch, whole):
         patch.setattr(treg.annotate.shutil, "rmtree", half)
         with pytest.raises(Stop):
             run(tmp_path, data=rows(26, seed=4))
-    assert len(list(folder.iterdir())) == 7 and same(tmp_path / "a.parquet", whole)
+    assert len(list(folder.glob("part-*"))) == 7 and same(tmp_path / "a.parquet", whole)
     (tmp_path / "a.parquet").unlink()
     other = tiny_llama(V, initializer_range=0.2)
     run(tmp_path, data=rows(26, seed=4), model=other)
@@ -553,7 +628,7 @@ def test_tokenizer_fingerprint():
 def test_fingerprints_are_checked_when_examples_are_loaded(tmp_path):
     run(tmp_path)
     path = str(tmp_path / "a.parquet")
-    options = dict(max_length=None, need_rewards=True, need_reference=True)
+    options = dict(max_length=None, need_rewards=True)
     assert len(ExampleLoader(CHAT, MODEL, **options)(path, "train")) == 5
     for what, args in {"tokenizer": (PLAIN, MODEL), "model": (CHAT, tiny_llama(V, initializer_range=0.2))}.items():
         with pytest.raises(ValueError, match=f"expected data annotated with this {what}"):

@@ -158,6 +158,45 @@ def test_plain_objective_needs_no_annotation(folder, tmp_path):
     assert not list(out.glob("*.parquet")) and weights(out)
 
 
+def test_plain_objective_reads_the_rows_that_were_asked_for(folder, tmp_path, capsys):
+    options = train_options(folder, tmp_path / "out", alpha=0.0, max_steps=1, limit=3)
+    assert main(options) == 0
+    assert "3 of 3 rows kept" in capsys.readouterr().out
+    assert main(train_options(folder, tmp_path / "strict", alpha=0.0, max_steps=1, strict=True)) == 2
+    assert ":25: broken JSON" in capsys.readouterr().err
+
+
+def test_limit_is_for_raw_rows(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, max_steps=1, limit=4, logging_steps=10)) == 0  # nothing logged, no curves
+    assert not (out / "curves.png").exists() and len(read_annotated(out / "annotated.parquet")[0]) == 4
+    page = tmp_path / "page.html"
+    command = ["inspect", "--data", out / "annotated.parquet", "--model", out, "--output", page]
+    assert main([str(x) for x in command]) == 0 and page.exists()
+    again = train_options(folder, tmp_path / "again", data=out / "annotated.parquet", max_steps=1)
+    assert main([*again, "--limit", "2"]) == 2
+    assert "limit: expected none with annotated data" in capsys.readouterr().err
+    assert main(again) == 0
+
+
+def test_another_reference(folder, tmp_path):
+    """It annotates, and is not needed after that."""
+    tokenizer = tiny.tiny_tokenizer()
+    tiny.tiny_llama(len(tokenizer), initializer_range=0.2).save_pretrained(tmp_path / "reference")
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, max_steps=1, ref_model=tmp_path / "reference")) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert abs(next(x["rewards/chosen"] for x in log if "loss" in x)) > 0.01
+
+
+def test_mixed_precision_sees_the_same_reference(folder, tmp_path):
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, max_steps=1, bf16=True)) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    # batches are cut differently, so bfloat16 rounds a little differently
+    assert abs(next(x["rewards/margins"] for x in log if "loss" in x)) < 0.02
+
+
 def test_lora(folder, tmp_path):
     out = tmp_path / "out"
     assert main(train_options(folder, out, use_peft=True, lora_target_modules="q_proj", max_steps=2)) == 0

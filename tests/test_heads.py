@@ -434,3 +434,19 @@ def test_packing_where_positions_are_ignored(model_type):
 def test_a_model_that_looks_ahead():
     with pytest.raises(ValueError, match="later tokens"):
         check_sequences(resolve_head(build("bert")))
+
+
+def test_flash_attention_is_not_needed_for_the_checks():
+    """It takes 16-bit inputs on a GPU only; the checks may run before the model is there."""
+    from transformers import AttentionInterface
+
+    def flash(*args, **kwargs):
+        raise RuntimeError("no GPU")
+
+    AttentionInterface.register("flash_probe", flash)
+    model = llama()
+    model.config._attn_implementation = "flash_probe"
+    check_sequences(install_head(model), packing=True)
+    assert model.config._attn_implementation == "flash_probe"
+    with pytest.raises(RuntimeError, match="no GPU"):
+        model(tokens())

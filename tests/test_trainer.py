@@ -436,7 +436,59 @@ def test_dropout(tmp_path, name, disable):
     make_trainer(tmp_path, model, make_pairs(1), make_model(), disable_dropout=disable)
     ids = torch.arange(3, 20)[None]
     a, b = (model.train()(input_ids=ids).logits for _ in range(2))
-    assert torch.equal(a, b) == disable
+    assert torch.equal(a, b) == (disable and name != "lora")  # an adapter's dropout is its own option
+
+
+def test_reference_of_adapters_has_no_dropout(tmp_path):
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = make_trainer(tmp_path, with_lora(model), make_pairs(2), disable_dropout=False)
+    batch = trainer._unpack(trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset)))
+    trainer.model.train()
+    a, b = (trainer._reference_logps(trainer.model, batch) for _ in range(2))
+    assert torch.equal(a, b) and trainer.model.training and trainer.model.base_model.model.model.layers[0].training
+
+
+def test_a_checkpoint_in_16_bits_trains_in_32(tmp_path):
+    make_model().bfloat16().save_pretrained(tmp_path / "model")
+    pairs = with_reference(make_pairs(2), make_model())
+    trainer = TRegTrainer(str(tmp_path / "model"), None, make_config(tmp_path), pairs, processing_class=tokenizer())
+    assert trainer.model.dtype == torch.float32
+
+
+def test_data_come_before_a_reference_model(tmp_path, monkeypatch):
+    ref_model = make_model()
+    trainer = make_trainer(
+        tmp_path, perturb(make_model()), with_reference(make_pairs(4), ref_model), ref_model, max_steps=1
+    )
+    monkeypatch.setattr(ref_model, "forward", None)
+    trainer.train()
+    assert trainer.ref_model is None
+
+
+def test_every_pair_has_the_same_columns(tmp_path):
+    for missing in ("ref_chosen_logps", "rejected_token_rewards", "prompt_ids"):
+        pairs = with_reference(make_pairs(3), make_model())
+        del pairs[2][missing]
+        with pytest.raises(ValueError, match=f"train_dataset: expected .*{missing}.* in every pair.* in pair 2"):
+            make_trainer(tmp_path, make_model(), pairs)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "group_by_length"}])
+def test_options_without_a_meaning(tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        make_config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["compute_metrics", "compute_loss_func", "model_init", "preprocess_logits_for_metrics"]
+)
+def test_arguments_without_a_meaning(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}: expected None"):
+        TRegTrainer(
+            make_model(), None, make_config(tmp_path), make_pairs(2), processing_class=tokenizer(), **{name: print}
+        )
 
 
 def test_saved_model_is_plain(tmp_path):

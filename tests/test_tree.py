@@ -36,11 +36,12 @@ MAY_IMPORT = {
     "treg.scorer": {"treg.data", "treg.heads", "treg.ops", "treg.rewards", "torch"},
     "treg.annotate": {"treg.data", "treg.rewards", "treg.scorer", "torch", "tqdm", *HUGGING_FACE},
     "treg.trainer": {
-        *("treg.data", "treg.heads", "treg.ops", "treg.losses", "treg.results"),
+        *("treg.data", "treg.heads", "treg.metrics", "treg.ops", "treg.losses", "treg.results"),
         *("torch", "numpy", "peft", *HUGGING_FACE),
     },
+    "treg.metrics": {"treg.results", "torch", "numpy"},
     "treg.viz": {"numpy", "jinja2", "markupsafe", "rich", "matplotlib"},
-    "treg.views": {"treg.rewards", "treg.scorer", "treg.viz", "torch"},
+    "treg.views": {"treg.data", "treg.rewards", "treg.scorer", "treg.viz", "torch"},
     # the demo is a user of the library
     "treg.demo": {
         *("treg.demo", "treg.annotate", "treg.data", "treg.rewards", "treg.scorer", "treg.trainer", "treg.views"),

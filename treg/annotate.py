@@ -13,10 +13,12 @@ The pairs, sorted by length, are cut into parts. A part is computed as a whole a
 killed loses the parts that it was working on, and the next one computes them in the same batches, to the same bits.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from treg.data import EncodeOptions, Pair, Report, RowProblem, load_pairs, pair_tokens
+from treg.data import SIDES, EncodeOptions, Pair, Report, RowProblem, load_pairs, pair_tokens
 from treg.data.annotated import (
     is_annotated,
     merge_annotated,
@@ -36,9 +38,10 @@ from treg.data.annotated import (
     write_annotated,
 )
 from treg.rewards import ContrastivePrompts, contrastive_rewards
-from treg.scorer import SIDES, Scorer
+from treg.scorer import Scorer
 
 PART_PAIRS = 32
+CUTTING = ("tokens_per_batch", "share_prefix")
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,47 @@ def annotate(
     pairs, report = load_pairs(source, tokenizer, options.encode, split=split, strict=strict, limit=limit)
     made_with = {
         "fingerprint": {
-            "model": model_fingerprint(model),
+            "model": model_fingerprint(model, adapters=True),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "pairs": _pairs_fingerprint(pairs),
         },
-        "settings": asdict(options) | {"dtype": str(model.dtype)},
+        "settings": asdict(options) | {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)},
     }
+    # how the work was cut changes roundings only: after running out of memory one goes on with smaller batches
+    same = made_with | {"settings": {k: v for k, v in made_with["settings"].items() if k not in CUTTING}}
     folder = Path(f"{output}.parts")
     if output.exists():
         if not is_annotated(output):
             raise ValueError(f"{output}: not written by `treg annotate`; give another output, or remove {output}")
-        _check_same(output, {k: v for k, v in read_meta(output).items() if k in made_with}, made_with)
+        _check_same(output, read_meta(output), same)
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         return Report(**read_meta(output)["report"])
-    with state.main_process_first():
-        _claim(folder, made_with | {"parts": {"part_pairs": PART_PAIRS}})
+    with contextlib.ExitStack() as stack:
+        with state.main_process_first():
+            if state.is_main_process:
+                stack.enter_context(_claimed(folder, same | {"parts": {"part_pairs": PART_PAIRS}}))
+        files, problems = _annotate_parts(model, tokenizer, pairs, folder, options, strict, progress, state)
+        for problem, truncated in problems:
+            report.kept -= 1
+            report.truncated -= truncated
+            report.problem(problem)
+        if not report.kept:
+            raise ValueError(f"data: no pair fits into the model's context: {report}")
+        if state.is_main_process:
+            for left in output.parent.glob(f"{output.name}.*.tmp"):  # of a run that was killed while it wrote
+                left.unlink()
+            merge_annotated(files, output, made_with | {"report": asdict(report)})
+            shutil.rmtree(folder)
+        state.wait_for_everyone()
+    return report
 
+
+def _annotate_parts(
+    model: Any, tokenizer: Any, pairs: Sequence[Pair], folder: Path, options: AnnotateOptions, strict: bool,
+    progress: bool, state: PartialState,
+) -> tuple[list[Path], list[tuple[RowProblem, bool]]]:  # fmt: skip
+    """The files of all parts, once every process has done its share; each problem, and if its pair was truncated."""
     order = sorted(pairs, key=lambda p: (-pair_tokens(vars(p)), p.index))  # the longest first: memory runs out early
     parts = [order[i : i + PART_PAIRS] for i in range(0, len(order), PART_PAIRS)]
     files = [folder / f"part-{i:05}.parquet" for i in range(len(parts))]
@@ -120,27 +147,18 @@ def annotate(
         scorer = Scorer(model, tokenizer, options.prompts, tokens_per_batch=options.tokens_per_batch,
                         share_prefix=options.share_prefix, on_tokens=bar.tokens)  # fmt: skip
         if mine and options.share_prefix:
-            scorer.check_sharing(order[-1])  # the shortest pair of all: every process comes to the same conclusion
+            scorer.check_sharing(order)  # of all pairs, so that every process comes to the same conclusion
         for i in mine:
             rows, problems = annotate_pairs(scorer, parts[i], per_token=options.per_token)
             if problems and strict:
                 raise problems[0]
-            details = {"problems": [(p.reason, p.detail, p.where) for p in problems]}
+            cut = {pair.row.where: pair.truncated for pair in parts[i]}
+            details = {"problems": [((p.reason, p.detail, p.where), cut[p.where]) for p in problems]}
             write_annotated(files[i], rows, details, per_token=options.per_token)
             bar.pairs(len(parts[i]))
     state.wait_for_everyone()
-    for file in files:
-        for problem in read_meta(file)["problems"]:
-            report.kept -= 1
-            report.problem(RowProblem(*problem))
-    if not report.kept:
-        raise ValueError(f"data: no pair fits into the model's context: {report}")
-    if state.is_main_process:
-        merge_annotated(files, output, made_with | {"report": asdict(report)})
-    state.wait_for_everyone()
-    if state.is_main_process:
-        shutil.rmtree(folder)
-    return report
+    found = [problem for file in files for problem in read_meta(file)["problems"]]
+    return files, [(RowProblem(*problem), truncated) for problem, truncated in found]
 
 
 def process_state() -> PartialState:
@@ -186,18 +204,29 @@ def _pairs_fingerprint(pairs: Sequence[Pair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _claim(folder: Path, made_with: dict[str, Any]) -> None:
-    """Make the folder of parts, or see that the one that is there is of the same annotation."""
-    manifest = folder / "manifest.json"
-    if manifest.exists():
-        _check_same(folder, json.loads(manifest.read_text()), made_with)
-        return
+def _autocast(device: str) -> str | None:
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
+    """The folder of parts, made or found to be of the same annotation, for this run alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob("part-*.parquet"):  # of an annotation that was stopped while it removed them
-        part.unlink()
-    temporary = folder / "manifest.tmp"
-    temporary.write_text(json.dumps(made_with, indent=1))
-    temporary.replace(manifest)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed with the process, however it ends
+        except OSError:
+            raise ValueError(f"{folder}: another run is at work on it; wait for it, or give another output") from None
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            _check_same(folder, json.loads(manifest.read_text()), made_with)
+        else:
+            for part in folder.glob("part-*.parquet"):  # of an annotation that was stopped while it removed them
+                part.unlink()
+            temporary = folder / "manifest.tmp"
+            temporary.write_text(json.dumps(made_with, indent=1))
+            temporary.replace(manifest)
+        yield
 
 
 def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -208,15 +208,26 @@ def _without_cache(module: nn.Module) -> dict[str, bool]:
 
 @contextlib.contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Plain inference: eval mode, no gradients, no autocast. Each module's training flag is put back."""
+    """Plain inference: eval mode, no gradients, no autocast. Each module's training flag is put back.
+
+    Flash attention takes 16-bit inputs on a GPU only, which the model may have later: sdpa stands in for it.
+    """
     flags = [(module, module.training) for module in model.modules()]
+    config = model.config
+    parts = {"": config} | {k: x for k in config.sub_configs if (x := getattr(config, k, None)) is not None}
+    attention = {k: x._attn_implementation for k, x in parts.items()}
+    flash = any("flash" in str(x) for x in attention.values())
     try:
         model.eval()
+        if flash:
+            config._attn_implementation = "sdpa"
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         for module, flag in flags:
             module.training = flag
+        if flash:
+            config._attn_implementation = attention
 
 
 def _check(spec: HeadSpec) -> None:
@@ -270,7 +281,8 @@ def check_sequences(spec: HeadSpec, *, packing: bool = False) -> None:
             found.append(("packed sequences see one another", whole[:, TOKENS:],
                           spec.hidden(input_ids=ids[:, TOKENS:])))  # fmt: skip
     for what, a, b in found:
-        allowed = max(8 * torch.finfo(a.dtype).eps, 1e-4) * b.abs().max().item()
+        # what leaks changes states by a good part of their size; float32 may mean TF32
+        allowed = max(8 * torch.finfo(a.dtype).eps, 2e-3) * b.abs().max().item()
         difference = (a - b).abs().max().item()
         if not difference <= allowed:
             fix = "use packing=False" if what.startswith("packed") else "use a causal model (is_decoder=True)"

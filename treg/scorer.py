@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from treg.data import Pair, prompt_text, text_of
+from treg.data import SIDES, Pair, common_prefix, prompt_text, text_of
 from treg.heads import HeadSpec, check_sequences, install_head
 from treg.ops import linear_logprobs
 from treg.rewards import ContrastivePrompts
 
-SIDES = ("chosen", "rejected")
 log = logging.getLogger(__name__)
 
 # mean absolute difference, in nats, up to which log-probs with and without a shared beginning count as the same
@@ -82,7 +81,7 @@ class Scorer:
     def score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
         """Log-probs [tokens of the completion], on the CPU, of each completion after its context."""
         found: list[Any] = [None] * len(rows)
-        for batch in self._batches([len(c) + len(y) - 1 for c, y in rows]):
+        for batch in self._batches([(len(c) + len(y) - 1,) for c, y in rows]):
             inputs = [rows[i][0] + rows[i][1][:-1] for i in batch]
             ids, mask = self._padded(inputs, left=False)
             got = self._logprobs(ids, [rows[i][1] for i in batch], input_ids=ids, attention_mask=mask)
@@ -97,9 +96,9 @@ class Scorer:
             flat = self.score([(context, y) for *both, y in rows for context in both])
             return list(zip(flat[::2], flat[1::2], strict=True))
         found: list[Any] = [None] * len(rows)
-        shared = [min(_common(better, worse), len(better) - 1, len(worse) - 1) for better, worse, _ in rows]
+        shared = [min(common_prefix(better, worse), len(better) - 1, len(worse) - 1) for better, worse, _ in rows]
         tails = [[context[n:] + y[:-1] for context in both] for (*both, y), n in zip(rows, shared, strict=True)]
-        sizes = [n + sum(map(len, tail)) for n, tail in zip(shared, tails, strict=True)]
+        sizes = [(n, 2 * max(map(len, both))) for n, both in zip(shared, tails, strict=True)]
         for batch in self._batches(sizes):
             ids, mask = self._padded([rows[i][0][: shared[i]] for i in batch], left=True)
             position = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -114,7 +113,8 @@ class Scorer:
                 [rows[i][2] for i in batch for _ in range(2)],
                 input_ids=tail_ids,
                 attention_mask=torch.cat([mask.repeat_interleave(2, 0), tail_mask], -1),
-                position_ids=start + torch.arange(tail_ids.shape[1], device=self.device),
+                # padding repeats the last position: further ones may be beyond the model's table
+                position_ids=start + tail_mask.cumsum(-1) - 1,
                 past_key_values=cache,
             )
             for k, i in enumerate(batch):
@@ -122,11 +122,23 @@ class Scorer:
             self.on_tokens(int(mask.sum() + tail_mask.sum()))
         return found
 
-    def check_sharing(self, pair: Pair) -> None:
-        """Give up the shared beginning where this model's log-probs are not the same with it."""
+    def check_sharing(self, pairs: Sequence[Pair]) -> None:
+        """Give up the shared beginning where log-probs are not the same with it; pairs are sorted, the longest first.
+
+        Looked at: the longest pair that fits the model's context, since some models turn to other positions there
+        (longrope), and the shortest.
+        """
+        longest = next(filter(None, map(self._judged, pairs)), None)
+        for rows in (longest, self._judged(pairs[-1])):
+            if rows is not None and self.share:
+                self._check_sharing(rows)
+
+    def _judged(self, pair: Pair) -> list[tuple[list[int], list[int], list[int]]] | None:
+        """Better and worse context and completion of both responses; None if the model's context cannot hold them."""
         rows = [(*self.requests(pair, side), getattr(pair, f"{side}_ids").tolist()) for side in SIDES]
-        if max(len(c) + len(y) - 1 for *both, y in rows for c in both) > self.longest:
-            return
+        return rows if max(len(c) + len(y) - 1 for *both, y in rows for c in both) <= self.longest else None
+
+    def _check_sharing(self, rows: list[tuple[list[int], list[int], list[int]]]) -> None:
         with torch.inference_mode():
             try:
                 shared = self.judge(rows)
@@ -168,16 +180,19 @@ class Scorer:
             mask[i, at] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def _batches(self, sizes: list[int]) -> list[list[int]]:
-        """Indices, the longest first, so that the longest of a batch times its rows stays within tokens_per_batch."""
+    def _batches(self, sizes: list[tuple[int, ...]]) -> list[list[int]]:
+        """Indices, the longest first, in batches that stay within tokens_per_batch with padding.
+
+        sizes: of each row, the tokens of the parts that are padded apart.
+        """
         batches: list[list[int]] = []
-        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            if batches and sizes[batches[-1][0]] * (len(batches[-1]) + 1) <= self.tokens_per_batch:
+        width: list[int] = []
+        for i in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
+            wider = [max(pair) for pair in zip(width, sizes[i], strict=True)] if batches else []
+            if batches and sum(wider) * (len(batches[-1]) + 1) <= self.tokens_per_batch:
                 batches[-1].append(i)
+                width = wider
             else:
                 batches.append([i])
+                width = list(sizes[i])
         return batches
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,6 +1,7 @@
 """A thin trainer: transformers' own loop over preference pairs, with the fused loss inside the model's forward."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from treg.data import LOSS_KEYS, EncodeOptions, ExampleLoader, PairCollator, first_pairs, pack_pairs
+from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS
 from treg.heads import check_sequences, install_head
 from treg.losses import LossOptions
+from treg.metrics import PairMetrics
 from treg.ops import fused_treg_loss, linear_logprobs
 from treg.results import TRegLoss
+
+log = logging.getLogger(__name__)
 
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 CARD = """
@@ -47,7 +52,7 @@ class TRegConfig(TrainingArguments):
     max_length: tokens of prompt and completion, where the trainer tokenizes.
     packing: sequences one after the other without padding instead of padded rows; the loss is the same.
     token_budget: with packing, each of the per_device_train_batch_size items of a batch is a pack of whole pairs of at
-        most so many tokens, instead of one pair.
+        most so many tokens, instead of one pair; set per_device_train_batch_size=1 for one pack a forward.
     memory_budget: bytes of temporaries of the loss; None: see `treg.ops.linear_logprobs`.
     disable_dropout: of policy and reference.
     ignore_fingerprint: train also where the annotated data were made with another model or tokenizer.
@@ -75,6 +80,12 @@ class TRegConfig(TrainingArguments):
         EncodeOptions(self.max_length)
         if self.token_budget is not None and not self.packing:
             raise ValueError(f"token_budget: expected None without packing, got {self.token_budget}; set packing=True")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; use label_smoothing"
+            )
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError("train_sampling_strategy: expected another than 'group_by_length'; packing avoids padding")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True; the collator needs every column")
         if self.use_liger_kernel:  # for its layers; with its own loss it would replace the forward that has the head
@@ -93,9 +104,9 @@ class TRegTrainer(Trainer):
     so that what wraps the model (DDP, PEFT, accelerate) sees a forward like any other.
 
     Args:
-        model: a causal LM, a PEFT model, or a name or path.
-        ref_model: the reference. None: the data's reference sums, if they are annotated; else, with PEFT, the model
-            with its adapters disabled. Reference-free objectives need none.
+        model: a causal LM, a PEFT model, or a name or path, which is loaded in float32.
+        ref_model: the reference, and the model that annotated the data. It runs only if the data have no reference
+            log-probs. None: the model as it starts; with PEFT, the model with its adapters disabled.
         args: TRegConfig.
         train_dataset, eval_dataset: the path of an annotated file, or its examples; or, with alpha=0, anything that
             `treg.data.load_pairs` reads. eval_dataset also as a dict of them.
@@ -121,55 +132,78 @@ class TRegTrainer(Trainer):
         **kwargs: Any,
     ):
         args = TRegConfig("treg-output") if args is None else args
+        for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}: expected None, got {kwargs[name]!r}; the loss and its metrics are the trainer's"
+                )
+        if model is None or ref_model is model:
+            raise ValueError("ref_model: expected another model than the one that trains; pass a copy of it"
+                             if model is not None else "model: expected a causal LM, got None")  # fmt: skip
         if isinstance(model, (str, Path)):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if args.disable_dropout:
+            for x in (model, ref_model):
+                _disable_dropout(x)
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
         if args.n_gpu > 1:
             raise ValueError(f"expected one GPU a process, got {args.n_gpu}; start with `accelerate launch`")
-        self.loss_options = loss_options = args.loss_options
+        self.loss_options = args.loss_options
         adapters = hasattr(model, "disable_adapter")
-        if ref_model is model:
-            raise ValueError("ref_model: expected another model than the one that trains; pass a copy of it")
         if adapters and model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"peft_config: expected adapters on layers, got {model.active_peft_config.peft_type}, which puts "
                 "virtual tokens before the sequence; use LoRA or its kin"
             )
-        self._source = "model" if ref_model is not None else "data or adapters" if adapters else "data"
-        if loss_options.objective.reference_free:
-            self._source = "none"
-        load = ExampleLoader(
-            processing_class, model if ref_model is None else ref_model, max_length=args.max_length,
-            need_rewards=args.alpha > 0, need_reference=self._source == "data",
-            check_fingerprint=not args.ignore_fingerprint,
-        )  # fmt: skip
-        train_dataset = None if train_dataset is None else load(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {k: load(x, f"eval_dataset[{k!r}]") for k, x in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = load(eval_dataset, "eval_dataset")
+        load = ExampleLoader(processing_class, model if ref_model is None else ref_model, max_length=args.max_length,
+                             need_rewards=args.alpha > 0, adapters=ref_model is not None or not adapters,
+                             check_fingerprint=not args.ignore_fingerprint)  # fmt: skip
+        sets = {"train_dataset": train_dataset}
+        several = isinstance(eval_dataset, Mapping)
+        evals = (
+            {f"eval_dataset[{k!r}]": x for k, x in eval_dataset.items()} if several else {"eval_dataset": eval_dataset}
+        )
+        loaded = {name: None if x is None else load(x, name) for name, x in (sets | evals).items()}
         self.data_reports = load.reports
+        self._source = self._reference_source(loaded, ref_model, adapters)
+        train_dataset, *rest = loaded.values()
+        eval_dataset = dict(zip(eval_dataset, rest, strict=True)) if several else rest[0]
         if args.token_budget is not None and train_dataset is not None:
             train_dataset = pack_pairs(train_dataset, args.token_budget)
 
-        for x in (model, ref_model):
+        for x in (model, ref_model if self._source == "model" else None):
             if x is not None:
                 check_sequences(install_head(x), packing=args.packing)
-                _disable_dropout(x) if args.disable_dropout else None
+        if getattr(model.config, "output_router_logits", False):
+            log.warning("output_router_logits: the router's auxiliary loss is not part of this trainer's loss")
         kwargs.setdefault("data_collator", PairCollator(processing_class.pad_token_id or 0, args.packing))
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processing_class, **kwargs)  # fmt: skip
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads for loss_is_scaled_for_ga
         self.ref_model = None
         if self._source == "model":
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("ref_model: expected None under FSDP and DeepSpeed; annotate the data with it first")
             ref_model.requires_grad_(False).eval()
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self._sums: dict[str, dict[str, tuple]] = {"train": {}, "eval": {}}  # name -> (sum, count) since the last log
+        self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
+
+    def _reference_source(self, sets: dict, ref_model: nn.Module | None, adapters: bool) -> str:
+        """Where reference log-probs come from: "none", the "data" where all have them, the "model", the "adapters"."""
+        if self.loss_options.objective.reference_free:
+            return "none"
+        lack = [k for k, x in sets.items() if x is not None and not x[0].keys() & {*REF_COLUMNS, *REF_TOKEN_COLUMNS}]
+        if lack and ref_model is None and not adapters:
+            raise ValueError(
+                f"{lack[0]}: expected the columns {', '.join(REF_COLUMNS)}, found none; run `treg annotate`, give a "
+                "ref_model, or train adapters"
+            )
+        return "data" if not lack else "adapters" if ref_model is None else "model"
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
@@ -182,14 +216,15 @@ class TRegTrainer(Trainer):
         return (loss, result) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs, before = self._prepare_inputs(inputs), dict(self._sums["eval"])
+        inputs, metrics = self._prepare_inputs(inputs), self._metrics["eval"]
+        before = dict(metrics.sums)
         kept = self._kept(len(inputs["lengths"]) // 2)
         batch = self._unpack(first_pairs(inputs, max(kept, 1)))
         with torch.no_grad(), self.compute_loss_context_manager():
             result = self._run(model, batch, "eval", "none", STATISTICS)
-        self._add("eval", "loss", result.loss)
+        metrics.add("loss", result.loss)
         if not kept:  # the names must be the same in every process
-            self._sums["eval"] = dict.fromkeys(self._sums["eval"], (0.0, 0.0)) | before
+            metrics.sums = dict.fromkeys(metrics.sums, (0.0, 0.0)) | before
         return result.loss.mean(), None, None
 
     def _run(self, model: nn.Module, batch: dict, mode: str, reduction: str, outputs: tuple[str, ...]) -> TRegLoss:
@@ -204,7 +239,7 @@ class TRegTrainer(Trainer):
             )  # fmt: skip
 
         result = model(**batch["model"], head_fn=head_fn)
-        self._record(mode, batch, result, ref)
+        self._metrics[mode].record(result, batch["lengths"], batch["token_rewards"], ref)
         return result
 
     def _kept(self, pairs: int) -> int:
@@ -222,17 +257,17 @@ class TRegTrainer(Trainer):
         batch["pairs"] = len(lengths) // 2
         batch["cu_seqlens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
         for name in ("token_rewards", "ref_logps"):
-            x = batch.get(name)
-            batch[name] = None if x is None else torch.from_numpy(x).to(device)
+            x = None if batch.get(name) is None else torch.from_numpy(batch[name])
+            if x is not None and device.type == "cuda":
+                x = x.pin_memory()  # a pageable copy would wait for the device
+            batch[name] = None if x is None else x.to(device, non_blocking=True)
         return batch
 
     @torch.no_grad()
     def _reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
-        """Reference log-probs: [2B] sums from the data, or [N] of each token, or what the data have of them."""
-        if self._source == "none":
-            return None
-        if self.ref_model is None and batch["ref_logps"] is not None:
-            return batch["ref_logps"]
+        """Reference log-probs: [2B] sums or [N] of each token from the data, [N] from a model."""
+        if self._source in ("none", "data"):
+            return batch["ref_logps"] if self._source == "data" else None
 
         def head_fn(hidden: Tensor, operands: dict) -> Tensor:
             rows = hidden.flatten(0, -2)[batch["scored"]]
@@ -241,8 +276,13 @@ class TRegTrainer(Trainer):
 
         if self.ref_model is not None:
             return self.ref_model(**batch["model"], head_fn=head_fn)
-        with self.accelerator.unwrap_model(model).disable_adapter():
-            return self.accelerator.unwrap_model(model)(**batch["model"], head_fn=head_fn)
+        bare = self.accelerator.unwrap_model(model)
+        training = bare.training
+        try:
+            with bare.eval().disable_adapter():  # no dropout or noise in the reference
+                return bare(**batch["model"], head_fn=head_fn)
+        finally:
+            bare.train(training)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs of all batches of an optimizer step over all processes, divided by the processes (DDP averages).
@@ -256,65 +296,24 @@ class TRegTrainer(Trainer):
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
         if self.args.include_num_input_tokens_seen == "no":  # else transformers counts them
             self.state.num_input_tokens_seen += counts[1]
-        return torch.tensor(counts[0] / self.accelerator.num_processes, device=device)
+        return counts[0] / self.accelerator.num_processes
 
     # -- metrics --------------------------------------------------------------------------------------------------
 
-    def _record(self, mode: str, batch: dict, result: TRegLoss, ref: Tensor | None) -> None:
-        rewards, logps = batch["token_rewards"], result.token_logps
-        rho_w, rho_l = result.chosen_rewards, result.rejected_rewards
-        for name, x in (
-            ("rewards/chosen", rho_w),
-            ("rewards/rejected", rho_l),
-            ("rewards/accuracies", rho_w > rho_l),
-            ("rewards/margins", rho_w - rho_l),
-            ("logps/chosen", result.chosen_logps),
-            ("logps/rejected", result.rejected_logps),
-            ("treg/reg_loss", result.reg_loss),
-            ("treg/weight", result.weights),
-        ):
-            self._add(mode, name, x)
-        if rewards is not None:
-            for side, x in zip(("chosen", "rejected"), self._by_side(batch, rewards), strict=True):
-                self._add(mode, f"treg/reward_{side}", x)
-            if ref is not None and ref.shape == logps.shape:
-                ratio = logps - ref
-                counted = (rewards != 0) & (ratio != 0)
-                self._add(mode, "treg/alignment", counted & ((rewards > 0) == (ratio > 0)), counted.sum())
-        if result.entropy is not None:
-            self._add(mode, "entropy", result.entropy)
-            self._add(mode, "mean_token_accuracy", result.is_top1)
-            for side, x in zip(("chosen", "rejected"), self._by_side(batch, result.mean_logit), strict=True):
-                self._add(mode, f"logits/{side}", x)
-
-    @staticmethod
-    def _by_side(batch: dict, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[N] -> its chosen and its rejected tokens."""
-        n = int(batch["lengths"][: batch["pairs"]].sum())
-        return x[:n], x[n:]
-
-    def _add(self, mode: str, name: str, x: Tensor, count: Tensor | None = None) -> None:
-        total, n = self._sums[mode].get(name, (0.0, 0.0))
-        self._sums[mode][name] = (total + x.detach().double().sum(), n + (x.numel() if count is None else count))
-
-    def _means(self, mode: str) -> dict[str, float]:
-        """Means over all processes since the last call."""
-        sums, self._sums[mode] = self._sums[mode], {}
-        if not sums:
-            return {}
-        flat = [torch.as_tensor(x, dtype=torch.float64, device=self.args.device) for s in sums.values() for x in s]
-        totals = self.accelerator.reduce(torch.stack(flat), "sum").view(-1, 2).tolist()
-        return {k: total / count for k, (total, count) in zip(sums, totals, strict=True) if count}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._means("train"), "num_tokens": self.state.num_input_tokens_seen}
+            logs = {
+                **logs,
+                **self._metrics["train"].means(self.accelerator),
+                "num_tokens": self.state.num_input_tokens_seen,
+            }
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._sums["eval"] = {}
+        self._metrics["eval"] = PairMetrics()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{k}": x for k, x in self._means("eval").items()})
+        means = self._metrics["eval"].means(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{k}": x for k, x in means.items()})
         return output
 
     def create_model_card(self, *args, tags: str | list[str] | None = None, **kwargs) -> None:
@@ -327,7 +326,7 @@ class TRegTrainer(Trainer):
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is whole. The trainer's state is what a checkpoint writes last."""
+    """The newest checkpoint that is whole: the trainer's state is what the first process writes last."""
     folders = [x for x in Path(output_dir).glob("checkpoint-*") if x.name.rpartition("-")[2].isdigit()]
     for folder in sorted(folders, key=lambda x: -int(x.name.rpartition("-")[2])):
         try:
@@ -338,8 +337,11 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
+def _disable_dropout(model: nn.Module | None) -> None:
+    """Of the model's own; an adapter's dropout is an option of the adapter."""
+    for path, module in () if model is None else model.named_modules():
+        if "lora_dropout" in path:
+            continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in [k for k, x in vars(module).items() if "dropout" in k and isinstance(x, float)]:

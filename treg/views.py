@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from treg.data import SIDES
 from treg.rewards import ContrastivePrompts
-from treg.scorer import SIDES, Scorer
+from treg.scorer import Scorer
 from treg.viz import PairView, Side
 
 

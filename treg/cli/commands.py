@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treg.annotate import AnnotateOptions, annotate, process_state
@@ -19,23 +20,25 @@ from treg.cli.options import (
     TrainOptions,
     parse,
 )
-from treg.data import EncodeOptions
-from treg.data.annotated import is_annotated, read_annotated, tokenizer_fingerprint
+from treg.data import EncodeOptions, load_pairs
+from treg.data.annotated import ID_COLUMNS, is_annotated, read_annotated, tokenizer_fingerprint
 from treg.rewards import ContrastivePrompts
 from treg.trainer import TRegConfig, TRegTrainer, last_checkpoint
 from treg.views import pair_views
 from treg.viz import plot_curves, print_pairs, write_page
 
-# what must not change between the parts of one run
-FIXED = (
-    *("loss_type", "beta", "alpha", "gamma", "label_smoothing", "weighting", "max_length", "packing", "token_budget"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size", "max_steps", "seed", "bf16"),
-    *("gradient_accumulation_steps", "num_train_epochs", "optim", "weight_decay", "fp16"),
+# what may change between the parts of one run, by the beginning of its name: it does not change the numbers
+FREE = (
+    *("output_dir", "log", "save", "eval", "report_to", "run_name", "disable_tqdm", "push_to", "hub", "dataloader"),
+    *("memory_budget", "ignore_fingerprint", "load_best", "metric_for", "greater_is", "project", "trackio", "include"),
+    *("do_", "resume", "prediction", "torch_empty", "batch_eval", "strict", "tokens_per_batch", "no_share_prefix"),
 )
+# what a page says of a run
+SHOWN = ("loss_type", "beta", "alpha", "gamma", "learning_rate", "num_train_epochs", "max_steps", "use_peft", "seed",
+         "per_device_train_batch_size", "gradient_accumulation_steps", "ref_model")  # fmt: skip
 
 
 def _load_tokenizer(path: str, chat_template: str | None = None) -> Any:
-
     tokenizer = AutoTokenizer.from_pretrained(path)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -43,7 +46,6 @@ def _load_tokenizer(path: str, chat_template: str | None = None) -> Any:
 
 
 def _load_model(path: str, dtype: str, device: Any = None, attn_implementation: str | None = None) -> Any:
-
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -51,13 +53,7 @@ def _load_model(path: str, dtype: str, device: Any = None, attn_implementation: 
     return model if device is None else model.to(device)
 
 
-def _device() -> Any:
-
-    return process_state().device
-
-
 def _annotate_options(judge: JudgeOptions, max_length: int | None, per_token: bool) -> Any:
-
     prompts = ContrastivePrompts() if judge.prompts is None else ContrastivePrompts.load(judge.prompts)
     return AnnotateOptions(EncodeOptions(max_length), prompts, judge.tokens_per_batch, per_token,
                            not judge.no_share_prefix)  # fmt: skip
@@ -75,7 +71,7 @@ reference log-probs in a parquet file. Forward only. Run again after a stop: it 
 
     options = _annotate_options(judge, own.max_length, own.per_token)
     tokenizer = _load_tokenizer(m.tokenizer or m.model, m.chat_template)
-    model = _load_model(m.model, m.dtype or "auto", _device(), m.attn_implementation)
+    model = _load_model(m.model, m.dtype or "auto", process_state().device, m.attn_implementation)
     report = annotate(model, tokenizer, rows.data, own.output, options, split=rows.split, strict=rows.strict,
                       limit=rows.limit)  # fmt: skip
     _say(report, f"wrote {own.output}")
@@ -93,10 +89,9 @@ alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards.
     kinds = (ModelOptions, RowOptions, TrainOptions, JudgeOptions, TRegConfig)
     m, rows, own, judge, config = parse("train", argv, kinds, text)
     out = Path(config.output_dir)
-    settings = {"model": m.model, "data": rows.data, "ref_model": own.ref_model, "use_peft": own.use_peft}
-    settings |= {name: getattr(config, name) for name in FIXED}
-    settings = json.loads(json.dumps(settings, default=str))
-    _claim_run(out, settings)
+    settings = {**vars(m), **vars(rows), **vars(own), **vars(judge), **config.to_dict()}
+    settings = {k: x for k, x in settings.items() if not k.startswith(FREE) or k == "eval_data"}
+    _claim_run(out, settings | {"processes": process_state().num_processes})
 
     tokenizer = _load_tokenizer(m.tokenizer or m.model, m.chat_template)
     dtype = m.dtype or "float32"
@@ -105,19 +100,30 @@ alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards.
     if own.ref_model is not None:
         reference = _load_model(own.ref_model, dtype, attn_implementation=m.attn_implementation)
 
-    def prepared(source: str | None, name: str) -> str | list | None:
+    def prepared(source: str | None, name: str, split: str) -> str | list | None:
         """The data as the trainer takes them; raw ones are annotated first where token rewards are needed."""
-        if source is None or is_annotated(source) or not config.alpha:
+        if source is None:
+            return None
+        if is_annotated(source):
+            if rows.limit is not None:
+                raise ValueError(f"limit: expected none with annotated data, got {rows.limit}; annotate fewer rows")
             return source
-        judging = model if reference is None else reference
-        output = out / f"{name}.parquet"
-        options = _annotate_options(judge, config.max_length, per_token=True)
-        report = annotate(judging.to(_device()), tokenizer, source, output, options, split=rows.split,
-                          strict=rows.strict, limit=rows.limit)  # fmt: skip
+        if not config.alpha:
+            pairs, report = load_pairs(source, tokenizer, EncodeOptions(config.max_length), split=split,
+                                       strict=rows.strict, limit=rows.limit)  # fmt: skip
+            _say(f"{name}: {report}")
+            return [{k: getattr(pair, k) for k in ID_COLUMNS} for pair in pairs]
+        judging, output = model if reference is None else reference, out / f"{name}.parquet"
+        options, device = _annotate_options(judge, config.max_length, per_token=True), process_state().device
+        # as training will see the reference
+        with torch.autocast(device.type, torch.bfloat16 if config.bf16 else torch.float16, config.bf16 or config.fp16):
+            report = annotate(judging.to(device), tokenizer, source, output, options, split=split, strict=rows.strict,
+                              limit=rows.limit)  # fmt: skip
         _say(f"{name}: {report}")
         return str(output)
 
-    train_data, eval_data = prepared(rows.data, "annotated"), prepared(own.eval_data, "annotated-eval")
+    train_data = prepared(rows.data, "annotated", rows.split)
+    eval_data = prepared(own.eval_data, "annotated-eval", own.eval_split)
     peft_config = None
     if own.use_peft:
         from peft import LoraConfig
@@ -125,11 +131,10 @@ alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards.
         layers = own.lora_target_modules or "all-linear"
         peft_config = LoraConfig(r=own.lora_r, lora_alpha=own.lora_alpha, lora_dropout=own.lora_dropout,
                                  target_modules=layers, task_type="CAUSAL_LM")  # fmt: skip
-    elif reference is None and not is_annotated(train_data) and not config.loss_options.objective.reference_free:
+    elif reference is None and isinstance(train_data, list) and not config.loss_options.objective.reference_free:
         reference = _load_model(m.model, dtype, attn_implementation=m.attn_implementation)
     trainer = TRegTrainer(model, reference, config, train_data, eval_data, tokenizer, peft_config)
-    for name, report in trainer.data_reports.items():
-        _say(f"{name}: {report}")
+    reference = None  # the trainer keeps it if it is needed
     checkpoint = last_checkpoint(out)
     if checkpoint is not None:
         _say(f"going on from {checkpoint}")
@@ -137,24 +142,33 @@ alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards.
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card(finetuned_from=m.model, dataset=rows.data)
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and _drawable(trainer.state.log_history):
         plot_curves({out.name: trainer.state.log_history}, out / "curves.png")
-    _say(f"wrote {out}: the model, README.md, trainer_state.json, curves.png")
+    _say(f"wrote {out}: the model, its card, trainer_state.json, curves.png")
 
 
 def _claim_run(out: Path, settings: dict[str, Any]) -> None:
     """Keep the settings of a run beside it; a folder that holds checkpoints of other settings is refused."""
-
-    file = out / "treg_run.json"
-    if file.exists() and last_checkpoint(out) is not None:
-        for name, before in json.loads(file.read_text()).items():
-            if name in settings and settings[name] != before:
+    settings = json.loads(json.dumps(settings, default=str))
+    file, started = out / "treg_run.json", last_checkpoint(out) is not None
+    before = json.loads(file.read_text()) if file.exists() else None
+    if started and before is not None:
+        for name in settings.keys() & before.keys():
+            if settings[name] != before[name]:
                 raise ValueError(
-                    f"{name}: {out} holds a run with {before!r}, now it is {settings[name]!r}; give another "
+                    f"{name}: {out} holds a run with {before[name]!r}, now it is {settings[name]!r}; give another "
                     "output_dir, or remove that one"
                 )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1))
+    if process_state().is_main_process and before != settings:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / "treg_run.json.tmp"
+        temporary.write_text(json.dumps(settings, indent=1))
+        temporary.replace(file)
+    process_state().wait_for_everyone()
+
+
+def _drawable(history: list[dict[str, Any]]) -> bool:
+    return any("loss" in x or "eval_loss" in x for x in history)
 
 
 def run_inspect(argv: list[str]) -> None:
@@ -166,6 +180,8 @@ token rewards, and the curves of its training.
   treg inspect --data out/annotated.parquet --model out --output page.html --terminal"""
     (o,) = parse("inspect", argv, (InspectOptions,), text)
 
+    if o.limit < 1:
+        raise ValueError(f"limit: expected a positive number of pairs, got {o.limit}")
     examples, meta = read_annotated(o.data)
     examples = examples[: o.limit]
     if (o.tokenizer or o.model) is None:
@@ -177,11 +193,19 @@ token rewards, and the curves of its training.
     settings = json.loads((run / "treg_run.json").read_text()) if (run / "treg_run.json").exists() else {}
     history = _history(run) if o.run or o.model else []
     beta = o.beta if o.beta is not None else settings.get("beta", 0.1)
-    models = [None if path is None else _load_model(path, "auto", _device()) for path in (o.model, o.ref_model)]
+    models = [
+        None if path is None else _load_model(path, "auto", process_state().device) for path in (o.model, o.ref_model)
+    ]
     pairs = pair_views(examples, tokenizer, policy=models[0], reference=models[1], beta=beta)
     output = Path(o.output or Path(o.data).with_suffix(".html"))
-    facts = {k: str(v) for k, v in {"data": o.data, "model": o.model or "none", "beta": beta, **settings}.items()}
-    curves = {run.name: history} if history else None
+    facts = {
+        "data": o.data,
+        "model": o.model or "none",
+        **{k: settings[k] for k in SHOWN if k in settings},
+        "beta": beta,
+    }
+    facts = {k: str(v) for k, v in facts.items()}
+    curves = {run.name: history} if _drawable(history) else None
     write_page(output, pairs, title=f"Token rewards: {Path(o.data).name}", settings=facts, history=curves)
     if o.curves:
         if curves is None:
@@ -194,7 +218,6 @@ token rewards, and the curves of its training.
 
 def _history(run: Path) -> list[dict[str, Any]]:
     """The log of a training run: of the whole, or of its last checkpoint."""
-
     folder = run if (run / "trainer_state.json").exists() else last_checkpoint(run)
     return [] if folder is None else json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
@@ -226,6 +249,5 @@ def run_demo(argv: list[str]) -> None:
 
 def _say(*parts: Any) -> None:
     """To the terminal, once under several processes."""
-
     if process_state().is_main_process:
         print(*parts, sep="\n")

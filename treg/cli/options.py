@@ -47,6 +47,7 @@ class AnnotateOnlyOptions:
 @dataclass
 class TrainOptions:
     eval_data: str | None = _option(None, "Held-out pairs, in any form that --data has.")
+    eval_split: str = _option("test", "Split of held-out pairs from a hub dataset.")
     ref_model: str | None = _option(None, "The reference. Default: the model itself, as it is before training.")
     use_peft: bool = _option(False, "Train LoRA adapters; the model without them is the reference.")
     lora_r: int = _option(16, "Rank of the adapters.")

@@ -1,13 +1,14 @@
 """Preference files -> token ids -> batches."""
 
-from treg.data.batches import LOSS_KEYS, PairCollator, first_pairs, pack_pairs, pair_tokens
-from treg.data.encode import EncodeOptions, Pair, encode, load_pairs, prompt_text
+from treg.data.batches import LOSS_KEYS, SIDES, PairCollator, first_pairs, pack_pairs, pair_tokens
+from treg.data.encode import EncodeOptions, Pair, common_prefix, encode, load_pairs, prompt_text
 from treg.data.examples import ExampleLoader
 from treg.data.report import Report, RowProblem
 from treg.data.rows import Preference, parse_row, read_rows, text_of
 
 __all__ = [
     "LOSS_KEYS",
+    "SIDES",
     "EncodeOptions",
     "ExampleLoader",
     "Pair",
@@ -15,6 +16,7 @@ __all__ = [
     "Preference",
     "Report",
     "RowProblem",
+    "common_prefix",
     "encode",
     "first_pairs",
     "load_pairs",

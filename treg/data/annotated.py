@@ -37,14 +37,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(state, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def model_fingerprint(model: torch.nn.Module, *, adapters: bool = False) -> str:
     """SHA-256 over the parameters' names and shapes and 64 values of each, rounded to bfloat16.
 
-    So a checkpoint has one fingerprint in float32 and in bfloat16, with and without adapters on it; one that has been
-    trained has another.
+    So a checkpoint has one fingerprint in float32 and in bfloat16, and one that has been trained has another. adapters:
+    whether those on the model count; without them a PEFT model has the fingerprint of its bare checkpoint.
     """
     digest = hashlib.sha256()
-    for name, parameter in _base_parameters(model):
+    for name, parameter in model.named_parameters() if adapters else _base_parameters(model):
         flat = parameter.detach().reshape(-1)
         at = torch.linspace(0, flat.shape[0] - 1, min(SAMPLES, flat.shape[0]), dtype=torch.float64).long()
         sample = flat[at.to(flat.device)].bfloat16().float().cpu()

@@ -86,7 +86,7 @@ def encode(row: Preference, tokenizer: Any, max_length: int | None = None, index
         prompt, chosen, rejected = _chat_ids(row, tokenizer) if row.chat else _text_ids(row, tokenizer)
     except UnicodeEncodeError as error:
         raise RowProblem("broken text", str(error), row.where) from None
-    start = min(_common(prompt, chosen), _common(prompt, rejected))
+    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     if not start:
         raise RowProblem("empty prompt", "the prompt and the completions share no token", row.where)
     longest = max(len(chosen), len(rejected))
@@ -143,5 +143,6 @@ def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return tokenizer(text, **options)["input_ids"]
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids both begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -6,6 +6,7 @@ from typing import Any
 from treg.data.annotated import (
     ID_COLUMNS,
     REF_COLUMNS,
+    REF_TOKEN_COLUMNS,
     REWARD_COLUMNS,
     is_annotated,
     model_fingerprint,
@@ -24,14 +25,14 @@ class ExampleLoader:
     Args:
         reference: the model that must have made the annotations; only its fingerprint is looked at.
         max_length: of pairs that are tokenized here.
-        need_rewards, need_reference: whether examples must have token rewards, reference log-probs.
+        need_rewards: whether examples must have token rewards.
+        adapters: whether the reference is meant with the adapters that are on it.
     """
 
     def __init__(self, tokenizer: Any, reference: Any, *, max_length: int | None, need_rewards: bool,
-                 need_reference: bool, check_fingerprint: bool = True):  # fmt: skip
+                 adapters: bool = True, check_fingerprint: bool = True):  # fmt: skip
         self.tokenizer, self.reference, self.max_length = tokenizer, reference, max_length
-        self.need_rewards, self.need_reference = need_rewards, need_reference
-        self.check_fingerprint = check_fingerprint
+        self.need_rewards, self.adapters, self.check_fingerprint = need_rewards, adapters, check_fingerprint
         self.reports: dict[str, Report] = {}
 
     def __call__(self, source: Any, name: str) -> Sequence[Mapping[str, Any]]:
@@ -39,8 +40,8 @@ class ExampleLoader:
             examples, meta = read_annotated(source)
             if self.check_fingerprint:
                 self._check(str(source), meta["fingerprint"])
-        elif isinstance(source, Sequence) and source and isinstance(source[0], Mapping) and "chosen_ids" in source[0]:
-            examples = source
+        elif _are_examples(source):
+            examples = [dict(x) for x in source]
         elif self.need_rewards:
             raise ValueError(
                 f"{name}: expected annotated pairs with token rewards, got raw ones; run `treg annotate` on them "
@@ -49,22 +50,39 @@ class ExampleLoader:
         else:
             pairs, self.reports[name] = load_pairs(source, self.tokenizer, EncodeOptions(self.max_length))
             examples = [{k: getattr(p, k) for k in ID_COLUMNS} for p in pairs]
-        for needed, columns, otherwise in (
-            (self.need_rewards, REWARD_COLUMNS, "or set alpha=0"),
-            (self.need_reference, REF_COLUMNS, "give a ref_model, or train adapters"),
-        ):
-            missing = [k for k in columns if k not in examples[0]]
-            if needed and missing:
-                raise ValueError(
-                    f"{name}: expected the columns {', '.join(missing)}, found none; run `treg annotate`, {otherwise}"
-                )
+        if self.need_rewards and REWARD_COLUMNS[0] not in examples[0]:
+            raise ValueError(
+                f"{name}: expected the columns {', '.join(REWARD_COLUMNS)}, found none; run `treg annotate`, or set "
+                "alpha=0"
+            )
+        for group in (ID_COLUMNS, REWARD_COLUMNS, REF_COLUMNS, REF_TOKEN_COLUMNS):
+            wanted = group if group == ID_COLUMNS or group[0] in examples[0] else ()
+            for i, x in enumerate(examples):
+                if any((k in x) != (k in wanted) for k in group):
+                    raise ValueError(
+                        f"{name}: expected {', '.join(wanted) or 'no ' + group[0]} in every pair, as in the first, got "
+                        f"{', '.join(k for k in group if k in x) or 'none'} in pair {i}"
+                    )
         return examples
 
     def _check(self, path: str, made_with: Mapping[str, str]) -> None:
-        found = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "model": model_fingerprint(self.reference)}
+        found = {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "model": model_fingerprint(self.reference, adapters=self.adapters),
+        }
         for what, value in found.items():
             if made_with[what] != value:
                 raise ValueError(
                     f"{path}: expected data annotated with this {what} ({value}), got {made_with[what]}; annotate with "
                     "the model that training starts from, give that one as ref_model, or set ignore_fingerprint"
                 )
+
+
+def _are_examples(source: Any) -> bool:
+    """A list of examples, or a `datasets` dataset of them."""
+    columns = getattr(source, "column_names", None)
+    if isinstance(columns, list):
+        return "chosen_ids" in columns
+    return (
+        isinstance(source, Sequence) and bool(source) and isinstance(source[0], Mapping) and "chosen_ids" in source[0]
+    )

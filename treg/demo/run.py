@@ -22,11 +22,11 @@ import torch
 import transformers
 
 from treg.annotate import AnnotateOptions, annotate
-from treg.data import EncodeOptions
+from treg.data import SIDES, EncodeOptions
 from treg.data.annotated import read_annotated
 from treg.demo import world
 from treg.demo.make_model import auroc
-from treg.scorer import SIDES, Scorer
+from treg.scorer import Scorer
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.views import pair_views
 from treg.viz import token_pieces, write_page

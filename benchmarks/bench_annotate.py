@@ -1,0 +1,30 @@
+"""Annotation of demo pairs by the demo's chat model, with and without sharing the common beginning of the requests."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from treg.annotate import annotate_pairs  # noqa: E402
+from treg.data import load_pairs  # noqa: E402
+from treg.demo import world  # noqa: E402
+from treg.demo.run import MODEL  # noqa: E402
+from treg.rewards import ContrastivePrompts  # noqa: E402
+from treg.scorer import Scorer  # noqa: E402
+
+PAIRS = 32
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
+def test_annotate(benchmark, share):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
+    pairs, _ = load_pairs(world.preference_rows(0, PAIRS, "train"), tokenizer)
+    seen = []
+    scorer = Scorer(model, tokenizer, ContrastivePrompts(), tokens_per_batch=8192, share_prefix=share,
+                    on_tokens=seen.append)  # fmt: skip
+    with torch.inference_mode():
+        rows, problems = benchmark.pedantic(annotate_pairs, args=(scorer, pairs), rounds=3, warmup_rounds=1)
+    assert len(rows) == PAIRS and not problems
+    benchmark.extra_info["tokens through the model"] = sum(seen) // 4
