@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import treg
+from treg.annotate import locked
 from treg.cli import main
 from treg.data.annotated import read_annotated
 
@@ -84,6 +85,14 @@ REFUSED = {
     "budget": ("train --model {model} --data {data} --output_dir o --token_budget 9", "token_budget: expected None"),
     "no yaml key": ("train --config {yaml}", "unknown option 'lerning_rate'; did you mean 'learning_rate'?"),
     "yaml value": ("train --config {bad}", "learning_rate: could not convert"),
+    "no such model": ("annotate --model ./nope --data {data} --output a.parquet", "model: no such folder: ./nope"),
+    "limit": ("annotate --model {model} --data {data} --output a.parquet --limit 0", "limit: expected a positive"),
+    "yaml list": ("train --config {list}", "data: expected one value, got ['x']"),
+    "eval_data": ("train --model {model} --data {data} --output_dir o --eval_data {data}", "expected --eval_strategy"),
+    "liger": (
+        "train --model {model} --data {data} --output_dir o --use_liger_kernel",
+        "use_liger_kernel: expected a GPU",
+    ),
     "raw to inspect": ("inspect --data {data} --model {model}", "expected a parquet file written by `treg annotate`"),
 }
 
@@ -94,7 +103,9 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("keys.yaml").write_text("lerning_rate: 1e-4\n")
     Path("value.yaml").write_text("learning_rate: fast\n")
-    files = {"model": folder / "model", "data": folder / "prefs.jsonl", "yaml": "keys.yaml", "bad": "value.yaml"}
+    Path("list.yaml").write_text("data: [x]\n")
+    files = {"model": folder / "model", "data": folder / "prefs.jsonl", "yaml": "keys.yaml", "bad": "value.yaml",
+             "list": "list.yaml"}  # fmt: skip
     assert main(command.format(**files).split()) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.parquet"))
@@ -177,6 +188,48 @@ def test_limit_is_for_raw_rows(folder, tmp_path, capsys):
     assert main([*again, "--limit", "2"]) == 2
     assert "limit: expected none with annotated data" in capsys.readouterr().err
     assert main(again) == 0
+
+
+def test_the_three_commands(folder, tmp_path, capsys):
+    """annotate, train, inspect, with the options that they need alone; a file is refused where it does not fit."""
+    annotated, out, page = tmp_path / "a.parquet", tmp_path / "out", tmp_path / "page.html"
+    data, model = str(folder / "prefs.jsonl"), str(folder / "model")
+    assert main(["annotate", "--model", model, "--data", data, "--output", str(annotated)]) == 0
+    train = train_options(folder, out, data=annotated, max_steps=2)
+    assert main(train) == 0
+    inspect = ["inspect", "--data", str(annotated), "--model", str(out), "--output", str(page)]
+    assert main(inspect) == 0 and "implicit" in page.read_text()
+    capsys.readouterr()
+    assert main(train_options(folder, tmp_path / "b", data=annotated, max_length=12)) == 2
+    assert "max_length: expected at least" in capsys.readouterr().err
+    assert main(["annotate", "--model", model, "--data", str(annotated), "--output", str(tmp_path / "c.parquet")]) == 2
+    assert "which is annotated already" in capsys.readouterr().err
+    tiny.tiny_tokenizer(crossing=True).save_pretrained(tmp_path / "other")
+    assert main([*inspect, "--tokenizer", str(tmp_path / "other")]) == 2
+    assert "was annotated with another tokenizer" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, max_steps=2)) == 0
+    before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    assert main(train_options(folder, out, max_steps=2)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+
+
+def test_two_runs_in_one_folder(folder, tmp_path, capsys):
+    with locked(tmp_path / "out"):
+        assert main(train_options(folder, tmp_path / "out", max_steps=2)) == 2
+    assert "another run is at work on it" in capsys.readouterr().err
+    assert main(train_options(folder, tmp_path / "out", max_steps=2)) == 0
+
+
+def test_adapters_are_no_start(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, use_peft=True, lora_target_modules="q_proj", max_steps=1)) == 0
+    assert main(train_options(folder, tmp_path / "more", model=out, max_steps=1)) == 2
+    assert "holds adapters; merge them" in capsys.readouterr().err
 
 
 def test_another_reference(folder, tmp_path):

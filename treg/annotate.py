@@ -209,14 +209,21 @@ def _autocast(device: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
-    """The folder of parts, made or found to be of the same annotation, for this run alone."""
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; ValueError if another one has it. Freed with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed with the process, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{folder}: another run is at work on it; wait for it, or give another output") from None
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
+    """The folder of parts, made or found to be of the same annotation, for this run alone."""
+    with locked(folder):
         manifest = folder / "manifest.json"
         if manifest.exists():
             _check_same(folder, json.loads(manifest.read_text()), made_with)
@@ -231,7 +238,7 @@ def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
 
 def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     expected = json.loads(json.dumps(expected))  # as a file gives it back
-    for group, values in expected.items():
+    for group, values in sorted(expected.items(), reverse=True):  # settings first: they say what a fingerprint hides
         for name, value in values.items():
             got = found.get(group, {}).get(name)
             if got != value:

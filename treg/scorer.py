@@ -65,8 +65,8 @@ class Scorer:
         request = self.prompts.render(messages, better=better)
         if self.tokenizer.chat_template is not None:
             text = prompt_text(self.tokenizer, [{"role": "user", "content": request}], None, kwargs)
-            return self.tokenizer(text + self.prompts.prefill, add_special_tokens=False)["input_ids"]
-        ids = self.tokenizer(f"{request}\n\n{self.prompts.prefill}")["input_ids"]
+            return self.tokenizer(text + self.prompts.prefill, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(f"{request}\n\n{self.prompts.prefill}", verbose=False)["input_ids"]
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
 
     def content_length(self, ids: list[int]) -> int:

@@ -75,6 +75,8 @@ class TRegConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs all."})
 
     def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
         self.loss_options  # noqa: B018 - checked here, before any model is loaded
         EncodeOptions(self.max_length)

@@ -34,7 +34,7 @@ def pair_views(
         if reference is None and not kept:
             raise ValueError(
                 "reference: expected the reference model, because the annotated file keeps no log-prob of each token; "
-                "give it, or annotate with per_token"
+                "give it (--ref_model), or annotate with per_token (--per_token)"
             )
         if reference is None:
             ref = [torch.from_numpy(x[f"ref_{side}_token_logps"].copy()) for x in examples for side in SIDES]

@@ -1,14 +1,14 @@
 """What each command does."""
 
+import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treg.annotate import AnnotateOptions, annotate, process_state
+from treg.annotate import AnnotateOptions, annotate, locked, process_state
 from treg.cli.doctor import devices, self_test, versions
 from treg.cli.options import (
     AnnotateOnlyOptions,
@@ -38,7 +38,14 @@ SHOWN = ("loss_type", "beta", "alpha", "gamma", "learning_rate", "num_train_epoc
          "per_device_train_batch_size", "gradient_accumulation_steps", "ref_model")  # fmt: skip
 
 
+def _check_folder(path: str) -> None:
+    """A path that is no folder would be looked up on the hub, and what the hub says of it is no help."""
+    if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(("/", ".", "~"))) and "/" in path:
+        raise ValueError(f"model: no such folder: {path}")
+
+
 def _load_tokenizer(path: str, chat_template: str | None = None) -> Any:
+    _check_folder(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -48,6 +55,7 @@ def _load_tokenizer(path: str, chat_template: str | None = None) -> Any:
 def _load_model(path: str, dtype: str, device: Any = None, attn_implementation: str | None = None) -> Any:
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    _check_folder(path)
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more)
     return model if device is None else model.to(device)
@@ -88,14 +96,35 @@ alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards.
   accelerate launch -m treg train --config run.yaml"""
     kinds = (ModelOptions, RowOptions, TrainOptions, JudgeOptions, TRegConfig)
     m, rows, own, judge, config = parse("train", argv, kinds, text)
+    if own.eval_data is not None and config.eval_strategy == "no":
+        raise ValueError("eval_data: expected --eval_strategy steps or epoch beside it, got 'no'")
+    if config.use_liger_kernel and config.device.type == "cpu":
+        raise ValueError("use_liger_kernel: expected a GPU, got a CPU; Liger's layers are Triton kernels")
     out = Path(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        if process_state().is_main_process:
+            stack.enter_context(locked(out))
+        _train(out, m, rows, own, judge, config)
+
+
+def _train(
+    out: Path, m: ModelOptions, rows: RowOptions, own: TrainOptions, judge: JudgeOptions, config: TRegConfig
+) -> None:
     settings = {**vars(m), **vars(rows), **vars(own), **vars(judge), **config.to_dict()}
     settings = {k: x for k, x in settings.items() if not k.startswith(FREE) or k == "eval_data"}
     _claim_run(out, settings | {"processes": process_state().num_processes})
+    if _finished(out):
+        _say(f"{out} holds a finished run of these settings: nothing to do")
+        return
 
     tokenizer = _load_tokenizer(m.tokenizer or m.model, m.chat_template)
     dtype = m.dtype or "float32"
     model = _load_model(m.model, dtype, attn_implementation=m.attn_implementation)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"model: expected a whole model, got {m.model}, which holds adapters; merge them "
+            "(PeftModel.merge_and_unload) and train from what that saves"
+        )
     reference = None
     if own.ref_model is not None:
         reference = _load_model(own.ref_model, dtype, attn_implementation=m.attn_implementation)
@@ -140,11 +169,20 @@ alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards.
         _say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
-    trainer.save_state()
     trainer.create_model_card(finetuned_from=m.model, dataset=rows.data)
     if trainer.is_world_process_zero() and _drawable(trainer.state.log_history):
         plot_curves({out.name: trainer.state.log_history}, out / "curves.png")
+    trainer.save_state()
     _say(f"wrote {out}: the model, its card, trainer_state.json, curves.png")
+
+
+def _finished(out: Path) -> bool:
+    """Whether the run in out was trained to its end and saved: its state is what is saved last."""
+    file, checkpoint = out / "trainer_state.json", last_checkpoint(out)
+    if not file.exists() or checkpoint is None:
+        return False
+    state = json.loads(file.read_text())
+    return state["global_step"] >= state["max_steps"]
 
 
 def _claim_run(out: Path, settings: dict[str, Any]) -> None:
@@ -188,14 +226,15 @@ token rewards, and the curves of its training.
         raise ValueError("tokenizer: expected --tokenizer or --model to decode the tokens, got neither")
     tokenizer = _load_tokenizer(o.tokenizer or o.model)
     if tokenizer_fingerprint(tokenizer) != meta["fingerprint"]["tokenizer"]:
-        print("treg inspect: warning: the data were annotated with another tokenizer or chat template", file=sys.stderr)
+        raise ValueError(f"tokenizer: {o.data} was annotated with another tokenizer or chat template; give --tokenizer")
     run = Path(o.run or o.model or ".")
     settings = json.loads((run / "treg_run.json").read_text()) if (run / "treg_run.json").exists() else {}
     history = _history(run) if o.run or o.model else []
     beta = o.beta if o.beta is not None else settings.get("beta", 0.1)
-    models = [
-        None if path is None else _load_model(path, "auto", process_state().device) for path in (o.model, o.ref_model)
-    ]
+    reference = o.ref_model
+    if o.model is not None and reference is None and "ref_chosen_token_logps" not in examples[0]:
+        reference = settings.get("ref_model") or settings.get("model")  # what the run started from
+    models = [None if x is None else _load_model(x, "auto", process_state().device) for x in (o.model, reference)]
     pairs = pair_views(examples, tokenizer, policy=models[0], reference=models[1], beta=beta)
     output = Path(o.output or Path(o.data).with_suffix(".html"))
     facts = {

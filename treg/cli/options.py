@@ -106,7 +106,7 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[type], text: str) -> l
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog=f"treg {name}", usage=parser.usage, add_help=False, allow_abbrev=False)
     for p in (parser, first):
         p.add_argument("-h", "--help", action="store_true", help="Show this and exit.")
         p.add_argument("--help_all", action="store_true", help="Show every training argument and exit.")
@@ -148,6 +148,8 @@ def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
         if name not in actions or name in ("help", "help_all", "config"):
             raise ValueError(f"{path}: unknown option {name!r}{nearest(str(name), actions)}")
         action = actions[name]
+        if action.type is str and action.nargs is None and isinstance(value, (list, dict)):
+            raise ValueError(f"{path}: {name}: expected one value, got {value!r}")
         action.required = False
         if action.type is not None and value is not None and not isinstance(value, (list, dict, bool)):
             try:

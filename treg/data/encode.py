@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from treg.data.annotated import is_annotated
 from treg.data.report import Report, RowProblem
 from treg.data.rows import Messages, Preference, parse_row, read_rows
 
@@ -54,6 +55,10 @@ def load_pairs(
     Raises:
         ValueError: the source cannot be read, or holds no usable row; the message says what became of the rows.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected a positive number of rows, got {limit}")
+    if is_annotated(source):
+        raise ValueError(f"data: expected rows of text or messages, got {source}, which is annotated already")
     chat = tokenizer.chat_template is not None if options.chat is None else options.chat
     report, pairs = Report(strict), []
     for i, (where, row) in enumerate(itertools.islice(read_rows(source, split), limit)):
@@ -140,7 +145,7 @@ def _text_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
 
 def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     text.encode()  # UnicodeEncodeError for a lone surrogate, of which tokenizers say nothing of use
-    return tokenizer(text, **options)["input_ids"]
+    return tokenizer(text, verbose=False, **options)["input_ids"]  # quiet about lengths: max_length is seen to later
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

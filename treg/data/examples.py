@@ -24,7 +24,7 @@ class ExampleLoader:
 
     Args:
         reference: the model that must have made the annotations; only its fingerprint is looked at.
-        max_length: of pairs that are tokenized here.
+        max_length: of pairs that are tokenized here; annotated ones are refused if they are longer.
         need_rewards: whether examples must have token rewards.
         adapters: whether the reference is meant with the adapters that are on it.
     """
@@ -40,6 +40,12 @@ class ExampleLoader:
             examples, meta = read_annotated(source)
             if self.check_fingerprint:
                 self._check(str(source), meta["fingerprint"])
+            longest = max(len(x["prompt_ids"]) + max(len(x["chosen_ids"]), len(x["rejected_ids"])) for x in examples)
+            if self.max_length is not None and longest > self.max_length:
+                raise ValueError(
+                    f"max_length: expected at least {longest}, the longest sequence of {source}, got "
+                    f"{self.max_length}; annotate with a lower max_length, or raise it here"
+                )
         elif _are_examples(source):
             examples = [dict(x) for x in source]
         elif self.need_rewards:

@@ -168,7 +168,6 @@ def train_once(
         str(out / "run"), beta=BETA, alpha=alpha, learning_rate=LEARNING_RATE, num_train_epochs=EPOCHS, seed=seed,
         per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, lr_scheduler_type="cosine", warmup_steps=0.1,
         logging_steps=4, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     trainer = TRegTrainer(policy, None, args, train, held_out, tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
