@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import treg
-from treg.annotate import locked
 from treg.cli import main
 from treg.data.annotated import read_annotated
+from treg.files import locked
 
 ROWS = 24
 

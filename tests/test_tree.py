@@ -32,15 +32,16 @@ MAY_IMPORT = {
     "treg.ops": {"treg.ops", "treg.checks", "treg.losses", "treg.results", "treg_kernels", "torch"},
     "treg.rewards": {"treg.rewards", "treg.ops", "treg.segments", "torch", "jinja2", "yaml"},
     "treg.heads": {"torch", "transformers"},
-    "treg.data": {"treg.data", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
+    "treg.files": set(),
+    "treg.data": {"treg.data", "treg.files", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
     "treg.scorer": {"treg.data", "treg.heads", "treg.ops", "treg.rewards", "torch"},
-    "treg.annotate": {"treg.data", "treg.rewards", "treg.scorer", "torch", "tqdm", *HUGGING_FACE},
+    "treg.annotate": {"treg.data", "treg.files", "treg.rewards", "treg.scorer", "torch", "tqdm", *HUGGING_FACE},
     "treg.trainer": {
         *("treg.data", "treg.heads", "treg.metrics", "treg.ops", "treg.losses", "treg.results"),
         *("torch", "numpy", "peft", *HUGGING_FACE),
     },
     "treg.metrics": {"treg.results", "torch", "numpy"},
-    "treg.viz": {"numpy", "jinja2", "markupsafe", "rich", "matplotlib"},
+    "treg.viz": {"treg.files", "numpy", "jinja2", "markupsafe", "rich", "matplotlib"},
     "treg.views": {"treg.data", "treg.rewards", "treg.scorer", "treg.viz", "torch"},
     # the demo is a user of the library
     "treg.demo": {
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     },
     "treg.cli": {
         *("treg", "treg.cli", "treg.annotate", "treg.data", "treg.demo", "treg.ops", "treg.reference", "treg.rewards"),
-        *("treg.trainer", "treg.views", "treg.viz", "torch", "yaml", "peft", *HUGGING_FACE),
+        *("treg.files", "treg.trainer", "treg.views", "treg.viz", "torch", "yaml", "peft", *HUGGING_FACE),
     },
     "treg.__main__": {"treg.cli"},
     "treg.integrations": {"*"},

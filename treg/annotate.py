@@ -14,7 +14,6 @@ killed loses the parts that it was working on, and the next one computes them in
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -37,8 +36,9 @@ from treg.data.annotated import (
     tokenizer_fingerprint,
     write_annotated,
 )
+from treg.files import locked, replacing
 from treg.rewards import ContrastivePrompts, contrastive_rewards
-from treg.scorer import Scorer
+from treg.scorer import Scorer, content_length
 
 PART_PAIRS = 32
 CUTTING = ("tokens_per_batch", "share_prefix")
@@ -107,10 +107,11 @@ def annotate(
     if output.exists():
         if not is_annotated(output):
             raise ValueError(f"{output}: not written by `treg annotate`; give another output, or remove {output}")
-        _check_same(output, read_meta(output), same)
+        meta = read_meta(output)
+        _check_same(output, meta, same)
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-        return Report(**read_meta(output)["report"])
+        return Report(**meta["report"])
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
             if state.is_main_process:
@@ -184,7 +185,7 @@ def annotate_pairs(
     rows = {p.index: {"index": p.index, "where": p.row.where, "prompt_ids": p.prompt_ids} for p, *_ in responses}
     for (pair, side, y, _), logps, (better, worse) in zip(responses, ref, judged, strict=True):
         rewards = contrastive_rewards(better, worse)
-        rewards[scorer.content_length(y) :] = 0.0
+        rewards[content_length(y, scorer.tokenizer) :] = 0.0
         rows[pair.index] |= {
             f"{side}_ids": getattr(pair, f"{side}_ids"),
             f"{side}_token_rewards": rewards.float().numpy(),
@@ -209,18 +210,6 @@ def _autocast(device: str) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; ValueError if another one has it. Freed with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{folder}: another run is at work on it; wait for it, or give another output") from None
-        yield
-
-
-@contextlib.contextmanager
 def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
     """The folder of parts, made or found to be of the same annotation, for this run alone."""
     with locked(folder):
@@ -230,9 +219,8 @@ def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
         else:
             for part in folder.glob("part-*.parquet"):  # of an annotation that was stopped while it removed them
                 part.unlink()
-            temporary = folder / "manifest.tmp"
-            temporary.write_text(json.dumps(made_with, indent=1))
-            temporary.replace(manifest)
+            with replacing(manifest) as temporary:
+                temporary.write_text(json.dumps(made_with, indent=1))
         yield
 
 

@@ -2,8 +2,8 @@
 
 A response is judged after two requests that agree up to their last words. Their common beginning, which holds the
 prompt x and the response y, is run once, and its keys and values serve both continuations: |x| + 3|y| + c tokens, c of
-requests, instead of 2|x| + 4|y| + 2c. A model that does not give the same log-probs that way (checked on one pair) is
-run without.
+requests, instead of 2|x| + 4|y| + 2c. A model that does not give the same log-probs that way (checked on the longest
+and the shortest pair) is run without.
 """
 
 import logging
@@ -46,14 +46,13 @@ class Scorer:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         config = model.config.get_text_config()
         self.longest = getattr(config, "max_position_embeddings", None) or 2**31
-        self.special = set(tokenizer.all_special_ids)
 
     def requests(self, pair: Pair, side: str) -> tuple[list[int], list[int]]:
         """Token ids of the two contexts in which a response is judged: better, worse."""
         row, ids = pair.row, getattr(pair, f"{side}_ids")
         text = text_of(getattr(row, side))
         if pair.truncated:
-            text = self.tokenizer.decode(ids[: self.content_length(ids.tolist())], skip_special_tokens=True)
+            text = self.tokenizer.decode(ids[: content_length(ids.tolist(), self.tokenizer)], skip_special_tokens=True)
         prompt = row.prompt if row.chat else [{"role": "user", "content": row.prompt}]
         messages = [*prompt, {"role": "assistant", "content": text}]
         for i, message in enumerate(messages):
@@ -68,13 +67,6 @@ class Scorer:
             return self.tokenizer(text + self.prompts.prefill, add_special_tokens=False, verbose=False)["input_ids"]
         ids = self.tokenizer(f"{request}\n\n{self.prompts.prefill}", verbose=False)["input_ids"]
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
-
-    def content_length(self, ids: list[int]) -> int:
-        """Tokens of a response before what ends it: special tokens, and blanks after them."""
-        end = len(ids)
-        while end and (ids[end - 1] in self.special or not self.tokenizer.decode([ids[end - 1]]).strip()):
-            end -= 1
-        return next((i for i in range(end, len(ids)) if ids[i] in self.special), len(ids))
 
     # -- the model ------------------------------------------------------------------------------------------------
 
@@ -196,3 +188,11 @@ class Scorer:
                 batches.append([i])
                 width = list(sizes[i])
         return batches
+
+
+def content_length(ids: list[int], tokenizer: Any) -> int:
+    """Tokens of a response before what ends it: special tokens, and blanks after them."""
+    special, end = set(tokenizer.all_special_ids), len(ids)
+    while end and (ids[end - 1] in special or not tokenizer.decode([ids[end - 1]]).strip()):
+        end -= 1
+    return next((i for i in range(end, len(ids)) if ids[i] in special), len(ids))

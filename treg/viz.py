@@ -19,6 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from treg.files import replacing
+
 PageTable = tuple[str, Sequence[str], Sequence[Sequence[object]]]  # title, header, rows
 History = dict[str, list[dict[str, Any]]]  # the `state.log_history` of a transformers Trainer, by run
 
@@ -242,13 +244,8 @@ def write_page(
         rows=[row | {"snippet": " ".join(row["prompt"][start:].split())[:200]} for row in rows],
         payload=Markup(payload),
     )
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(html.encode("utf-8", "replace"))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(html.encode("utf-8", "replace"))
 
 
 def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | None = 5) -> None:

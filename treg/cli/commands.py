@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treg.annotate import AnnotateOptions, annotate, locked, process_state
+from treg.annotate import AnnotateOptions, annotate, process_state
 from treg.cli.doctor import devices, self_test, versions
 from treg.cli.options import (
     AnnotateOnlyOptions,
@@ -21,7 +21,8 @@ from treg.cli.options import (
     parse,
 )
 from treg.data import EncodeOptions, load_pairs
-from treg.data.annotated import ID_COLUMNS, is_annotated, read_annotated, tokenizer_fingerprint
+from treg.data.annotated import is_annotated, read_annotated, tokenizer_fingerprint
+from treg.files import locked, replacing
 from treg.rewards import ContrastivePrompts
 from treg.trainer import TRegConfig, TRegTrainer, last_checkpoint
 from treg.views import pair_views
@@ -34,7 +35,7 @@ FREE = (
     *("do_", "resume", "prediction", "torch_empty", "batch_eval", "strict", "tokens_per_batch", "no_share_prefix"),
 )
 # what a page says of a run
-SHOWN = ("loss_type", "beta", "alpha", "gamma", "learning_rate", "num_train_epochs", "max_steps", "use_peft", "seed",
+FACTS = ("loss_type", "beta", "alpha", "gamma", "learning_rate", "num_train_epochs", "max_steps", "use_peft", "seed",
          "per_device_train_batch_size", "gradient_accumulation_steps", "ref_model")  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def _load_model(path: str, dtype: str, device: Any = None, attn_implementation: 
     return model if device is None else model.to(device)
 
 
-def _annotate_options(judge: JudgeOptions, max_length: int | None, per_token: bool) -> Any:
+def _annotate_options(judge: JudgeOptions, max_length: int | None, per_token: bool) -> AnnotateOptions:
     prompts = ContrastivePrompts() if judge.prompts is None else ContrastivePrompts.load(judge.prompts)
     return AnnotateOptions(EncodeOptions(max_length), prompts, judge.tokens_per_batch, per_token,
                            not judge.no_share_prefix)  # fmt: skip
@@ -141,7 +142,7 @@ def _train(
             pairs, report = load_pairs(source, tokenizer, EncodeOptions(config.max_length), split=split,
                                        strict=rows.strict, limit=rows.limit)  # fmt: skip
             _say(f"{name}: {report}")
-            return [{k: getattr(pair, k) for k in ID_COLUMNS} for pair in pairs]
+            return [pair.example for pair in pairs]
         judging, output = model if reference is None else reference, out / f"{name}.parquet"
         options, device = _annotate_options(judge, config.max_length, per_token=True), process_state().device
         # as training will see the reference
@@ -199,9 +200,8 @@ def _claim_run(out: Path, settings: dict[str, Any]) -> None:
                 )
     if process_state().is_main_process and before != settings:
         out.mkdir(parents=True, exist_ok=True)
-        temporary = out / "treg_run.json.tmp"
-        temporary.write_text(json.dumps(settings, indent=1))
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
     process_state().wait_for_everyone()
 
 
@@ -240,7 +240,7 @@ token rewards, and the curves of its training.
     facts = {
         "data": o.data,
         "model": o.model or "none",
-        **{k: settings[k] for k in SHOWN if k in settings},
+        **{k: settings[k] for k in FACTS if k in settings},
         "beta": beta,
     }
     facts = {k: str(v) for k, v in facts.items()}

@@ -14,13 +14,15 @@ and, under the key "treg" of its metadata, a JSON object: `fingerprint`, `settin
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from treg.data.batches import SIDES
+from treg.files import replacing
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
@@ -103,12 +105,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 def _write(path: str | Path, table: Any) -> None:
     import pyarrow.parquet
 
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_annotated(path: Any) -> bool:
@@ -170,7 +168,7 @@ def _values(column: Any) -> list:
 
 def _check_example(example: Mapping[str, Any], path: str | Path) -> None:
     where = f"{path}: row {example.get('index')}"
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         length = len(example[f"{side}_ids"])
         if not length or not len(example["prompt_ids"]):
             raise ValueError(f"{where}: expected tokens in prompt_ids and {side}_ids, got none")

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from treg.data.annotated import is_annotated
+from treg.data.annotated import ID_COLUMNS, is_annotated
 from treg.data.report import Report, RowProblem
-from treg.data.rows import Messages, Preference, parse_row, read_rows
+from treg.data.rows import Messages, Preference, common_prefix, parse_row, read_rows
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Pair:
     row: Preference
     index: int  # of the row in its source, counting rows that were dropped
     truncated: bool = False
+
+    @property
+    def example(self) -> dict[str, np.ndarray]:
+        """What `PairCollator` needs of it."""
+        return {name: getattr(self, name) for name in ID_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,3 @@ def _text_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
 def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     text.encode()  # UnicodeEncodeError for a lone surrogate, of which tokenizers say nothing of use
     return tokenizer(text, verbose=False, **options)["input_ids"]  # quiet about lengths: max_length is seen to later
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many ids both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

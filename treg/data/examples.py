@@ -55,7 +55,7 @@ class ExampleLoader:
             )
         else:
             pairs, self.reports[name] = load_pairs(source, self.tokenizer, EncodeOptions(self.max_length))
-            examples = [{k: getattr(p, k) for k in ID_COLUMNS} for p in pairs]
+            examples = [pair.example for pair in pairs]
         if self.need_rewards and REWARD_COLUMNS[0] not in examples[0]:
             raise ValueError(
                 f"{name}: expected the columns {', '.join(REWARD_COLUMNS)}, found none; run `treg annotate`, or set "

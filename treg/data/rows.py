@@ -14,7 +14,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict | RowProblem]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            i = 0
-            for batch in file.iter_batches(batch_size=256):
-                for row in _values(batch):
-                    where = f"{path}:row {i}"
-                    yield where, RowProblem(row.reason, row.detail, where) if isinstance(row, RowProblem) else row
-                    i += 1
+            rows = (row for batch in file.iter_batches(batch_size=256) for row in _values(batch))
+            for i, row in enumerate(rows):
+                where = f"{path}:row {i}"
+                yield where, RowProblem(row.reason, row.detail, where) if isinstance(row, RowProblem) else row
     except (OSError, pyarrow.lib.ArrowException) as error:
         raise ValueError(f"{path}: expected a parquet file, got: {error}") from error
 
@@ -242,6 +240,11 @@ def text_of(value: Messages | str) -> str:
     return value if isinstance(value, str) else "\n".join(str(m.get("content") or "") for m in value)
 
 
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """How many elements both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _kind(value: Any) -> str:
     return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}.get(
         type(value).__name__, type(value).__name__
@@ -309,9 +312,9 @@ def _split_messages(prompt: Messages, chosen: Messages, rejected: Messages) -> t
     if prompt and chosen[:n] == prompt and rejected[:n] == prompt:
         chosen, rejected = chosen[n:], rejected[n:]  # the prompt is given twice
     elif not prompt:
-        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-        if same is None:  # one dialogue is the beginning of the other, or they are one
-            same = max(0, min(len(chosen), len(rejected)) - 1)
+        same = common_prefix(chosen, rejected)
+        if same == min(len(chosen), len(rejected)):  # one dialogue is the beginning of the other, or they are one
+            same = max(0, same - 1)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if value and value[0]["role"] != "assistant":
@@ -328,8 +331,7 @@ def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
         if chosen[: at[0]] != rejected[: at[1]]:
             raise RowProblem("prompts differ", "the dialogues differ before their last 'Assistant:'")
         return chosen[: at[0]], chosen[at[0] :], rejected[at[1] :]
-    shorter = min(len(chosen), len(rejected))
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), shorter)
+    same = common_prefix(chosen, rejected)
     same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same), 0)  # not in the middle of a word
     if not same and chosen != rejected:
         raise RowProblem("prompts differ", "no column 'prompt', and the two texts share no beginning")
@@ -341,10 +343,8 @@ def _hh_messages(prompt: str) -> Messages:
     parts = HH_TURN.split(prompt)
     if len(parts) < 3 or parts[0].strip():
         return [_turn("user", prompt)] if prompt else []
-    turns = [
-        _turn({"Human": "user", "Assistant": "assistant"}[who], text.strip())
-        for who, text in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    said = zip(parts[1::2], parts[2::2], strict=True)
+    turns = [_turn(SHAREGPT_ROLES[who.lower()], text.strip()) for who, text in said]
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
         turns.pop()  # the turn that the completion fills
     return turns

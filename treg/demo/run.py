@@ -26,7 +26,7 @@ from treg.data import SIDES, EncodeOptions
 from treg.data.annotated import read_annotated
 from treg.demo import world
 from treg.demo.make_model import auroc
-from treg.scorer import Scorer
+from treg.scorer import content_length
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.views import pair_views
 from treg.viz import token_pieces, write_page
@@ -69,7 +69,7 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     files = {}
     for name, found in rows.items():
         files[name] = _annotate(model, tokenizer, found, out / name)
-    auroc = {name: wrong_token_auroc(files[name], rows[name], tokenizer, model) for name in rows}
+    auroc = {name: wrong_token_auroc(files[name], rows[name], tokenizer) for name in rows}
     print("\nAUROC as detectors of the tokens that state a wrong fact (0.5 is chance; the model knows this world well)")
     for name, found in auroc.items():
         print(f"  {name:9} pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -120,18 +120,17 @@ def _annotate(model: Any, tokenizer: Any, rows: Sequence[dict], stem: Path) -> P
     return target
 
 
-def wrong_token_auroc(file: Path, rows: Sequence[dict], tokenizer: Any, model: Any) -> dict[str, float]:
+def wrong_token_auroc(file: Path, rows: Sequence[dict], tokenizer: Any) -> dict[str, float]:
     """How well the token rewards, and the model's own surprise, tell the tokens of wrong values from the others.
 
     A token is positive if its text overlaps the span of a wrong value. Tokens that end a response are left out.
     """
     examples, _ = read_annotated(file)
-    scorer = Scorer(model, tokenizer, AnnotateOptions().prompts, tokens_per_batch=8192, share_prefix=False)
     labels, scores = [], {"-rhat": [], "-log pi_ref": []}
     for x in examples:
         for side in SIDES:
             ids = x[f"{side}_ids"]
-            n = scorer.content_length(ids.tolist())
+            n = content_length(ids.tolist(), tokenizer)
             ends = np.cumsum([len(p) for p in token_pieces(ids[:n], tokenizer)])
             starts = np.concatenate([[0], ends[:-1]])
             wrong = np.zeros(n, bool)
