@@ -111,6 +111,27 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.parquet"))
 
 
+@pytest.mark.parametrize("kind", [ValueError, TypeError])
+def test_a_fault_beneath_shows_where_it_is(kind, folder, tmp_path, monkeypatch, capsys):
+    """Of an error that another library raises, the message alone would not tell a user what went wrong."""
+
+    def tokenizer(*_, **__):
+        return json.loads("{") if kind is ValueError else len(3)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", tokenizer)
+    options = ["--data", str(folder / "prefs.jsonl"), "--output", str(tmp_path / "a.parquet")]
+    assert main(["annotate", "--model", str(folder / "model"), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and "in run_annotate" in error
+    assert error.splitlines()[-1].startswith(f"treg annotate: error: {'Expecting' if kind is ValueError else 'object'}")
+
+
+def test_an_argument_that_transformers_refuses(folder, tmp_path, capsys):
+    assert main(train_options(folder, tmp_path / "o", warmup_steps=-1)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("treg train: error: ") and "warmup_steps" in error
+
+
 def test_what_argparse_refuses(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["annotate", "--model", "x"])
@@ -274,7 +295,7 @@ def test_killed_training_goes_on(folder, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(train_options(folder, whole, max_steps=40)) == 0
     process = start(train_options(folder, stopped, max_steps=40))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (stopped / "checkpoint-2" / "trainer_state.json").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, END, PAD, shared_data, tiny_tokenizer, wrapped
 from tokenizers import Tokenizer, decoders, models
@@ -610,7 +610,7 @@ pieces = st.one_of(st.text(max_size=12), st.sampled_from(["once upon a", " time"
 texts = st.lists(pieces, min_size=1, max_size=4).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(texts, texts, texts, st.integers(2, 40) | st.none(), st.sampled_from([CHAT, PLAIN, CROSSING]))
 def test_any_text(prompt, chosen, rejected, max_length, tokenizer):
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}

@@ -446,7 +446,7 @@ class TestBrowser:
     def dom(self, path, fragment, tmp_path):
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         command += ["--virtual-time-budget=2000", "--dump-dom", f"{path.as_uri()}#{fragment}"]
-        done = subprocess.run(command, capture_output=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         (tmp_path / "dom.html").write_bytes(done.stdout)
         return Page(tmp_path / "dom.html")

@@ -4,6 +4,7 @@ python tests/trainer_worker.py killed DIR WHEN: dies of SIGKILL; "step:5" after 
 torchrun --nproc_per_node 2 tests/trainer_worker.py ddp DIR
 """
 
+import faulthandler
 import functools
 import gc
 import os
@@ -201,4 +202,5 @@ def ddp(output_dir: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(280, exit=True)  # before test_trainer.py loses patience
     {"killed": killed, "ddp": ddp}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

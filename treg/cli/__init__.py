@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted.
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 USAGE = """\
@@ -47,8 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ntreg {name}: interrupted; the same command goes on from what is finished", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, TypeError, OSError) as error:  # what the library says about its inputs
+        said = isinstance(error, OSError) or _raised_in(error).partition(".")[0] == "treg"
+        if not said:  # a fault beneath it, which the message alone does not explain
+            traceback.print_exc()
         print(f"treg {name}: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_USAGE if said else EXIT_FAILED
     except ModuleNotFoundError as error:
         print(f"treg {name}: error: {error}; install it with: pip install 'treg[train]'", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _raised_in(error: BaseException) -> str:
+    """The name of the module."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"]

@@ -131,7 +131,10 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[type], text: str) -> l
         if given not in known:
             raise ValueError(f"unknown option {given}{nearest(given, known)}; see treg {name} --help")
     values = parser.parse_args(argv)
-    return [kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind) if f.init}) for kind in kinds]
+    try:
+        return [kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind) if f.init}) for kind in kinds]
+    except (ValueError, TypeError) as error:  # of transformers' own arguments
+        raise ValueError(str(error)) from error
 
 
 def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
