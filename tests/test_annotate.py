@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import END, seeded, shared_data, tiny_llama, tiny_tokenizer
+from tiny import END, environment, seeded, shared_data, tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -299,13 +298,8 @@ treg.annotate.annotate(model, tokenizer, rows, output, options, progress=False)
 
 
 def worker(output, seconds=0.0, late=0.0, **env):
-    paths = [os.path.dirname(__file__), *filter(None, sys.path)]
-    env = (
-        os.environ
-        | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        | env
-    )
     args = json.dumps([str(output), seconds, late, rows(26, seed=4), asdict(SHORT)])
+    env = environment() | {"TOKENIZERS_PARALLELISM": "false"} | env
     return subprocess.Popen([sys.executable, "-c", WORKER, args], env=env)
 
 

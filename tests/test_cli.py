@@ -1,7 +1,6 @@
 """The command line: what it refuses, what the commands leave behind, and that a stopped run goes on."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -278,15 +277,8 @@ def test_lora(folder, tmp_path):
     assert adapters and all("q_proj.lora" in name for name in adapters)
 
 
-def environment() -> dict[str, str]:
-    """Of a process that imports this checkout."""
-    root = Path(__file__).parents[1]
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-
-
 def start(options: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "treg", *options], env=environment(), stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-m", "treg", *options], env=tiny.environment(), stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_refused(bad, tmp_path):
 def test_auroc_is_the_share_of_ordered_pairs():
     scores, positive = torch.randint(0, 9, (200,)).double(), torch.rand(200) < 0.3
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive].tolist() for b in scores[~positive].tolist()]
-    assert auroc(scores, positive) == pytest.approx(np.mean(pairs))
+    assert auroc(scores.numpy(), positive.numpy()) == pytest.approx(np.mean(pairs))
 
 
 def test_shuffled_rewards_stay_in_their_response():

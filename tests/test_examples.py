@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import environment
-from tiny import shared_data
+from tiny import environment, shared_data
 
 from treg.data.annotated import read_annotated
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import os
 import pickle
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trainer_worker
+from tiny import environment
 from trainer_worker import (
     SHARED,
     SIDES,
@@ -222,15 +222,9 @@ def test_resumed_is_uninterrupted(tmp_path, uninterrupted, step):
     assert len(history(trainer)) == 6 + 3
 
 
-def worker_env():
-    root = Path(trainer_worker.__file__).parents[1]
-    paths = [str(root), str(root / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-
-
 @pytest.mark.parametrize("when, newest, whole", [("step:5", 4, 4), ("save:4", 4, 2)], ids=["training", "saving"])
 def test_killed_and_resumed_is_uninterrupted(tmp_path, uninterrupted, when, newest, whole):
-    done = subprocess.run([sys.executable, trainer_worker.__file__, "killed", tmp_path, when], env=worker_env(),
+    done = subprocess.run([sys.executable, trainer_worker.__file__, "killed", tmp_path, when], env=environment(),
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert max(int(x.name.rpartition("-")[2]) for x in tmp_path.glob("checkpoint-*")) == newest
@@ -663,7 +657,7 @@ def test_models_that_cannot_serve(tmp_path):
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, trainer_worker.__file__, "ddp", folder], env=worker_env(), capture_output=True,
+    done = subprocess.run([*launch, trainer_worker.__file__, "ddp", folder], env=environment(), capture_output=True,
                           text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder

@@ -30,9 +30,9 @@ MAY_IMPORT = {
     "treg.reference": {"treg.results", "torch"},
     "treg.losses": {"treg.checks", "treg.results", "treg.segments", "torch"},
     "treg.ops": {"treg.ops", "treg.checks", "treg.losses", "treg.results", "treg_kernels", "torch"},
-    "treg.rewards": {"treg.rewards", "treg.ops", "treg.segments", "torch", "jinja2", "yaml"},
+    "treg.rewards": {"treg.rewards", "treg.files", "treg.ops", "treg.segments", "torch", "jinja2"},
     "treg.heads": {"torch", "transformers"},
-    "treg.files": set(),
+    "treg.files": {"yaml"},
     "treg.data": {"treg.data", "treg.files", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
     "treg.scorer": {"treg.data", "treg.heads", "treg.ops", "treg.rewards", "torch"},
     "treg.annotate": {"treg.data", "treg.files", "treg.rewards", "treg.scorer", "torch", "tqdm", *HUGGING_FACE},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
         *("torch", "numpy", "peft", *HUGGING_FACE),
     },
     "treg.metrics": {"treg.results", "torch", "numpy"},
-    "treg.viz": {"treg.files", "numpy", "jinja2", "markupsafe", "rich", "matplotlib"},
+    "treg.viz": {"treg.data", "treg.files", "numpy", "jinja2", "markupsafe", "rich", "matplotlib"},
     "treg.views": {"treg.data", "treg.rewards", "treg.scorer", "treg.viz", "torch"},
     # the demo is a user of the library
     "treg.demo": {
@@ -49,8 +49,8 @@ MAY_IMPORT = {
         *("treg.viz", "torch", "numpy", "tokenizers", "safetensors", *HUGGING_FACE),
     },
     "treg.cli": {
-        *("treg", "treg.cli", "treg.annotate", "treg.data", "treg.demo", "treg.ops", "treg.reference", "treg.rewards"),
-        *("treg.files", "treg.trainer", "treg.views", "treg.viz", "torch", "yaml", "peft", *HUGGING_FACE),
+        *("treg", "treg.cli", "treg.annotate", "treg.checks", "treg.data", "treg.demo", "treg.files", "treg.ops"),
+        *("treg.reference", "treg.rewards", "treg.trainer", "treg.views", "treg.viz", "torch", "peft", *HUGGING_FACE),
     },
     "treg.__main__": {"treg.cli"},
     "treg.integrations": {"*"},

@@ -33,7 +33,6 @@ HOSTILE = [
     "\" onclick='x' autofocus onfocus=\"document.title='owned'\"",
     "{{ 7 * 7 }} {% raw %} &lt;b&gt; \u2028 \u2029 \x00 \ud800 \x1b[31m \u202eabc",
 ]
-DATA = Path(os.environ.get("TREG_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -92,12 +91,12 @@ def slow():
 
 def real(name):
     transformers = pytest.importorskip("transformers")
-    if not (DATA / "tok" / name / "merges.txt").exists():
-        pytest.skip("no tokenizer files")
-    vocab, merges = (str(DATA / "tok" / name / file) for file in ("vocab.json", "merges.txt"))
+    from tiny import shared_data
+
+    merges = shared_data("tok", name, "merges.txt")
     if name == "qwen2.5":
-        return transformers.AutoTokenizer.from_pretrained(DATA / "tok" / name)
-    return transformers.GPT2Tokenizer(vocab, merges)
+        return transformers.AutoTokenizer.from_pretrained(merges.parent)
+    return transformers.GPT2Tokenizer(str(merges.with_name("vocab.json")), str(merges))
 
 
 MAKERS = {

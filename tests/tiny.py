@@ -58,6 +58,13 @@ def seeded(make, seed: int = 0):
         return make()
 
 
+def environment() -> dict[str, str]:
+    """Of a process that imports this checkout and the modules beside the tests; one thread."""
+    tests = Path(__file__).resolve().parent
+    paths = [tests.parent, tests.parent / "kernels", tests, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
 def shared_data(*parts: str) -> Path:
     """A path below the real data: $TREG_TEST_DATA, or shared/data beside the repository. Skips where there is none."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"

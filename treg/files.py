@@ -1,9 +1,10 @@
-"""Files that are whole or absent, and folders that one process has for itself."""
+"""Files that are whole or absent, folders that one process has for itself, and YAML."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -15,6 +16,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_yaml(path: str | Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {error}") from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from treg.data import SIDES, Pair, common_prefix, prompt_text, text_of
 from treg.heads import HeadSpec, check_sequences, install_head
@@ -163,14 +164,11 @@ class Scorer:
 
     def _padded(self, rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and mask [rows, longest]."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.pad)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            at = slice(width - len(row), None) if left else slice(0, len(row))
-            ids[i, at] = torch.tensor(row)
-            mask[i, at] = 1
-        return ids.to(self.device), mask.to(self.device)
+        ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        padded = (pad_sequence(x, batch_first=True, padding_value=value, padding_side="left" if left else "right")
+                  for x, value in ((ids, self.pad), ([torch.ones_like(x) for x in ids], 0)))  # fmt: skip
+        ids, mask = (x.to(self.device) for x in padded)
+        return ids, mask
 
     def _batches(self, sizes: list[tuple[int, ...]]) -> list[list[int]]:
         """Indices, the longest first, in batches that stay within tokens_per_batch with padding.

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from treg.data import common_prefix
 from treg.files import replacing
 
 PageTable = tuple[str, Sequence[str], Sequence[Sequence[object]]]  # title, header, rows
@@ -59,15 +60,8 @@ def _window_pieces(ids: list[int], start: int, end: int, reach: int, decode: Cal
     for stop in range(start, end + 1):
         part = decode(ids[low:stop])
         # an unfinished character decodes to U+FFFD, which the finished text does not have at that place
-        bounds.append(max(bounds[-1], _shared(part, text)))
+        bounds.append(max(bounds[-1], common_prefix(part, text)))
     return [text[a:b] for a, b in pairwise(bounds[1:])]
-
-
-def _shared(a: str, b: str) -> int:
-    """The length of what both begin with."""
-    if b.startswith(a):
-        return len(a)
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ def _agreement(numbers: list[list[dict[str, np.ndarray]]]) -> dict[str, float | 
         out |= {"agree": agree, "disagree": disagree, "ties": signs.size - agree - disagree}
         if agree + disagree:
             out["sign_agreement"] = agree / (agree + disagree)
-        for name, x, y in (("pearson", r, i), ("spearman", _ranks(r), _ranks(i))):
+        for name, x, y in (("pearson", r, i), ("spearman", ranks(r), ranks(i))):
             if x.size and np.ptp(x) > 0 and np.ptp(y) > 0:
                 x, y = x - x.mean(), y - y.mean()
                 out[name] = float(x @ y / np.sqrt((x @ x) * (y @ y)))
@@ -132,7 +126,8 @@ def _agreement(numbers: list[list[dict[str, np.ndarray]]]) -> dict[str, float | 
     return out | {name: float(x.mean()) for name, x in means if x.size}
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
+def ranks(x: np.ndarray) -> np.ndarray:
+    """1 for the smallest; equal numbers share their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -225,7 +220,7 @@ def write_page(
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     # the opening lines of a chat template are the same in every prompt: what differs tells pairs apart
     first, last = min(pair.prompt for pair in pairs), max(pair.prompt for pair in pairs)
-    start = first.rfind("\n", 0, _shared(first, last)) + 1 if first != last else 0
+    start = first.rfind("\n", 0, common_prefix(first, last)) + 1 if first != last else 0
     curves = [io.BytesIO(), io.BytesIO()] if history is not None else []
     few = {run: [{k: x[k] for k in ("step", *FIRST_CURVES) if k in x} for x in records]
            for run, records in (history or {}).items()}  # fmt: skip

@@ -5,8 +5,9 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from treg.files import read_yaml
 
 
 def _option(default: Any, text: str) -> Any:
@@ -138,12 +139,7 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[type], text: str) -> l
 
 
 def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected option names and values, got {type(values).__name__}")
     actions = {action.dest: action for action in parser._actions}

@@ -241,14 +241,14 @@ def text_of(value: Messages | str) -> str:
 
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
-    """How many elements both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """How many elements both begin with; a and b are lists or strings."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 def _kind(value: Any) -> str:
-    return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}.get(
-        type(value).__name__, type(value).__name__
-    )
+    name = type(value).__name__
+    return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}.get(name, name)
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -25,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treg.demo import world
 from treg.rewards.contrastive import ContrastivePrompts, contrastive_rewards
+from treg.viz import ranks
 
 OUT = Path(__file__).parent / "model"
 PROMPTS = ContrastivePrompts()
@@ -237,12 +239,10 @@ def token_rewards(model, tokenizer, messages: list[dict]) -> tuple[Tensor, list[
     return contrastive_rewards(better, worse), response["offset_mapping"]
 
 
-def auroc(scores: Tensor, positive: Tensor) -> float:
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     """The chance that a positive scores above a negative, ties counting half. scores [N], positive [N] bool."""
-    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
     p = int(positive.sum())
-    return ((ranks[positive].sum() - p * (p + 1) / 2) / (p * (len(scores) - p))).item()
+    return float((ranks(scores)[positive].sum() - p * (p + 1) / 2) / (p * (len(scores) - p)))
 
 
 def measure(model, tokenizer, seed: int) -> dict:
@@ -270,7 +270,7 @@ def measure(model, tokenizer, seed: int) -> dict:
             scores.append(-reward)
             wrong.append(hit)
     result["reward_tokens"] = len(scores)
-    result["reward_auroc"] = auroc(torch.tensor(scores), torch.tensor(wrong))
+    result["reward_auroc"] = auroc(np.array(scores), np.array(wrong))
     result["reward_means"] = {kind: sum(r) / len(r) for kind, r in kinds.items()}
 
     for better in (True, False):

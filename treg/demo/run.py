@@ -139,8 +139,7 @@ def wrong_token_auroc(file: Path, rows: Sequence[dict], tokenizer: Any) -> dict[
             labels.append(wrong)
             scores["-rhat"].append(-x[f"{side}_token_rewards"][:n])
             scores["-log pi_ref"].append(-x[f"ref_{side}_token_logps"][:n])
-    truth = torch.from_numpy(np.concatenate(labels))
-    return {name: auroc(torch.from_numpy(np.concatenate(parts)), truth) for name, parts in scores.items()}
+    return {name: auroc(np.concatenate(parts), np.concatenate(labels)) for name, parts in scores.items()}
 
 
 def shuffled(examples: Sequence[dict], tokenizer: Any, seed: int) -> list[dict]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import jinja2
 import jinja2.sandbox
 import torch
-import yaml
 from torch import Tensor
+
+from treg.files import read_yaml
 
 # better and worse differ in their last sentence only, so that what precedes it is computed once for both
 INSTRUCTION = """\
@@ -69,10 +70,7 @@ class ContrastivePrompts:
     @classmethod
     def load(cls, path: str | Path) -> "ContrastivePrompts":
         """From a YAML file with the keys `instruction` and, optionally, `prefill`."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: expected YAML, got {error}") from error
+        values = read_yaml(path)
         if not isinstance(values, dict) or "instruction" not in values or values.keys() - {"instruction", "prefill"}:
             got = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{path}: expected the keys 'instruction' and, optionally, 'prefill', got {got}")
