@@ -11,10 +11,11 @@ import treg
 
 transformers = pytest.importorskip("transformers")
 
+from tiny import seeded  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS  # noqa: E402
 
-from treg import heads  # noqa: E402
+from treg import head_checks, heads  # noqa: E402
 from treg.heads import check_sequences, install_head, resolve_head  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -143,7 +144,7 @@ def scored(hidden, operands, target):
 
 
 def dense(model, target, **inputs):
-    logits = model(**inputs, return_dict=True, **heads._without_cache(model)).logits.float()
+    logits = model(**inputs, return_dict=True, **head_checks.without_cache(model)).logits.float()
     return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
@@ -155,7 +156,7 @@ def head_is_right(model):
     spec = resolve_head(model)
     ids, target = tokens(), tokens()
     with torch.no_grad():
-        found = scored(spec.hidden(input_ids=ids), spec.operands(), target)
+        found = spec.through(lambda h, operands: scored(h, operands, target), spec.hidden(input_ids=ids))
         expected = dense(model, target, input_ids=ids)
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -229,7 +230,8 @@ def test_without_a_row_the_check_refuses(monkeypatch, table, row, model_type):
 def test_16_bit(model_type, dtype):
     """The check's tolerance holds, and the rows come in the weight's dtype (mamba's residual stream is float32)."""
     spec = resolve_head(build(model_type).to(dtype))
-    assert spec.hidden(input_ids=tokens()).dtype == spec.operands()["weight"].dtype == dtype
+    hidden, weight = spec.through(lambda h, operands: (h, operands["weight"]), spec.hidden(input_ids=tokens()))
+    assert hidden.dtype == weight.dtype == dtype
 
 
 def llama(cls=LlamaForCausalLM, **given):
@@ -277,29 +279,49 @@ def test_a_failing_model_is_named_and_restored():
     assert "forward" not in vars(model)
 
 
-def test_weights_that_cannot_be_read():
+@pytest.mark.parametrize("lies", [False, True])
+def test_weights_that_cannot_be_read_yet(lies):
+    """The check waits for the first forward with values, and runs until it has passed."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(tiny_config(LlamaConfig))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM .*on the meta device"):
-        resolve_head(model)
+        model = (Doubled if lies else LlamaForCausalLM)(tiny_config(LlamaConfig))
+    spec = install_head(model)
+    check_sequences(spec)
+    assert len(spec.pending) == 2
+    whole = llama()
+    model.load_state_dict(whole.state_dict(), assign=True)
+    model.model.rotary_emb = whole.model.rotary_emb  # a buffer, not in the state
+    ids, target = tokens(), tokens()
+
+    def call():
+        return model(input_ids=ids, head_fn=lambda h, operands: scored(h, operands, target))
+
+    if lies:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"Doubled .*misread: log-probs differ"):
+                call()
+        return
+    torch.testing.assert_close(call(), dense(whole, target, input_ids=ids), rtol=0, atol=1e-5)
+    assert not spec.pending
+
+
+def test_no_language_model():
     for wrong in (nn.Linear(2, 2), nn.DataParallel(llama())):
         with pytest.raises(TypeError, match="expected an unwrapped PreTrainedModel"):
             resolve_head(wrong)
 
 
 def test_sharded_weights():
+    """What nothing gathers is refused: a gradient of it would be left unreduced."""
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
     model = llama()
-    spec = install_head(model)
+    install_head(model)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh))
-        with pytest.raises(ValueError, match=r"LlamaForCausalLM .*lm_head.weight is sharded"):
-            resolve_head(model)
         with pytest.raises(ValueError, match=r"LlamaForCausalLM .*sharded in the model's forward"):
-            spec.operands()
+            model(tokens(), head_fn=lambda h, operands: h)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -354,7 +376,7 @@ def test_replaced_embeddings():
     spec = install_head(model)
     model.resize_token_embeddings(V + 4)
     with pytest.raises(ValueError, match="replaced"):
-        spec.operands()
+        model(tokens(), head_fn=lambda h, operands: h)
     again = install_head(model)
     assert again is not spec
     assert model(tokens(), head_fn=lambda h, operands: operands["weight"]).shape[0] == V + 4
@@ -363,15 +385,34 @@ def test_replaced_embeddings():
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
+PEFT = {
+    "layers": {},
+    "saved head": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 5, 40]},
+    "head": HEAD,
+    "head, scaled": HEAD | {"lora_alpha": 3, "use_rslora": True},
+    "weight": {"target_parameters": ["lm_head.weight"]},
+    "embeddings, tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5, 40]}])
+@pytest.mark.parametrize("more", PEFT)
 def test_peft(tied, more):
     """Adapters on and off, each against the dense path; gradients reach what PEFT trains."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(llama(tie_word_embeddings=tied), peft.LoraConfig(**LORA, **more))
+    if not tied and more == "embeddings, tied":
+        pytest.skip("needs tied embeddings")
+    model = peft.get_peft_model(llama(tie_word_embeddings=tied), peft.LoraConfig(**LORA | PEFT[more]))
     for name, p in model.named_parameters():
-        if p.requires_grad and "lora" not in name:
+        if p.requires_grad and ("lora" not in name or "lora_embedding" in name or "lora_B" in name):
             nn.init.normal_(p, 0, 0.3)
+    same_as_dense(model)
+
+
+def same_as_dense(model):
+    """Log-probs and gradients of a PEFT model with adapters, and log-probs without."""
     install_head(model)
     ids, target = tokens(), tokens()
 
@@ -391,6 +432,73 @@ def test_peft(tied, more):
     assert (found - off).abs().max() > 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_several_adapters_on_the_head():
+    """Two at once, one of them with a bias; a third that is not active; then merged."""
+    peft = pytest.importorskip("peft")
+    config = LORA | HEAD
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**config))
+    model.add_adapter("second", peft.LoraConfig(**config | {"r": 2, "lora_bias": True}))
+    model.add_adapter("third", peft.LoraConfig(**config))
+    model.base_model.set_adapter(["default", "second"])
+    nn.init.normal_(model.get_output_embeddings().lora_B["second"].bias, 0, 0.3)
+    same_as_dense(model)
+    ids, target = tokens(), tokens()
+    model.base_model.set_adapter("default")
+    before = model(input_ids=ids, head_fn=lambda h, operands: scored(h, operands, target))
+    model.merge_adapter()
+    found = model(input_ids=ids, head_fn=lambda h, operands: scored(h, operands, target))
+    torch.testing.assert_close(found, dense(model, target, input_ids=ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, before, rtol=0, atol=1e-4)
+
+
+def test_adapter_dropout_on_the_head():
+    """The adapter's input is dropped out, the head's own is not; and the random numbers are PEFT's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**LORA | {"target_modules": ["lm_head"], "lora_dropout": 0.5})
+    model = peft.get_peft_model(llama(), config)
+    install_head(model)
+    model.train()
+    ids, target = tokens(), tokens()
+    found = seeded(lambda: model(input_ids=ids, head_fn=lambda h, operands: scored(h, operands, target)))
+    torch.testing.assert_close(found, seeded(lambda: dense(model, target, input_ids=ids)), rtol=0, atol=1e-5)
+    assert (found - seeded(lambda: dense(model.eval(), target, input_ids=ids))).abs().max() > 1e-2
+
+
+def test_a_young_adapter_in_bfloat16_is_not_lost():
+    """An update below the rounding of W counts in full: merging it into W would lose it."""
+    peft = pytest.importorskip("peft")
+    model = llama().bfloat16()
+    target, hidden = tokens(), seeded(lambda: torch.randn(2, 8, 32).bfloat16())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA | {"target_modules": ["lm_head"]}))
+    layer = adapted.get_output_embeddings()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(2e-3)
+    spec = resolve_head(adapted)
+    delta = layer.get_delta_weight("default").double()
+    base = layer.base_layer.weight.double()
+
+    def exact(weight):
+        return (hidden.double() @ weight.T).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+
+    change = exact(base + delta) - exact(base)
+    merged = exact((base + delta).bfloat16().double()) - exact(base)
+    found = spec.through(lambda h, o: treg.linear_logprobs(
+        h, target=target, **o, logits_dtype=torch.float32).logprobs, hidden) - exact(base)  # fmt: skip
+    assert (found - change).norm() < 0.02 * change.norm()
+    assert (merged - change).norm() > 0.2 * change.norm()
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"cls": "LoHaConfig"}])
+def test_other_adapters_on_the_head_are_refused(more):
+    peft = pytest.importorskip("peft")
+    make = getattr(peft, more.pop("cls", "LoraConfig")) if "cls" in more else peft.LoraConfig
+    common = {"r": 4, "target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(llama(), make(**common, **more))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM .*adapters: expected .*LoRA.*modules_to_save"):
+        install_head(adapted)
+
+
 def test_adapters_added_later():
     """Whatever PEFT replaces below the installed forward is found there, the modules before the projection too."""
     peft = pytest.importorskip("peft")
@@ -404,15 +512,15 @@ def test_adapters_added_later():
     torch.testing.assert_close(found, dense(adapted, target, input_ids=ids), rtol=0, atol=1e-5)
 
 
-def test_adapter_on_the_head_is_refused():
+def test_adapter_added_to_the_head_later():
+    """The projection is another then: the head is read again."""
     peft = pytest.importorskip("peft")
     model = llama()
-    spec = install_head(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**{**LORA, "target_modules": ["q_proj", "lm_head"]}))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM .*adapter.*target_modules.*modules_to_save"):
-        install_head(adapted)
+    install_head(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA | HEAD))
     with pytest.raises(ValueError, match="replaced"):
-        spec.operands()
+        adapted(tokens(), head_fn=lambda h, operands: h)
+    same_as_dense(adapted)
 
 
 def test_sequences_of_a_causal_model():

@@ -37,7 +37,8 @@ import treg.trainer
 from treg.data import PairCollator, first_pairs
 from treg.data.annotated import model_fingerprint, tokenizer_fingerprint, write_annotated
 from treg.data.batches import PER_TOKEN_OR_SEQUENCE
-from treg.trainer import TRegTrainer, last_checkpoint
+from treg.files import last_checkpoint
+from treg.trainer import TRegTrainer
 
 pytest.importorskip("peft")
 BETA = 0.3
@@ -146,6 +147,38 @@ def test_gradient_is_that_of_dense_logits(tmp_path, family, lora, source, loss, 
     found, log = first_step(tmp_path, model, pairs, given, packing=packing, **loss)
     assert_same(found, grads)
     assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def prompted(kind):
+    import peft
+
+    return getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+def with_adapter(kind):
+    from peft import LoraConfig, get_peft_model
+
+    if kind == "head":
+        config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    else:
+        config = prompted(kind)
+    return perturb(get_peft_model(make_model(), config), 0.3)
+
+
+@pytest.mark.parametrize("kind", ["head", "PromptTuningConfig", "PrefixTuningConfig"])
+def test_gradient_of_other_adapters(tmp_path, kind):
+    """On the head itself, and virtual tokens before the sequence; the reference is the model without them."""
+    model, pairs = with_adapter(kind), make_pairs(5)
+    expected, grads = exact_step(model, pairs, "adapters")
+    found, log = first_step(tmp_path, model, pairs)
+    assert_same(found, grads)
+    assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_virtual_tokens_are_not_packed(tmp_path):
+    model = with_adapter("PromptTuningConfig")
+    with pytest.raises(ValueError, match=r"packing: expected False with .*PROMPT_TUNING"):
+        make_trainer(tmp_path, model, make_pairs(2), packing=True)
 
 
 # -- one step in parts ----------------------------------------------------------------------------------------------
@@ -640,11 +673,6 @@ def test_token_budget_below_the_longest_pair(tmp_path):
 
 
 def test_models_that_cannot_serve(tmp_path):
-    from peft import PromptTuningConfig, get_peft_model
-
-    prompted = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match=r"peft_config: .*PROMPT_TUNING.*LoRA"):
-        make_trainer(tmp_path, prompted, make_pairs(2))
     model = make_model()
     with pytest.raises(ValueError, match="ref_model: expected another model"):
         make_trainer(tmp_path, model, make_pairs(2), ref_model=model)

@@ -90,7 +90,8 @@ def make_pairs(n: int, seed: int = 0) -> list[dict]:
 def dense_logps(model: torch.nn.Module, pair: dict, side: str) -> torch.Tensor:
     """Log-probs of a completion's tokens, by the model's own logits of this one sequence."""
     prompt, completion = (torch.from_numpy(pair[f"{x}_ids"]).long() for x in ("prompt", side))
-    logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+    ids = torch.cat([prompt, completion])[None]
+    logits = model(input_ids=ids).logits[0, -len(completion) - 1 : -1]  # virtual tokens may precede
     return logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
 
 

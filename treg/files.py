@@ -1,6 +1,7 @@
 """Files that are whole or absent, folders that one process has for itself, and YAML."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,3 +40,15 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             raise ValueError(f"{folder}: another run is at work on it; wait for it, or give another output") from None
         yield
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that is whole: the trainer's state is what the first process writes last."""
+    folders = [x for x in Path(output_dir).glob("checkpoint-*") if x.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda x: -int(x.name.rpartition("-")[2])):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None

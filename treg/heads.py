@@ -6,19 +6,23 @@ tokens then holds the model's own log-probs against that reading. A head that th
 V vocabulary, D hidden size.
 """
 
-import contextlib
+import functools
 import inspect
 import math
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+
+from treg.adapters import has_adapter, read_adapted
+from treg.head_checks import INSTEAD, check_head, check_sequences_of, name_of, shape_of, without_cache
 
 # attributes of the text config, and the power to which their value enters logit_scale
 SCALES = {
@@ -48,10 +52,6 @@ BEFORE: tuple[Steps, ...] = (
     ("lm_head.dense", "lm_head.act", "lm_head.norm"),  # modernbert-decoder
 )
 
-TOKENS = 8
-ROWS = 8192  # of the weight that are widened to float32 at a time
-INSTEAD = "compute this model's loss from dense logits, and please open an issue"
-
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -64,66 +64,103 @@ class HeadSpec:
     logit_scale: float
     softcap: float | None
     vocab: int | None  # rows of weight that are used; None: all
+    pending: list[Callable[["HeadSpec"], None]] = field(default_factory=list)  # checks that wait for their weights
 
     def hidden(self, **inputs) -> Tensor:
         """What the projection sees, [..., D]. inputs: as for the model's forward; None is left out.
 
-        Float32 rows are rounded to the weight's dtype, as models with a float32 residual stream do. The cache is off,
-        and transformers' attention masks then take position_ids that start over for packed sequences.
+        The cache is off, and transformers' attention masks then take position_ids that start over for packed sequences.
         """
         given = {name: x for name, x in inputs.items() if x is not None}
-        hidden = self.backbone(**given | _without_cache(self.backbone))[0]
+        hidden = self.backbone(**given | without_cache(self.backbone))[0]
         for step in self.before:
             hidden = (self.model.get_submodule(step) if isinstance(step, str) else step)(hidden)
-        return hidden.to(self.projection.weight.dtype) if hidden.dtype == torch.float32 else hidden
+        return hidden
 
-    def operands(self) -> dict[str, Any]:
-        """weight, bias, logit_scale and softcap: keyword arguments of the ops, as they are now.
+    def through(self, fn: Callable[[Tensor, dict[str, Any]], Any], hidden: Tensor) -> Any:
+        """fn(hidden, operands): operands are weight, bias, logit_scale and softcap, keyword arguments of the ops.
 
-        ValueError: the projection is not the one that was checked, or has an adapter.
+        It runs inside a call of the projection (and of what is below it and has weights: PEFT's layers), in place of
+        its forward, so that whatever shards the projection by itself (FSDP2, DeepSpeed ZeRO-3) gathers the weight for
+        it, again in the backward, and reduces its gradient. With LoRA on the projection hidden has more columns than
+        the model's (see `treg.adapters`).
+
+        ValueError: the projection is not the one that was checked, its weight is sharded otherwise, or its adapter
+        is not LoRA.
         """
         if self.model.get_output_embeddings() is not self.projection:
             fix = "call install_head or resolve_head again"
-            raise ValueError(f"{_name(self.model)}: its output embeddings were replaced after they were read; {fix}")
-        _refuse_adapter(self.model, self.projection)
-        weight, bias = self.projection.weight, getattr(self.projection, "bias", None)
-        if state := _unreadable(weight):  # gathering it here would leave its gradient unreduced
-            fix = "shard them with the root or the final norm, not as a unit of their own"
-            raise ValueError(f"{_name(self.model)}: the output embeddings are {state} in the model's forward; {fix}")
+            raise ValueError(f"{name_of(self.model)}: its output embeddings were replaced after they were read; {fix}")
+
+        def inside(hidden: Tensor) -> Any:
+            return fn(*self._read(hidden))
+
+        for module in reversed(list(self.projection.modules())):
+            if module is self.projection or next(module.parameters(recurse=False), None) is not None:
+                inside = functools.partial(_call_as, module, inside)
+        return inside(hidden)
+
+    def _read(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """hidden and the operands as they are now."""
+        projection = self.projection
+        if state := _unreadable(projection.weight):
+            fix = "shard them with FSDP2 or ZeRO-3; for a vocabulary-parallel head see treg.ops.linear_logprobs"
+            raise ValueError(f"{name_of(self.model)}: the output embeddings are {state} in the model's forward; {fix}")
+        if has_adapter(projection):
+            try:
+                hidden, weight, bias = read_adapted(projection, hidden)
+            except ValueError as error:
+                fix = "train the head with modules_to_save, or leave it out of target_modules"
+                raise ValueError(f"{name_of(self.model)}: its output embeddings have {error}; {fix}") from error
+        else:
+            weight, bias = projection.weight, getattr(projection, "bias", None)
         if self.vocab is not None:
             weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
-        return {"weight": weight, "bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        # models with a float32 residual stream round its rows here
+        hidden = hidden.to(weight.dtype) if hidden.dtype == torch.float32 else hidden
+        return hidden, {"weight": weight, "bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def _call_as(module: nn.Module, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """module(hidden), with its hooks, if its forward were another."""
+    replaced = module.__dict__.get("forward")  # accelerate's, perhaps
+    module.forward = forward
+    try:
+        return module(hidden)
+    finally:
+        if replaced is None:
+            del module.forward
+        else:
+            module.forward = replaced
 
 
 def resolve_head(model: nn.Module) -> HeadSpec:
     """The head of a PreTrainedModel or PeftModel, checked against the model's own log-probs on 8 tokens.
 
+    Weights that are not here yet (sharded, on the meta device, left to the first process by FSDP) are waited for: the
+    check then runs in the first forward that `install_head` sees, in every process at once.
+
     Raises:
         TypeError: model is neither. ValueError: the head is not of this form, or cannot be checked; names the class.
     """
     model = _below_peft(model)
-    for name, p in model.named_parameters():
-        if state := _unreadable(p):
-            fix = "call this after the weights are loaded and before they are sharded"
-            raise ValueError(f"{_name(model)}: {name} is {state}, so that the head cannot be checked; {fix}")
     projection: Any = model.get_output_embeddings()
     weight: Any = getattr(projection, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2 or not weight.is_floating_point():
         got = f"expected a module with a floating weight [V, D], got {type(projection).__name__}"
-        raise ValueError(f"{_name(model)}: output embeddings: {got}; {INSTEAD}")
-    _refuse_adapter(model, projection)
+        raise ValueError(f"{name_of(model)}: output embeddings: {got}; {INSTEAD}")
     backbone = model.base_model if model.base_model is not model else model.model
     spec = HeadSpec(model, backbone, projection, _before(model), *_numbers(model))
-    _check(spec)
+    _now_or_later(spec, check_head)
     return spec
 
 
 def install_head(model: nn.Module) -> HeadSpec:
     """resolve_head, and from then on `model(..., head_fn=fn)` returns fn(hidden, operands) in place of logits.
 
-    hidden is spec.hidden(**inputs) and operands is spec.operands(). All of it runs inside the causal LM's forward, so
-    that the hooks of DDP, FSDP, PEFT and accelerate fire. Without head_fn the original forward runs. A second call
-    changes nothing, unless the output embeddings were replaced in between.
+    See `HeadSpec.hidden` and `HeadSpec.through`. All of it runs inside the causal LM's forward, so that the hooks of
+    DDP, FSDP, PEFT and accelerate fire. Without head_fn the original forward runs. A second call changes nothing,
+    unless the output embeddings were replaced in between.
     """
     model = _below_peft(model)
     installed = getattr(model, "_treg_head", None)
@@ -139,6 +176,23 @@ def install_head(model: nn.Module) -> HeadSpec:
     return spec
 
 
+def run_head(model: nn.Module, head_fn: Callable[[Tensor, dict[str, Any]], Any], **inputs: Any) -> Any:
+    """model(**inputs, head_fn=head_fn) of a model that may be wrapped, with the results in their own dtypes.
+
+    FSDP2's output_dtype, which accelerate sets to bfloat16 beside bfloat16 parameters, would round log-probs and losses
+    on their way out. What it rounded from carries the same hooks, and is returned instead.
+    """
+    kept = []
+
+    def keep(hidden: Tensor, operands: dict[str, Any]) -> Any:
+        kept[:] = [head_fn(hidden, operands)]
+        return kept[0]
+
+    found = model(**inputs, head_fn=keep)
+    dtypes = [[x.dtype for x in tree_leaves(result) if isinstance(x, Tensor)] for result in (found, kept[0])]
+    return found if dtypes[0] == dtypes[1] else kept[0]
+
+
 def _forward_with_head(original: Callable) -> Callable:
     """A function of self, not of one model: a deep copy's forward is then the copy's own. Keeps the signature."""
     signature = inspect.signature(original)
@@ -150,15 +204,15 @@ def _forward_with_head(original: Callable) -> Callable:
         if isinstance(keep, Tensor) or keep:
             raise ValueError("logits_to_keep: expected none together with head_fn; select rows of hidden in head_fn")
         named = dict(zip(signature.parameters, args, strict=False))
-        return head_fn(self._treg_head.hidden(**named, **kwargs), self._treg_head.operands())
+        spec = self._treg_head
+        while spec.pending:
+            spec.pending[0](spec)
+            spec.pending.pop(0)
+        return spec.through(head_fn, spec.hidden(**named, **kwargs))
 
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])
     return forward
-
-
-def _name(model: PreTrainedModel) -> str:
-    return f"{type(model).__name__} (model_type {model.config.model_type!r})"
 
 
 def _below_peft(model: nn.Module) -> PreTrainedModel:
@@ -175,13 +229,13 @@ def _unreadable(p: Tensor) -> str | None:
     return "on the meta device" if p.is_meta else None
 
 
-def _refuse_adapter(model: PreTrainedModel, projection: nn.Module) -> None:
-    peft = sys.modules.get("peft")  # whoever made one of its layers has imported it
-    if peft is not None and isinstance(projection, peft.tuners.tuners_utils.BaseTunerLayer):
-        raise ValueError(
-            f"{_name(model)}: the output embeddings have an adapter ({type(projection).__module__}), and their weight"
-            " alone does not make the logits; remove them from target_modules, or train them with modules_to_save"
-        )
+def _now_or_later(spec: HeadSpec, check: Callable[[HeadSpec], None]) -> None:
+    """Run a check, or leave it to the first forward where some weight cannot be read before that."""
+    # FSDP may have loaded the weights into the first process only
+    if is_fsdp_enabled() or any(map(_unreadable, spec.model.parameters())):
+        spec.pending.append(check)
+    else:
+        check(spec)
 
 
 def _before(model: PreTrainedModel) -> Steps:
@@ -199,91 +253,11 @@ def _numbers(model: PreTrainedModel) -> tuple[float, float | None, int | None]:
     return scale, softcap, vocab
 
 
-def _without_cache(module: nn.Module) -> dict[str, bool]:
-    """use_cache=False, where the module's forward takes it."""
-    accepted = inspect.signature(module.forward).parameters
-    takes = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    return {"use_cache": False} if takes else {}
-
-
-@contextlib.contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Plain inference: eval mode, no gradients, no autocast. Each module's training flag is put back.
-
-    Flash attention takes 16-bit inputs on a GPU only, which the model may have later: sdpa stands in for it.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    config = model.config
-    parts = {"": config} | {k: x for k in config.sub_configs if (x := getattr(config, k, None)) is not None}
-    attention = {k: x._attn_implementation for k, x in parts.items()}
-    flash = any("flash" in str(x) for x in attention.values())
-    try:
-        model.eval()
-        if flash:
-            config._attn_implementation = "sdpa"
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        if flash:
-            config._attn_implementation = attention
-
-
-def _check(spec: HeadSpec) -> None:
-    """ValueError unless the model's own log-probs of a few tokens are those of spec."""
-    model, operands = spec.model, spec.operands()
-    weight, bias, softcap = operands["weight"], operands["bias"], spec.softcap
-    vocab = min(weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    ids = torch.randint(vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
-    on_cpu, device = model.device.type == "cpu", model.device
-    fork = {"devices": [], "device_type": "cuda"} if on_cpu else {"devices": [device], "device_type": device.type}
-    with _undisturbed(model):
-        try:  # each call from the random state that is found and left: reformer hashes at random
-            with torch.random.fork_rng(**fork):
-                logits = model(input_ids=ids, return_dict=True, **_without_cache(model)).logits.float()
-            with torch.random.fork_rng(**fork):
-                hidden = spec.hidden(input_ids=ids)
-            z = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(ROWS)], dim=-1)
-        except Exception as error:
-            raise ValueError(f"{_name(model)}: its head could not be checked: {error!r}; {INSTEAD}") from error
-        z = spec.logit_scale * (z if bias is None else z + bias.float())
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        if z.shape != logits.shape:
-            shapes = f"expected logits {list(logits.shape)}, got {list(z.shape)}"
-            raise ValueError(f"{_name(model)}: its head was misread: {shapes}; {INSTEAD}")
-        # the product and the pointwise steps after it are each rounded to the model's dtype; float32 may mean TF32
-        eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(weight.dtype).eps)
-        found = (logits.log_softmax(-1) - z.log_softmax(-1)).abs().max().item()
-        allowed = max(4 * eps, 1e-4) * logits.abs().max().item() + 1e-5
-    if not found <= allowed:
-        difference = f"log-probs differ by {found:.2e}, expected at most {allowed:.2e}"
-        raise ValueError(f"{_name(model)}: its head was misread: {difference}; {INSTEAD}")
-
-
 def check_sequences(spec: HeadSpec, *, packing: bool = False) -> None:
     """ValueError unless a hidden state depends on the tokens before it alone and, with packing, on its own sequence's.
 
     Packed sequences lie one after the other in one row, and position_ids that start anew tell them apart; models
-    without positions, and recurrent layers, do not heed that.
+    without positions, and recurrent layers, do not heed that. Where weights cannot be read yet, the check waits for
+    them, as that of `resolve_head` does.
     """
-    model, generator = spec.model, torch.Generator().manual_seed(0)
-    vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(1, vocab, (1, 2 * TOKENS), generator=generator).to(model.device)
-    other = ids.clone()
-    other[:, TOKENS:] = (ids[:, TOKENS:] + 1) % vocab
-    where = torch.arange(TOKENS, device=model.device).repeat(2)[None] if packing else None
-    with _undisturbed(model):
-        whole = spec.hidden(input_ids=ids, position_ids=where)
-        found = [("later tokens change the hidden states before them", whole[:, :TOKENS],
-                  spec.hidden(input_ids=other, position_ids=where)[:, :TOKENS])]  # fmt: skip
-        if packing:
-            found.append(("packed sequences see one another", whole[:, TOKENS:],
-                          spec.hidden(input_ids=ids[:, TOKENS:])))  # fmt: skip
-    for what, a, b in found:
-        # what leaks changes states by a good part of their size; float32 may mean TF32
-        allowed = max(8 * torch.finfo(a.dtype).eps, 3e-4) * b.abs().max().item()
-        difference = (a - b).abs().max().item()
-        if not difference <= allowed:
-            fix = "use packing=False" if what.startswith("packed") else "use a causal model (is_decoder=True)"
-            raise ValueError(f"{_name(model)}: {what} (by {difference:.2e}, expected at most {allowed:.2e}); {fix}")
+    _now_or_later(spec, functools.partial(check_sequences_of, packing=packing))

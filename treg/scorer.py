@@ -43,7 +43,7 @@ class Scorer:
         self.tokenizer, self.prompts = tokenizer, prompts
         self.tokens_per_batch, self.share, self.on_tokens = tokens_per_batch, share_prefix, on_tokens
         model.eval()
-        self.device = self.spec.operands()["weight"].device
+        self.device = self.spec.projection.weight.device
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         config = model.config.get_text_config()
         self.longest = getattr(config, "max_position_embeddings", None) or 2**31
@@ -144,7 +144,7 @@ class Scorer:
             apart = self.judge(rows)
         a, b = (torch.cat([lp for both in found for lp in both]) for found in (shared, apart))
         difference = (a - b).abs().mean().item()
-        self.share = difference <= SHARED_TOLERANCE[self.spec.operands()["weight"].dtype]
+        self.share = difference <= SHARED_TOLERANCE[self.spec.projection.weight.dtype]
         if not self.share:
             log.warning("the common beginning of the two requests is not shared: log-probs differ by %.3g nats",
                         difference)  # fmt: skip
@@ -159,7 +159,8 @@ class Scorer:
         target = torch.tensor([t for y in completions for t in y])
         hidden = self.spec.hidden(**inputs)
         rows = hidden.reshape(-1, hidden.shape[-1])[scored.to(self.device)]
-        logprobs = linear_logprobs(rows, target=target.to(self.device), **self.spec.operands()).logprobs
+        target = target.to(self.device)
+        logprobs = self.spec.through(lambda h, operands: linear_logprobs(h, target=target, **operands).logprobs, rows)
         return list(logprobs.cpu().split(ends))
 
     def _padded(self, rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,5 @@
 """A thin trainer: transformers' own loop over preference pairs, with the fused loss inside the model's forward."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from treg.data import LOSS_KEYS, EncodeOptions, ExampleLoader, PairCollator, first_pairs, pack_pairs
 from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS
-from treg.heads import check_sequences, install_head
+from treg.heads import check_sequences, install_head, run_head
 from treg.losses import LossOptions
 from treg.metrics import PairMetrics
 from treg.ops import fused_treg_loss, linear_logprobs
@@ -157,11 +156,9 @@ class TRegTrainer(Trainer):
             raise ValueError(f"expected one GPU a process, got {args.n_gpu}; start with `accelerate launch`")
         self.loss_options = args.loss_options
         adapters = hasattr(model, "disable_adapter")
-        if adapters and model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"peft_config: expected adapters on layers, got {model.active_peft_config.peft_type}, which puts "
-                "virtual tokens before the sequence; use LoRA or its kin"
-            )
+        if adapters and model.active_peft_config.is_prompt_learning and args.packing:
+            kind = model.active_peft_config.peft_type
+            raise ValueError(f"packing: expected False with {kind}, whose virtual tokens begin a row, got True")
         load = ExampleLoader(processing_class, model if ref_model is None else ref_model, max_length=args.max_length,
                              need_rewards=args.alpha > 0, adapters=ref_model is not None or not adapters,
                              check_fingerprint=not args.ignore_fingerprint)  # fmt: skip
@@ -235,12 +232,12 @@ class TRegTrainer(Trainer):
 
         def head_fn(hidden: Tensor, operands: dict) -> TRegLoss:
             return fused_treg_loss(
-                hidden.flatten(0, -2)[batch["scored"]], target=batch["target"], token_rewards=batch["token_rewards"],
+                _scored_rows(hidden, batch), target=batch["target"], token_rewards=batch["token_rewards"],
                 ref_logps=ref, cu_seqlens=batch["cu_seqlens"], reduction=reduction, outputs=outputs,
                 memory_budget=self.args.memory_budget, **operands, **vars(self.loss_options),
             )  # fmt: skip
 
-        result = model(**batch["model"], head_fn=head_fn)
+        result = run_head(model, head_fn, **batch["model"])
         self._metrics[mode].record(result, batch["lengths"], batch["token_rewards"], ref)
         return result
 
@@ -272,17 +269,17 @@ class TRegTrainer(Trainer):
             return batch["ref_logps"] if self._source == "data" else None
 
         def head_fn(hidden: Tensor, operands: dict) -> Tensor:
-            rows = hidden.flatten(0, -2)[batch["scored"]]
+            rows = _scored_rows(hidden, batch)
             return linear_logprobs(rows, target=batch["target"], memory_budget=self.args.memory_budget,
                                    **operands).logprobs  # fmt: skip
 
         if self.ref_model is not None:
-            return self.ref_model(**batch["model"], head_fn=head_fn)
+            return run_head(self.ref_model, head_fn, **batch["model"])
         bare = self.accelerator.unwrap_model(model)
         training = bare.training
         try:
             with bare.eval().disable_adapter():  # no dropout or noise in the reference
-                return bare(**batch["model"], head_fn=head_fn)
+                return run_head(bare, head_fn, **batch["model"])
         finally:
             bare.train(training)
 
@@ -327,16 +324,9 @@ class TRegTrainer(Trainer):
             card.write_text(card.read_text() + CARD.format(**vars(self.loss_options)))
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is whole: the trainer's state is what the first process writes last."""
-    folders = [x for x in Path(output_dir).glob("checkpoint-*") if x.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(folders, key=lambda x: -int(x.name.rpartition("-")[2])):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return folder
-    return None
+def _scored_rows(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """[N, D] of [S, T, D] hidden states; the virtual tokens of prompt-learning adapters stand before the T."""
+    return hidden[:, -batch["model"]["input_ids"].shape[1] :].flatten(0, -2)[batch["scored"]]
 
 
 def _disable_dropout(model: nn.Module | None) -> None:

@@ -22,9 +22,9 @@ from treg.cli.options import (
 )
 from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import is_annotated, read_annotated, tokenizer_fingerprint
-from treg.files import locked, replacing
+from treg.files import last_checkpoint, locked, replacing
 from treg.rewards import ContrastivePrompts
-from treg.trainer import TRegConfig, TRegTrainer, last_checkpoint
+from treg.trainer import TRegConfig, TRegTrainer
 from treg.views import pair_views
 from treg.viz import plot_curves, print_pairs, write_page
 
