@@ -39,7 +39,8 @@ class ExampleLoader:
         if is_annotated(source):
             examples, meta = read_annotated(source)
             if self.check_fingerprint:
-                self._check(str(source), meta["fingerprint"])
+                check_made_with(str(source), meta["fingerprint"], self.tokenizer, self.reference,
+                                adapters=self.adapters, fix="set ignore_fingerprint")  # fmt: skip
             longest = max(len(x["prompt_ids"]) + max(len(x["chosen_ids"]), len(x["rejected_ids"])) for x in examples)
             if self.max_length is not None and longest > self.max_length:
                 raise ValueError(
@@ -71,17 +72,21 @@ class ExampleLoader:
                     )
         return examples
 
-    def _check(self, path: str, made_with: Mapping[str, str]) -> None:
-        found = {
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "model": model_fingerprint(self.reference, adapters=self.adapters),
-        }
-        for what, value in found.items():
-            if made_with[what] != value:
-                raise ValueError(
-                    f"{path}: expected data annotated with this {what} ({value}), got {made_with[what]}; annotate with "
-                    "the model that training starts from, give that one as ref_model, or set ignore_fingerprint"
-                )
+
+def check_made_with(
+    path: str, made_with: Mapping[str, str], tokenizer: Any, reference: Any, *, adapters: bool, fix: str
+) -> None:
+    """ValueError unless a file was annotated with this tokenizer and this model; fix: how to train all the same."""
+    found = {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "model": model_fingerprint(reference, adapters=adapters),
+    }
+    for what, value in found.items():
+        if made_with[what] != value:
+            raise ValueError(
+                f"{path}: expected data annotated with this {what} ({value}), got {made_with[what]}; annotate with "
+                f"the model that training starts from, give that one as ref_model, or {fix}"
+            )
 
 
 def _are_examples(source: Any) -> bool:

@@ -1,0 +1,88 @@
+"""Annotated pairs as TRL's datasets and batches."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+from treg.data import SIDES, Pair, RowProblem, parse_row
+from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, is_annotated, read_annotated
+
+
+@dataclass
+class RewardCollator:
+    """TRL's batch, and token_rewards [2B, T] float32 beside input_ids: of the token at each place, 0 in the prompt.
+
+    Raises:
+        ValueError: a batch whose ids are not those that the rewards belong to.
+    """
+
+    inner: Callable[[list[dict]], dict[str, Any]]
+    max_length: int | None
+    truncation_mode: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.inner(examples)
+        if self.max_length is None:
+            cut = slice(None)
+        else:
+            cut = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+        ids = batch["input_ids"]
+        rewards = torch.zeros(ids.shape)
+        for row, (example, side) in enumerate((x, side) for side in SIDES for x in examples):
+            prompt, completion = list(example["prompt_ids"]), list(example[f"{side}_ids"])
+            values = [0.0] * len(prompt) + list(example[f"{side}_token_rewards"])
+            expected = torch.tensor((prompt + completion)[cut])
+            if len(values) != len(prompt) + len(completion) or not torch.equal(ids[row, : len(expected)], expected):
+                raise ValueError(
+                    f"{side}_token_rewards: expected one a token of {side}_ids and a collator that pads on the right, "
+                    f"got {len(values) - len(prompt)} rewards, {len(completion)} ids"
+                )
+            rewards[row, : len(expected)] = torch.tensor(values[cut])
+        return batch | {"token_rewards": rewards}
+
+
+def columns_of(dataset: Any) -> set[str]:
+    if isinstance(dataset, IterableDataset) and dataset.column_names is None:
+        return set(next(iter(dataset)))
+    return set(getattr(dataset, "column_names", None) or ())
+
+
+def each_of(datasets: Any) -> list:
+    return list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]
+
+
+def read_dataset(source: Any, name: str, args: Any, files: dict[str, dict]) -> Any:
+    """A dataset as TRL takes it; that of a path, whose meta is kept in files. args: the trainer's."""
+    if isinstance(source, (str, Path)):
+        if not is_annotated(source):
+            raise ValueError(f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}")
+        examples, files[str(source)] = read_annotated(source)
+        source = Dataset.from_list(examples)
+    if not isinstance(source, Dataset) or not {*ID_COLUMNS, *REF_COLUMNS} <= columns_of(source):
+        return source
+    if args.ld_alpha is not None:  # weighs tokens within the sums, which the annotated ones are not
+        return source.remove_columns(REF_COLUMNS)
+    longest = max(len(x["prompt_ids"]) + max(len(x[f"{side}_ids"]) for side in SIDES) for x in source)
+    if args.max_length is not None and longest > args.max_length:
+        raise ValueError(
+            f"max_length: expected at least {longest}, the longest sequence of {name}, whose reference log-probs are "
+            f"sums over whole completions, got {args.max_length}; annotate with a lower max_length, or raise it here"
+        )
+    return source
+
+
+def text_pairs(dataset: Dataset) -> tuple[list[Pair], list[RowProblem]]:
+    """Rows with text and TRL's ids as pairs, and those that cannot be judged."""
+    pairs, problems = [], []
+    for index, example in enumerate(dataset):
+        ids = [np.array(example[name], dtype=np.int32) for name in ID_COLUMNS]
+        try:
+            pairs.append(Pair(*ids, parse_row(example, f"row {index}", chat=False), index))
+        except RowProblem as problem:
+            problems.append(problem)
+    return pairs, problems
