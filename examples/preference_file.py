@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from treg.annotate import AnnotateOptions, annotate
 from treg.data import EncodeOptions
 from treg.data.annotated import read_annotated
-from treg.trainer import TRegConfig, TRegTrainer, last_checkpoint
+from treg.files import last_checkpoint
+from treg.trainer import TRegConfig, TRegTrainer
 from treg.views import pair_views
 from treg.viz import write_page
 

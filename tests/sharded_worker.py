@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -95,9 +96,26 @@ def fsdp(tail: str, **more):
     return wrap
 
 
-def late(model):
-    """The head is installed on a model that is sharded already."""
-    return fsdp("own")(model)
+def by_accelerate(efficient: bool = False):
+    """What accelerate does with a model under FSDP2; its launcher does so on GPUs only."""
+
+    def wrap(model):
+        from accelerate.utils import FullyShardedDataParallelPlugin
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, cpu_ram_efficient_loading=efficient, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )  # fmt: skip
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin), torch_device_mesh=mesh, device=torch.device("cpu"),
+            mixed_precision="no", is_main_process=dist.get_rank() == 0,
+            parallelism_config=SimpleNamespace(fsdp_dim_names=["dp_shard"]),
+        )  # fmt: skip
+        return fsdp2_prepare_model(accelerator, model)
+
+    return wrap
 
 
 LAYOUTS = {
@@ -111,7 +129,12 @@ LAYOUTS = {
     "root-bfloat16-out": (fsdp("root", mp_policy=BFLOAT16_OUT), {}),
     "root-lora": (fsdp("root"), {"lora": True}),
     "own-lora": (fsdp("own"), {"lora": True}),
-    "late": (late, {}),
+    "accelerate": (by_accelerate(), {}),
+    "accelerate-tied": (by_accelerate(), {"tied": True}),
+    "accelerate-lora": (by_accelerate(), {"lora": True}),
+    "accelerate-efficient": (by_accelerate(efficient=True), {}),
+    "own-late": (fsdp("own"), {}),
+    "accelerate-late": (by_accelerate(), {}),
 }
 WAYS = {"fused": fused, "composed": composed}
 
@@ -124,7 +147,7 @@ def train(layout: str, way: str, folder: Path) -> None:
     """One backward; in a function of its own, so that nothing of it outlives the process group."""
     wrap, options = LAYOUTS[layout]
     model = make_model(**options)
-    if layout == "late":
+    if layout.endswith("late"):  # the head is installed on a model that is sharded already
         wrapped = wrap(model)
         check_sequences(install_head(model))
     else:
