@@ -1,5 +1,6 @@
 """The examples run, on real rows where they are present."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,35 @@ def test_preference_file(case, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert all(x["where"].rpartition("/")[2] in page for x in examples)
     assert (tmp_path / "model.safetensors").exists()
+
+
+def run(command, folder):
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def losses(output):
+    return [float(x) for x in re.findall(r"loss'?:? '?([0-9.]+)", output)]
+
+
+def test_fsdp2_loop(tmp_path):
+    """Two processes print the losses of one."""
+    found = [losses(run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", size,
+                         EXAMPLES / "fsdp2_loop.py"], tmp_path)) for size in (1, 2)]  # fmt: skip
+    assert len(found[0]) == 5 and found[0][-1] < found[0][0]
+    assert found[1] == pytest.approx(found[0], abs=2e-6)
+
+
+def test_trl_dpo(tmp_path):
+    """Under accelerate's launcher two processes of 4 pairs log what one of 8 does."""
+    pytest.importorskip("trl")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    options = ["--max_steps", "3", "--disable_tqdm", "True", "--per_device_train_batch_size"]
+    found = []
+    for command, batch in (([sys.executable], "8"), (launch, "4")):
+        command = [*command, EXAMPLES / "trl_dpo.py", *options, batch, "--output_dir", tmp_path / batch]
+        found.append(losses(run(command, tmp_path)))
+    assert len(found[0]) == 4 and len(set(found[0])) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert (tmp_path / "4" / "model.safetensors").exists()

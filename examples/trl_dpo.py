@@ -1,0 +1,43 @@
+"""Token rewards in TRL: another class, another config; the rest is TRL's.
+
+    python examples/trl_dpo.py                                               # a small chat model on invented towns
+    accelerate launch --multi_gpu --num_processes 2 examples/trl_dpo.py      # data-parallel; on a CPU too
+    python examples/trl_dpo.py --model MODEL --data annotated.parquet        # what `treg annotate` wrote
+
+Needs the extras `train` and `trl`. Options of trl.DPOConfig and the treg_ ones are passed on, e.g. --treg_alpha 0.
+"""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import treg.demo
+from treg.demo.world import preference_rows
+from treg.integrations.trl import TRegDPOConfig, TRegDPOTrainer
+
+DEMO_MODEL = str(Path(treg.demo.__file__).parent / "model")
+
+
+def main() -> None:
+    parser = HfArgumentParser(TRegDPOConfig, description=__doc__)
+    parser.add_argument("--model", default=DEMO_MODEL)
+    parser.add_argument("--data", help="by `treg annotate`; without, pairs about towns, judged before training")
+    parser.set_defaults(
+        output_dir="trl-out", max_steps=10, learning_rate=1e-4, per_device_train_batch_size=4, logging_steps=1,
+        treg_alpha=0.5, bf16=False, report_to="none", save_strategy="no", use_cpu=not torch.accelerator.is_available(),
+    )  # fmt: skip
+    config, more = parser.parse_args_into_dataclasses()
+
+    rows = preference_rows(seed=0, count=24, split="train")
+    pairs = more.data or Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows])
+    model, reference = (AutoModelForCausalLM.from_pretrained(more.model, dtype="float32") for _ in range(2))
+    trainer = TRegDPOTrainer(model, reference, config, train_dataset=pairs,
+                             processing_class=AutoTokenizer.from_pretrained(more.model))  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
