@@ -1,8 +1,10 @@
 """Several processes, and weights that are not all there: the gradients of one process with all of them."""
 
 import functools
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +17,21 @@ from tiny import environment
 
 from treg.heads import install_head
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+FSDP_WORKER = Path(__file__).parent / "fsdp_worker.py"
+
+
+def launch(*arguments, **more):
+    command = [*LAUNCH, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment() | more, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Every layout in two processes of gloo."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__,
-               str(folder)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch("2", worker.__file__, folder)
     return folder
 
 
@@ -174,3 +182,33 @@ def test_zero3(way, options, early):
     assert any(kind == "backward" and "lm_head" in name for kind, name in zero.events)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     check({"loss": loss.detach(), "logps": logps.detach(), "grads": grads}, dense(**options), 1e-12)
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+         "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # fmt: skip
+
+
+def test_trainers_under_fsdp2(tmp_path):
+    """Two processes log what one does: loss, norm of the gradient, every metric; and TRL what treg's trainer does."""
+    pytest.importorskip("trl")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from treg.annotate import annotate
+    from treg.demo.run import MODEL
+    from treg.demo.world import preference_rows
+
+    data = tmp_path / "annotated.parquet"
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+    annotate(model, AutoTokenizer.from_pretrained(MODEL), preference_rows(0, 8, "train"), data, progress=False)
+    logs = {}
+    for name, size, more in (("alone", 1, {}), ("fsdp", 2, FSDP2)):
+        launch(size, FSDP_WORKER, data, tmp_path, 4 // size, **more)
+        logs[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    for kind, expected in logs["alone"].items():
+        for line, found in zip(expected[:2], logs["fsdp"][kind][:2], strict=True):
+            assert line.keys() == found.keys() and {"loss", "grad_norm"} <= line.keys()
+            for key, value in line.items():
+                assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (kind, key)
+    for ours, theirs in zip(logs["alone"]["TRegTrainer"][:2], logs["alone"]["TRegDPOTrainer"][:2], strict=True):
+        shared = {"loss", "grad_norm", "rewards/margins", "treg/reg_loss", "logps/chosen", "entropy"}
+        assert all(theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5) for key in shared)
