@@ -8,10 +8,16 @@ import torch
 from helpers import DEVICE, DTYPES, IMPLS, Case, assert_within_budget, check_against_reference, device_of, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import PeakMemory
+from torch.utils.flop_counter import FlopCounterMode
 
+import treg.ops
 import treg.ops.head
+import treg.ops.logprobs
+import treg.ops.torch_tiles
 from treg import reference
 from treg.ops import linear_logprobs
+from treg.ops.logprobs import kept_rows
 
 OUTPUTS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 HEADS = {
@@ -21,6 +27,28 @@ HEADS = {
     "scale": {"logit_scale": 0.3, "temperature": 0.7},
     "all": {"bias": True, "softcap": 3.0, "logit_scale": 1.7, "temperature": 1.3},
 }
+
+
+@pytest.fixture
+def cheap_passes(monkeypatch):
+    """Few rows are worth keeping already, and no tile has more than 16."""
+    monkeypatch.setattr(treg.ops.head, "PASS_ROWS", {"cpu": 2})
+    monkeypatch.setattr(treg.ops.head, "PASS_ROWS_GPU", 2)
+    for tiles in (treg.ops.TorchTiles, treg.ops.TritonTiles):
+        monkeypatch.setattr(tiles, "max_rows", 16)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """How many rows each call of a test kept, and of how many."""
+    seen = []
+
+    def spy(tiles, budget, count, outputs):
+        seen.append((kept_rows(tiles, budget, count, outputs), count))
+        return seen[-1][0]
+
+    monkeypatch.setattr(treg.ops.logprobs, "kept_rows", spy)
+    return seen
 
 
 def make_case(N=37, D=80, V=517, *, bias=False, spread=0.3, ignored=3, outputs=OUTPUTS, **head) -> Case:
@@ -182,7 +210,7 @@ def test_layouts(impl, layout):
     dtype=st.sampled_from(DTYPES), frozen=st.booleans(), budget_rows=st.integers(1, 40), seed=st.integers(0, 2**31),
 )  # fmt: skip
 @pytest.mark.parametrize("impl", IMPLS)
-def test_any_shape_option_and_budget(impl, N, D, V, head, dtype, frozen, budget_rows, seed):
+def test_any_shape_option_and_budget(impl, N, D, V, head, dtype, frozen, budget_rows, seed, cheap_passes):
     torch.manual_seed(seed)
     case = make_case(N, D, V, ignored=min(N, seed % 5), outputs=(), **HEADS[head])
 
@@ -202,6 +230,176 @@ def least_budget(case: Case, dtype: torch.dtype, impl: str) -> int:
         kwargs = {k: v for k, v in case.rest.items() if k not in ("target", "outputs")}
         linear_logprobs(case.hidden, case.weight.detach(), target, bias=case.bias, impl=impl, memory_budget=1, **kwargs)
     return 2 * int(str(caught.value).split()[4])
+
+
+def tiles_of(case: Case, dtype: torch.dtype, impl: str):
+    case, head = case.at(dtype, device_of(impl)), {k: case.rest.get(k) for k in ("softcap",)}
+    return treg.ops._tiles(impl, treg.ops.Head(case.weight.detach(), case.bias, **head), None)
+
+
+def budget_for(case: Case, dtype: torch.dtype, impl: str, rows: int) -> int:
+    """Bytes that hold `rows` stashed rows."""
+    tiles = tiles_of(case, dtype, impl)
+    return tiles.fixed_bytes + rows * tiles.row_bytes(stash=True, outputs=case.rest["outputs"])
+
+
+@pytest.mark.parametrize("needs", ["hidden weight bias", "weight bias", "hidden weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ignored", [0, 7])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_kept_beside_rows_computed_again(impl, ignored, dtype, needs, kept, cheap_passes):
+    """The stash of some rows is kept for the backward, the logits of the others are computed twice: one gradient."""
+    case = make_case(N=60, D=24, V=300, ignored=ignored, bias=True, softcap=4.0, outputs=("entropy",))
+
+    def only(fn):
+        def run(hidden, weight, bias, **kwargs):
+            given = {"hidden": hidden, "weight": weight, "bias": bias}
+            given = {k: x if k in needs.split() else x.detach() for k, x in given.items()}
+            return fn(**given, **kwargs)
+
+        return run
+
+    check_against_reference(case, only(linear_logprobs), only(reference.linear_logprobs), weighted, dtype,
+                            device_of(impl), impl=impl, memory_budget=budget_for(case, dtype, impl, 40))  # fmt: skip
+    count = 60 if impl == "triton" and DEVICE == "cuda" else 60 - ignored
+    assert kept[0][1] == count and 20 < kept[0][0] < 40
+
+
+def test_dweight_of_many_tiles_is_rounded_once(cheap_passes, kept):
+    """bfloat16: dweight is a float32 sum unless one product makes it."""
+    case = make_case(N=400, D=16, V=150, ignored=0, outputs=())
+    runs = [
+        case.at(torch.bfloat16).run(linear_logprobs, weighted, memory_budget=budget)
+        for budget in (None, budget_for(case, torch.bfloat16, "torch", 60))
+    ]
+    assert kept[0] == (400, 400) and 0 < kept[1][0] < 60
+    exact = case.at(torch.bfloat16).at(torch.float64).run(reference.linear_logprobs, weighted)["dweight"]
+    one, many = (error(run["dweight"], exact) for run in runs)
+    assert many < 1.3 * one
+
+
+def test_matrix_products(kept):
+    """1 product forward only, 2 with a frozen head, 3 with a trainable one where its stash is kept, 4 where not."""
+    N, D, V = 900, 32, 500
+    case = make_case(N, D, V, bias=True, ignored=0, outputs=())
+    product = 2 * N * D * V
+
+    def products(needs, dtype=torch.float32, **options):
+        at = case.at(dtype)
+        given = {"hidden": at.hidden, "weight": at.weight, "bias": at.bias}
+        given = {k: x if k in needs.split() else x.detach() for k, x in given.items()}
+        with FlopCounterMode(display=False) as counter:
+            out = linear_logprobs(target=at.rest["target"], **given, **options)
+            if needs:
+                weighted(out).backward()
+        return counter.get_total_flops() / product
+
+    assert products("") == 1
+    assert products("hidden") == 2
+    assert products("hidden weight bias") == pytest.approx(3, abs=0.05)  # dbias: a product with one column
+    assert products("hidden weight") == 3
+    assert products("weight") == 2
+    assert products("bias") == pytest.approx(1, abs=0.05)
+    assert products("weight", torch.float16) == 3  # 4 with dhidden, whose float16 product the counter does not see
+    assert products("hidden weight", memory_budget=budget_for(case, torch.float32, "torch", 30)) == 4
+    kept.clear()
+    some = products("hidden weight", memory_budget=budget_for(case, torch.float32, "torch", 700))
+    assert kept[0][1] == N and 500 < kept[0][0] < 700
+    assert some == pytest.approx(4 - kept[0][0] / N, abs=1e-9)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kept_rows_fit_and_are_as_many_as_pay(impl):
+    """Beside a tile of the others, within the budget; no other number is cheaper by more than two passes."""
+    case = make_case(N=1, D=16, V=1000, outputs=())
+    tiles = tiles_of(case, torch.float32, impl)
+    P, row = treg.ops.head.pass_rows(case.hidden.to(device_of(impl)).device), tiles.row_bytes(stash=True)
+    partly = 0
+    for capacity in (1, 40, 100, 700, 3000):
+        budget = budget_for(case, torch.float32, impl, capacity)
+        for count in (capacity, capacity + 1, 2 * capacity, 1000, 20000):
+            n = kept_rows(tiles, budget, count, ())
+            if count <= capacity:
+                assert n == count
+                continue
+            assert 0 <= n < capacity
+            step = treg.ops.head.tile_step(tiles, budget, stash=True, reserved=n * 4000)
+            assert tiles.fixed_bytes + n * 4000 + step * row <= budget
+
+            def cost(k, count=count, capacity=capacity):
+                return count - k + P * (count - k) / min(tiles.max_rows, capacity - k) + P * (k > 0)
+
+            assert cost(n) <= min(map(cost, range(capacity))) + 2 * P
+            partly += n > 0
+    assert partly >= 5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_stays_within_the_budget(impl, dtype, monkeypatch, kept):
+    """Bytes alive at once, beyond inputs: the budget, a float32 dweight, dhidden, and [N]-sized rows; none after."""
+    D, V = 24, 4000 if impl == "torch" else 2000
+    monkeypatch.setattr(treg.ops.torch_tiles, "BLOCK", {"cpu": V})  # its buffers would hide a stash of this size
+    for N in (60, 130, 1200) if impl == "torch" else (60, 130):
+        case = make_case(N, D, V, spread=0.05, outputs=())
+        budget = budget_for(case, dtype, impl, 90)
+        case = case.at(dtype, device_of(impl))
+        with PeakMemory(collect=impl == "triton") as memory:
+            out = linear_logprobs(case.hidden, case.weight, impl=impl, memory_budget=budget, **case.rest)
+            forward = memory.peak
+            weighted(out).backward()
+            gc.collect()
+            left = sum(size for ref, size in memory._alive.values() if not ref.expired())
+        gradients, rows = case.hidden.nbytes + 4 * case.weight.numel(), 20 * 8 * N
+        assert forward <= budget + rows, f"{forward} bytes in the forward at N={N}"
+        assert memory.peak <= max(budget, gradients) + gradients + rows, f"{memory.peak} bytes at N={N}"
+        assert left <= gradients + rows, f"{left} bytes after the backward at N={N}"
+    assert [n > 0 for n, _ in kept] == [True, True, False][: len(kept)]
+    assert kept[0][0] == kept[0][1] and kept[1][0] < kept[1][1]
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all kept", "some kept"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_twice(impl, some, cheap_passes, kept):
+    """retain_graph gives the same bits again; log-probs used twice give twice the gradient."""
+    case = make_case(N=60, D=24, V=300, bias=True, ignored=0, outputs=())
+    budget = budget_for(case, torch.float32, impl, 40) if some else None
+    case = case.at(torch.float32, device_of(impl))
+    leaves = (case.hidden, case.weight, case.bias)
+    out = linear_logprobs(case.hidden, case.weight, bias=case.bias, impl=impl, memory_budget=budget, **case.rest)
+    first = torch.autograd.grad(weighted(out), leaves, retain_graph=True)
+    second = torch.autograd.grad(weighted(out), leaves, retain_graph=True)
+    double = torch.autograd.grad(weighted(out) + weighted(out), leaves)
+    assert (0 < kept[0][0] < 60) == some
+    for a, b, c in zip(first, second, double, strict=True):
+        assert a.any() and torch.equal(a, b)
+        assert error(c, 2 * a) < 1e-6
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_upstream_at_ignored_rows(impl, trainable, monkeypatch, cheap_passes):
+    """As `0 * inf` in a loss leaves it: what is not scored takes no gradient, looked at or not."""
+    case = make_case(N=60, D=24, V=300, ignored=9, outputs=())
+    budget = budget_for(case, torch.float32, impl, 40)
+
+    def upstream(out):
+        fill = case.rest["target"].to(out.logprobs.device) == -100
+        return (out.logprobs * torch.where(fill, float("nan"), 1.5)).sum()
+
+    def finite(out):
+        return (out.logprobs * 1.5).sum()
+
+    for looks in (True, False):
+        if not looks:
+            monkeypatch.setattr(treg.ops.head, "sees_values", lambda x: False)
+        runs = []
+        for loss in (upstream, finite):
+            at = case.at(torch.float32, device_of(impl))
+            at.weight.requires_grad_(trainable)
+            runs.append(at.run(linear_logprobs, loss, impl=impl, memory_budget=budget))
+        for name in runs[0]:
+            assert torch.equal(runs[0][name], runs[1][name]), name
 
 
 UPSTREAMS = {
@@ -306,6 +504,17 @@ def test_an_impossible_target_gives_nan_not_a_number(impl):
         ].cpu()
         assert torch.isfinite(got[[0, 4]]).all() and got[4] == 0
         assert got[1:4].isnan().all()
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_float64(trainable):
+    """The torch implementation holds no number in float32 on the way."""
+    case = make_case(**HEADS["all"]).at(torch.float64)
+    case.weight.requires_grad_(trainable)
+    case.bias.requires_grad_(trainable)
+    exact = case.run(reference.linear_logprobs, weighted)
+    for name, x in case.run(linear_logprobs, weighted).items():
+        assert error(x, exact[name]) < 1e-14, name
 
 
 def test_gradcheck():

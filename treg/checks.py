@@ -78,9 +78,13 @@ def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
 
 
 def check_head(
-    hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype
-) -> None:
-    """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]; impl resolved."""
+    hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype,
+    *, sharded: bool = False,
+) -> None:  # fmt: skip
+    """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]; impl resolved.
+
+    sharded: weight is a part of the whole, whose number of rows is not known here.
+    """
     for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
         check_tensor(name, x)
     check_tensor("bias", bias, optional=True)
@@ -128,11 +132,11 @@ def check_head(
             f"inputs, got {logits_dtype!r} with impl={impl!r} and {hidden.dtype}"
         )
     if values_visible(target):
-        bad = (target != ignore_index) & ((target < 0) | (target >= V))
+        bad = (target != ignore_index) & ((target < 0) | (target >= (math.inf if sharded else V)))
         if bool(bad.any()):
             at = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"target: expected values in [0, {V}) or ignore_index={ignore_index}, "
+                f"target: expected values {'>= 0' if sharded else f'in [0, {V})'} or ignore_index={ignore_index}, "
                 f"got {target[tuple(at)].item()} at index {at}"
             )
 

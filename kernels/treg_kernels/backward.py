@@ -3,7 +3,8 @@
     d L / d a_t[v] = coef_t * scale * slope * ( 1{v = y_t} - 2**(z2 - lse2_t) ),   coef_t = d L / d lp_t
 
 Written in the weight's dtype as a [N, V] slab; the two products that follow, dhidden = G W and dweight = G^T h, are
-plain GEMMs. A row with target ignore_index, and one with coef 0, is 0.
+plain GEMMs. A row with target ignore_index, and one with coef 0, is 0. A target outside [0, V), which another part of
+the vocabulary holds, matches no column: the row is -coef_t * scale * slope * p alone.
 """
 
 import torch

@@ -15,9 +15,10 @@ from treg.ops.logprobs import run_logprobs
 from treg.ops.pairs import Pairs, plan, run_pairs
 from treg.ops.torch_tiles import TorchTiles
 from treg.ops.triton_tiles import TritonTiles
+from treg.ops.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
 from treg.results import LinearLogprobs, TRegLoss
 
-__all__ = ["LinearLogprobs", "TRegLoss", "fused_treg_loss", "linear_logprobs"]
+__all__ = ["LinearLogprobs", "TRegLoss", "VocabShard", "fused_treg_loss", "linear_logprobs"]
 
 
 def linear_logprobs(
@@ -34,6 +35,7 @@ def linear_logprobs(
     impl: str | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    shard: VocabShard | None = None,
 ) -> LinearLogprobs:
     """Log-probability of each target under a language-model head, in bounded memory.
 
@@ -41,7 +43,8 @@ def linear_logprobs(
         lp_t = z_t[y_t] - logsumexp_v z_t[v]
         d lp_t / d (h W^T + b)_tv = ( 1{v = y_t} - exp(z_tv - lse_t) ) * dz/da
 
-    The matrix products a row are 1 forward only, 2 with a frozen head (3 in float16), 4 with a trainable one.
+    The matrix products a row are 1 forward only, 2 with a frozen head (3 in float16), and with a trainable one 3 for
+    the rows whose unscaled gradient of the logits fits into memory_budget, 4 for the others (all in float16).
 
     Args:
         hidden: [..., D] float32, bfloat16 or float16 (float64 too with impl="torch"), any strides.
@@ -52,25 +55,33 @@ def linear_logprobs(
         outputs: any of "lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; see `LinearLogprobs`.
         impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls back.
         memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight and [N]-sized rows come on
-            top. None: 1 GiB on a GPU, 384 MiB on a CPU.
+            top. With a trainable head, or a shard, they are held until the backward: several calls before one
+            backward hold as much each. None: 1 GiB on a GPU, 384 MiB on a CPU.
         logits_dtype: dtype in which impl="torch" holds a tile's logits. None: float32, except for bfloat16 inputs on
             a CPU, where they are rounded to bfloat16, which doubles the speed of that product; torch.float32 keeps
             them exact there. Triton never rounds logits.
+        shard: weight and bias are this rank's part of the vocabulary, as `VocabShard` says: every rank of its group
+            calls this with the same hidden, target (ids of the whole vocabulary) and loss, gets the log-probs under
+            the whole vocabulary, dhidden summed over the ranks, and dweight and dbias of its own rows. One all-gather
+            of a few numbers a row, and in the backward one all-reduce of dhidden, in float32. A frozen head takes 3
+            products for the rows whose stash does not fit; "is_top1" is not available. A DTensor with placement
+            Shard(0) on a mesh of one dimension needs no shard; one with Replicate() counts as a plain tensor.
     Returns:
         LinearLogprobs; `logprobs` [...] float32, nats, differentiable in hidden, weight and bias.
     Raises:
         TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by name.
     """
+    hidden, weight, target, bias, shard = local_operands(hidden, weight, target, bias, shard)
     impl = checks.resolve_impl(impl, hidden)
     hidden, weight = _autocast(hidden, weight)
     names = checks.check_outputs(outputs)
     checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
-                      memory_budget, logits_dtype)  # fmt: skip
+                      memory_budget, logits_dtype, sharded=shard is not None)  # fmt: skip
     tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
     budget = budget_of(memory_budget, hidden.device)
     rows, y = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     with without_autocast(hidden):
-        found = run_logprobs(tiles, rows, y, names, budget)
+        found = _score(tiles, rows, y, names, budget, shard)
     return LinearLogprobs(**{name: x.reshape(target.shape) for name, x in found.items()})
 
 
@@ -99,6 +110,7 @@ def fused_treg_loss(
     impl: str | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    shard: VocabShard | None = None,
 ) -> TRegLoss:
     """The T-REG loss of B preference pairs from hidden states, with exact gradients and without [N, V] logits.
 
@@ -112,9 +124,10 @@ def fused_treg_loss(
     Differs: see `treg.losses.treg_loss`.
 
     With a trainable head the gradients are taken in the forward, in 3 matrix products a row; a frozen head takes 2, and
-    a call under no_grad 1. One more is needed for reduction="none", for float16 inputs (so that a loss scaler's factor
-    reaches the 16-bit products), and for a pair that does not fit into memory_budget where its objective is not
-    -w * (known coefficients), or where the budget holds no second float32 [V, D] sum beside other pairs.
+    a call under no_grad 1. One more is needed for float16 inputs (so that a loss scaler's factor reaches the 16-bit
+    products), and for a pair that does not fit into memory_budget where its objective is not -w * (known
+    coefficients), or where the budget holds no second float32 [V, D] sum beside other pairs. reduction="none" and
+    shard take the products of `linear_logprobs`.
 
     Args:
         hidden: [2B, T, D], or packed [N, D] with cu_seqlens; see `linear_logprobs`. Chosen sequences first.
@@ -123,19 +136,20 @@ def fused_treg_loss(
         ref_logps: [2B] summed reference log-probs, or like target per token (needed with token_weights); None for
             the reference-free loss types simpo, orpo, cpo.
         cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N. Keep it on the CPU: the values of a GPU
-            tensor are not looked at, and a batch larger than memory_budget then takes the fourth product.
+            tensor are not looked at, and a batch larger than memory_budget is then scored by `linear_logprobs`.
         beta: > 0, reward scale. alpha: >= 0, weight of the regularizer. gamma: simpo's margin, in rewards.
         loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting: "gradient", or "static"
             (w = 1). token_weights: like target, u_t >= 0.
         reduction: "mean" over pairs, "sum", or "none".
         outputs: statistics of each token, as in `linear_logprobs`; they cost no matrix product.
-        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype: as in
+        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype, shard: as in
             `linear_logprobs`.
     Returns:
         TRegLoss; `loss` carries the gradient in hidden, weight and bias, everything else is detached.
     Raises:
         TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by name.
     """
+    hidden, weight, target, bias, shard = local_operands(hidden, weight, target, bias, shard)
     impl = checks.resolve_impl(impl, hidden)
     options = LossOptions(loss_type, beta, alpha, gamma, label_smoothing, weighting)
     if reduction not in ("mean", "sum", "none"):
@@ -143,7 +157,7 @@ def fused_treg_loss(
     hidden, weight = _autocast(hidden, weight)
     names = checks.check_outputs(outputs)
     checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
-                      memory_budget, logits_dtype)  # fmt: skip
+                      memory_budget, logits_dtype, sharded=shard is not None)  # fmt: skip
     count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
     scored = target != ignore_index
     checks.check_pair_inputs(target, scored, token_rewards, ref_logps, token_weights, count, alpha)
@@ -163,13 +177,13 @@ def fused_treg_loss(
 
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     groups = None
-    if trained and reduction != "none" and weight.dtype != torch.float16:
+    if trained and shard is None and reduction != "none" and weight.dtype != torch.float16:
         groups = plan(pairs, tiles, budget)
     with without_autocast(hidden):
         if groups is not None:
             loss, result, found = run_pairs(tiles, pairs, groups, budget)
         else:
-            found = run_logprobs(tiles, pairs.hidden, pairs.target, names, budget)
+            found = _score(tiles, pairs.hidden, pairs.target, names, budget, shard)
             result = pair_loss(
                 found["logprobs"].reshape(target.shape),
                 token_rewards,
@@ -201,6 +215,13 @@ def _layout(
     lengths = [b - a for a, b in itertools.pairwise(ends)]
     checks.check_lengths("target", lengths)
     return rows, lengths
+
+
+def _score(tiles, rows: Tensor, target: Tensor, names: tuple[str, ...], budget: int, shard: VocabShard | None):
+    """Log-probs and statistics of [N, D] rows, under a head that is whole or in parts."""
+    if shard is None:
+        return run_logprobs(tiles, rows, target, names, budget)
+    return run_vocab_parallel(tiles, rows, target, names, budget, shard)
 
 
 def _tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> TorchTiles | TritonTiles:

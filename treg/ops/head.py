@@ -13,6 +13,10 @@ from treg.ops.gemm import add_transposed, times_weight, widened
 DEFAULT_BUDGET = {"cpu": 384 << 20}
 DEFAULT_BUDGET_GPU = 1 << 30
 
+# rows whose logits cost as much as a pass of the backward over [V, D], which reads the weight and adds to its sums
+PASS_ROWS = {"cpu": 32}
+PASS_ROWS_GPU = 512
+
 
 @dataclass(frozen=True)
 class Head:
@@ -45,6 +49,10 @@ def without_autocast(x: Tensor):
 
 def budget_of(memory_budget: int | None, device: torch.device) -> int:
     return memory_budget or DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_GPU)
+
+
+def pass_rows(device: torch.device) -> int:
+    return PASS_ROWS.get(device.type, PASS_ROWS_GPU)
 
 
 def tile_rows(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = (), reserved: int = 0) -> int:
@@ -89,11 +97,13 @@ def select(hidden: Tensor, target: Tensor, rows: slice | Tensor, ignore_index: i
     return h, y
 
 
-def chunks(rows: Tensor | None, n: int, step: int) -> Iterator[slice | Tensor]:
-    """Successive selections of at most `step` of n rows, or of the rows listed."""
-    count = n if rows is None else rows.shape[0]
-    for i in range(0, count, step):
-        piece = slice(i, min(i + step, count))
+def chunks(
+    rows: Tensor | None, n: int, step: int, *, start: int = 0, stop: int | None = None
+) -> Iterator[slice | Tensor]:
+    """Successive selections of at most `step` of n rows, or of the rows listed; from the start-th to the stop-th."""
+    stop = stop if stop is not None else n if rows is None else rows.shape[0]
+    for i in range(start, stop, max(1, step)):
+        piece = slice(i, min(i + step, stop))
         yield piece if rows is None else rows[piece]
 
 

@@ -18,6 +18,8 @@ PASS_BUFFERS = 4  # such blocks alive at once, at most
 class TorchTiles:
     """See `treg.ops.triton_tiles.TritonTiles` for the same interface on Triton."""
 
+    norm_per_nat = 1.0  # the norm of a row is its lse in this unit
+
     def __init__(self, head: Head, logits_dtype: torch.dtype | None = None):
         self.head = head
         weight = head.weight
@@ -84,9 +86,10 @@ class TorchTiles:
                 found["is_top1"][rows] = z_y >= top
             p = torch.softmax(z, 1, out=z)
             # the largest probability is exp(top - lse), never small: the log-sum costs no second pass
-            lse = top - p.amax(1).log()
+            log_top = p.amax(1).log()
+            lse = top - log_top
             found["norm"][rows] = lse
-            found["logprobs"][rows] = z_y - lse
+            found["logprobs"][rows] = (z_y - top) + log_top  # not z_y - lse, whose rounding is that of lse
             if "lse" in outputs:
                 found["lse"][rows] = lse
             if "entropy" in outputs:
@@ -100,21 +103,24 @@ class TorchTiles:
                 if p.data_ptr() != stash[rows].data_ptr():
                     stash[rows] = p
         if stash is not None:
-            found["factor"] = torch.where(scored, -self.head.scale, 0.0).to(self.compute)
+            found["factor"] = hidden.new_full((n,), -self.head.scale, dtype=self.compute)
         for name, x in found.items():
             found[name] = x & scored if x.dtype == torch.bool else x.masked_fill_(~scored, 0.0)
         return found
 
     def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
-        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and norm [n] from `forward`."""
+        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and norm [n] from `forward`.
+
+        A negative target other than ignore_index is in none of these columns: the row gets -coef * scale * p alone.
+        """
         scored = target != self.head.ignore_index
-        y = torch.where(scored, target, 0).unsqueeze(-1)
+        y, here = target.clamp(min=0).unsqueeze(-1), (target >= 0).to(self.compute).unsqueeze(-1)
         row = torch.where(scored, -self.head.scale * coef, 0.0).to(self.compute).unsqueeze(-1)
         logits = self._matmul(hidden, out)
         for rows in self._blocks(hidden.shape[0]):
             z, slope = self._transform(logits[rows])
             p = z.sub_(norm[rows].unsqueeze(-1)).exp_()
-            p.scatter_add_(1, y[rows], p.new_full((p.shape[0], 1), -1.0))
+            p.scatter_add_(1, y[rows], -here[rows])
             p.mul_(row[rows] if slope is None else slope.mul_(row[rows]))
             if p.data_ptr() != out[rows].data_ptr():
                 out[rows] = p

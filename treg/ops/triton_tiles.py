@@ -13,6 +13,7 @@ class TritonTiles:
     """Same interface as `treg.ops.torch_tiles.TorchTiles`."""
 
     max_rows = 1 << 20
+    norm_per_nat = 1.4426950408889634  # log2(e)
 
     def __init__(self, head: Head, logits_dtype: None = None):
         """Logits are float32, in registers."""
