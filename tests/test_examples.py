@@ -64,3 +64,13 @@ def test_trl_dpo(tmp_path):
     assert len(found[0]) == 4 and len(set(found[0])) == 4
     assert found[1] == pytest.approx(found[0], rel=1e-3)
     assert (tmp_path / "4" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("hide", ["", "import sys; sys.modules['liger_kernel'] = None; "], ids=["present", "absent"])
+def test_liger_swap(hide, tmp_path):
+    """With and without Liger; its loss is treg's without the regularizer."""
+    code = f"{hide}import runpy; runpy.run_path({str(EXAMPLES / 'liger_swap.py')!r}, run_name='__main__')"
+    lines = [line for line in run([sys.executable, "-c", code], tmp_path).splitlines() if " loss " in line]
+    found = {line[:20].strip(): float(line.split(" loss ")[1].split()[0]) for line in lines}
+    assert abs(found["treg, T-REG"] - found["treg, DPO"]) > 1e-3
+    assert abs(found.get("Liger, DPO", found["treg, DPO"]) - found["treg, DPO"]) < 1e-4
