@@ -1,0 +1,340 @@
+"""verl: treg's log-probs and entropies in the place of its fused head, and T-REG's token rewards as its rewards.
+
+A module that verl imports in each of its workers, say treg_verl.py on their PYTHONPATH:
+
+    from treg.integrations import verl
+
+    verl.install_op()              # with actor_rollout_ref.model.use_fused_kernels=True and impl_backend=triton
+    verl.install_token_scores()    # for TRegRewardManager
+
+and on the command line of verl.trainer.main_ppo:
+
+    actor_rollout_ref.model.external_lib=treg_verl
+    reward.reward_manager.source=importlib reward.reward_manager.module.path=pkg://treg.integrations.verl
+    reward.reward_manager.name=TRegRewardManager
+    +reward.reward_kwargs.treg.model=REFERENCE +reward.reward_kwargs.treg.alpha=0.1
+
+Written against verl 0.9.1, whose kernel's signature is the same on its main branch of August 2026.
+
+N tokens, V vocabulary, D hidden size, P and R tokens of a prompt and a response.
+"""
+
+import asyncio
+import importlib
+import inspect
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from treg.data import Pair, Preference, TokenRewards
+from treg.ops import VocabShard, linear_logprobs
+from treg.rewards import ContrastivePrompts, contrastive_rewards
+from treg.scorer import Scorer, content_length
+
+KERNEL = "verl.utils.kernel.linear_cross_entropy"
+SIGNATURE = ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]
+REDUCTIONS = {"none": lambda x: x, "sum": Tensor.sum, "mean": Tensor.mean}
+ENTROPY_BYTES = 256 << 20  # temporaries of the gradient of entropies
+
+
+def install_op() -> None:
+    """Put `linear_cross_entropy` where verl looks its own up: in its module, and in those that have imported it.
+
+    Raises:
+        ImportError: verl is not installed, or has no such kernel. RuntimeError: a version with another signature.
+    """
+    kernel = _import(KERNEL)
+    function = getattr(kernel, "LinearCrossEntropy", None)
+    found = list(inspect.signature(function.forward).parameters)[1:] if function else None
+    if found != SIGNATURE:
+        raise RuntimeError(f"verl: expected linear_cross_entropy({', '.join(SIGNATURE)}), as of verl 0.9, got {found} "
+                           f"in version {_version()}")  # fmt: skip
+    original = kernel.linear_cross_entropy
+    for name, module in list(sys.modules.items()):
+        if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is original:
+            vars(module)["linear_cross_entropy"] = linear_cross_entropy
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | None = 1.0,
+    reduction: str | None = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's fused head by treg: log-probs of labels and entropies, both with exact gradients, without [N, V] logits.
+
+        z = h W^T / temperature     lp = z[y] - lse z     H = -sum_v p_v log p_v,   dH/dz_v = -p_v (log p_v + H)
+
+    The gradient through H (entropy_coeff) costs two more matrix products a row and a third to make the logits again,
+    and nothing where it is 0 throughout. Any D is fine; verl's kernel wants a multiple of 128.
+
+    Args:
+        hidden: [N, D], or [..., D] with labels [...]. weight: [V, D]; with a group, this process' V / size rows.
+        labels: int64, already rolled. -100: log-prob and entropy 0, which verl leaves undefined.
+        reduction: of the log-probs: "none", "sum" or "mean".
+        dist_process_group: over which the vocabulary is split evenly, or None. As in verl, each process then gets all
+            log-probs and a share of the gradient of hidden, and the gradient is the sum over the group, which Megatron
+            takes with sequence_parallel=True.
+    Returns:
+        log-probs [N] (or a scalar) and entropies [N], float32, nats; flat, whatever hidden's shape.
+    Raises:
+        ValueError: another reduction, and what `treg.ops.linear_logprobs` refuses.
+    """
+    temperature = 1.0 if temperature is None else float(temperature)
+    reduction = "none" if reduction is None else str(reduction).lower()
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'none', 'sum' or 'mean', got {reduction!r}")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    # the gradient of entropies makes the same logits again: neither may be rounded
+    exact = {"logits_dtype": torch.float32} if (device, hidden.dtype) == ("cpu", torch.bfloat16) else {}
+    rows, shard, size = hidden, None, 1 if dist_process_group is None else dist.get_world_size(dist_process_group)
+    if size > 1:
+        shard, rows = VocabShard.even(weight, dist_process_group), hidden.view_as(hidden)
+        if rows.requires_grad:
+            rows.register_hook(lambda grad: grad / size)  # which the op has summed over the group
+    found = linear_logprobs(
+        rows, weight, labels, temperature=temperature, outputs=("lse", "entropy"), shard=shard, **exact
+    )
+    entropy = _Entropy.apply(hidden, weight, labels, found.lse, found.entropy, temperature)
+    return REDUCTIONS[reduction](found.logprobs), entropy
+
+
+class _Entropy(torch.autograd.Function):
+    """Entropies that are known, [N], as a function of hidden and weight."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, lse, entropy, temperature):
+        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        ctx.temperature = temperature
+        return entropy.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad = grad.masked_fill(labels == -100, 0.0)
+        if not bool(grad.any()):  # an entropy that is logged, with entropy_coeff 0
+            return (None,) * 6
+        dhidden = torch.empty_like(hidden) if need_hidden else None
+        dweight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None
+        step = max(1, ENTROPY_BYTES // (4 * lse.element_size() * weight.shape[0]))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for i in range(0, hidden.shape[0], step):
+                rows = slice(i, i + step)
+                logp = _logits(hidden[rows], weight, lse.dtype).div_(ctx.temperature).sub_(lse[rows, None])
+                slope = logp.exp().mul_(logp.add_(entropy[rows, None])).mul_(-grad[rows, None] / ctx.temperature)
+                slope = slope.to(weight.dtype)
+                if dhidden is not None:
+                    dhidden[rows] = slope @ weight
+                if dweight is not None:
+                    dweight += slope.T @ hidden[rows]
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden W^T, not rounded to 16 bits."""
+    if hidden.is_cuda and hidden.dtype != dtype:
+        return torch.mm(hidden, weight.T, out_dtype=dtype)
+    return hidden.to(dtype) @ weight.T.to(dtype)
+
+
+def install_token_scores() -> None:
+    """Let the scores of `TRegRewardManager` through where verl scores responses as they come.
+
+    verl's agent loop takes one number for a response and puts it at its last token; with this it takes a list, one
+    number for each token. Where verl scores whole batches, `TRegRewardManager.assemble_rm_scores` is all it needs.
+
+    Raises:
+        ImportError: verl is not installed. RuntimeError: a version whose AgentLoopOutput has no as_dict.
+    """
+    output_type = _import("verl.experimental.agent_loop.agent_loop").AgentLoopOutput
+    original = getattr(output_type, "as_dict", None)
+    if original is None:
+        raise RuntimeError(f"verl: expected AgentLoopOutput.as_dict, as of verl 0.9, got version {_version()}")
+
+    def as_dict(self) -> dict[str, Any]:
+        scores = self.reward_score
+        if not isinstance(scores, list):
+            return original(self)
+        output = original(self.model_copy(update={"reward_score": None}))
+        output["rm_scores"] = _checked(scores, len(output["responses"]))
+        return output
+
+    output_type.as_dict = as_dict
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What stands under reward.reward_kwargs.treg in verl's configuration.
+
+    alpha: >= 0. model: a causal LM with the policy's tokenizer, which judges responses; or annotated: a file of
+    `treg annotate`, where the responses are not the policy's own, and tail (see `treg.data.TokenRewards`).
+    base: the reward manager that gives the score of a response. device, tokens_per_batch: of the model.
+    """
+
+    alpha: float = 0.1
+    model: str | None = None
+    annotated: str | None = None
+    tail: int = 0
+    base: str = "naive"
+    device: str | None = None
+    tokens_per_batch: int = 16384
+
+    def __post_init__(self):
+        if not self.alpha >= 0:
+            raise ValueError(f"reward_kwargs.treg.alpha: expected a number >= 0, got {self.alpha!r}")
+        if (self.model is None) == (self.annotated is None):
+            raise ValueError(
+                "reward_kwargs.treg: expected a model that judges responses, or an annotated file, got "
+                f"model={self.model!r} and annotated={self.annotated!r}"
+            )
+
+    @classmethod
+    def of(cls, config: Any) -> "RewardOptions":
+        """From verl's whole configuration."""
+        given = dict(config.reward.get("reward_kwargs", {}).get("treg", {}))
+        known = list(inspect.signature(cls).parameters)
+        if unknown := given.keys() - set(known):
+            raise ValueError(f"reward_kwargs.treg: expected keys among {known}, got {sorted(unknown)}")
+        return cls(**given)
+
+
+class TRegRewardManager:
+    """verl's reward manager `base` with T-REG's token rewards, as `RewardOptions` say.
+
+        r_t = alpha * rhat_t + [t is the last token] * score(y)
+
+    rhat_t, in [-0.5, 0.5], is what `treg annotate` gives: how much likelier token t is in a better rewriting of the
+    response than in a worse one, by the model; 0 for what ends the response.
+
+    GAE and REINFORCE++ take r_t as it is. GRPO, RLOO and whatever else sums the rewards of a response see
+    score + alpha * sum_t rhat_t: longer responses then weigh more, and no token is told from another.
+
+    The interface is RewardManagerBase's of verl 0.9. Each of reward.num_workers processes loads the model once, when
+    the first response comes; they have a GPU only if Ray gives them one. reward_extra_info gains sequence_score and
+    token_reward, the two sums.
+
+    Raises:
+        ValueError: options, several turns, images, a response without rewards or too long for the model.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, reward_router_address: str | None = None,
+                 reward_model_tokenizer: Any = None):  # fmt: skip
+        self.options, self.tokenizer = RewardOptions.of(config), tokenizer
+        managers = _import("verl.experimental.reward_loop.reward_manager")
+        self.base = managers.get_reward_manager_cls(self.options.base)(
+            config=config, tokenizer=tokenizer, compute_score=compute_score,
+            reward_router_address=reward_router_address, reward_model_tokenizer=reward_model_tokenizer,
+        )  # fmt: skip
+        self.template_kwargs = dict(config.get("data", {}).get("apply_chat_template_kwargs", None) or {})
+        self.lock = threading.Lock()
+        self.source: Any = None  # a Scorer or TokenRewards, once there is something to score
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """data: DataProto of one trajectory. reward_score: a list, r_t of each token of its last response."""
+        found = await self.base.run_single(data)
+        rewards = await asyncio.get_running_loop().run_in_executor(None, self.token_rewards, data[-1:][0])
+        score = float(found["reward_score"])
+        scores = self.options.alpha * rewards
+        scores[-1] += score
+        sums = {"sequence_score": score, "token_reward": float(rewards.sum())}
+        return {"reward_score": scores.tolist(), "reward_extra_info": {**found.get("reward_extra_info", {}), **sums}}
+
+    @classmethod
+    def assemble_rm_scores(cls, data: Any, scores: Sequence[Sequence[float]]) -> Tensor:
+        """[B, R] float32 of B results of run_single, 0 after the end of a response."""
+        found = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
+        lengths = data.batch["attention_mask"][:, data.batch["prompts"].shape[1] :].sum(1).tolist()
+        for row, given, length in zip(found, scores, lengths, strict=True):
+            row[:length] = _checked(given, length)
+        return found
+
+    @torch.inference_mode()
+    def token_rewards(self, item: Any) -> Tensor:
+        """rhat [R] of the response of a DataProtoItem."""
+        prompt, response = _sequence(item)
+        if not len(response):
+            raise ValueError("responses: expected at least one token, got an empty response")
+        if (item.non_tensor_batch.get("__num_turns__") or 0) > 2:
+            raise ValueError("__num_turns__: expected a single answer, got several turns; what tools say has no reward")
+        with self.lock:  # verl scores many responses at once
+            if self.options.annotated is not None:
+                self.source = self.source or TokenRewards(self.options.annotated, tail=self.options.tail)
+                return self.source(torch.cat([prompt, response])[None])[0, len(prompt) :]
+            pair = self._pair(item.non_tensor_batch.get("raw_prompt"), prompt, response)
+            if self.source is None:
+                self.source = self._scorer()
+                self.source.check_sharing([pair])
+            return self._judged(self.source, pair)
+
+    def _pair(self, messages: Any, prompt: Tensor, response: Tensor) -> Pair:
+        messages = None if messages is None else list(messages)
+        if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+            raise ValueError(f"raw_prompt: expected messages of text, got {str(messages)[:200]}")
+        answer = [{"role": "assistant", "content": ""}]  # a truncated pair is read from its ids
+        row = Preference(messages, answer, answer, template_kwargs=self.template_kwargs)
+        ids = response.numpy().astype(np.int32)
+        return Pair(prompt.numpy().astype(np.int32), ids, ids, row, 0, truncated=True)
+
+    def _scorer(self) -> Scorer:
+        from transformers import AutoModelForCausalLM
+
+        device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype="auto").to(device)
+        return Scorer(model, self.tokenizer, ContrastivePrompts(), tokens_per_batch=self.options.tokens_per_batch,
+                      share_prefix=True)  # fmt: skip
+
+    def _judged(self, scorer: Scorer, pair: Pair) -> Tensor:
+        ids = pair.chosen_ids.tolist()
+        contexts = scorer.requests(pair, "chosen")
+        need = max(map(len, contexts)) + len(ids) - 1
+        if need > scorer.longest:
+            raise ValueError(f"responses: expected requests of up to {scorer.longest} tokens, the model's positions, "
+                             f"got {need}; lower data.max_response_length")  # fmt: skip
+        ((better, worse),) = scorer.judge([(*contexts, ids)])
+        rewards = contrastive_rewards(better, worse).float()
+        rewards[content_length(ids, self.tokenizer) :] = 0.0
+        return rewards
+
+
+def _sequence(item: Any) -> tuple[Tensor, Tensor]:
+    """Ids of prompt [P] and response [R] of a DataProtoItem, without padding."""
+    prompt, response = item.batch["prompts"].cpu(), item.batch["responses"].cpu()
+    lengths = [item.non_tensor_batch.get(name) for name in ("prompt_len", "response_len")]
+    if None not in lengths:  # of the agent loop, whose mask does not tell where padding lies between the two
+        return prompt[: int(lengths[0])], response[: int(lengths[1])]
+    mask = item.batch["attention_mask"].cpu().bool()
+    return prompt[mask[: len(prompt)]], response[mask[len(prompt) :]]
+
+
+def _checked(scores: Sequence[float], length: int) -> Tensor:
+    if not isinstance(scores, list) or len(scores) != length:
+        got = f"{len(scores)} scores" if isinstance(scores, list) else type(scores).__name__
+        raise ValueError(f"reward_score: expected a list of {length} scores, one for each token, got {got}")
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"verl: expected verl >= 0.9 with {name}: {error}") from error
+
+
+def _version() -> str:
+    return getattr(sys.modules.get("verl"), "__version__", "unknown")
