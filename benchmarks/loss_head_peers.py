@@ -47,7 +47,7 @@ def treg_fused_exact_logits(b: Batch) -> tuple[Tensor, Tensor]:
 
 
 def treg_logprobs(b: Batch) -> Tensor:
-    """`linear_logprobs`, then the loss on its log-probs: 3 products for the tokens that the budget holds, else 4, 2 with a frozen head, 1 forward."""
+    """`linear_logprobs`, then the loss: 3 products for the rows that the budget keeps, else 4; frozen 2, forward 1."""
     return linear_logprobs(b.hidden, b.weight, b.target, softcap=b.softcap).logprobs
 
 
@@ -107,7 +107,7 @@ def liger_dpo(b: Batch) -> tuple[Tensor, None]:
 
 
 def trl_chunked(b: Batch) -> Tensor:
-    """TRL's chunked log-probs, called as its fused language-model head does: 3 products for the tokens that the budget holds, else 4, 3 with a frozen head."""
+    """TRL's chunked log-probs, called as its fused language-model head does: 4 products, 3 with a frozen head."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -124,7 +124,7 @@ def trl_chunked(b: Batch) -> Tensor:
 
 
 def torch_linear_cross_entropy(b: Batch) -> Tensor:
-    """PyTorch's linear_cross_entropy(reduction="none") in its chunked form: 3 products for the tokens that the budget holds, else 4. No softcap."""
+    """PyTorch's linear_cross_entropy(reduction="none") in its chunked form: 4 products. No softcap."""
     options = torch.nn.LinearCrossEntropyOptions()
     hidden, target = b.hidden.flatten(0, 1), b.target.flatten()
     nll = F.linear_cross_entropy(hidden, b.weight, target, reduction="none", options=options)
@@ -132,7 +132,7 @@ def torch_linear_cross_entropy(b: Batch) -> Tensor:
 
 
 def cut_cross_entropy(b: Batch) -> Tensor:
-    """cut-cross-entropy's kernels with their default gradient filter: 3 products for the tokens that the budget holds, else 4, fewer where the filter finds any."""
+    """cut-cross-entropy's kernels with their default gradient filter: 4 products, fewer where the filter finds any."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(b.hidden, b.weight, b.target, softcap=b.softcap, reduction="none", impl="cce").float()
