@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from treg.heads import check_sequences, install_head, run_head
 from treg.losses import LossOptions, treg_loss
 from treg.modeling import token_logprobs
-from treg.ops import fused_treg_loss
+from treg.ops import fused_treg_loss, linear_logprobs
+from treg.regularizer import token_regularizer
 
 B, T, V = 2, 7, 48
 BFLOAT16_OUT = MixedPrecisionPolicy(output_dtype=torch.bfloat16)  # as accelerate sets it beside bfloat16 parameters
@@ -47,6 +49,12 @@ def make_batch() -> dict[str, torch.Tensor]:
     labels = ids.masked_fill(torch.arange(T) < torch.tensor([[2], [3], [2], [3]]), -100)
     rewards = torch.rand(2 * B, T - 1, generator=generator) - 0.5
     return {"ids": ids, "labels": labels, "rewards": rewards, "ref": -10 * torch.rand(2 * B, generator=generator)}
+
+
+def bare_head() -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [2B, T-1, D] and a weight [V, D]."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(2 * B, T - 1, 16, generator=generator), torch.randn(V, 16, generator=generator).requires_grad_()
 
 
 def pairs_of(batch: dict, rank: int, size: int) -> dict:
@@ -118,6 +126,24 @@ def by_accelerate(efficient: bool = False):
     return wrap
 
 
+def sequence_parallel(hidden, weight, batch, group=None):
+    """The README's recipe on this rank's part of every sequence; gradients of both, the weight's summed."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    part = slice(rank * (T - 1) // size, (rank + 1) * (T - 1) // size)
+    hidden = hidden[:, part].clone().requires_grad_()
+    logps = linear_logprobs(hidden, weight, batch["labels"][:, 1:][:, part]).logprobs
+    mine, total = logps.sum(1), logps.sum(1).detach()
+    dist.all_reduce(total, group=group)
+    margin = (0.1 * (mine + (total - mine.detach()) - batch["ref"])).view(2, -1).diff(dim=0).neg()
+    loss = -F.logsigmoid(margin).mean()
+    loss = loss + token_regularizer(loss, logps, batch["rewards"][:, part], 0.25)
+    loss.backward()
+    dist.all_reduce(weight.grad, group=group)
+    parts = [torch.empty_like(hidden) for _ in range(size)]  # of one size: T - 1 is even
+    dist.all_gather(parts, hidden.grad)
+    return {"dhidden": torch.cat(parts, 1), "dweight": weight.grad}
+
+
 LAYOUTS = {
     "ddp": (ddp, {}),
     "root": (fsdp("root"), {}),
@@ -171,6 +197,9 @@ def main(folder: str) -> None:
         for way in WAYS:
             train(layout, way, Path(folder))
             gc.collect()
+    found = sequence_parallel(*bare_head(), make_batch())
+    if dist.get_rank() == 0:
+        torch.save(found, Path(folder) / "sequence_parallel.pt")
     dist.destroy_process_group()
 
 

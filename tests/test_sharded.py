@@ -16,6 +16,7 @@ import sharded_worker as worker
 from tiny import environment
 
 from treg.heads import install_head
+from treg.ops import fused_treg_loss
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 FSDP_WORKER = Path(__file__).parent / "fsdp_worker.py"
@@ -86,6 +87,17 @@ def test_two_processes(folder, layout, way):
     expected = alone(way, **worker.LAYOUTS[layout][1])
     first = expected | {"logps": expected["logps"][[0, worker.B]]}  # the pair of process 0
     check(found, first, 1e-6)
+
+
+def test_sequence_parallel(folder):
+    """Half of the tokens of every sequence in each of two processes."""
+    found = torch.load(folder / "sequence_parallel.pt")
+    batch, (hidden, weight) = worker.make_batch(), worker.bare_head()
+    hidden.requires_grad_()
+    out = fused_treg_loss(hidden, weight, batch["labels"][:, 1:], batch["rewards"], batch["ref"], beta=0.1, alpha=0.25)
+    out.loss.backward()
+    for name, exact in (("dhidden", hidden.grad), ("dweight", weight.grad)):
+        assert (found[name] - exact).norm() < 1e-6 * exact.norm(), name
 
 
 class Zero3:
