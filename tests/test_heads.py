@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import sys
+import threading
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS  # noqa: E402
 
 from treg import head_checks, heads  # noqa: E402
-from treg.heads import check_sequences, install_head, resolve_head  # noqa: E402
+from treg.heads import check_sequences, install_head, resolve_head, run_head  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Model has `tie_word_embeddings:UserWarning"
@@ -558,3 +560,43 @@ def test_flash_attention_is_not_needed_for_the_checks():
     assert model.config._attn_implementation == "flash_probe"
     with pytest.raises(RuntimeError, match="no GPU"):
         model(tokens())
+
+
+def test_two_threads_on_one_model():
+    """Heads and plain forwards beside each other, and the model is as it was."""
+    model = llama()
+    install_head(model)
+    ids, target = tokens(), tokens()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        expected = scored_by(model, ids, target)
+    failures = []
+
+    def work(plain):
+        with torch.no_grad():
+            for _ in range(30):
+                found = model(input_ids=ids).logits if plain else scored_by(model, ids, target)
+                if not (isinstance(found, Tensor) and torch.equal(found, logits if plain else expected)):
+                    failures.append(type(found))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures and "forward" not in vars(model.lm_head)
+
+
+def scored_by(model, ids, target):
+    return model(input_ids=ids, head_fn=lambda h, operands: scored(h, operands, target))
+
+
+def test_a_model_without_a_head_installed():
+    """transformers' Llama takes any argument and drops it."""
+    with pytest.raises(ValueError, match=r"model: expected one whose head is installed, got LlamaForCausalLM"):
+        run_head(llama(), lambda h, operands: h, input_ids=tokens())

@@ -16,6 +16,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+import treg.integrations.trl.trainer
 from treg.annotate import AnnotateOptions, annotate
 from treg.data import EncodeOptions
 from treg.data.annotated import read_annotated
@@ -430,7 +431,7 @@ def test_data_of_another_model(tmp_path):
 
 def test_bad_input(tmp_path):
     file = annotated(tmp_path, make_model())
-    with pytest.raises(ValueError, match=r"max_length: expected at least \d+, the longest"):
+    with pytest.raises(ValueError, match=r"max_length: expected at least \d+, the length of a sequence of train"):
         trainer_of(tmp_path, make_model(), file, max_length=12)
     with pytest.raises(ValueError, match=r"train_dataset: expected a dataset, or a parquet file"):
         trainer_of(tmp_path, make_model(), str(tmp_path / "pairs.jsonl"))
@@ -450,6 +451,97 @@ def test_bad_input(tmp_path):
         make_trainer(tmp_path, make_model(), wrong, make_model()).train()
     with pytest.raises(ValueError, match="pads on the right"):
         RewardCollator(lambda x: {"input_ids": torch.zeros(2, 20)}, None, "keep_start")(make_pairs(1))
+
+
+def test_references_of_cut_sequences_are_refused_later_too(tmp_path):
+    """In a stream, and in what evaluate() is given; with ld_alpha they are not used there either."""
+    model = make_model()
+    rows = Dataset.from_list([x | {f"ref_{side}_logps": -1.0 for side in SIDES} for x in make_pairs()])
+    with pytest.raises(ValueError, match="max_length: expected at least"):
+        trainer_of(tmp_path, model, rows.to_iterable_dataset(), max_length=6).train()
+    trainer = trainer_of(tmp_path, make_model(), dataset(make_pairs()), make_model(), max_length=6)
+    with pytest.raises(ValueError, match="max_length: expected at least"):
+        trainer.evaluate(rows)
+    found = []
+    for data in (rows.to_iterable_dataset(), dataset(make_pairs())):
+        trainer = trainer_of(tmp_path, make_model(), data, make_model(), ld_alpha=0.3, per_device_train_batch_size=4)
+        found.append(train(trainer)[1][0]["loss"])
+    trainer = trainer_of(tmp_path, make_model(), dataset(make_pairs()), make_model(), ld_alpha=0.3)
+    found.append(trainer.evaluate(rows)["eval_loss"])
+    trainer = trainer_of(tmp_path, make_model(), dataset(make_pairs()), make_model(), ld_alpha=0.3)
+    found.append(trainer.evaluate(dataset(make_pairs()))["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[2] == pytest.approx(found[3], rel=1e-5)
+
+
+def test_annotated_data_are_evaluated_after_training(tmp_path):
+    file = annotated(tmp_path, make_model())
+    data = Dataset.from_list(read_annotated(file)[0])
+    config = TRegDPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, beta=BETA)
+    trainer = TRegDPOTrainer(make_model(), None, config, train_dataset=data, processing_class=tiny_tokenizer())
+    assert not config.precompute_ref_log_probs  # the caller's own
+    trainer.train()
+    found = trainer.evaluate(data)["eval_loss"]
+    examples = [{k: np.asarray(x).tolist() for k, x in pair.items()} for pair in read_annotated(file)[0]]
+    sums = {id(x): x for x in examples}
+
+    def reference(pair, side):
+        return torch.tensor([sums[id(pair)][f"ref_{side}_logps"]], dtype=torch.float64)
+
+    expected = dense_loss(copy_of(trainer.model), reference, examples, sigmoid, alpha=0.25)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    with torch.inference_mode():
+        assert trainer.evaluate(data)["eval_loss"] == pytest.approx(found, rel=1e-6)
+
+
+def copy_of(model):
+    """In float64, without what trainers put on a model."""
+    fresh = make_model()
+    fresh.load_state_dict(model.state_dict())
+    return fresh.double()
+
+
+def test_trls_own_defaults(tmp_path):
+    """bfloat16 by autocast over a float32 model, and a reference that TRL has wrapped before treg sees it."""
+    path = tmp_path / "model"
+    make_model().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    config = TRegDPOConfig(str(tmp_path), use_cpu=True, max_steps=1, logging_steps=1, report_to=[], save_strategy="no")
+    assert config.bf16 and config.gradient_checkpointing
+    trainer = TRegDPOTrainer(str(path), args=config, train_dataset=dataset(make_pairs()))
+    trainer.train()
+    expected = dense_loss(make_model(), of(make_model()), make_pairs(), sigmoid_of(config.beta), alpha=0.25)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=0.05)
+
+
+def sigmoid_of(beta):
+    return lambda w, l, ref_w, ref_l: -F.logsigmoid(beta * (w.sum() - ref_w - l.sum() + ref_l))
+
+
+def test_torch_compile(tmp_path):
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    found = [train(make_trainer(tmp_path, perturbed(make_model()), make_pairs(), make_model(), **more))[1][0]["loss"]
+             for more in ({}, options)]  # fmt: skip
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_model_without_anything_to_train_is_no_success(tmp_path):
+    model = make_model().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"base: expected a loss that is differentiable in logps"):
+        make_trainer(tmp_path, model, make_pairs(), make_model()).train()
+
+
+def test_evaluation_builds_no_graph_of_the_model(tmp_path, monkeypatch):
+    seen = []
+    original = treg.integrations.trl.trainer.token_logprobs
+
+    def spy(*args, **kwargs):
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(treg.integrations.trl.trainer, "token_logprobs", spy)
+    trainer = make_trainer(tmp_path, make_model(), make_pairs(), make_model(), eval_pairs=make_pairs())
+    trainer.evaluate()
+    assert seen and all(x.logprobs.grad_fn is None for x in seen)
 
 
 def test_length_weights_use_references_of_their_own(tmp_path):

@@ -43,7 +43,7 @@ MAY_IMPORT = {
         *("torch", "numpy", "peft", *HUGGING_FACE),
     },
     "treg.modeling": {"treg.heads", "treg.ops", "treg.results", "torch"},
-    "treg.regularizer": {"torch"},
+    "treg.regularizer": {"treg.checks", "torch"},
     "treg.metrics": {"treg.results", "torch", "numpy"},
     "treg.viz": {"treg.data", "treg.files", "numpy", "jinja2", "markupsafe", "rich", "matplotlib"},
     "treg.views": {"treg.data", "treg.rewards", "treg.scorer", "treg.viz", "torch"},

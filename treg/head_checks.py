@@ -67,8 +67,11 @@ def check_head(spec: Any) -> None:
     fork = {"devices": [], "device_type": "cuda"} if on_cpu else {"devices": [device], "device_type": device.type}
     with _undisturbed(model):
         try:  # each call from the random state that is found and left: reformer hashes at random
-            with torch.random.fork_rng(**fork):  # forward: this may run within a forward of what wraps the model
-                logits = model.forward(input_ids=ids, return_dict=True, **without_cache(model)).logits.float()
+            # forward: this may run within a forward of what wraps the model; the original one: accelerate puts
+            # autocast around the other, which would switch it on again
+            forward = getattr(model, "_original_forward", model.forward)
+            with torch.random.fork_rng(**fork):
+                logits = forward(input_ids=ids, return_dict=True, **without_cache(model)).logits.float()
             with torch.random.fork_rng(**fork):
                 z, eps = spec.through(_dense, spec.hidden(input_ids=ids))
         except Exception as error:

@@ -9,6 +9,8 @@ V vocabulary, D hidden size.
 import functools
 import inspect
 import math
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -41,6 +43,8 @@ EXCEPTIONS = {
     "hyperclovax": {"logits_scaling": 1},
     "mpt": {"logit_scale": 0},
 }
+
+_SWAPPING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module -> lock, held while its forward is another
 
 # what stands between backbone and projection, modules by name: the first row of which a model has every one
 Steps = tuple[str | Callable[[Tensor], Tensor], ...]
@@ -96,7 +100,9 @@ class HeadSpec:
             return fn(*self._read(hidden))
 
         for module in reversed(list(self.projection.modules())):
-            if module is self.projection or next(module.parameters(recurse=False), None) is not None:
+            has_weights = next(module.parameters(recurse=False), None) is not None
+            # a ParameterDict is no module to be called: what holds it gathers it
+            if module is self.projection or (has_weights and type(module).__call__ is nn.Module.__call__):
                 inside = functools.partial(_call_as, module, inside)
         return inside(hidden)
 
@@ -122,16 +128,21 @@ class HeadSpec:
 
 
 def _call_as(module: nn.Module, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """module(hidden), with its hooks, if its forward were another."""
-    replaced = module.__dict__.get("forward")  # accelerate's, perhaps
-    module.forward = forward
-    try:
-        return module(hidden)
-    finally:
-        if replaced is None:
-            del module.forward
-        else:
-            module.forward = replaced
+    """module(hidden), with its hooks, if its forward were another in this thread."""
+    me = threading.get_ident()
+    with _SWAPPING.setdefault(module, threading.RLock()):
+        replaced = module.__dict__.get("forward")  # accelerate's, perhaps
+        own = module.forward
+        module.forward = lambda *args, **kwargs: (
+            forward(*args) if threading.get_ident() == me else own(*args, **kwargs)
+        )
+        try:
+            return module(hidden)
+        finally:
+            if replaced is None:
+                del module.forward
+            else:
+                module.forward = replaced
 
 
 def resolve_head(model: nn.Module) -> HeadSpec:
@@ -189,6 +200,9 @@ def run_head(model: nn.Module, head_fn: Callable[[Tensor, dict[str, Any]], Any],
         return kept[0]
 
     found = model(**inputs, head_fn=keep)
+    if not kept:
+        fix = "call install_head on it, after loading and before wrapping"
+        raise ValueError(f"model: expected one whose head is installed, got {type(model).__name__} that is not; {fix}")
     dtypes = [[x.dtype for x in tree_leaves(result) if isinstance(x, Tensor)] for result in (found, kept[0])]
     return found if dtypes[0] == dtypes[1] else kept[0]
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from treg.checks import check_finite, check_number
+
 
 def token_regularizer(base: Tensor, logps: Tensor, token_rewards: Tensor, alpha: float) -> Tensor:
     """What is added to a preference loss so that it becomes T-REG.
@@ -29,10 +31,10 @@ def token_regularizer(base: Tensor, logps: Tensor, token_rewards: Tensor, alpha:
         raise ValueError(
             f"token_rewards: expected the shape of logps {list(logps.shape)}, got {list(token_rewards.shape)}"
         )
-    if not alpha >= 0:
+    check_number("alpha", alpha)
+    if alpha < 0:
         raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
-    if token_rewards.device.type == "cpu" and not bool(torch.isfinite(token_rewards).all()):
-        raise ValueError("token_rewards: expected finite values, 0 where there is none")
+    check_finite("token_rewards", token_rewards)
     if not (base.requires_grad and logps.requires_grad):
         fix = "compute both outside torch.no_grad(), base from logps"
         raise ValueError(f"base: expected a loss that is differentiable in logps, got one that is not; {fix}")

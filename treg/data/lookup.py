@@ -12,6 +12,8 @@ from torch import Tensor
 from treg.data.annotated import read_annotated
 from treg.data.batches import SIDES
 
+DIFFERENT = 1e-2  # what batches of other shapes change in 16 bits is less
+
 
 class TokenRewards:
     """Rewards of whole sequences (prompt and completion), looked up by their ids.
@@ -28,15 +30,22 @@ class TokenRewards:
         self.source = str(source) if isinstance(source, (str, Path)) else "the annotated examples"
         examples = read_annotated(source)[0] if isinstance(source, (str, Path)) else list(source)
         self.tail = tail
-        found: dict[bytes, np.ndarray] = {}
+        found: dict[bytes, tuple[np.ndarray, int]] = {}
         for example in examples:
             for side in SIDES:
                 ids = np.concatenate([example["prompt_ids"], example[f"{side}_ids"]])
-                rewards = np.zeros(len(ids), dtype=np.float32)
-                rewards[len(example["prompt_ids"]) :] = example[f"{side}_token_rewards"]
-                found[_key(ids)] = rewards
+                start, given = len(example["prompt_ids"]), np.asarray(example[f"{side}_token_rewards"], np.float32)
+                if given.shape != (len(ids) - start,) or not np.isfinite(given).all():
+                    raise ValueError(
+                        f"{side}_token_rewards: expected {len(ids) - start} finite numbers, one a token of {side}_ids, "
+                        f"got {given.shape[0] if given.ndim == 1 else list(given.shape)} in {self.source}"
+                    )
+                rewards = np.concatenate([np.zeros(start, dtype=np.float32), given])
+                before, _ = found.setdefault(_key(ids), (rewards, start))
+                if np.abs(before - rewards).max() > DIFFERENT:
+                    raise ValueError(f"{self.source}: expected the same rewards where a sequence is there twice")
         self._keys = sorted(found)  # big-endian: bytes in the order of the ids
-        self._rewards = [found[key] for key in self._keys]
+        self._rewards, self._starts = zip(*(found[key] for key in self._keys), strict=True) if found else ((), ())
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Rewards of the token at each place.
@@ -47,7 +56,7 @@ class TokenRewards:
             [S, T] float32 on input_ids' device; 0 in prompts and padding. A sequence that was cut short finds the
             rewards of what is left of it.
         Raises:
-            ValueError: a sequence that was not annotated.
+            ValueError: a sequence that was not annotated, or was cut where several that were begin alike.
         """
         ids = input_ids.detach().cpu().numpy()
         kept = np.ones(ids.shape, dtype=bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
@@ -61,17 +70,28 @@ class TokenRewards:
         key = _key(ids)
         at = bisect.bisect_left(self._keys, key)
         # the longest common beginning is that of a neighbour in order
-        near = [i for i in (at, at - 1) if 0 <= i < len(self._keys)]
-        lengths = [_agree(key, self._keys[i]) for i in near]
-        if not near or max(lengths) < max(1, len(ids) - self.tail):
-            beginning = max(lengths, default=0)
+        length = max((_agree(key, self._keys[i]) for i in (at, at - 1) if 0 <= i < len(self._keys)), default=0)
+        first = bisect.bisect_left(self._keys, key[: 4 * length])
+        # of an answer at least one token must agree, whatever the tail
+        least = self._starts[first] + 1 if length and len(ids) > self._starts[first] else 1
+        if length < max(least, len(ids) - self.tail):
             raise ValueError(
                 f"input_ids: expected sequences of {self.source}, got one of {len(ids)} tokens that agrees with none "
-                f"beyond its first {beginning}; annotate with the trainer's tokenizer, chat template and truncation"
-                + (", or allow a differing end with tail=..." if beginning and beginning >= len(ids) - 8 else "")
+                f"beyond its first {length}; annotate with the trainer's tokenizer, chat template and truncation"
+                + (", or allow a differing end with tail=..." if length and length >= len(ids) - 8 else "")
             )
-        rewards, length = self._rewards[near[int(np.argmax(lengths))]], max(lengths)
-        return np.concatenate([rewards[:length], np.zeros(len(ids) - length, dtype=np.float32)])
+        beginning = key[: 4 * length]
+        rewards = self._rewards[first][:length]
+        if self._keys[first] != beginning:  # cut short
+            for i in range(first + 1, len(self._keys)):
+                if not self._keys[i].startswith(beginning):
+                    break
+                if np.abs(self._rewards[i][:length] - rewards).max() > DIFFERENT:
+                    raise ValueError(
+                        f"input_ids: expected sequences that {self.source} tells apart, got one of {len(ids)} tokens "
+                        "with which several begin, each with other rewards; raise the trainer's max_length"
+                    )
+        return np.concatenate([rewards, np.zeros(len(ids) - length, dtype=np.float32)])
 
 
 def _key(ids: Any) -> bytes:

@@ -47,8 +47,8 @@ class VocabShard:
     """This rank's part of a weight whose rows are spread over a process group: rows start, start + 1, and so on.
 
     Args:
-        start: >= 0, row of the whole weight that is the first here. The ranks' parts may differ in size; together they
-            hold every row once.
+        start: >= 0, row of the whole weight that is the first here. The ranks' parts may differ in size; they follow
+            one another in the order of the ranks.
         group: the process group; None is the default one.
     Raises:
         ValueError: start is no int >= 0, or this process is not in the group.
@@ -140,7 +140,7 @@ def run_vocab_parallel(
 
 
 class _Merged(NamedTuple):
-    """The whole softmax, each [N], float64; NaN where no rank holds the target, or the ranks' targets differ."""
+    """The whole softmax, each [N], float64; NaN where no rank holds the target, or ranks' targets or rows disagree."""
 
     logprobs: Tensor
     lse: Tensor
@@ -197,18 +197,24 @@ def _merge(
 ) -> _Merged:
     """The whole softmax from every rank's own; target goes along so that ranks with other rows are noticed."""
     scored = y != IGNORED
-    rows = {"target": target.masked_fill(~scored, IGNORED), "held": y >= 0, **found}
-    if "mean_logit" in found:
-        rows["count"] = torch.full_like(y, V)
+    part = {"start": torch.full_like(y, shard.start), "count": torch.full_like(y, V)}
+    rows = {"target": target.masked_fill(~scored, IGNORED), **part, **found}
     table = torch.stack([x.to(found["norm"].dtype) for x in rows.values()])
     ranks = table.new_empty(dist.get_world_size(shard.group), *table.shape)
     dist.all_gather(list(ranks.unbind(0)), table, group=shard.group)
     of = dict(zip(rows, ranks.double().unbind(1), strict=True))  # each [R, N]
 
-    held = of["held"] > 0.0
+    held = (of["target"] >= of["start"]) & (of["target"] < of["start"] + of["count"])
     same = (of["target"] == of["target"][0]).all(0)
-    good = same & (held.sum(0) == 1)
+    joined = (of["start"] == of["count"].cumsum(0) - of["count"]).all(0)  # rank after rank, without gap or overlap
+    good = same & joined & (held.sum(0) == 1)
     if values_visible(target):
+        if not bool(joined.all()):
+            parts = [(int(a), int(a + n)) for a, n in zip(of["start"][:, 0], of["count"][:, 0], strict=True)]
+            raise ValueError(
+                f"shard: expected the ranks' rows one after the other, from 0 on, got {parts} (start, stop); "
+                "VocabShard.even is for parts of one size"
+            )
         _check_targets(target, scored, same, good, held.sum(0))
 
     def owner(x: Tensor) -> Tensor:

@@ -27,13 +27,14 @@ class RewardCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.inner(examples)
+        rows = [(example, side) for side in SIDES for example in examples]
         if self.max_length is None:
             cut = slice(None)
         else:
             cut = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
         ids = batch["input_ids"]
         rewards = torch.zeros(ids.shape)
-        for row, (example, side) in enumerate((x, side) for side in SIDES for x in examples):
+        for row, (example, side) in enumerate(rows):
             prompt, completion = list(example["prompt_ids"]), list(example[f"{side}_ids"])
             values = [0.0] * len(prompt) + list(example[f"{side}_token_rewards"])
             expected = torch.tensor((prompt + completion)[cut])
@@ -56,24 +57,46 @@ def each_of(datasets: Any) -> list:
     return list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]
 
 
-def read_dataset(source: Any, name: str, args: Any, files: dict[str, dict]) -> Any:
-    """A dataset as TRL takes it; that of a path, whose meta is kept in files. args: the trainer's."""
-    if isinstance(source, (str, Path)):
-        if not is_annotated(source):
-            raise ValueError(f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}")
-        examples, files[str(source)] = read_annotated(source)
-        source = Dataset.from_list(examples)
-    if not isinstance(source, Dataset) or not {*ID_COLUMNS, *REF_COLUMNS} <= columns_of(source):
+def mapped(datasets: Any, function: Callable[[Any, str], Any]) -> Any:
+    """function(dataset, name) of one evaluation set or of several by name."""
+    if isinstance(datasets, Mapping):
+        return {k: function(x, f"eval_dataset[{k!r}]") for k, x in datasets.items()}
+    return None if datasets is None else function(datasets, "eval_dataset")
+
+
+def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
+    """A dataset as TRL takes it; that of a path, whose meta is kept in files."""
+    if not isinstance(source, (str, Path)):
         return source
-    if args.ld_alpha is not None:  # weighs tokens within the sums, which the annotated ones are not
-        return source.remove_columns(REF_COLUMNS)
-    longest = max(len(x["prompt_ids"]) + max(len(x[f"{side}_ids"]) for side in SIDES) for x in source)
-    if args.max_length is not None and longest > args.max_length:
+    if not is_annotated(source):
+        raise ValueError(f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}")
+    examples, files[str(source)] = read_annotated(source)
+    return Dataset.from_list(examples)
+
+
+def prepared(dataset: Any, name: str, args: Any) -> Any:
+    """A dataset with token ids, as TRL's own preparation leaves it. args: the trainer's.
+
+    Reference log-probs that it has are sums over whole completions: dropped where ld_alpha weighs tokens within the
+    sums, refused for a sequence that would be cut.
+    """
+    if set(REF_COLUMNS) <= columns_of(dataset):
+        if args.ld_alpha is not None:
+            dataset = dataset.remove_columns(REF_COLUMNS)
+        elif args.max_length is not None:
+            dataset = dataset.map(_check_length, fn_kwargs={"name": name, "max_length": args.max_length})
+    if args.max_length is None or args.truncation_mode != "keep_start":
+        return dataset
+    return dataset.filter(lambda x: len(x["prompt_ids"]) < args.max_length)
+
+
+def _check_length(example: dict[str, Any], name: str, max_length: int) -> None:
+    length = len(example["prompt_ids"]) + max(len(example[f"{side}_ids"]) for side in SIDES)
+    if length > max_length:
         raise ValueError(
-            f"max_length: expected at least {longest}, the longest sequence of {name}, whose reference log-probs are "
-            f"sums over whole completions, got {args.max_length}; annotate with a lower max_length, or raise it here"
+            f"max_length: expected at least {length}, the length of a sequence of {name} whose reference log-prob is a "
+            f"sum over all of it, got {max_length}; annotate with a lower max_length, or raise it here"
         )
-    return source
 
 
 def text_pairs(dataset: Dataset) -> tuple[list[Pair], list[RowProblem]]:

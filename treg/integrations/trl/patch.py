@@ -37,6 +37,7 @@ def patch_chunked_logprobs(memory_budget: int | None = None) -> Callable[[], Non
     installed = importlib.metadata.version("trl")
     original = getattr(trl.trainer.utils, KERNEL, None)
     if isinstance(original, _Chunked):
+        original.memory_budget = memory_budget
         return original.undo
     found = [] if original is None else list(inspect.signature(original.forward).parameters)[1:]
     if found != ARGUMENTS:

@@ -1,8 +1,9 @@
 """DPOTrainer with T-REG: TRL's own loss, metrics, evaluation and reference, on log-probs of treg."""
 
 import contextlib
+import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,10 +17,11 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import DPOConfig, DPOTrainer
 
 from treg.annotate import PART_PAIRS, annotate_pairs
+from treg.checks import check_number
 from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, REWARD_COLUMNS
 from treg.data.examples import check_made_with
 from treg.heads import HeadSpec, check_sequences, install_head
-from treg.integrations.trl.data import RewardCollator, columns_of, each_of, read_dataset, text_pairs
+from treg.integrations.trl.data import RewardCollator, columns_of, each_of, mapped, prepared, read_dataset, text_pairs
 from treg.integrations.trl.patch import STATISTICS
 from treg.modeling import token_logprobs
 from treg.regularizer import token_regularizer
@@ -47,7 +49,8 @@ class TRegDPOConfig(DPOConfig):
     treg_ignore_fingerprint: bool = field(default=False, metadata={"help": "Accept data of another model."})
 
     def __post_init__(self):
-        if not self.treg_alpha >= 0:
+        check_number("treg_alpha", self.treg_alpha)
+        if self.treg_alpha < 0:
             raise ValueError(f"treg_alpha: expected a number >= 0, got {self.treg_alpha!r}")
         super().__post_init__()
 
@@ -68,6 +71,8 @@ class TRegDPOTrainer(DPOTrainer):
             Dataset with its columns. Annotated data bring token ids, token rewards and, unless ld_alpha is set,
             reference log-probs, so that no reference model is needed. For other data with treg_alpha > 0 the
             reference makes the rewards before training starts, once in every run: `treg annotate` keeps them.
+        ref_model: as in DPOTrainer; beside annotated reference log-probs it is not run, only compared with the model
+            that annotated the file.
         The others: as in DPOTrainer.
     """
 
@@ -81,36 +86,27 @@ class TRegDPOTrainer(DPOTrainer):
             args = TRegDPOConfig(f"{name.split('/')[-1] or 'model'}-T-REG")
         elif not isinstance(args, TRegDPOConfig):
             raise TypeError(f"args: expected a TRegDPOConfig, got {type(args).__name__}")
-        files: dict[str, dict] = {}
-
-        def read(source: Any, name: str) -> Any:
-            return read_dataset(source, name, args, files)
-
-        train_dataset = read(train_dataset, "train_dataset")
-        several = isinstance(eval_dataset, Mapping)
-        eval_dataset = (
-            {k: read(x, f"eval_dataset[{k!r}]") for k, x in eval_dataset.items()}
-            if several
-            else read(eval_dataset, "eval_dataset")
-        )
+        args, files = copy.copy(args), {}
+        train_dataset = read_dataset(train_dataset, "train_dataset", files)
+        eval_dataset = mapped(eval_dataset, lambda x, name: read_dataset(x, name, files))
         given = [x for x in (train_dataset, *each_of(eval_dataset)) if x is not None]
-        annotated = bool(given) and all(set(REF_COLUMNS) <= columns_of(x) for x in given)
+        annotated = args.ld_alpha is None and bool(given) and all(set(REF_COLUMNS) <= columns_of(x) for x in given)
         args.precompute_ref_log_probs |= annotated
         super().__init__(model, None if annotated else ref_model, args, data_collator, train_dataset, eval_dataset,
                          **kwargs)  # fmt: skip
         if self._is_vision_dataset and args.treg_alpha > 0:
             raise ValueError("train_dataset: expected text for treg_alpha > 0, got images; set treg_alpha=0")
-        reference = ref_model or self.ref_model or self.model
+        for x in (self.model, self.ref_model):
+            if x is not None:
+                self._head_of(x)
+        reference = next(x for x in (ref_model, self.ref_model, self.model) if x is not None)
         adapters = reference is not self.model or not hasattr(self.model, "disable_adapter")
         for path, meta in () if args.treg_ignore_fingerprint else files.items():
             check_made_with(path, meta["fingerprint"], self.processing_class, reference, adapters=adapters,
                             fix="set treg_ignore_fingerprint")  # fmt: skip
         if args.treg_alpha > 0:
             self.train_dataset = self._with_rewards(self.train_dataset, "train_dataset")
-            if isinstance(self.eval_dataset, Mapping):
-                self.eval_dataset = {k: self._with_rewards(x, k) for k, x in self.eval_dataset.items()}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._with_rewards(self.eval_dataset, "eval_dataset")
+            self.eval_dataset = mapped(self.eval_dataset, self._with_rewards)
             self.data_collator = RewardCollator(self.data_collator, args.max_length, args.truncation_mode)
 
     # -- data -----------------------------------------------------------------------------------------------------
@@ -119,9 +115,7 @@ class TRegDPOTrainer(DPOTrainer):
         """Token ids that are there already are taken as they are."""
         if not set(ID_COLUMNS) <= columns_of(dataset):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if args.max_length is None or args.truncation_mode != "keep_start":
-            return dataset
-        return dataset.filter(lambda x: len(x["prompt_ids"]) < args.max_length)
+        return prepared(dataset, dataset_name, args)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         return dataset if set(REF_COLUMNS) <= columns_of(dataset) else super()._precompute_ref_logps(
@@ -133,14 +127,15 @@ class TRegDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As DPOTrainer's; a dataset that is given here needs token rewards of its own."""
-        alpha = self.args.treg_alpha
-        sets = each_of(eval_dataset)
-        if alpha > 0 and any(isinstance(x, Dataset) and not set(REWARD_COLUMNS) <= columns_of(x) for x in sets):
+        sets = [x for x in each_of(eval_dataset) if isinstance(x, Dataset | IterableDataset)]
+        if self.args.treg_alpha > 0 and not all(set(REWARD_COLUMNS) <= columns_of(x) for x in sets):
             raise ValueError(
                 f"eval_dataset: expected the columns {', '.join(REWARD_COLUMNS)}; run `treg annotate` on the data, or "
                 "give them to the trainer at its construction"
             )
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        annotated = bool(sets) and all(set(REF_COLUMNS) <= columns_of(x) for x in sets) and self.ld_alpha is None
+        with self._precomputed(False if annotated else self.precompute_ref_logps):  # TRL makes none then
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _with_rewards(self, dataset: Any, name: str) -> Any:
         """The dataset with token rewards, made by the reference where there are none."""
@@ -183,15 +178,20 @@ class TRegDPOTrainer(DPOTrainer):
     # -- loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs, kept, grad = dict(inputs), [], torch.is_grad_enabled()
-        rewards = inputs.pop("token_rewards", None)
-        if not self.precompute_ref_logps:
-            reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-            inputs |= dict(zip(REF_COLUMNS, reference, strict=True))
+        kept, grad = [], torch.is_grad_enabled()
         # in evaluation too the slope of the loss is needed, but not that of the model
-        with torch.enable_grad(), self._reference_given():
-            policy = self._headed(model, tuple(STATISTICS), kept, grad=grad)
-            found = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = {k: x.clone() if isinstance(x, Tensor) and x.is_inference() else x for k, x in inputs.items()}
+            rewards = inputs.pop("token_rewards", None)
+            if "ref_chosen_logps" not in inputs:
+                reference = self.model if self.ref_model is None else self.ref_model
+                if reference is self.model and not hasattr(self.model, "peft_config"):
+                    fix = "a data_collator must pass on what its examples have"
+                    raise ValueError(f"inputs: expected {', '.join(REF_COLUMNS)}, got {', '.join(inputs)}; {fix}")
+                inputs |= dict(zip(REF_COLUMNS, self.compute_ref_log_probs(reference, inputs), strict=True))
+            with self._precomputed(True):
+                policy = self._headed(model, tuple(STATISTICS), kept, grad=grad)
+                found = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
             loss, *rest = found if return_outputs else (found,)
             if rewards is not None:
                 logps, rewards = kept[0], rewards[:, 1:].to(kept[0].device)
@@ -205,23 +205,28 @@ class TRegDPOTrainer(DPOTrainer):
         return super().compute_ref_log_probs(self._headed(model), inputs)
 
     @contextlib.contextmanager
-    def _reference_given(self) -> Iterator[None]:
-        """TRL then reads the reference log-probs from the batch."""
-        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+    def _precomputed(self, yes: bool) -> Iterator[None]:
+        """Whether TRL takes the reference log-probs to be in the batch."""
+        before, self.precompute_ref_logps = self.precompute_ref_logps, yes
         try:
             yield
         finally:
             self.precompute_ref_logps = before
 
+    def _head_of(self, model: Any) -> HeadSpec:
+        """The head of a model, which may be wrapped; read and checked at the first time."""
+        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        new = not hasattr(getattr(bare, "get_base_model", lambda: bare)(), "_treg_head")
+        spec = install_head(bare)
+        if new:
+            check_sequences(spec)
+        return spec
+
     def _headed(
         self, model: Any, outputs: tuple[str, ...] = (), kept: list | None = None, grad: bool = True
     ) -> Callable:
         """model, with the log-probs of treg where TRL asks for those of its own head; they are added to kept."""
-        bare = self.accelerator.unwrap_model(model)
-        first = not hasattr(getattr(bare, "get_base_model", lambda: bare)(), "_treg_head")
-        spec = install_head(bare)
-        if first:
-            check_sequences(spec)
+        spec = self._head_of(model)
         if not self.use_weighting:
             outputs = tuple(name for name in outputs if name != "log_sum_sq_probs")
 
@@ -236,7 +241,7 @@ class TRegDPOTrainer(DPOTrainer):
                 aux_loss = _balance(spec, routed[-1], inputs.get("attention_mask")) if routed else None
             logps = found.logprobs
             if kept is not None:
-                logps = logps if logps.requires_grad else logps.detach().requires_grad_()
+                logps = logps if grad else logps.detach().requires_grad_()
                 kept.append(logps)
             statistics = {name: getattr(found, STATISTICS[name]) for name in outputs}
             return SimpleNamespace(log_probs=logps, aux_loss=aux_loss, **statistics)
