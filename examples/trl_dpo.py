@@ -4,9 +4,11 @@
     accelerate launch --multi_gpu --num_processes 2 examples/trl_dpo.py      # data-parallel; on a CPU too
     python examples/trl_dpo.py --model MODEL --data annotated.parquet        # what `treg annotate` wrote
 
-Needs the extras `train` and `trl`. Options of trl.DPOConfig and the treg_ ones are passed on, e.g. --treg_alpha 0.
+Needs the extras `train` and `trl`. Options of trl.DPOConfig and the treg_ ones are
+passed on, e.g. --treg_alpha 0. Writes trl-out.
 """
 
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -21,8 +23,8 @@ DEMO_MODEL = str(Path(treg.demo.__file__).parent / "model")
 
 
 def main() -> None:
-    parser = HfArgumentParser(TRegDPOConfig, description=__doc__)
-    parser.add_argument("--model", default=DEMO_MODEL)
+    parser = HfArgumentParser(TRegDPOConfig, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO_MODEL, help="name or folder; without, the demo's")
     parser.add_argument("--data", help="by `treg annotate`; without, pairs about towns, judged before training")
     parser.set_defaults(
         output_dir="trl-out", max_steps=10, learning_rate=1e-4, per_device_train_batch_size=4, logging_steps=1,

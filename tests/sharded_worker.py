@@ -134,8 +134,8 @@ def sequence_parallel(hidden, weight, batch, group=None):
     logps = linear_logprobs(hidden, weight, batch["labels"][:, 1:][:, part]).logprobs
     mine, total = logps.sum(1), logps.sum(1).detach()
     dist.all_reduce(total, group=group)
-    margin = (0.1 * (mine + (total - mine.detach()) - batch["ref"])).view(2, -1).diff(dim=0).neg()
-    loss = -F.logsigmoid(margin).mean()
+    chosen, rejected = (0.1 * (mine + (total - mine.detach()) - batch["ref"])).chunk(2)
+    loss = -F.logsigmoid(chosen - rejected).mean()
     loss = loss + token_regularizer(loss, logps, batch["rewards"][:, part], 0.25)
     loss.backward()
     dist.all_reduce(weight.grad, group=group)

@@ -645,3 +645,8 @@ def test_sharded_weights_are_not_for_the_swapped_function(patched):
         trl.trainer.utils._ChunkedLogProbFunction.apply(
             torch.randn(3, 8), weight, None, torch.tensor([1, 2, 3]), 1.0, 32
         )
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_dataset: no such file"):
+        trainer_of(tmp_path, make_model(), str(tmp_path / "anotated.parquet"))

@@ -120,7 +120,7 @@ def make_inputs(**replace):
         ({"token_rewards": torch.zeros(2, 4)}, r"token_rewards: expected the shape of logps \[2, 3\], got \[2, 4\]"),
         ({"token_rewards": torch.tensor([[0.0, 1, 2], [0, float("nan"), 0]])}, "token_rewards: expected finite"),
         ({"token_rewards": torch.full((2, 3), float("inf"))}, "token_rewards: expected finite"),
-        ({"alpha": -0.1}, "alpha: expected a number >= 0, got -0.1"),
+        ({"alpha": -0.1}, r"alpha: expected a number >= 0 \(0: no regularizer\), got -0.1"),
         ({"alpha": float("nan")}, "alpha: expected a finite number, got nan"),
         ({"base": torch.tensor(1.0)}, "base: expected a loss that is differentiable in logps"),
         ({"logps": torch.randn(2, 3)}, "base: expected a loss that is differentiable in logps"),

@@ -31,7 +31,14 @@ def token_logprobs(
         inputs: of the model's forward: input_ids [S, T], attention_mask, position_ids, ...
     Returns:
         LinearLogprobs of shape [S, T-1], 0 where not scored.
+    Raises:
+        ValueError: labels of another shape than input_ids; a model without an installed head.
     """
+    ids = inputs.get("input_ids")
+    if ids is not None and ids.shape != labels.shape:
+        raise ValueError(
+            f"labels: expected the shape of input_ids {list(ids.shape)}, not shifted, got {list(labels.shape)}"
+        )
     target = labels[:, 1:]
     scored = target != -100
 

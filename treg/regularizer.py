@@ -29,11 +29,12 @@ def token_regularizer(base: Tensor, logps: Tensor, token_rewards: Tensor, alpha:
     """
     if token_rewards.shape != logps.shape:
         raise ValueError(
-            f"token_rewards: expected the shape of logps {list(logps.shape)}, got {list(token_rewards.shape)}"
+            f"token_rewards: expected the shape of logps {list(logps.shape)}, got {list(token_rewards.shape)}; of rows "
+            "that are not shifted take token_rewards[:, 1:]"
         )
     check_number("alpha", alpha)
     if alpha < 0:
-        raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
+        raise ValueError(f"alpha: expected a number >= 0 (0: no regularizer), got {alpha!r}")
     check_finite("token_rewards", token_rewards)
     if not (base.requires_grad and logps.requires_grad):
         fix = "compute both outside torch.no_grad(), base from logps"

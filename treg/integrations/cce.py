@@ -68,6 +68,9 @@ def linear_cross_entropy(
     _check_filter(filter_eps)
     _check_impl(impl)
     e, c, targets, bias, shard = local_operands(e, c, targets, bias, _vocab_shard(vocab_parallel_options, c))
+    if bias is not None and not isinstance(bias, Tensor):
+        order = "pass what follows targets by name (CCE 25.1.1 has another order)"
+        raise TypeError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}; {order}")
     check_tensor("targets", targets)
     shift = _checked_shift(shift, targets)
     kept = targets.shape[-1] - shift

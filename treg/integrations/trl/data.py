@@ -69,7 +69,10 @@ def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
     if not isinstance(source, (str, Path)):
         return source
     if not is_annotated(source):
-        raise ValueError(f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}")
+        if not Path(source).exists():
+            raise FileNotFoundError(f"{name}: no such file: {source}")
+        fix = f"treg annotate --model MODEL --data {source} --output annotated.parquet"
+        raise ValueError(f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}; run {fix}")
     examples, files[str(source)] = read_annotated(source)
     return Dataset.from_list(examples)
 

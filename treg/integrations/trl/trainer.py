@@ -51,7 +51,7 @@ class TRegDPOConfig(DPOConfig):
     def __post_init__(self):
         check_number("treg_alpha", self.treg_alpha)
         if self.treg_alpha < 0:
-            raise ValueError(f"treg_alpha: expected a number >= 0, got {self.treg_alpha!r}")
+            raise ValueError(f"treg_alpha: expected a number >= 0 (0: no regularizer), got {self.treg_alpha!r}")
         super().__post_init__()
 
 
