@@ -28,6 +28,7 @@ pydantic = pytest.importorskip("pydantic")
 trl = pytest.importorskip("trl")
 
 from datasets import Dataset  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
 
 NAME = "treg.integrations.axolotl"
 CONFIG = {"rl": "dpo", "plugins": [f"{NAME}.TRegPlugin"], "trainer_cls": f"{NAME}.TRegDPOTrainer"}
@@ -237,14 +238,15 @@ def trained_from(trainer):
 
 def move_adapter(model):
     for name, p in model.named_parameters():
-        if "lora_B.default" in name:
+        if "lora_B.default" in name or "modules_to_save.default" in name:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
 
 
+@pytest.mark.parametrize("trained", [None, ["lm_head"]], ids=["adapters", "adapters and the head"])
 @pytest.mark.parametrize("alpha", [0, ALPHA])
-def test_the_reference_is_the_model_without_its_adapter(tmp_path, annotated, pairs, alpha):
+def test_the_reference_is_the_model_without_its_adapter(tmp_path, annotated, pairs, alpha, trained):
     peft = pytest.importorskip("peft")
-    peft_config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    peft_config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=trained)
     trainer = Axolotl({"rl_beta": BETA} | config(annotated, alpha)).build(
         tmp_path, tiny_llama(VOCAB), None, ROWS, peft_config=peft_config, **QUIET
     )
@@ -270,6 +272,18 @@ def test_the_reference_is_the_adapter_as_it_was(tmp_path, annotated, pairs):
                     p.mul_(1.5)
     loss, _, grads = oracle(after, before, pairs, ALPHA)
     found, line = trained_from(trainer)
+    assert_same(found, grads)
+    assert line["loss"] == pytest.approx(loss, rel=F32)
+
+
+def test_the_reference_is_loaded_by_trl(tmp_path, annotated, pairs):
+    tiny_llama(VOCAB).save_pretrained(tmp_path / "base")
+    policy = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for p, x in zip(policy.parameters(), perturbed(policy).parameters(), strict=True):
+            p.copy_(x)
+    loss, _, grads = oracle(policy, tiny_llama(VOCAB), pairs, ALPHA)
+    _, found, (line,) = train(tmp_path, config(annotated), policy, None)
     assert_same(found, grads)
     assert line["loss"] == pytest.approx(loss, rel=F32)
 
@@ -353,6 +367,7 @@ def test_mixed_precision(models, tmp_path, annotated, pairs, monkeypatch):
         ({"use_weighting": True}, "use_weighting: expected False"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type: expected reverse_kl"),
         ({"loss_type": ["discopop"], "discopop_tau": 0.1}, r"discopop_tau: expected 0\.05"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: expected False with T-REG in Axolotl, got True"),
         ({"label_smoothing": 0.1}, "label_smoothing: expected 0 for loss_type='sigmoid'"),
     ],
 )

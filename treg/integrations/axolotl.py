@@ -140,6 +140,9 @@ def make_trainer(base: type) -> type:
                 if isinstance(x, nn.Module):
                     check_sequences(install_head(x))
             super().__init__(model, ref_model, args=args, **kwargs)
+            for x in (self.model, self.ref_model):  # again: an adapter may have taken the head's place
+                if x is not None:
+                    install_head(self.accelerator.unwrap_model(x))
             if getattr(self, "aux_loss_enabled", False):
                 raise ValueError("router_aux_loss_coef: expected 0 with T-REG, got a router loss; set it to 0")
             self._treg_rewards = None
@@ -168,7 +171,6 @@ def make_trainer(base: type) -> type:
                                        cu_seqlens=ends, outputs=STATISTICS, **operands,
                                        **vars(self._treg_options))  # fmt: skip
 
-            install_head(self.accelerator.unwrap_model(model))  # again, where an adapter took the head's place
             result = run_head(model, head_fn, **given)
             self._treg_record(result, lengths, rewards, ref, inputs["attention_mask"])
             return result.loss
@@ -179,12 +181,10 @@ def make_trainer(base: type) -> type:
             if self.precompute_ref_logps:
                 return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
             if self.ref_model is not None:
-                install_head(self.accelerator.unwrap_model(self.ref_model))
                 return token_logprobs(self.ref_model, labels, **given).logprobs.double().sum(-1)
             from trl.trainer.utils import use_adapter
 
             bare = self.accelerator.unwrap_model(self.model)
-            install_head(bare)
             with use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None):
                 return token_logprobs(self.model, labels, **given).logprobs.double().sum(-1)
 
