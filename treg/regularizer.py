@@ -14,7 +14,8 @@ def token_regularizer(base: Tensor, logps: Tensor, token_rewards: Tensor, alpha:
 
     For DPO, whose |d base / d lp_t| is beta * w / B, this is T-REG, arXiv 2412.02685, Eq. 2: alpha * w * L_reg, a mean
     over the B pairs; the gradient of chosen tokens is scaled by 1 + alpha * rhat_t, that of rejected ones by
-    1 - alpha * rhat_t. See `treg.losses.treg_loss`, which agrees wherever both are defined.
+    1 - alpha * rhat_t. `treg.losses.treg_loss` agrees where base is a function of plain sums or means of log-probs; it
+    leaves the likelihood terms of orpo and cpo out of w.
     Differs: the paper defines DPO's w only.
 
     Args:
@@ -44,4 +45,4 @@ def token_regularizer(base: Tensor, logps: Tensor, token_rewards: Tensor, alpha:
     except RuntimeError as error:
         fix = "compute base from this very tensor"
         raise ValueError(f"base: expected a scalar function of logps ({error}); {fix}") from error
-    return -(alpha * slope.abs() * token_rewards.to(logps.dtype) * logps).sum()
+    return -(alpha * slope.abs() * token_rewards.detach().to(logps.dtype) * logps).sum()
