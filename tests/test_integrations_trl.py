@@ -473,6 +473,18 @@ def test_references_of_cut_sequences_are_refused_later_too(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[2] == pytest.approx(found[3], rel=1e-5)
 
 
+def test_a_stream_of_annotated_pairs(tmp_path):
+    """Its reference log-probs are used as those of a dataset are."""
+    rows = Dataset.from_list([x | {f"ref_{side}_logps": -20.0 for side in SIDES} for x in make_pairs()])
+    found = []
+    for data in (rows, rows.to_iterable_dataset()):
+        trainer = trainer_of(tmp_path, perturbed(make_model()), data, per_device_train_batch_size=4)
+        assert trainer.ref_model is None
+        found.append(train(trainer))
+    assert_same(found[1][0][0], found[0][0][0], 1e-5)
+    assert found[1][1][0]["loss"] == pytest.approx(found[0][1][0]["loss"], rel=1e-5)
+
+
 def test_annotated_data_are_evaluated_after_training(tmp_path):
     file = annotated(tmp_path, make_model())
     data = Dataset.from_list(read_annotated(file)[0])

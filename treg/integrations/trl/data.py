@@ -83,23 +83,23 @@ def prepared(dataset: Any, name: str, args: Any) -> Any:
     Reference log-probs that it has are sums over whole completions: dropped where ld_alpha weighs tokens within the
     sums, refused for a sequence that would be cut.
     """
-    if set(REF_COLUMNS) <= columns_of(dataset):
-        if args.ld_alpha is not None:
-            dataset = dataset.remove_columns(REF_COLUMNS)
-        elif args.max_length is not None:
-            dataset = dataset.map(_check_length, fn_kwargs={"name": name, "max_length": args.max_length})
-    if args.max_length is None or args.truncation_mode != "keep_start":
+    summed = set(REF_COLUMNS) <= columns_of(dataset)
+    if summed and args.ld_alpha is not None:
+        dataset, summed = dataset.remove_columns(REF_COLUMNS), False
+    limit, keep_start = args.max_length, args.truncation_mode == "keep_start"
+    if limit is None or not (summed or keep_start):
         return dataset
-    return dataset.filter(lambda x: len(x["prompt_ids"]) < args.max_length)
 
+    def fits(example: dict[str, Any]) -> bool:
+        length = len(example["prompt_ids"]) + max(len(example[f"{side}_ids"]) for side in SIDES)
+        if summed and length > limit:
+            raise ValueError(
+                f"max_length: expected at least {length}, the length of a sequence of {name} whose reference log-prob "
+                f"is a sum over all of it, got {limit}; annotate with a lower max_length, or raise it here"
+            )
+        return len(example["prompt_ids"]) < limit or not keep_start
 
-def _check_length(example: dict[str, Any], name: str, max_length: int) -> None:
-    length = len(example["prompt_ids"]) + max(len(example[f"{side}_ids"]) for side in SIDES)
-    if length > max_length:
-        raise ValueError(
-            f"max_length: expected at least {length}, the length of a sequence of {name} whose reference log-prob is a "
-            f"sum over all of it, got {max_length}; annotate with a lower max_length, or raise it here"
-        )
+    return dataset.filter(fits)
 
 
 def text_pairs(dataset: Dataset) -> tuple[list[Pair], list[RowProblem]]:
