@@ -131,46 +131,43 @@ class Zero3:
         for p in self.own(module):
             self.events.append(("forward", self.names[p]))
             self.gather(p)
-        return self.applied(self.Released, module, args) if args else None
+        return self.applied(self.release_own, module, args) if args else None
 
     def after(self, module, args, output):
-        for p in self.own(module):
-            self.release(p)
-        return self.applied(self.Gathered, module, output)
+        self.release_own(module)
+        return self.applied(self.gather_own, module, output)
 
-    def applied(self, function, module, value):
+    def applied(self, then, module, value):
         if isinstance(value, (tuple, list)):
-            parts = [self.applied(function, module, x) for x in value]
+            parts = [self.applied(then, module, x) for x in value]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         if isinstance(value, dict):
             for key in value:
-                value[key] = self.applied(function, module, value[key])
+                value[key] = self.applied(then, module, value[key])
             return value
-        return function.apply(self, module, value) if isinstance(value, torch.Tensor) and value.requires_grad else value
+        wanted = isinstance(value, torch.Tensor) and value.requires_grad
+        return self.InBackward.apply(then, module, value) if wanted else value
 
-    class Gathered(torch.autograd.Function):
+    def gather_own(self, module):
+        for p in self.own(module):
+            self.events.append(("backward", self.names[p]))
+            self.gather(p)
+
+    def release_own(self, module):
+        for p in self.own(module):
+            self.release(p)
+
+    class InBackward(torch.autograd.Function):
+        """x as it is; then(module) before its gradient goes on."""
+
         @staticmethod
-        def forward(ctx, zero, module, x):
-            ctx.zero, ctx.module = zero, module
+        def forward(ctx, then, module, x):
+            ctx.then, ctx.module = then, module
             return x.detach()
 
         @staticmethod
         def backward(ctx, grad):
-            for p in ctx.zero.own(ctx.module):
-                ctx.zero.events.append(("backward", ctx.zero.names[p]))
-                ctx.zero.gather(p)
-            return None, None, grad
-
-    class Released(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, zero, module, x):
-            ctx.zero, ctx.module = zero, module
-            return x.detach()
-
-        @staticmethod
-        def backward(ctx, grad):
-            for p in ctx.zero.own(ctx.module):
-                ctx.zero.release(p)
+            ctx.then(ctx.module)
             return None, None, grad
 
 

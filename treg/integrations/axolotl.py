@@ -16,7 +16,6 @@ logits inside `_compute_loss`. Read and run against Axolotl 0.18.0 and 0.19.0 (T
 B pairs, T padded length.
 """
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from treg.data import TokenRewards
 from treg.heads import check_sequences, install_head, run_head
+from treg.integrations.common import parameters_of
 from treg.losses import DISCOPOP_TAU, LossOptions
 from treg.metrics import PairMetrics
 from treg.modeling import token_logprobs
@@ -122,8 +122,7 @@ def make_trainer(base: type) -> type:
         reverse_kl, label_smoothing where TRL does not use it; mixtures of experts with a router loss, the Liger loss;
         a head that cannot be read; in training: a sequence that was not annotated.
     """
-    method = getattr(base, "_compute_loss", None)
-    found = list(inspect.signature(method).parameters) if method else "none"
+    found = parameters_of(base, "_compute_loss")
     if found != ["self", "model", "inputs", "return_outputs"]:
         raise TypeError(f"base: expected a trl.DPOTrainer with _compute_loss(model, inputs, return_outputs), as of TRL "
                         f"1.8 to 1.16, got {base.__name__} with {found}")  # fmt: skip

@@ -15,7 +15,6 @@ B pairs, T padded length.
 """
 
 import importlib.metadata
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from treg.data import TokenRewards
 from treg.heads import install_head
+from treg.integrations.common import parameters_of, rewards_source
 from treg.modeling import token_logprobs
 from treg.regularizer import token_regularizer
 
@@ -80,17 +80,11 @@ def make_trainer(
         be read, a sequence that was not annotated.
     """
     for name, expected in INTERFACE.items():
-        method = getattr(base, name, None)
-        found = list(inspect.signature(method).parameters) if method else "none"
+        found = parameters_of(base, name)
         if found != expected:
             raise TypeError(f"base: expected LLaMA-Factory's CustomDPOTrainer with {name}({', '.join(expected)}), "
                             f"got {base.__name__} with {found}")  # fmt: skip
-    if not alpha >= 0:
-        raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
-    if token_rewards is None and alpha:
-        raise ValueError(f"token_rewards: expected an annotated file for alpha={alpha}, got None; run `treg annotate`")
-    if alpha and not isinstance(token_rewards, TokenRewards):
-        token_rewards = TokenRewards(token_rewards, tail=tail)
+    source = rewards_source(token_rewards, alpha, tail)
 
     class TRegDPOTrainer(base):
         _treg_base = base
@@ -128,7 +122,7 @@ def make_trainer(
             losses, *rewards = super().compute_preference_loss(policy_chosen_logps, *logps)
             if alpha and losses.requires_grad:
                 token_logps, weights, batch = self._treg_seen
-                rhat = token_rewards(batch["input_ids"], batch["attention_mask"])[:, 1:]
+                rhat = source(batch["input_ids"], batch["attention_mask"])[:, 1:]
                 preference = losses + policy_chosen_logps if self.loss_type == "orpo" else losses
                 term = token_regularizer(preference.mean(), token_logps, rhat, alpha)
                 reg = -self.beta * (rhat * weights * token_logps.detach()).sum() / len(losses)

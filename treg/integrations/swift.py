@@ -15,7 +15,6 @@ B pairs; S sequences of padded length T, or S = 1 row of all sequences one after
 """
 
 import importlib.metadata
-import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from treg.data import TokenRewards
 from treg.heads import install_head
+from treg.integrations.common import parameters_of, rewards_source
 from treg.modeling import token_logprobs
 from treg.regularizer import token_regularizer
 
@@ -102,17 +102,11 @@ def make_trainer(
         annotated.
     """
     for name, expected in INTERFACE.items():
-        method = getattr(base, name, None)
-        found = list(inspect.signature(method).parameters) if method else "none"
+        found = parameters_of(base, name)
         if found[: len(expected)] != expected:
             raise TypeError(f"base: expected ms-swift's DPOTrainer with {name}({', '.join(expected)}, ...), "
                             f"got {base.__name__} with {found}")  # fmt: skip
-    if not alpha >= 0:
-        raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
-    if token_rewards is None and alpha:
-        raise ValueError(f"token_rewards: expected an annotated file for alpha={alpha}, got None; run `treg annotate`")
-    if alpha and not isinstance(token_rewards, TokenRewards):
-        token_rewards = TokenRewards(token_rewards, tail=tail)
+    source = rewards_source(token_rewards, alpha, tail)
 
     class TRegDPOTrainer(base):
         _treg_base = base
@@ -162,7 +156,7 @@ def make_trainer(
                 return loss, metrics
             likelihood = (self.args.rpo_alpha or 0.0) + self._treg_sft_weight()
             preference = loss - likelihood * output["nll_loss"] if likelihood else loss
-            rhat = _rewards(token_rewards, batch, packed=self.template.padding_free)[:, 1:]
+            rhat = _rewards(source, batch, packed=self.template.padding_free)[:, 1:]
             term = token_regularizer(preference, logps, rhat, alpha)
             reg = -self.beta * (rhat * logps.detach()).sum() / len(output["chosen_logps"])
             reg = self.accelerator.gather_for_metrics(reg).mean().item()

@@ -107,6 +107,11 @@ def chunks(
         yield piece if rows is None else rows[piece]
 
 
+def empty_rows(hidden: Tensor, compute: torch.dtype, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Zeros [N] for what `forward` of the tiles gives of each row, by name."""
+    return {n: hidden.new_zeros(hidden.shape[0], dtype=torch.bool if n == "is_top1" else compute) for n in names}
+
+
 class HeadGradients:
     """dhidden, dweight and dbias, added up tile by tile.
 

@@ -23,6 +23,7 @@ from treg.ops.head import (
     HeadGradients,
     check_budget,
     chunks,
+    empty_rows,
     pass_rows,
     scored_rows,
     select,
@@ -68,7 +69,7 @@ def score_rows(
 ) -> Scored:
     """Score the rows listed (None: all of N) tile by tile; the stash of the first `kept` stays."""
     N, head = hidden.shape[0], tiles.head
-    found = empty_rows(hidden, tiles.compute, outputs)
+    found = empty_rows(hidden, tiles.compute, ("logprobs", "norm", *outputs))
     stash = hidden.new_empty(kept, head.weight.shape[0], dtype=tiles.stash_dtype) if kept else None
     factor = hidden.new_empty(kept, dtype=tiles.compute) if kept else None
     step = tile_step(tiles, budget, stash=False, outputs=outputs, reserved=0 if stash is None else stash.nbytes)
@@ -120,18 +121,12 @@ def coefficients(coef: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor == 0.0, factor, coef * factor)
 
 
-def empty_rows(hidden: Tensor, compute: torch.dtype, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    """Zeros [N] for what `tiles.forward` returns."""
-    return {n: hidden.new_zeros(hidden.shape[0], dtype=torch.bool if n == "is_top1" else compute)
-            for n in ("logprobs", "norm", *outputs)}  # fmt: skip
-
-
 def frozen_rows(
     tiles, hidden: Tensor, target: Tensor, rows: Tensor | None, outputs: tuple[str, ...], budget: int
 ) -> tuple[dict[str, Tensor], HeadGradients]:
     """Score the rows listed, and dhidden of each for a coefficient of 1, its row_scale not yet multiplied in."""
     N, head = hidden.shape[0], tiles.head
-    found = empty_rows(hidden, tiles.compute, outputs)
+    found = empty_rows(hidden, tiles.compute, ("logprobs", "norm", *outputs))
     step = tile_step(tiles, budget, stash=True, outputs=outputs)
     count = N if rows is None else rows.shape[0]
     stash = hidden.new_empty(min(step, count), head.weight.shape[0], dtype=tiles.stash_dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from treg.losses import LossOptions, pair_loss, reward_gradient
 from treg.ops.gemm import scaled_to
-from treg.ops.head import HeadGradients, chunks, select, tile_rows, tile_step
+from treg.ops.head import HeadGradients, chunks, empty_rows, select, tile_rows, tile_step
 from treg.results import PairLoss
 
 MIN_TILE_ROWS = 16  # below this a GEMM reads the weight more often than it is worth
@@ -133,12 +133,7 @@ class _Work:
 
     def __init__(self, pairs: Pairs, tiles, groups: list[Group], budget: int, needs: tuple[bool, bool, bool]):
         self.pairs, self.tiles, self.budget, self.needs = pairs, tiles, budget, needs
-        self.found = {
-            name: pairs.hidden.new_zeros(
-                pairs.hidden.shape[0], dtype=torch.bool if name == "is_top1" else tiles.compute
-            )
-            for name in ("logprobs", *pairs.outputs)
-        }
+        self.found = empty_rows(pairs.hidden, tiles.compute, ("logprobs", *pairs.outputs))
         self.logps = self.found["logprobs"]
         self.grads = self._new_grads(pairs.hidden, tiles.head)
         self.weight_scale: Tensor | None = None  # of dweight and dbias, where one pair makes all of them
