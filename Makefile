@@ -17,7 +17,7 @@ BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo step test bench lint types wheel clean
+.PHONY: help demo step test bench gpu report lint types wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,12 @@ test: $(DEV) ## the tests; PYTEST_ARGS="-k name" and the like are passed on
 
 bench: $(BENCH) ## the benchmarks; BENCH_ARGS are passed on
 	@$(PY) -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
+
+gpu: $(BENCH) ## everything that a GPU can tell, in slices of nine minutes; again until nothing is left
+	@$(PY) benchmarks/gpu_run.py $(BENCH_ARGS)
+
+report: $(BENCH) $(TRAIN) ## tables and pictures of what is in benchmarks/results
+	@$(PY) benchmarks/report.py
 
 lint: $(DEV) ## ruff
 	@$(PY) -m ruff check .

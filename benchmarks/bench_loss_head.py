@@ -1,41 +1,51 @@
-"""Every method on every case: time in the benchmark's statistics, errors and peak memory in its extra_info.
+"""Every method on every case in pytest-benchmark's tables: what `loss_head_cell.measure_cell` measured, played back.
 
-A method of this project whose results are off fails before it is timed. A peer's errors are recorded; a peer that does
-not import, raises or runs out of memory is skipped with the reason. Calls follow each other without a pause, so a GPU
-is hot. Compare rows of one group only; CPU ratios that are to be quoted come from `bars.py`, which alternates.
+All methods of a case take turns in one process; the first test of a case measures all of them. Errors, peak memory and
+cool times are in extra_info. A method of this project that raises or whose results are off fails; a peer that does
+not import, raises or runs out of memory is skipped with the reason. On a GPU choose cells with -k, or have
+`gpu_run.py` measure them in slices, each method where it cannot bring down the others. Compare rows of one group only;
+CPU ratios that are to be quoted come from `bars.py`.
 """
 
-import pytest
-import torch
-from loss_head_cases import CASES, DEVICE, batch_of
-from loss_head_measure import checked_errors, environment, peak_bytes
-from loss_head_peers import METHODS, step
+import functools
+import itertools
 
-ROUNDS, WARMUP = (20, 5) if DEVICE == "cuda" else (2, 0)  # the check and the memory run warm a CPU up
+import pytest
+from loss_head_cases import CASES
+from loss_head_cell import measure_cell, summary
+from loss_head_measure import environment
+from loss_head_peers import METHODS
+
 ROWS = [(case, name) for case in CASES for name, method in METHODS.items() if method.applies_to(case)]
 
 
+class Playback:
+    """A clock on which the calls of a benchmark take the seconds that were measured."""
+
+    def load(self, seconds: list[float]) -> None:
+        self._times = itertools.chain.from_iterable((0.0, x) for x in seconds)
+
+    def __call__(self) -> float:
+        return next(self._times)
+
+
+playback = Playback()
+measured = functools.lru_cache(maxsize=1)(lambda case: measure_cell(case, {}))
+
+
+@pytest.mark.benchmark(timer=playback)
 @pytest.mark.parametrize(("case", "name"), ROWS, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_step(benchmark, case, name):
-    method = METHODS[name]
-    if (reason := method.missing()) is not None:
-        pytest.skip(f"{name}: {reason}")
-
-    def run():
-        step(method, batch_of(case))
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    try:
-        errors = checked_errors(name, case)
-        peak = peak_bytes(run)
-    except Exception as e:
-        if name.startswith("treg"):
-            raise
-        pytest.skip(f"{name}: {type(e).__name__}: {e}")
+    cell = measured(case)
+    found = cell["methods"][name]
+    assert "failed" not in found, found["failed"]
+    if "reason" in found:
+        pytest.skip(f"{name}: {found['reason']}")
     benchmark.group = case.name
     benchmark.extra_info.update(
-        environment(), relative_errors=errors, peak_extra_bytes=peak, flops_per_product=case.flops_per_product,
+        environment(), errors=found["errors"], peak_extra_bytes=found["extra_bytes"],
+        cool=summary(found["cool"]) if "cool" in found else None, flops_per_product=case.flops_per_product,
         rows=case.rows, hidden=case.hidden, vocab=case.vocab, dtype=str(case.dtype), softcap=case.softcap,
     )  # fmt: skip
-    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARMUP)
+    playback.load(found["hot"])
+    benchmark.pedantic(lambda: None, rounds=len(found["hot"]))

@@ -1,96 +1,46 @@
-"""The ways to get a preference loss and its gradients from hidden states, one small function each."""
+"""Other projects' ways to the same gradients, one small function each, and METHODS: all of them with this project's.
+
+Each call was checked against the source of the version named in pyproject.toml, of quack-kernels 0.6.5 and verl 0.9.1.
+"""
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import sys
+import types
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from loss_head_cases import DEVICE, IGNORE, Batch, Case
+from loss_head_cases import IGNORE, Batch
+from loss_head_methods import GPU, GRADIENTS, OWN, Method, dense_logits, scored_only, step
 from torch import Tensor
 
-from treg.losses import treg_loss
-from treg.ops import fused_treg_loss, linear_logprobs
-
-
-def step(method: "Method", batch: Batch) -> dict[str, Tensor]:
-    """What is timed: forward and backward to gradients, or log-probs under no_grad. Its results by name."""
-    if method.gives == "products":
-        method.fn(batch)
-        return {}
-    if batch.mode == "forward":
-        with torch.no_grad():
-            return {"logprobs": method.fn(batch)}
-    if method.gives == "loss":
-        loss, logps = method.fn(batch)
-    else:
-        logps = method.fn(batch)
-        scored = batch.target != IGNORE
-        loss = treg_loss(logps, batch.token_rewards, batch.ref_logps, mask=scored).loss.mean()
-    leaves = batch.leaves
-    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    return found if logps is None else {"logprobs": logps.detach(), **found}
-
-
-# -- this project ------------------------------------------------------------------------------------------------
-
-
-def treg_fused(b: Batch, **options) -> tuple[Tensor, Tensor]:
-    """`fused_treg_loss`: 3 products with a trainable head, 2 with a frozen one."""
-    out = fused_treg_loss(b.hidden, b.weight, b.target, b.token_rewards, b.ref_logps, softcap=b.softcap, **options)
-    return out.loss, out.token_logps
-
-
-def treg_fused_exact_logits(b: Batch) -> tuple[Tensor, Tensor]:
-    """The same with logits_dtype=torch.float32: bfloat16 inputs, logits not rounded."""
-    return treg_fused(b, logits_dtype=torch.float32)
-
-
-def treg_logprobs(b: Batch) -> Tensor:
-    """`linear_logprobs`, then the loss: 3 products for the rows that the budget keeps, else 4; frozen 2, forward 1."""
-    return linear_logprobs(b.hidden, b.weight, b.target, softcap=b.softcap).logprobs
-
-
-# -- dense PyTorch: 3 products and [N, V] logits ------------------------------------------------------------------
-
-
-def dense_log_softmax(b: Batch) -> Tensor:
-    """logits.float().log_softmax(-1).gather, a softcap in float32: what most code has, and exact but for the logits."""
-    logp = _softcap((b.hidden @ b.weight.T).float(), b).log_softmax(-1)
-    return _scored(logp.gather(-1, _labels(b)).squeeze(-1), b)
-
-
-def dense_logsumexp(b: Batch) -> Tensor:
-    """gather - logsumexp, a sequence at a time, as in the float32 branch of TRL's selective_log_softmax; leaner.
-
-    A softcap is in the logits' dtype, as in transformers.
-    """
-    logits = _softcap(b.hidden @ b.weight.T, b)
-    lse = torch.stack([x.float().logsumexp(-1) for x in logits])
-    return _scored(logits.gather(-1, _labels(b)).squeeze(-1).float() - lse, b)
+__all__ = ["METHODS", "step"]
+BFLOAT16 = (torch.bfloat16,)
 
 
 def trl_selective(b: Batch) -> Tensor:
     """Dense logits and TRL's selective_log_softmax, on a GPU its fused kernel over them; softcap as in transformers."""
     from trl.trainer.utils import selective_log_softmax
 
-    logits = _softcap(b.hidden @ b.weight.T, b)
-    return selective_log_softmax(logits, b.target.clamp(min=0), row_mask=b.target != IGNORE).float()
+    return selective_log_softmax(dense_logits(b), b.target.clamp(min=0), row_mask=b.target != IGNORE).float()
 
 
-def _softcap(logits: Tensor, b: Batch) -> Tensor:
-    return logits if b.softcap is None else b.softcap * torch.tanh(logits / b.softcap)
+def trl_chunked(b: Batch) -> Tensor:
+    """TRL's chunked log-probs, called as its fused language-model head does: 4 products, 3 with a frozen head."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
+    def logprobs(hidden, target):
+        return ChunkedLogProbFunction.apply(
+            hidden, b.weight, None, target, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, b.softcap, 1.0, ()
+        )[0]
 
-def _labels(b: Batch) -> Tensor:
-    return b.target.clamp(min=0).unsqueeze(-1)
-
-
-def _scored(logps: Tensor, b: Batch) -> Tensor:
-    return logps.masked_fill(b.target == IGNORE, 0.0)
-
-
-# -- fused peers -------------------------------------------------------------------------------------------------
+    if not b.hidden.is_cuda:
+        return scored_only(logprobs(b.hidden.flatten(0, 1), b.target.clamp(min=0).flatten()).view(b.target.shape), b)
+    scored = b.target != IGNORE
+    logps = logprobs(b.hidden[scored], b.target[scored])
+    return logps.new_zeros(b.target.shape).masked_scatter(scored, logps)
 
 
 def liger_dpo(b: Batch) -> tuple[Tensor, None]:
@@ -106,108 +56,113 @@ def liger_dpo(b: Batch) -> tuple[Tensor, None]:
     return loss, None
 
 
-def trl_chunked(b: Batch) -> Tensor:
-    """TRL's chunked log-probs, called as its fused language-model head does: 4 products, 3 with a frozen head."""
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+def liger_scaled_ce(b: Batch) -> Tensor:
+    """Liger's LigerFusedLinearScaledCrossEntropyFunction (FSLCE), negative log-probs per token: 4 products.
 
-    def logprobs(hidden, target):
-        return ChunkedLogProbFunction.apply(
-            hidden, b.weight, None, target, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, b.softcap, 1.0, ()
-        )[0]
+    On compute capability 9.0 CuTe kernels, which need bfloat16 and the packages nvidia-cutlass-dsl >= 4.6 and
+    apache-tvm-ffi (liger-kernel[cutedsl]); elsewhere its torch fallback in chunks of 512 rows. Both make dweight of a
+    frozen head too. No softcap.
+    """
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
 
-    if not b.hidden.is_cuda:
-        return _scored(logprobs(b.hidden.flatten(0, 1), b.target.clamp(min=0).flatten()).view(b.target.shape), b)
-    scored = b.target != IGNORE
-    logps = logprobs(b.hidden[scored], b.target[scored])
-    return logps.new_zeros(b.target.shape).masked_scatter(scored, logps)
+    nll = Function.apply(b.hidden.flatten(0, 1), b.weight, b.target.flatten())
+    return -nll.view(b.target.shape).float()
+
+
+def liger_mean_ce(b: Batch) -> tuple[Tensor, None]:
+    """Liger's LigerFusedLinearCrossEntropyLoss, mean over the scored tokens: 3 products; no weights per token."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss_fn = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, softcap=b.softcap)
+    return loss_fn(b.weight, b.hidden.flatten(0, 1), b.target.flatten()), None
+
+
+def quack_mean_ce(b: Batch) -> tuple[Tensor, None]:
+    """QuACK's chunked_linear_cross_entropy, mean over the scored tokens: 3 products; no weights per token: a yardstick.
+
+    With its defaults: chunks of 4096 rows, and where it can (capability 9.0, bfloat16, V a multiple of 128) the
+    pipeline that never stores logits.
+    """
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    loss = chunked_linear_cross_entropy(b.hidden.flatten(0, 1), b.weight, b.target.flatten(), ignore_index=IGNORE)
+    return loss, None
 
 
 def torch_linear_cross_entropy(b: Batch) -> Tensor:
-    """PyTorch's linear_cross_entropy(reduction="none") in its chunked form: 4 products. No softcap."""
+    """PyTorch's linear_cross_entropy(reduction="none") in its chunked form (torch >= 2.13): 4 products. No softcap."""
     options = torch.nn.LinearCrossEntropyOptions()
     hidden, target = b.hidden.flatten(0, 1), b.target.flatten()
     nll = F.linear_cross_entropy(hidden, b.weight, target, reduction="none", options=options)
     return -nll.view(b.target.shape).float()
 
 
-def cut_cross_entropy(b: Batch) -> Tensor:
+def cce(b: Batch) -> Tensor:
     """cut-cross-entropy's kernels with their default gradient filter: 4 products, fewer where the filter finds any."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(b.hidden, b.weight, b.target, softcap=b.softcap, reduction="none", impl="cce").float()
 
 
-# -- bare matrix products of the vendor's library: the speed of light of a scheme of so many --------------------------
+def cce_exact(b: Batch) -> Tensor:
+    """The same without a filter; versions that have the preset also add up in float32."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    preset = importlib.util.find_spec("cut_cross_entropy.cce_utils") is not None  # after 25.1.1
+    how = {"impl": "cce_exact"} if preset else {"impl": "cce", "filter_eps": None}
+    return -linear_cross_entropy(b.hidden, b.weight, b.target, softcap=b.softcap, reduction="none", **how).float()
 
 
-def gemm_1(b: Batch) -> Tensor:
-    """logits"""
-    return b.hidden.detach().flatten(0, 1) @ b.weight.detach().T
+def verl_kernel(b: Batch) -> Tensor:
+    """verl's Triton kernel, log-probs and (unused) entropy per token: 4 products, dweight of a frozen head too.
+
+    Wants D to be a multiple of 128. No softcap.
+    """
+    linear_cross_entropy = _verl().linear_cross_entropy
+    logps, _ = linear_cross_entropy(b.hidden.flatten(0, 1), b.weight, b.target.clamp(min=0).flatten(), 1.0, "none")
+    return scored_only(logps.view(b.target.shape), b)
 
 
-def gemm_2(b: Batch) -> Tensor:
-    """logits, dhidden"""
-    logits = gemm_1(b)
-    torch.mm(logits, b.weight.detach())
-    return logits
+def _verl() -> types.ModuleType:
+    """verl's kernel module, without its packages' __init__, which want ray and a dozen others."""
+    name = "verl.utils.kernel.linear_cross_entropy"
+    if "verl" not in sys.modules:
+        spec = importlib.util.find_spec("verl")
+        if spec is None:
+            raise ImportError("No module named 'verl'")
+        root = Path(spec.submodule_search_locations[0])
+        for package, folder in (("verl", root), ("verl.utils", root / "utils")):
+            module = types.ModuleType(package)
+            module.__path__ = [str(folder)]
+            sys.modules[package] = module
+    return importlib.import_module(name)
 
 
-def gemm_3(b: Batch) -> None:
-    """logits, dhidden, dweight"""
-    torch.mm(gemm_2(b).T, b.hidden.detach().flatten(0, 1))
-
-
-def gemm_4(b: Batch) -> None:
-    """logits, logits, dhidden, dweight"""
-    gemm_1(b)
-    gemm_3(b)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A function of a batch and where it applies."""
-
-    fn: Callable
-    gives: str  # "logprobs" [2B, T]; "loss": a scalar, and log-probs or None; "products": nothing
-    package: str | None = None  # must import, else the method is skipped
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    modes: tuple[str, ...] = ("trainable", "frozen", "forward")
-    softcap: bool = True
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    plain_dpo: bool = False  # its loss is DPO without a reference, not T-REG
-
-    def applies_to(self, case: Case) -> bool:
-        fits = DEVICE in self.devices and case.mode in self.modes and case.dtype in self.dtypes
-        return fits and (self.softcap or case.softcap is None)
-
-    def missing(self) -> str | None:
-        """Why the package does not import, or None."""
-        try:
-            if self.package is not None:
-                importlib.import_module(self.package)
-        except (ImportError, RuntimeError) as e:  # RuntimeError: how lazy modules of transformers and TRL report it
-            return f"{self.package} does not import: {e}"
-        return None
-
-
-GRADIENTS = ("trainable", "frozen")
-GPU = ("cuda",)
 METHODS = {
-    "treg_fused": Method(treg_fused, "loss", modes=GRADIENTS),
-    "treg_fused_exact_logits": Method(
-        treg_fused_exact_logits, "loss", devices=("cpu",), modes=GRADIENTS, dtypes=(torch.bfloat16,)
+    **OWN,
+    "trl_selective": Method(trl_selective, "logprobs", "trl", devices=GPU, products=(3, 2, 1)),
+    "trl_chunked": Method(trl_chunked, "logprobs", "trl.kernels", products=(4, 3, 1)),
+    "liger_dpo": Method(
+        liger_dpo, "loss", "liger_kernel.chunked_loss", modes=GRADIENTS, softcap=False, loss="dpo",
+        products=(3, 2, None),
     ),
-    "treg_logprobs": Method(treg_logprobs, "logprobs"),
-    "dense_log_softmax": Method(dense_log_softmax, "logprobs"),
-    "dense_logsumexp": Method(dense_logsumexp, "logprobs"),
-    "trl_selective": Method(trl_selective, "logprobs", "trl", devices=GPU),
-    "trl_chunked": Method(trl_chunked, "logprobs", "trl.kernels"),
-    "liger_dpo": Method(liger_dpo, "loss", "liger_kernel.chunked_loss", modes=GRADIENTS, softcap=False, plain_dpo=True),
-    "torch_linear_cross_entropy": Method(torch_linear_cross_entropy, "logprobs", softcap=False),
-    "cut_cross_entropy": Method(cut_cross_entropy, "logprobs", "cut_cross_entropy", devices=GPU),
-    "gemm_1": Method(gemm_1, "products", devices=GPU, modes=("forward",)),
-    "gemm_2": Method(gemm_2, "products", devices=GPU, modes=("frozen",)),
-    "gemm_3": Method(gemm_3, "products", devices=GPU, modes=GRADIENTS),
-    "gemm_4": Method(gemm_4, "products", devices=GPU, modes=("trainable",)),
-}
+    "liger_scaled_ce": Method(
+        liger_scaled_ce, "logprobs", "liger_kernel.ops", softcap=False, dtypes=BFLOAT16, products=(4, 4, 1)
+    ),
+    "liger_mean_ce": Method(
+        liger_mean_ce, "loss", "liger_kernel.transformers", devices=GPU, modes=GRADIENTS, loss="ce",
+        products=(3, 2, None),
+    ),
+    "quack_mean_ce": Method(
+        quack_mean_ce, "loss", "quack.linear_cross_entropy", devices=GPU, modes=GRADIENTS, softcap=False,
+        dtypes=BFLOAT16, loss="ce", products=(3, 2, None),
+    ),
+    "torch_linear_cross_entropy": Method(
+        torch_linear_cross_entropy, "logprobs", softcap=False, products=(4, 3, 1)
+    ),
+    "cce": Method(cce, "logprobs", "cut_cross_entropy", devices=GPU),
+    "cce_exact": Method(cce_exact, "logprobs", "cut_cross_entropy", devices=GPU, products=(4, 3, 1)),
+    "verl": Method(verl_kernel, "logprobs", devices=GPU, softcap=False, products=(4, 4, 1)),
+}  # fmt: skip
+# exact, per token, 4 products with a trainable head
+FOUR_PRODUCTS = ("trl_chunked", "liger_scaled_ce", "torch_linear_cross_entropy", "cce", "cce_exact", "verl")

@@ -41,6 +41,28 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
+@pytest.fixture
+def open_operators(monkeypatch):
+    """The project's operators as plain autograd functions: dispatch modes, which count, see what happens inside."""
+    import treg.ops.logprobs
+    import treg.ops.pair_op
+    import treg.ops.pairs
+
+    def opened(op):
+        class Opened(torch.autograd.Function):
+            forward = staticmethod(op._init_fn)
+            setup_context = staticmethod(op._setup_context_fn)
+            backward = staticmethod(op._backward_fn)
+
+        # a gradient's operator has no gradient, and saves nothing
+        return Opened.apply if op._setup_context_fn else op._init_fn
+
+    for module in (treg.ops.logprobs, treg.ops.pairs, treg.ops.pair_op):
+        for name, op in list(vars(module).items()):
+            if isinstance(op, torch.library.CustomOpDef):
+                monkeypatch.setattr(module, name, opened(op))
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):

@@ -12,6 +12,7 @@ import torch
 from helpers import DEVICE, GPU
 
 import treg
+import treg.checks
 from treg import fused_treg_loss, linear_logprobs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +155,11 @@ ROWS = [
     (BOTH, {"memory_budget": True}, "memory_budget", r"bytes > 0 \(int\)", "got True"),
     (BOTH, {"memory_budget": "1GB"}, "memory_budget", r"bytes > 0 \(int\)", "got '1GB'"),
     (BOTH, {"memory_budget": 1000}, "memory_budget", r"at least \d+ bytes \(one row at V=7\)", "got 1000"),
+    (BOTH, {"filter_eps": -0.1}, "filter_eps", "0 <= value < 1", "got -0.1"),
+    (BOTH, {"filter_eps": 1.0}, "filter_eps", "0 <= value < 1", "got 1.0"),
+    (BOTH, {"filter_eps": float("nan")}, "filter_eps", "a finite number or None", "got nan"),
+    (BOTH, {"filter_eps": True}, "filter_eps", "a finite number or None", "got True"),
+    (BOTH, {"filter_eps": "1e-4"}, "filter_eps", "a finite number or None", "got '1e-4'"),
     (BOTH, {"logits_dtype": torch.float16}, "logits_dtype", "torch.float32", "got torch.float16"),
     (BOTH, {"logits_dtype": "float32"}, "logits_dtype", "torch.float32", "got 'float32'"),
     ([LOGPROBS], {"outputs": ("lse", "perplexity")}, "outputs", "'entropy'", r"got \('lse', 'perplexity'\)"),
@@ -504,3 +510,10 @@ def test_gpu_values_are_checked_on_request(debug_off):
     treg.set_debug(False)
     with pytest.raises(ValueError, match=r"^ref_logps: expected \[4\] sums"):
         fused_treg_loss(**given | {"ref_logps": torch.zeros(3).cuda()})
+
+
+def test_no_filter_beside_a_shard():
+    """A shard needs a process group: here its check alone."""
+    head = (torch.zeros(4, D), torch.zeros(V, D), torch.zeros(4, dtype=torch.int64), None, 1.0, None, 1.0, -100)
+    with pytest.raises(ValueError, match=r"^filter_eps: expected None beside a shard, got 0\.0"):
+        treg.checks.check_head(*head, "torch", None, None, sharded=True, filter_eps=0.0)

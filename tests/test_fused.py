@@ -11,11 +11,15 @@ from memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 
 import treg.ops
+import treg.ops.groups
 import treg.ops.head
+import treg.ops.pairs
 import treg.ops.torch_tiles
 from treg import reference
 from treg.losses import OBJECTIVES
 from treg.ops import fused_treg_loss
+from treg.ops.head import Head
+from treg.ops.logprobs import make_tiles
 
 PHASES = [Phase.explicit, Phase.generate]  # shrinking runs the interpreter for minutes
 LENGTHS = [9, 4, 30, 7, 11, 26]  # three pairs: 16, 15 and 56 tokens
@@ -72,21 +76,25 @@ def modes(monkeypatch):
     seen = set()
 
     def plan(*args):
-        groups = original(*args)
-        seen.update({"compose"} if groups is None else {g.mode for g in groups})
+        groups = real_plan(*args)
+        seen.update(g.mode for g in groups)
         return groups
 
-    original = treg.ops.plan
-    monkeypatch.setattr(treg.ops, "plan", plan)
+    def fits_at_once(*args):
+        fits = real_fits(*args)
+        seen.update({"at once"} if fits else ())
+        return fits
+
+    real_plan, real_fits = treg.ops.groups.plan, treg.ops.pairs.fits_at_once
+    monkeypatch.setattr(treg.ops.groups, "plan", plan)
+    monkeypatch.setattr(treg.ops.pairs, "fits_at_once", fits_at_once)
     return seen
 
 
 def budget_for(case: Case, impl: str, dtype: torch.dtype, rows: int, sums: int = 0, **options) -> int:
     """Bytes that hold `rows` stashed rows and `sums` float32 [V, D] buffers."""
-    from treg.ops import Head, _tiles
-
     case = case.at(dtype)
-    tiles = _tiles(impl, Head(case.weight.detach(), case.bias, softcap=case.rest.get("softcap")), None)
+    tiles = make_tiles(impl, Head(case.weight.detach(), case.bias, softcap=case.rest.get("softcap")), None)
     row = tiles.row_bytes(stash=True, outputs=case.rest.get("outputs", ()))
     return tiles.fixed_bytes + rows * row + sums * 4 * case.weight.numel()
 
@@ -95,12 +103,12 @@ def budget_for(case: Case, impl: str, dtype: torch.dtype, rows: int, sums: int =
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_objective(impl, loss_type, modes):
     check(make_case(loss_type=loss_type), torch.float32, impl)
-    assert modes == {"stash"}
+    assert modes == {"at once"}
 
 
 # the pairs have 16, 15 and 56 scored tokens; a float32 [V, D] sum is worth 10 to 20 rows of stash
 WAYS = {
-    "stash": ({}, None, {"stash"}),
+    "at once": ({}, None, {"at once"}),
     "stash in groups": ({}, (60, 0), {"stash"}),
     "scale": ({}, (16, 1), {"scale", "stash"}),
     "scale, one pair": ({"lengths": [30, 26]}, (17, 0), {"scale"}),
@@ -189,6 +197,7 @@ def test_frozen_parts(impl, frozen):
     check(case, torch.float32, impl, freeze(fused_treg_loss), freeze(reference.fused_treg_loss))
 
 
+@pytest.mark.usefixtures("open_operators")
 def test_matrix_products():
     """1 product forward only, 2 with a frozen head, 3 with a trainable one whatever the way, 4 where documented."""
     torch.manual_seed(0)
@@ -223,23 +232,25 @@ def test_matrix_products():
     assert products(memory_budget=part_and_sums, loss_type="apo_zero") == 4
 
 
+@pytest.mark.usefixtures("open_operators")
 def test_ignored_tokens_cost_no_product():
     case = make_case([100, 100], D=16, V=200).at(torch.float32)
     rest = dict(case.rest, token_rewards=torch.zeros(206), ref_logps=torch.zeros(2))
-    flops = []
+    products = []
     for ignored in (0, 1):
         target = torch.randint(0, 200, (206,))
         target[::2] = -100 if ignored else 1
         with FlopCounterMode(display=False) as counter:
             fused_treg_loss(case.hidden, case.weight, **dict(rest, target=target)).loss.backward()
-        flops.append(counter.get_total_flops())
-    assert flops[1] * 2 == flops[0]
+        products.append(counter.get_total_flops())
+    assert products[1] * 2 == products[0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss_type", ["dpo", "apo_zero"])
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("open_operators")
 def test_memory_stays_within_the_budget(impl, loss_type, trainable, dtype, monkeypatch):
     """Bytes alive at once, beyond inputs: the budget, one float32 dweight, dhidden, and [N]-sized rows."""
     D, V = 24, 8000 if impl == "torch" else 4000
@@ -304,14 +315,15 @@ def test_without_looking_at_the_targets(impl, padded, rows, monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("fits", [True, False])
 def test_offsets_on_the_device(impl, fits, monkeypatch, modes):
-    """cu_seqlens that only the device can read: one group where everything fits, else log-probs first."""
-    monkeypatch.setattr(treg.ops, "_layout", lambda *args: (None, None))
+    """cu_seqlens that only the device can read: all at once where it fits, else log-probs first."""
+    monkeypatch.setattr(treg.ops.pairs, "_layout", lambda *args: (None, None))
+    monkeypatch.setattr(treg.ops.pairs, "scored_rows", lambda *args: None)
     case = make_case()
     check(case, torch.float32, impl, memory_budget=None if fits else budget_for(case, impl, torch.float32, 50))
-    assert modes == {"stash" if fits else "compose"}
+    assert modes == {"at once" if fits else "recompute"}
 
 
-@pytest.mark.parametrize("way", ["stash", "stash in groups", "scale", "recompute", "none"])
+@pytest.mark.parametrize("way", ["at once", "stash in groups", "scale", "recompute", "none"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_statistics(impl, way, modes):
     """Of each token, from the pass that is made anyhow; what they stand beside has the same bits without them."""
@@ -329,7 +341,7 @@ def test_statistics(impl, way, modes):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("way", ["stash", "scale", "recompute"])
+@pytest.mark.parametrize("way", ["at once", "stash in groups", "scale", "recompute"])
 def test_no_output_is_left_unwritten(impl, way, poisoned):
     options, size, _ = WAYS[way]
     case = make_case(bias=True, D=12, **options)
@@ -386,6 +398,32 @@ def test_gradient_is_dpo_with_token_weights(impl):
     assert error(found, expected) < 4 * EPS[torch.float32]
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_filter(impl, dtype, frozen):
+    """filter_eps 0 leaves out nothing; a larger one changes the gradients alone, by less than the mass it may drop."""
+    case = make_case([40, 30, 60, 25], D=12, V=700, bias=True)
+    case.rest["target"] = torch.where(case.rest["target"] >= 0, case.rest["target"] % 200, -100)
+    case.bias[256:] -= 7.0  # four of six blocks of columns are unlikely, and hold no target
+
+    def only(fn):
+        def run(hidden, weight, bias, **kwargs):
+            weight, bias = (x.detach() if frozen else x for x in (weight, bias))
+            return fn(hidden, weight, bias=bias, **kwargs)
+
+        return run
+
+    check(case, dtype, impl, only(fused_treg_loss), only(reference.fused_treg_loss), filter_eps=0.0)
+    case = case.at(dtype, device_of(impl))
+    exact, filtered = (case.run(only(fused_treg_loss), upstream, impl=impl, filter_eps=eps) for eps in (0.0, 0.01))
+    for name, x in exact.items():
+        if name == "dhidden" or (name in ("dweight", "dbias") and not frozen):
+            assert 0 < error(filtered[name], x) < 0.1, name
+        else:
+            assert torch.equal(filtered[name], x), name
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=PHASES)
 @given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=3), D=st.integers(1, 40), V=st.integers(2, 300),
@@ -400,14 +438,3 @@ def test_any_call(impl, lengths, D, V, rows, sums, dtype, seed, **options):
     torch.manual_seed(seed)
     case = make_case(lengths + lengths[::-1], D, V, **options)
     check(case, dtype, impl, memory_budget=budget_for(case, impl, dtype, rows, sums))
-
-
-@pytest.mark.gpu
-def test_no_call_waits_for_the_device():
-    case = make_case(padded=True).at(torch.bfloat16, "cuda")
-    fused_treg_loss(case.hidden, case.weight, **case.rest).loss.backward()  # compiles, tunes
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fused_treg_loss(case.hidden, case.weight, **case.rest).loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -228,6 +228,7 @@ def test_treg_gradient_weighs_each_token(nll, average):
 
 
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
+@pytest.mark.usefixtures("open_operators")
 def test_three_products_for_the_policy_and_one_for_the_reference(average, monkeypatch):
     """Where the budget does not hold all pairs at once, in which case the likelihood term takes more."""
     length, wide = 400, 500

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import treg.ops
 import treg.ops.head
 import treg.ops.logprobs
+import treg.ops.rows
 import treg.ops.torch_tiles
 from treg import reference
 from treg.ops import linear_logprobs
@@ -34,7 +35,7 @@ def cheap_passes(monkeypatch):
     """Few rows are worth keeping already, and no tile has more than 16."""
     monkeypatch.setattr(treg.ops.head, "PASS_ROWS", {"cpu": 2})
     monkeypatch.setattr(treg.ops.head, "PASS_ROWS_GPU", 2)
-    for tiles in (treg.ops.TorchTiles, treg.ops.TritonTiles):
+    for tiles in (treg.ops.logprobs.TorchTiles, treg.ops.logprobs.TritonTiles):
         monkeypatch.setattr(tiles, "max_rows", 16)
 
 
@@ -42,12 +43,14 @@ def cheap_passes(monkeypatch):
 def kept(monkeypatch):
     """How many rows each call of a test kept, and of how many."""
     seen = []
+    score = treg.ops.logprobs.score_rows
 
-    def spy(tiles, budget, count, outputs):
-        seen.append((kept_rows(tiles, budget, count, outputs), count))
-        return seen[-1][0]
+    def spy(tiles, hidden, target, rows, outputs, budget, stash, factor):
+        count = hidden.shape[0] if rows is None else rows.shape[0]
+        seen.append((0 if stash is None else stash.shape[0], count))
+        return score(tiles, hidden, target, rows, outputs, budget, stash, factor)
 
-    monkeypatch.setattr(treg.ops.logprobs, "kept_rows", spy)
+    monkeypatch.setattr(treg.ops.logprobs, "score_rows", spy)
     return seen
 
 
@@ -234,7 +237,7 @@ def least_budget(case: Case, dtype: torch.dtype, impl: str) -> int:
 
 def tiles_of(case: Case, dtype: torch.dtype, impl: str):
     case, head = case.at(dtype, device_of(impl)), {k: case.rest.get(k) for k in ("softcap",)}
-    return treg.ops._tiles(impl, treg.ops.Head(case.weight.detach(), case.bias, **head), None)
+    return treg.ops.logprobs.make_tiles(impl, treg.ops.Head(case.weight.detach(), case.bias, **head), None)
 
 
 def budget_for(case: Case, dtype: torch.dtype, impl: str, rows: int) -> int:
@@ -278,6 +281,7 @@ def test_dweight_of_many_tiles_is_rounded_once(cheap_passes, kept):
     assert many < 1.3 * one
 
 
+@pytest.mark.usefixtures("open_operators")
 def test_matrix_products(kept):
     """1 product forward only, 2 with a frozen head, 3 with a trainable one where its stash is kept, 4 where not."""
     N, D, V = 900, 32, 500
@@ -310,7 +314,7 @@ def test_matrix_products(kept):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_kept_rows_fit_and_are_as_many_as_pay(impl):
-    """Beside a tile of the others, within the budget; no other number is cheaper by more than two passes."""
+    """Beside a tile of the others, within the budget; all products together are within 15 % of the fewest."""
     case = make_case(N=1, D=16, V=1000, outputs=())
     tiles = tiles_of(case, torch.float32, impl)
     P, row = treg.ops.head.pass_rows(case.hidden.to(device_of(impl)).device), tiles.row_bytes(stash=True)
@@ -329,13 +333,14 @@ def test_kept_rows_fit_and_are_as_many_as_pay(impl):
             def cost(k, count=count, capacity=capacity):
                 return count - k + P * (count - k) / min(tiles.max_rows, capacity - k) + P * (k > 0)
 
-            assert cost(n) <= min(map(cost, range(capacity))) + 2 * P
+            assert 3 * count + cost(n) <= 1.15 * (3 * count + min(map(cost, range(capacity))))
             partly += n > 0
     assert partly >= 5
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("open_operators")
 def test_memory_stays_within_the_budget(impl, dtype, monkeypatch, kept):
     """Bytes alive at once, beyond inputs: the budget, a float32 dweight, dhidden, and [N]-sized rows; none after."""
     D, V = 24, 4000 if impl == "torch" else 2000
@@ -354,7 +359,7 @@ def test_memory_stays_within_the_budget(impl, dtype, monkeypatch, kept):
         assert forward <= budget + rows, f"{forward} bytes in the forward at N={N}"
         assert memory.peak <= max(budget, gradients) + gradients + rows, f"{memory.peak} bytes at N={N}"
         assert left <= gradients + rows, f"{left} bytes after the backward at N={N}"
-    assert [n > 0 for n, _ in kept] == [True, True, False][: len(kept)]
+    assert all(n > 0 for n, _ in kept)
     assert kept[0][0] == kept[0][1] and kept[1][0] < kept[1][1]
 
 
@@ -426,7 +431,8 @@ def test_layouts_of_rows(impl, target, upstream):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_at_ignored_rows_stays_there(impl, frozen, monkeypatch):
     """Also where nobody looks which rows are ignored, as on a GPU."""
-    monkeypatch.setattr(treg.ops.head, "sees_values", lambda x: False)
+    for module in (treg.ops.head, treg.ops.rows, treg.ops.torch_tiles):
+        monkeypatch.setattr(module, "sees_values", lambda x: False)
     case = make_case(N=20, bias=True, ignored=5, outputs=OUTPUTS)
     clean = case.at(torch.float32, device_of(impl))
     case.hidden[case.rest["target"] == -100] = float("nan")
@@ -439,13 +445,15 @@ def test_nan_at_ignored_rows_stays_there(impl, frozen, monkeypatch):
         assert torch.equal(clean[name], dirty[name]), name
 
 
+@pytest.mark.parametrize("N", [20, 128])
+@pytest.mark.parametrize("outputs", [(), ("lse", "entropy", "is_top1", "log_sum_sq_probs")], ids=["", "statistics"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_vocabulary_masked_by_the_bias(impl):
+def test_vocabulary_masked_by_the_bias(impl, outputs, N):
     """A bias of -inf takes tokens out; every statistic stays finite."""
-    case = make_case(N=20, V=300, bias=True, ignored=0, outputs=("lse", "entropy", "is_top1", "log_sum_sq_probs"))
+    case = make_case(N=N, V=300, bias=True, ignored=0, outputs=outputs)
     case.bias[[3, 150, 299]] = -float("inf")
     case.bias[128:256] = -float("inf")  # a whole tile
-    case.rest["target"] = torch.randint(4, 100, (20,))
+    case.rest["target"] = torch.randint(4, 100, (N,))
     check_against_reference(case, linear_logprobs, reference.linear_logprobs, weighted, torch.float32, device_of(impl),
                             plain_runs=2, impl=impl)  # fmt: skip
 
@@ -538,7 +546,7 @@ def test_only_logprobs_carry_a_gradient(impl):
         assert not getattr(out, name).requires_grad, name
     upstream = torch.ones_like(out.logprobs, requires_grad=True)
     grad = torch.autograd.grad((out.logprobs * upstream).sum(), case.hidden, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.sum().backward()
 
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "treg.segments": {"torch"},
     "treg.reference": {"treg.results", "torch"},
     "treg.losses": {"treg.checks", "treg.results", "treg.segments", "torch"},
-    "treg.ops": {"treg.ops", "treg.checks", "treg.losses", "treg.results", "treg_kernels", "torch"},
+    "treg.ops": {"treg.ops", "treg.checks", "treg.losses", "treg.results", "treg.segments", "treg_kernels", "torch"},
     "treg.rewards": {"treg.rewards", "treg.files", "treg.ops", "treg.segments", "torch", "jinja2"},
     "treg.adapters": {"torch"},
     "treg.head_checks": {"torch", "transformers"},

@@ -177,7 +177,7 @@ def budget_of(call: Call, case: Case) -> int | None:
     if call.rows is None:
         return None
     head = treg.ops.Head(case.weight.detach(), case.bias, softcap=call.head.get("softcap"))
-    tiles = treg.ops._tiles(call.impl, head, None)
+    tiles = treg.ops.logprobs.make_tiles(call.impl, head, None)
     return tiles.fixed_bytes + call.rows * tiles.row_bytes(stash=True)
 
 

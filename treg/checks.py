@@ -1,6 +1,7 @@
 """What the public functions accept. Every message names the argument, what was expected and what came.
 
-Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`; shapes, dtypes and devices always.
+Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`, in neither case under torch.compile;
+shapes, dtypes and devices always.
 """
 
 import math
@@ -61,8 +62,8 @@ def check_floating(name: str, x: Tensor) -> None:
 
 
 def values_visible(x: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at here."""
-    return x.device.type == "cpu" or is_debug()
+    """Whether the values of a tensor may be looked at here: free on a CPU, and impossible where a graph is traced."""
+    return (x.device.type == "cpu" or is_debug()) and not torch.compiler.is_compiling()
 
 
 def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
@@ -79,7 +80,7 @@ def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
 
 def check_head(
     hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype,
-    *, sharded: bool = False,
+    *, sharded: bool = False, filter_eps=None,
 ) -> None:  # fmt: skip
     """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]; impl resolved.
 
@@ -124,6 +125,10 @@ def check_head(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
         raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
     _check_budget(memory_budget)
+    check_number("filter_eps", filter_eps, optional=True)
+    if filter_eps is not None and (sharded or not 0.0 <= filter_eps < 1.0):
+        expected = "None beside a shard" if sharded else "0 <= value < 1, a share of the largest coefficient, or None"
+        raise ValueError(f"filter_eps: expected {expected}, got {filter_eps!r}")
     if logits_dtype is not None and (
         impl == "triton" or logits_dtype not in (torch.float32, hidden.dtype) or hidden.dtype == torch.float64
     ):
@@ -193,19 +198,23 @@ def check_sequences(name: str, x: Tensor, ndim: int, cu_seqlens) -> int:
             check_device("cu_seqlens", cu_seqlens, x)
         count = cu_seqlens.shape[0] - 1
         if values_visible(cu_seqlens) and count >= 0:
-            ends = cu_seqlens.tolist()
-            if ends[0] != 0:
-                raise ValueError(f"cu_seqlens: expected to start at 0, got {ends[0]}")
-            if any(a > b for a, b in pairwise(ends)):
-                raise ValueError(f"cu_seqlens: expected not to decrease, got {ends}")
-            if ends[-1] != x.shape[0]:
-                raise ValueError(f"cu_seqlens: expected to end at N={x.shape[0]} (rows of {name}), got {ends[-1]}")
+            check_ends(cu_seqlens.tolist(), name, x.shape[0])
     if count < 2 or count % 2:
         argument = name if cu_seqlens is None else "cu_seqlens"
         raise ValueError(
             f"{argument}: expected an even number >= 2 of sequences (chosen, then rejected), got {max(count, 0)}"
         )
     return count
+
+
+def check_ends(ends: list[int], name: str, N: int) -> None:
+    """Values of cu_seqlens for the N rows of an argument."""
+    if ends[0] != 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {ends[0]}")
+    if any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"cu_seqlens: expected not to decrease, got {ends}")
+    if ends[-1] != N:
+        raise ValueError(f"cu_seqlens: expected to end at N={N} (rows of {name}), got {ends[-1]}")
 
 
 def check_pair_inputs(

@@ -27,15 +27,16 @@ import torch
 import triton
 import triton.language as tl
 
-from treg_kernels.configs import CONFIGS, MIN_BLOCK_V, prune
-from treg_kernels.tiles import Scalars, logits_tile, tile_of, transform
+from treg_kernels import configs
+from treg_kernels.launch import Product, slabs, target_matrix
+from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transform, uniform
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LIMIT = tl.constexpr(48.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _offset_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, offset_ptr, N, V, D,
     stride_hn, stride_hd, stride_wv, stride_wd, scale2, cap_scale, cap2,
@@ -61,39 +62,47 @@ def _offset_kernel(
     tl.store(offset_ptr + offs_n, tl.floor(z2 + 0.5), mask=offs_n < N)
 
 
-@triton.autotune(CONFIGS, key=["n_bucket", "V", "D"], prune_configs_by={"early_config_prune": prune})
 @triton.jit
-def _tile_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, offset_ptr, stash_ptr, target_z2_ptr, tile_width_ptr,
-    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
-    N, V, D, ignore_index, n_bucket, stride_part,
-    stride_hn, stride_hd, stride_wv, stride_wd, scale2, cap_scale, cap2,
-    PRECISION: tl.constexpr, GROUP_N: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+def _offset(top, offset_ptr, offs_n, mask_n):
+    """k of a tile's rows: its rounded-up maximum; beside a stash the row's offset, unless the maximum is far above."""
+    # a tile of the target alone, or of logits of -inf, has no maximum: any finite offset serves
+    k = tl.where(top == float("-inf"), -1e30, tl.ceil(top))
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + offs_n, mask=mask_n, other=0.0)
+        k = tl.where(k > offset + LIMIT, k, offset)
+    return k
+
+
+@triton.jit
+def _plain_epilogue(
+    z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part, stride_stash,
+    STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One tile: per row its offset k, s, and what else is asked for; the target's z2; the stash.
-
-    k, s, top (maximum of z2), ez (sum of e*(z2-k)), z (sum of z2), ee (sum of e^2): [N, stride_part] float32, a column
-    a tile, the target left out of all but z.
-    """
-    tile_n, tile_v = tile_of(tl.program_id(0), N, V, BLOCK_N, BLOCK_V, GROUP_N)
-    # the combining kernel must know how wide a tile was, and only the tuner knows here
-    if tl.program_id(0) == 0:
-        tl.store(tile_width_ptr, BLOCK_V)
+    """k, s, top and the stash of a tile in which every entry counts: a third of the operations of `_full_epilogue`."""
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_n = offs_n < N
-    mask_v = offs_v < V
-    target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
-    scored = target != ignore_index
-    # prompts and padding come in runs: a tile without a scored row costs no matmul
-    depth = tl.where(tl.max(scored.to(tl.int32), axis=0) > 0, D, 0)
-    a = logits_tile(
-        hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, N, V, D, depth,
-        stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
-    )  # fmt: skip
-    z2, slope = transform(a, scale2, cap_scale, cap2)
+    top = tl.max(z2, axis=1)
+    k = _offset(top, offset_ptr, offs_n, mask_n)
+    e = tl.exp2(z2 - k[:, None])
+    at = offs_n * stride_part + tile_v
+    tl.store(k_ptr + at, k, mask=mask_n)
+    tl.store(s_ptr + at, tl.sum(e, axis=1), mask=mask_n)
+    if top_ptr is not None:
+        tl.store(top_ptr + at, top, mask=mask_n)
+    if stash is not None:
+        store_tile(stash, e * slope, tile_n, tile_v, N, V, stride_stash, STORE, BLOCK_N, BLOCK_V)
 
+
+@triton.jit
+def _full_epilogue(
+    z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+    tile_n, tile_v, N, V, stride_part, stride_stash,
+    STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Of any tile: per row its offset k, s, and what else is asked for; the target's z2; the stash."""
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V) < V
     at = offs_n * stride_part + tile_v
     if z_ptr is not None:
         tl.store(z_ptr + at, tl.sum(tl.where(mask_v[None, :], z2, 0.0), axis=1), mask=mask_n)
@@ -105,11 +114,7 @@ def _tile_kernel(
     other = mask_v[None, :] & (is_target == 0)
     z2_other = tl.where(other, z2, float("-inf"))
     top = tl.max(z2_other, axis=1)
-    # a tile of the target alone has no maximum: any finite offset serves
-    k = tl.where(top == float("-inf"), -1e30, tl.ceil(top))
-    if stash_ptr is not None:
-        offset = tl.load(offset_ptr + offs_n, mask=mask_n, other=0.0)
-        k = tl.where(k > offset + LIMIT, k, offset)
+    k = _offset(top, offset_ptr, offs_n, mask_n)
     e = tl.exp2(z2_other - k[:, None])
 
     tl.store(k_ptr + at, k, mask=mask_n)
@@ -120,18 +125,60 @@ def _tile_kernel(
         tl.store(ez_ptr + at, tl.sum(e * tl.maximum(z2 - k[:, None], -1e30), axis=1), mask=mask_n)
     if ee_ptr is not None:
         tl.store(ee_ptr + at, tl.sum(e * e, axis=1), mask=mask_n)
-    if stash_ptr is not None:
-        stash = tl.where(scored[:, None], e * slope, 0.0)
-        ptrs = stash_ptr + offs_n[:, None] * V + offs_v[None, :]
-        tl.store(ptrs, stash.to(stash_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_v[None, :])
+    if stash is not None:
+        value = tl.where(scored[:, None], e * slope, 0.0)
+        store_tile(stash, value, tile_n, tile_v, N, V, stride_stash, STORE, BLOCK_N, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
+def _tile_kernel(
+    hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, offset_ptr, stash, target_z2_ptr,
+    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+    N, V, D, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
+    PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The tiles of one program: what `_full_epilogue` leaves of each.
+
+    k, s, top (maximum of z2), ez (sum of e*(z2-k)), z (sum of z2), ee (sum of e^2): [N, stride_part] float32, a column
+    a tile, the target left out of all but z. V counts the columns of this launch, of which first_v is the first.
+    """
+    nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
+    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
+        offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+        scored = target != ignore_index
+        target -= first_v
+        # prompts and padding come in runs: a tile without a scored row costs no matmul
+        depth = tl.where(tl.max(scored.to(tl.int32), axis=0) > 0, D, 0)
+        a = logits_tile(
+            hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
+            stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, SOURCE,
+        )  # fmt: skip
+        z2, slope = transform(a, scale2, cap_scale, cap2)
+        plain = nothing_else
+        if nothing_else:
+            plain = uniform(tile_v, target, scored, V, BLOCK_V)
+        if plain:
+            _plain_epilogue(
+                z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
+                stride_stash, STORE, BLOCK_N, BLOCK_V,
+            )  # fmt: skip
+        else:
+            _full_epilogue(
+                z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr,
+                ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash, STORE, BLOCK_N, BLOCK_V,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def _combine_kernel(
-    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, tile_width_ptr, target_ptr, target_z2_ptr, stash_ptr,
+    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, target_ptr, target_z2_ptr, stash_ptr,
     logprob_ptr, lse2_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr, log_sum_sq_ptr,
     N, V, stride_part, ignore_index, scale, cap2,
-    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Add up the tiles of BLOCK_R rows; finish the stash: the target's entry, and one offset per row."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -140,9 +187,8 @@ def _combine_kernel(
     scored = target != ignore_index
     z2_y = tl.load(target_z2_ptr + offs_n, mask=mask_n & scored, other=0.0)
 
-    tile_width = tl.load(tile_width_ptr)
     offs_j = tl.arange(0, BLOCK_J)
-    mask = (mask_n & scored)[:, None] & (offs_j < tl.cdiv(V, tile_width))[None, :]
+    mask = (mask_n & scored)[:, None] & (offs_j < tl.cdiv(V, WIDTH))[None, :]
     at = offs_n[:, None] * stride_part + offs_j[None, :]
     k = tl.load(k_ptr + at, mask=mask, other=-1e30)
     K = tl.max(k, axis=1)
@@ -198,7 +244,7 @@ def _combine_kernel(
             offs_v = start + tl.arange(0, BLOCK_V)
             mask_v = uneven[:, None] & (offs_v < V)[None, :]
             k_here = tl.load(
-                k_ptr + offs_n[:, None] * stride_part + (offs_v // tile_width)[None, :], mask=mask_v, other=0.0
+                k_ptr + offs_n[:, None] * stride_part + (offs_v // WIDTH)[None, :], mask=mask_v, other=0.0
             )
             ptrs = stash_ptr + offs_n[:, None] * V + offs_v[None, :]
             value = tl.load(ptrs, mask=mask_v, other=0.0).to(tl.float32) * tl.exp2(k_here - K[:, None])
@@ -209,9 +255,10 @@ def _combine_kernel(
 STATISTICS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
-def part_columns(V: int) -> int:
-    """Partial results per row and statistic: one a tile of the narrowest configuration."""
-    return triton.cdiv(V, MIN_BLOCK_V)
+def part_columns(dtype: torch.dtype, V: int, D: int) -> int:
+    """Partial results per row and statistic, at most: one a tile."""
+    tiles = (tile for kind in ("forward", "stash") for _, tile in configs.tiles_for(kind, dtype, V, D))
+    return triton.cdiv(V, min(tile.v for tile in tiles))
 
 
 def logprob_forward(
@@ -223,18 +270,22 @@ def logprob_forward(
     ignore_index: int,
     outputs: tuple[str, ...] = (),
     stash: torch.Tensor | None = None,
+    product: Product | None = None,
+    tile: configs.Tile | None = None,
 ) -> dict[str, torch.Tensor]:
     """Launch the forward on N rows.
 
     Args:
         hidden: [N, D] float32, bfloat16 or float16, any strides. weight: [V, D], same dtype, any strides.
         target: [N] int64, contiguous. bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
-        outputs: any of STATISTICS.
+        outputs: any of STATISTICS, and "tops".
         stash: [N, V] contiguous, float32 or bfloat16, overwritten with E; None where no gradient follows.
+        product: the vendor's matrix product, which a tile may ask for. tile: None for `configs.tile_for`.
     Returns:
         {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool); norm, which
-        `logits_gradient` takes, is lse / ln 2. Temporaries: 4 * N * part_columns(V) bytes for each of k and s and for
-        each statistic.
+        `logits_gradient` takes, is lse / ln 2; tops: [N, ceil(V / tile.v)], the largest z2 of each tile without the
+        target's. Temporaries: 4 * N * part_columns(dtype, V, D) bytes for each of k and s
+        and for each statistic but lse, and configs.SLAB_BYTES where the tile takes the vendor's product.
     """
     N, D = hidden.shape
     V = weight.shape[0]
@@ -245,42 +296,44 @@ def logprob_forward(
         return torch.empty(N, dtype=dtype, device=dev)
 
     found = {"logprobs": row(), "norm": row()}
-    found.update({name: row(torch.bool if name == "is_top1" else torch.float32) for name in outputs})
+    found.update({name: row(torch.bool if name == "is_top1" else torch.float32) for name in outputs if name != "tops"})
     if stash is not None:
         found["factor"] = row()
     if N == 0:
         return found
-    columns = part_columns(V)
+    tile = tile or configs.tile_for("forward" if stash is None else "stash", hidden.dtype, N, V, D)
+    columns = triton.cdiv(V, tile.v)
 
     def part(needed=True):
         return torch.empty(N, columns, dtype=torch.float32, device=dev) if needed else None
 
     offset = None
-    strides = (*hidden.stride(), *weight.stride())
     if stash is not None:
         offset = row()
-        _offset_kernel[(triton.cdiv(N, 16),)](
-            hidden, weight, bias, target, offset, N, V, D, *strides,
-            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=16, BLOCK_D=64,
+        _offset_kernel[(triton.cdiv(N, 4),)](
+            hidden, weight, bias, target, offset, N, V, D, *hidden.stride(), *weight.stride(),
+            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=4, BLOCK_D=min(1024, triton.next_power_of_2(D)),
         )  # fmt: skip
-    k, s = part(), part()
-    top, ez, z, ee = (part(n in outputs) for n in ("is_top1", "entropy", "mean_logit", "log_sum_sq_probs"))
+    tops = part("is_top1" in outputs or "tops" in outputs)
+    parts = part(), part(), tops, *(part(n in outputs) for n in ("entropy", "mean_logit", "log_sum_sq_probs"))
+    if "tops" in outputs:
+        found["tops"] = tops
     # an impossible target leaves NaN
     target_z2 = torch.full((N,), float("nan"), dtype=torch.float32, device=dev)
-    tile_width = torch.empty(1, dtype=torch.int32, device=dev)
-    _tile_kernel[lambda c: (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)](
-        hidden, weight, bias, target, offset, stash, target_z2, tile_width, k, s, top, ez, z, ee,
-        N, V, D, ignore_index, triton.next_power_of_2(N), columns, *strides,
-        scalars.scale2, scalars.cap_scale, scalars.cap2,
-        PRECISION="ieee", GROUP_N=8,
-    )  # fmt: skip
+    for slab in slabs(tile, hidden, weight, product):
+        here = [None if x is None else x[:, slab.first // tile.v :] for x in parts]
+        out, store = (None, "pointers") if stash is None else target_matrix(tile, slab, stash)
+        _tile_kernel[slab.grid](
+            *slab.operands, None if bias is None else bias[slab.first :], target, offset, out, target_z2, *here,
+            N, slab.columns, D, ignore_index, slab.first, columns, V,
+            scalars.scale2, scalars.cap_scale, scalars.cap2, **slab.constants, STORE=store, **slab.options,
+        )  # fmt: skip
     rest = ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")
     block_j = triton.next_power_of_2(columns)
     block_r = max(1, min(16, 2048 // block_j))
     _combine_kernel[(triton.cdiv(N, block_r),)](
-        k, s, top, ez, z, ee, tile_width, target, target_z2, stash,
-        found["logprobs"], found["norm"], *(found.get(n) for n in rest),
+        *parts, target, target_z2, stash, found["logprobs"], found["norm"], *(found.get(n) for n in rest),
         N, V, columns, ignore_index, scalars.scale, scalars.cap2,
-        BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=2048 // block_r,
+        WIDTH=tile.v, BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=2048 // block_r,
     )  # fmt: skip
     return found

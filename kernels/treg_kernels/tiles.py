@@ -32,41 +32,57 @@ class Scalars(NamedTuple):
 
 
 @triton.jit
-def tile_of(pid, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
-    """Row and column tile of a program: GROUP_N row tiles share each weight tile while it is in L2."""
+def tile_of(index, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
+    """Row and column tile of an index: GROUP_N row tiles share each weight tile while it is in L2."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    group = pid // (GROUP_N * tiles_v)
+    group = index // (GROUP_N * tiles_v)
     first = group * GROUP_N
     rows = tl.minimum(tiles_n - first, GROUP_N)
-    within = pid % (GROUP_N * tiles_v)
+    within = index % (GROUP_N * tiles_v)
     return first + within % rows, within // rows
 
 
 @triton.jit
 def logits_tile(
-    hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, N, V, D, depth,
+    hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
-    """hidden[offs_n] . weight[offs_v] + bias[offs_v] in float32, [BLOCK_N, BLOCK_V]; depth is D, or 0 to skip."""
-    offs_d = tl.arange(0, BLOCK_D)
-    # rows and columns past the end read the last one: in bounds, and masked by whoever uses the tile
-    rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    cols = tl.minimum(offs_v, V - 1).to(tl.int64)
-    deep = offs_d.to(tl.int64)
-    h_ptrs = hidden_ptr + rows[:, None] * stride_hn + deep[None, :] * stride_hd
-    w_ptrs = weight_ptr + deep[:, None] * stride_wd + cols[None, :] * stride_wv
+    """hidden[rows] . weight[columns] + bias[columns] of a tile in float32, [BLOCK_N, BLOCK_V].
+
+    SOURCE: "descriptors": hidden and weight are tensor descriptors, which read 0 past the end. "pointers": the strides
+    apply; rows and columns past the end read the last one: in bounds, and masked by whoever uses the tile. "logits":
+    hidden is a float32 matrix [N, stride_hn] that holds the products already, its first column that of tile_v = 0.
+    depth is D, or 0 to skip the product.
+    """
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
-    for start in range(0, depth, BLOCK_D):
-        left = D - start
-        h = tl.load(h_ptrs, mask=offs_d[None, :] < left, other=0.0)
-        w = tl.load(w_ptrs, mask=offs_d[:, None] < left, other=0.0)
-        acc = tl.dot(h, w, acc, input_precision=PRECISION)
-        h_ptrs += BLOCK_D * stride_hd
-        w_ptrs += BLOCK_D * stride_wd
+    if SOURCE == "descriptors":
+        for start in range(0, depth, BLOCK_D):
+            h = hidden.load([tile_n * BLOCK_N, start])
+            w = weight.load([tile_v * BLOCK_V, start])
+            acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
+    elif SOURCE == "pointers":
+        rows = tl.minimum(offs_n, N - 1)
+        cols = tl.minimum(offs_v, V - 1).to(tl.int64)
+        offs_d = tl.arange(0, BLOCK_D)
+        deep = offs_d.to(tl.int64)
+        h_ptrs = hidden + rows[:, None] * stride_hn + deep[None, :] * stride_hd
+        w_ptrs = weight + deep[:, None] * stride_wd + cols[None, :] * stride_wv
+        for start in range(0, depth, BLOCK_D):
+            left = D - start
+            h = tl.load(h_ptrs, mask=offs_d[None, :] < left, other=0.0)
+            w = tl.load(w_ptrs, mask=offs_d[:, None] < left, other=0.0)
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
+            h_ptrs += BLOCK_D * stride_hd
+            w_ptrs += BLOCK_D * stride_wd
+    elif depth > 0:
+        mask = (offs_n < N)[:, None] & (offs_v < V)[None, :]
+        acc = tl.load(hidden + offs_n[:, None] * stride_hn + offs_v[None, :], mask=mask, other=0.0)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
     return acc
 
 
@@ -91,3 +107,25 @@ def transform(a, scale2, cap_scale, cap2):
         z2 = a * scale2
         slope = 1.0
     return z2, slope
+
+
+@triton.jit
+def uniform(tile_v, target, scored, V, BLOCK_V: tl.constexpr):
+    """Whether all rows of a tile are scored, and no column of it is a target or past the end."""
+    local = target - tile_v * BLOCK_V
+    exceptional = (local >= 0) & (local < BLOCK_V) | (scored == 0)
+    return ((tile_v + 1) * BLOCK_V <= V) & (tl.max(exceptional.to(tl.int32), axis=0) == 0)
+
+
+@triton.jit
+def store_tile(
+    out, value, tile_n, tile_v, N, V, stride, STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """value [BLOCK_N, BLOCK_V] into out [N, V], a descriptor or a pointer to rows of that stride."""
+    if STORE == "descriptors":
+        out.store([tile_n * BLOCK_N, tile_v * BLOCK_V], value.to(out.dtype))
+    else:
+        offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask = (offs_n < N)[:, None] & (offs_v < V)[None, :]
+        tl.store(out + offs_n[:, None] * stride + offs_v[None, :], value.to(out.dtype.element_ty), mask=mask)

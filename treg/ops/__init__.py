@@ -3,20 +3,18 @@
 N rows, D hidden size, V vocabulary, B pairs, S = 2B sequences (chosen first), T padded length.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from treg import checks
-from treg.losses import LossOptions, check_reference, pair_loss
-from treg.ops.head import Head, budget_of, scored_rows, without_autocast
-from treg.ops.logprobs import run_logprobs
-from treg.ops.pairs import Pairs, plan, run_pairs
-from treg.ops.torch_tiles import TorchTiles
-from treg.ops.triton_tiles import TritonTiles
+from treg.losses import LossOptions, check_reference
+from treg.ops.head import Head, budget_of, without_autocast
+from treg.ops.logprobs import make_tiles, run_logprobs
+from treg.ops.pair_op import fused_pair_loss
+from treg.ops.pairs import run_pairs
 from treg.ops.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
 from treg.results import LinearLogprobs, TRegLoss
+from treg.segments import segment_sum
 
 __all__ = ["LinearLogprobs", "TRegLoss", "VocabShard", "fused_treg_loss", "linear_logprobs"]
 
@@ -36,6 +34,7 @@ def linear_logprobs(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
+    filter_eps: float | None = None,
 ) -> LinearLogprobs:
     """Log-probability of each target under a language-model head, in bounded memory.
 
@@ -51,7 +50,9 @@ def linear_logprobs(
         weight: [V, D], hidden's dtype, any strides. Under torch.autocast both are cast to its dtype.
         target: [...] int64, already aligned: target[i] is the token predicted from hidden[i].
         bias: [V] floating, or None. logit_scale: any finite number. softcap, temperature: > 0.
-        ignore_index: targets that are not scored: log-prob 0, gradient 0.
+        ignore_index: targets that are not scored: log-prob 0, gradient 0. They cost nothing: a GPU is waited for, once
+            in the forward and once in the backward, to leave them out (while a CUDA graph is captured it is not, and
+            they are computed).
         outputs: any of "lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; see `LinearLogprobs`.
         impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls back.
         memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight and [N]-sized rows come on
@@ -66,6 +67,10 @@ def linear_logprobs(
             of a few numbers a row, and in the backward one all-reduce of dhidden, in float32. A frozen head takes 3
             products for the rows whose stash does not fit; "is_top1" is not available. A DTensor with placement
             Shard(0) on a mesh of one dimension needs no shard; one with Replicate() counts as a plain tensor.
+        filter_eps: None: exact gradients. Else tiles of 128 tokens by 128 vocabulary entries are left out of them where
+            no token has |d L / d lp| * p >= filter_eps * (the largest |d L / d lp|) and no target lies; of a share rho
+            of tiles that stays, 1 + 3 rho products are made (frozen 1 + 2 rho). Approximate: what is left out has one
+            sign. Deterministic; log-probs stay exact; 0 leaves out nothing. Not with shard.
     Returns:
         LinearLogprobs; `logprobs` [...] float32, nats, differentiable in hidden, weight and bias.
     Raises:
@@ -76,12 +81,12 @@ def linear_logprobs(
     hidden, weight = _autocast(hidden, weight)
     names = checks.check_outputs(outputs)
     checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
-                      memory_budget, logits_dtype, sharded=shard is not None)  # fmt: skip
-    tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+                      memory_budget, logits_dtype, sharded=shard is not None, filter_eps=filter_eps)  # fmt: skip
+    head = Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index)
     budget = budget_of(memory_budget, hidden.device)
     rows, y = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     with without_autocast(hidden):
-        found = _score(tiles, rows, y, names, budget, shard)
+        found = _score(impl, head, logits_dtype, rows, y, names, budget, shard, filter_eps)
     return LinearLogprobs(**{name: x.reshape(target.shape) for name, x in found.items()})
 
 
@@ -111,6 +116,7 @@ def fused_treg_loss(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
+    filter_eps: float | None = None,
 ) -> TRegLoss:
     """The T-REG loss of B preference pairs from hidden states, with exact gradients and without [N, V] logits.
 
@@ -123,11 +129,12 @@ def fused_treg_loss(
     Paper: T-REG, arXiv 2412.02685, Eq. 1-3. The other objectives: `treg.losses.OBJECTIVES`.
     Differs: see `treg.losses.treg_loss`.
 
-    With a trainable head the gradients are taken in the forward, in 3 matrix products a row; a frozen head takes 2, and
-    a call under no_grad 1. One more is needed for float16 inputs (so that a loss scaler's factor reaches the 16-bit
+    A trainable head takes 3 matrix products a row, a frozen one 2, and a call under no_grad 1. What the gradients need
+    of a batch is kept until the backward where memory_budget holds it; else they are taken in the forward, some pairs
+    after the other. One product more is needed for float16 inputs (so that a loss scaler's factor reaches the 16-bit
     products), and for a pair that does not fit into memory_budget where its objective is not -w * (known
-    coefficients), or where the budget holds no second float32 [V, D] sum beside other pairs. reduction="none" and
-    shard take the products of `linear_logprobs`.
+    coefficients), or where the budget holds no second float32 [V, D] sum beside other pairs. reduction="none", shard
+    and filter_eps take the products of `linear_logprobs`.
 
     Args:
         hidden: [2B, T, D], or packed [N, D] with cu_seqlens; see `linear_logprobs`. Chosen sequences first.
@@ -135,15 +142,15 @@ def fused_treg_loss(
         token_rewards: like target, floating; rhat_t. May be None when alpha is 0.
         ref_logps: [2B] summed reference log-probs, or like target per token (needed with token_weights); None for
             the reference-free loss types simpo, orpo, cpo.
-        cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N. Keep it on the CPU: the values of a GPU
-            tensor are not looked at, and a batch larger than memory_budget is then scored by `linear_logprobs`.
+        cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N, on hidden's device or the CPU. While a
+            CUDA graph is captured it must be on the device; a batch larger than memory_budget then takes 4 products.
         beta: > 0, reward scale. alpha: >= 0, weight of the regularizer. gamma: simpo's margin, in rewards.
         loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting: "gradient", or "static"
             (w = 1). token_weights: like target, u_t >= 0.
         reduction: "mean" over pairs, "sum", or "none".
         outputs: statistics of each token, as in `linear_logprobs`; they cost no matrix product.
-        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype, shard: as in
-            `linear_logprobs`.
+        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype, shard, filter_eps: as
+            in `linear_logprobs`.
     Returns:
         TRegLoss; `loss` carries the gradient in hidden, weight and bias, everything else is detached.
     Raises:
@@ -157,7 +164,7 @@ def fused_treg_loss(
     hidden, weight = _autocast(hidden, weight)
     names = checks.check_outputs(outputs)
     checks.check_head(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl,
-                      memory_budget, logits_dtype, sharded=shard is not None)  # fmt: skip
+                      memory_budget, logits_dtype, sharded=shard is not None, filter_eps=filter_eps)  # fmt: skip
     count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
     scored = target != ignore_index
     checks.check_pair_inputs(target, scored, token_rewards, ref_logps, token_weights, count, alpha)
@@ -166,66 +173,41 @@ def fused_treg_loss(
     )
     per_token = ref_logps is not None and ref_logps.shape == target.shape
     check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
+    if checks.values_visible(target):
+        checks.check_lengths("target", segment_sum(scored.float(), cu_seqlens).tolist())
 
-    tiles = _tiles(impl, Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    head = Head.of(weight, bias, logit_scale, softcap, temperature, ignore_index)
     budget = budget_of(memory_budget, hidden.device)
-    flat = [None if x is None else x.reshape(-1).contiguous() for x in (target, token_rewards, token_weights)]
-    ref = ref_logps.reshape(-1) if per_token else ref_logps
-    rows, lengths = _layout(flat[0], cu_seqlens, count, ignore_index)
-    pairs = Pairs(hidden.reshape(-1, hidden.shape[-1]), flat[0], flat[1], ref, flat[2], rows, lengths, cu_seqlens,
-                  options, reduction, names)  # fmt: skip
-
+    rows, y = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    groups = None
-    if trained and shard is None and reduction != "none" and weight.dtype != torch.float16:
-        groups = plan(pairs, tiles, budget)
     with without_autocast(hidden):
-        if groups is not None:
-            loss, result, found = run_pairs(tiles, pairs, groups, budget)
-        else:
-            found = _score(tiles, pairs.hidden, pairs.target, names, budget, shard)
-            result = pair_loss(
-                found["logprobs"].reshape(target.shape),
-                token_rewards,
-                ref_logps,
-                options,
-                cu_seqlens,
-                scored,
-                token_weights,
+        if trained and shard is None and filter_eps is None and reduction != "none" and weight.dtype != torch.float16:
+            inputs = (token_rewards, ref_logps, token_weights)
+            inputs = (None if x is None else x.reshape(-1).contiguous() for x in inputs)
+            loss, result, found = run_pairs(
+                impl, head, logits_dtype, rows, y, *inputs, cu_seqlens, count, options, names, budget
             )
-            loss = {"mean": result.loss.mean, "sum": result.loss.sum, "none": lambda: result.loss}[reduction]()
+        else:
+            found = _score(impl, head, logits_dtype, rows, y, names, budget, shard, filter_eps)
+            result = fused_pair_loss(
+                found["logprobs"].reshape(target.shape), token_rewards, ref_logps, options,
+                cu_seqlens=cu_seqlens, mask=scored, token_weights=token_weights, impl=impl,
+            )  # fmt: skip
+            loss = result.loss if reduction == "none" else result.loss.sum()
+    if reduction == "mean":
+        loss = loss / (count // 2)
     token_logps, *statistics = (x.detach().reshape(target.shape) for x in found.values())
     return TRegLoss(loss, *result[1:], token_logps, **dict(zip(names, statistics, strict=True)))
 
 
-def _layout(
-    target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index: int
-) -> tuple[Tensor | None, list[int] | None]:
-    """The rows that are scored (None: all), and how many of them each sequence has, as far as the host can know."""
-    n = target.shape[0]
-    if cu_seqlens is None:
-        ends = [i * (n // count) for i in range(count + 1)]
-    elif cu_seqlens.is_cuda:
-        return None, None
-    else:
-        ends = cu_seqlens.tolist()
-    rows = scored_rows(target, ignore_index)
-    if rows is not None:
-        ends = torch.searchsorted(rows, torch.tensor(ends)).tolist()
-    lengths = [b - a for a, b in itertools.pairwise(ends)]
-    checks.check_lengths("target", lengths)
-    return rows, lengths
-
-
-def _score(tiles, rows: Tensor, target: Tensor, names: tuple[str, ...], budget: int, shard: VocabShard | None):
+def _score(
+    impl: str, head: Head, logits_dtype: torch.dtype | None, rows: Tensor, target: Tensor, names: tuple[str, ...],
+    budget: int, shard: VocabShard | None, filter_eps: float | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Log-probs and statistics of [N, D] rows, under a head that is whole or in parts."""
     if shard is None:
-        return run_logprobs(tiles, rows, target, names, budget)
-    return run_vocab_parallel(tiles, rows, target, names, budget, shard)
-
-
-def _tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> TorchTiles | TritonTiles:
-    return TritonTiles(head) if impl == "triton" else TorchTiles(head, logits_dtype)
+        return run_logprobs(impl, head, logits_dtype, rows, target, names, budget, filter_eps)
+    return run_vocab_parallel(make_tiles(impl, head, logits_dtype), rows, target, names, budget, shard)
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,15 +26,49 @@ def slab_bytes(D: int, dtype: torch.dtype, device: torch.device) -> tuple[int, i
     return rows * D * 12, rows * 8 * widened(dtype, device)
 
 
-def times_weight(tile: Tensor, weight: Tensor) -> Tensor:
-    """tile [n, V] @ weight [V, D] -> [n, D] in tile's dtype, float32 sums."""
-    if not widened(tile.dtype, tile.device):
-        return tile @ weight
-    out = torch.zeros(tile.shape[0], weight.shape[1])
-    step = slab_rows(weight.shape[1])
-    for a in range(0, weight.shape[0], step):
-        out.addmm_(tile[:, a : a + step].float(), weight[a : a + step].float())
-    return out.to(tile.dtype)
+def logits_into(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [n, V] = hidden [n, D] weight [V, D]^T, float32 sums, in out's dtype: that of hidden, or a wider one."""
+    if out.dtype == hidden.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    elif hidden.is_cuda and out.dtype == torch.float32:
+        torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        step = slab_rows(weight.shape[1])
+        for a in range(0, weight.shape[0], step):
+            torch.mm(wide, weight[a : a + step].to(out.dtype).T, out=out[:, a : a + step])
+
+
+def times_weight(tile: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [n, D] = tile [n, V] weight [V, D], in tile's dtype, float32 sums.
+
+    Few rows leave most of a GPU idle, for [n, D] has few tiles: the vocabulary is split, and the parts are added up.
+    """
+    if widened(tile.dtype, tile.device):
+        total = torch.zeros(out.shape)
+        step = slab_rows(weight.shape[1])
+        for a in range(0, weight.shape[0], step):
+            total.addmm_(tile[:, a : a + step].float(), weight[a : a + step].float())
+        out.copy_(total)
+    elif tile.is_cuda and (parts := vocabulary_parts(tile, weight)) > 1:
+        out.copy_(split_product(tile, weight, parts).sum(0))
+    else:
+        torch.mm(tile, weight, out=out)
+
+
+def vocabulary_parts(tile: Tensor, weight: Tensor) -> int:
+    """Equal parts of the vocabulary that give each multiprocessor a tile of [n, D] to compute."""
+    (n, V), D = tile.shape, weight.shape[1]
+    free = torch.cuda.get_device_properties(tile.device).multi_processor_count // (-(-n // 128) * -(-D // 256))
+    return next((parts for parts in (16, 8, 4, 2) if parts <= free and V % parts == 0), 1)
+
+
+def split_product(tile: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """[parts, n, D] float32 (float64 for float64): the product over each part, in the vendor's library."""
+    a, b = tile.unflatten(1, (parts, -1)).transpose(0, 1), weight.unflatten(0, (parts, -1))
+    if tile.dtype.itemsize > 2:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32) if tile.is_cuda else torch.bmm(a.float(), b.float())
 
 
 def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> None:

@@ -1,6 +1,7 @@
 """A language-model head and the rows that go through it; what every implementation shares."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from treg.ops.gemm import add_transposed, times_weight, widened
+
+Rows = slice | Tensor | tuple[slice, ...]  # some of N rows: a range, their numbers, or several ranges
 
 # temporaries of an op, in bytes, unless the caller says otherwise
 DEFAULT_BUDGET = {"cpu": 384 << 20}
@@ -77,8 +80,12 @@ def check_budget(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = 
 
 
 def sees_values(x: Tensor) -> bool:
-    """Whether looking at a tensor's values is free. On a GPU it would wait for the device."""
-    return not x.is_cuda
+    """Whether a tensor's values may be looked at: not while a CUDA graph is captured.
+
+    Elsewhere a GPU is waited for, once in the forward and once in the backward: what that costs is far less than the
+    products of prompts and padding.
+    """
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def scored_rows(target: Tensor, ignore_index: int) -> Tensor | None:
@@ -89,12 +96,23 @@ def scored_rows(target: Tensor, ignore_index: int) -> Tensor | None:
     return None if bool(scored.all()) else scored.nonzero().squeeze(1)
 
 
-def select(hidden: Tensor, target: Tensor, rows: slice | Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Rows of both. Where ignored rows could not be left out, what they hold (NaN even) is replaced by 0."""
-    h, y = hidden[rows], target[rows]
-    if not sees_values(target):
-        h = torch.where((y != ignore_index).unsqueeze(-1), h, 0.0)
-    return h, y
+def check_same_rows(rows: Tensor | None, left_out: Tensor) -> None:
+    """RuntimeError where a backward finds other rows than its forward, which noted whether some were left out."""
+    if (rows is not None) != bool(left_out):
+        raise RuntimeError(
+            "target: expected forward and backward both inside the capture of a CUDA graph, or both outside, got one "
+            "of each: ignored tokens are left out outside alone"
+        )
+
+
+def pieces(rows: Rows, n: int) -> Iterator[tuple[slice, slice | Tensor]]:
+    """n rows as parts that index a tensor: where each lies among the n, and which rows it has."""
+    if not isinstance(rows, tuple):
+        yield slice(0, n), rows
+        return
+    at = 0
+    for r in rows:
+        yield slice(at, at := at + r.stop - r.start), r
 
 
 def chunks(
@@ -107,9 +125,11 @@ def chunks(
         yield piece if rows is None else rows[piece]
 
 
-def empty_rows(hidden: Tensor, compute: torch.dtype, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Zeros [N] for what `forward` of the tiles gives of each row, by name."""
-    return {n: hidden.new_zeros(hidden.shape[0], dtype=torch.bool if n == "is_top1" else compute) for n in names}
+def empty_rows(hidden: Tensor, tiles, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Zeros [N] for what `forward` of the tiles gives of each row, by name; "tops" has a number a block of columns."""
+    dtypes = {"is_top1": torch.bool}
+    blocks = {"tops": (-(-tiles.head.weight.shape[0] // tiles.top_width),)}
+    return {n: hidden.new_zeros(hidden.shape[0], *blocks.get(n, ()), dtype=dtypes.get(n, tiles.compute)) for n in names}
 
 
 class HeadGradients:
@@ -119,35 +139,71 @@ class HeadGradients:
     the upstream gradient. dweight and dbias are float32 sums unless a single tile makes them at once.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool], *, compute: torch.dtype,
-                 complete: bool, single: bool = False):  # fmt: skip
-        """complete: every row of hidden will be added (else the others stay 0). single: by one tile."""
-        self.head = head
+    def __init__(self, hidden: Tensor, tiles, needs: tuple[bool, bool, bool], *, complete: bool, single: bool = False):
+        """complete: every row of hidden [N, D] will be added (else the others stay 0). single: by one tile."""
+        self.hidden, self.head, self.columns = hidden, tiles.head, tiles.scaled_columns
         need_hidden, need_weight, need_bias = needs
-        weight, bias = head.weight, head.bias
+        weight, bias = self.head.weight, self.head.bias
         make = hidden.new_empty if complete else hidden.new_zeros
         self.dhidden = make(hidden.shape) if need_hidden else None
-        self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=compute)
-        sums = weight.dtype if single and not widened(weight.dtype, weight.device) else compute
+        self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=tiles.compute)
+        sums = weight.dtype if single and not widened(weight.dtype, weight.device) else tiles.compute
         self.dweight = torch.empty(weight.shape, dtype=sums, device=weight.device) if need_weight else None
-        self.dbias = torch.empty_like(bias, dtype=compute) if need_bias else None
+        self.dbias = torch.empty_like(bias, dtype=tiles.compute) if need_bias else None
         self.empty = True
 
-    def add(self, tile: Tensor, rows: slice | Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
-        """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1)."""
-        self.row_scale[rows] = 1.0 if scale is None else scale
-        if self.dhidden is not None:
-            self.dhidden[rows] = times_weight(tile, self.head.weight)
+    def add(self, tile: Tensor, rows: Rows, scale: Tensor | None = None) -> None:
+        """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1).
+
+        A row whose scale is 0 adds nothing, whatever hidden holds there (NaN even).
+        """
+        n = tile.shape[0]
+        for at, r in pieces(rows, n):
+            self.row_scale[r] = 1.0 if scale is None else scale[at]
+            if self.dhidden is not None:
+                self._add_hidden(tile[at], r)
         if self.dweight is not None:
-            scaled = hidden if scale is None else (hidden * scale.unsqueeze(-1)).to(hidden.dtype)
-            add_transposed(self.dweight, tile, scaled, first=self.empty)
+            for first in range(0, self.hidden.shape[1], self.columns):
+                columns = slice(first, first + self.columns)
+                add_transposed(self.dweight[:, columns], tile, self._scaled(rows, n, scale, columns), first=self.empty)
         if self.dbias is not None:
-            ones = self.row_scale[rows].unsqueeze(-1).to(tile.dtype)
-            add_transposed(self.dbias.unsqueeze(-1), tile, ones, first=self.empty)
+            ones = tile.new_ones(n) if scale is None else scale.to(tile.dtype)
+            add_transposed(self.dbias.unsqueeze(-1), tile, ones.unsqueeze(-1), first=self.empty)
         self.empty = False
+
+    def apart(self) -> "HeadGradients":
+        """New sums of dweight and dbias, whose rows go into the same dhidden."""
+        other = copy.copy(self)
+        other.dweight = None if self.dweight is None else torch.empty_like(self.dweight)
+        other.dbias = None if self.dbias is None else torch.empty_like(self.dbias)
+        other.empty = True
+        return other
 
     def finish(self) -> None:
         """After the last tile: the sums of no tile are 0."""
         for total in (self.dweight, self.dbias):
             if self.empty and total is not None:
                 total.zero_()
+
+    def _add_hidden(self, tile: Tensor, rows: slice | Tensor) -> None:
+        if isinstance(rows, slice):
+            times_weight(tile, self.head.weight, self.dhidden[rows])
+        else:
+            out = self.dhidden.new_empty(tile.shape[0], self.dhidden.shape[1])
+            times_weight(tile, self.head.weight, out)
+            self.dhidden[rows] = out
+
+    def _scaled(self, rows: Rows, n: int, scale: Tensor | None, columns: slice) -> Tensor:
+        """scale[:, None] * hidden[rows, columns] in hidden's dtype, and 0 where scale is."""
+        if scale is None and not isinstance(rows, tuple):
+            return self.hidden[:, columns][rows]
+        hidden = self.hidden[:, columns]
+        out = hidden.new_empty(n, hidden.shape[1])
+        for at, r in pieces(rows, n):
+            if scale is None:
+                out[at] = hidden[r]
+            else:
+                torch.mul(hidden[r], scale[at].unsqueeze(-1), out=out[at])
+        if scale is not None and not sees_values(scale):
+            out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)
+        return out

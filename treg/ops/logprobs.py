@@ -1,197 +1,186 @@
-"""`linear_logprobs` as an autograd function.
+"""`linear_logprobs` as an operator, `treg::linear_logprobs`, and its backward, `treg::linear_logprobs_grad`.
 
 forward only       1 GEMM a row
 frozen head        2: the forward also leaves dhidden without its coefficient, which the backward multiplies in
 trainable head     3 for the rows whose unscaled gradient E of the logits is kept until the coefficients are known,
                    4 for the others (all in float16): their logits are computed again in the backward
-
-    kept rows    d lp_t / d a_t = factor_t * E_t:   dhidden = coef * factor * (E W),  dweight += E^T (coef * factor * h)
-
-As many rows are kept as memory_budget holds beside a tile of the others.
+filter_eps         1 + 3 rho, frozen 1 + 2 rho: see `treg.ops.filtered`
 """
-
-from dataclasses import replace
-from math import isqrt
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from treg.checks import OUTPUTS
+from treg.ops.filtered import check_filter, filtered_rows
 from treg.ops.gemm import scaled_to
-from treg.ops.head import (
-    Head,
-    HeadGradients,
-    check_budget,
-    chunks,
-    empty_rows,
-    pass_rows,
-    scored_rows,
-    select,
-    tile_rows,
-    tile_step,
-    without_autocast,
+from treg.ops.head import Head, check_budget, check_same_rows, empty_rows, scored_rows
+from treg.ops.rows import (
+    coefficients,
+    differentiate_rows,
+    frozen_rows,
+    kept_rows,
+    score_rows,
+    weight_gradients,
 )
+from treg.ops.torch_tiles import TorchTiles
+from treg.ops.triton_tiles import TritonTiles
+
+# which rows are scored is looked at: Inductor leaves these operators out of the CUDA graphs that it captures
+LOOKS = (torch.Tag.cudagraph_unsafe,)
 
 
-def run_logprobs(tiles, hidden: Tensor, target: Tensor, outputs: tuple[str, ...], budget: int) -> dict[str, Tensor]:
+def make_tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> TorchTiles | TritonTiles:
+    """The implementation of that name."""
+    return TritonTiles(head) if impl == "triton" else TorchTiles(head, logits_dtype)
+
+
+def run_logprobs(
+    impl: str, head: Head, logits_dtype: torch.dtype | None, hidden: Tensor, target: Tensor, outputs: tuple[str, ...],
+    budget: int, filter_eps: float | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Log-probs of [N, D] rows and the outputs asked for, each [N]; differentiable in hidden, weight and bias."""
-    names = ("logprobs", *outputs)
-    head: Head = tiles.head
-    grad = torch.is_grad_enabled()  # within an autograd function it is always off
-    values = _LinearLogprobs.apply(hidden, head.weight, head.bias, target, tiles, outputs, budget, grad)
-    return dict(zip(names, values, strict=True))
+    grad = torch.is_grad_enabled()  # within an operator it is always off
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
+    logprobs, *statistics = _logprobs(
+        hidden, head.weight, head.bias, target, head.logit_scale, head.softcap, head.temperature, head.ignore_index,
+        impl, logits_dtype, budget, *needs, ",".join(outputs), filter_eps,
+    )[: 1 + len(OUTPUTS)]  # fmt: skip
+    return {"logprobs": logprobs} | {n: x for n, x in zip(OUTPUTS, statistics, strict=True) if n in outputs}
 
 
-class Scored(NamedTuple):
-    """What a pass over N rows leaves."""
+@torch.library.custom_op("treg::linear_logprobs", mutates_args=(), tags=LOOKS)
+def _logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int,
+    impl: str, logits_dtype: torch.dtype | None, budget: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool, outputs: str, filter_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-probs, OUTPUTS, norm, and what the backward needs: dhidden and its row factors, stash and factor, or tops;
+    whether rows were left out.
 
-    found: dict[str, Tensor]  # "logprobs", "norm" and the outputs, each [N]; 0 where ignored
-    stash: Tensor | None  # [kept, V], of the first rows that are scored
-    factor: Tensor | None  # [kept]
-
-
-def kept_rows(tiles, budget: int, count: int, outputs: tuple[str, ...]) -> int:
-    """How many of `count` rows have their stash kept: all, or what the budget holds beside a tile of the others.
-
-    C rows of stash fit in all. Of n = count - C more, C - t rows kept leave n + t to be computed again, t at a time:
-    n + t rows and (n + t) / t passes, each worth P = pass_rows of them, are the least at t = sqrt(P * n).
+    What is not asked for is empty.
     """
-    capacity = tile_rows(tiles, budget, stash=True, outputs=outputs)
-    if count <= capacity:
-        return count
-    each = pass_rows(tiles.head.weight.device)
-    kept = capacity - min(tiles.max_rows, isqrt(each * (count - capacity)))
-    return kept if kept >= each else 0  # they cost a pass of their own
+    tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    names = tuple(outputs.split(",")) if outputs else ()
+    trained = need_weight or need_bias
+    check_budget(tiles, budget, stash=need_hidden or trained, outputs=names)
+    rows = scored_rows(target, ignore_index)
+    kept = hidden.new_empty(0), hidden.new_empty(0)
+    if filter_eps is not None and (need_hidden or trained):
+        check_filter(tiles, filter_eps, budget)
+        found = score_rows(tiles, hidden, target, rows, (*names, "tops"), budget, None, None)
+        kept = found["tops"], hidden.new_empty(0)
+    elif _frozen(weight, need_hidden, trained):
+        found, grads = frozen_rows(tiles, hidden, target, rows, names, budget)
+        kept = grads.dhidden, grads.row_scale
+    else:
+        stash, factor = _stash(tiles, budget, hidden, names, trained)
+        count = min(stash.shape[0], kept_rows(tiles, budget, _count(hidden, rows), names))
+        first = (stash[:count], factor[:count]) if count else (None, None)
+        found = score_rows(tiles, hidden, target, rows, names, budget, *first)
+        kept = stash, factor
+    statistics = (found.get(n, hidden.new_empty(0)) for n in OUTPUTS)
+    return found["logprobs"], *statistics, found["norm"], *kept, torch.tensor(rows is not None)
 
 
-def score_rows(
-    tiles, hidden: Tensor, target: Tensor, rows: Tensor | None, outputs: tuple[str, ...], budget: int, kept: int
-) -> Scored:
-    """Score the rows listed (None: all of N) tile by tile; the stash of the first `kept` stays."""
-    N, head = hidden.shape[0], tiles.head
-    found = empty_rows(hidden, tiles.compute, ("logprobs", "norm", *outputs))
-    stash = hidden.new_empty(kept, head.weight.shape[0], dtype=tiles.stash_dtype) if kept else None
-    factor = hidden.new_empty(kept, dtype=tiles.compute) if kept else None
-    step = tile_step(tiles, budget, stash=False, outputs=outputs, reserved=0 if stash is None else stash.nbytes)
-    at = 0
-    for r in (*chunks(rows, N, min(tiles.max_rows, kept), stop=kept), *chunks(rows, N, step, start=kept)):
-        h, y = select(hidden, target, r, head.ignore_index)
-        here = slice(at, at + h.shape[0])
-        got = tiles.forward(h, y, outputs, None if stash is None or at >= kept else stash[here])
-        for name, x in found.items():
-            x[r] = got[name]
-        if factor is not None and at < kept:
-            factor[here] = got["factor"]
-        at = here.stop
-    tiles.release()
-    return Scored(found, stash, factor)
+@_logprobs.register_fake
+def _(hidden, weight, bias, target, logit_scale, softcap, temperature, ignore_index, impl, logits_dtype, budget,
+      need_hidden, need_weight, need_bias, outputs, filter_eps):  # fmt: skip
+    tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    names = outputs.split(",")
+
+    def rows(wanted=True, dtype=tiles.compute):
+        return hidden.new_empty(hidden.shape[0] if wanted else 0, dtype=dtype if wanted else hidden.dtype)
+
+    statistics = (rows(n in names, torch.bool if n == "is_top1" else tiles.compute) for n in OUTPUTS)
+    if filter_eps is not None and (need_hidden or need_weight or need_bias):
+        kept = empty_rows(hidden, tiles, ("tops",))["tops"], hidden.new_empty(0)
+    elif _frozen(weight, need_hidden, need_weight or need_bias):
+        kept = torch.empty_like(hidden, memory_format=torch.contiguous_format), rows()
+    else:
+        kept = _stash(tiles, budget, hidden, tuple(n for n in names if n), need_weight or need_bias)
+    return rows(), *statistics, rows(), *kept, torch.empty((), dtype=torch.bool, device="cpu")
 
 
-def differentiate_rows(
-    tiles, hidden: Tensor, target: Tensor, rows: Tensor | None, norm: Tensor, coef: Tensor, stash: Tensor | None,
-    factor: Tensor | None, budget: int, needs: tuple[bool, bool, bool],
-) -> HeadGradients:  # fmt: skip
-    """Gradients of sum_t coef_t lp_t over the rows listed; norm is [N], coef [N], stash and factor as `Scored`'s.
-
-    The stash of the first rows gives theirs; the logits of the others are computed again.
-    """
-    N, head = hidden.shape[0], tiles.head
-    count = N if rows is None else rows.shape[0]
-    kept, reserved = (0, 0) if stash is None else (stash.shape[0], stash.nbytes)
-    step = tile_step(tiles, budget, stash=True, reserved=reserved)
-    grads = HeadGradients(hidden, head, needs, compute=tiles.compute, complete=rows is None,
-                          single=kept == count or (not kept and count <= step))  # fmt: skip
-    with without_autocast(hidden):
-        for r in chunks(rows, N, kept, stop=kept):
-            h, _ = select(hidden, target, r, head.ignore_index)
-            grads.add(stash, r, h, coefficients(coef[r], factor))
-        tile = hidden.new_empty(min(step, count - kept), head.weight.shape[0], dtype=tiles.stash_dtype)
-        for r in chunks(rows, N, step, start=kept):
-            h, y = select(hidden, target, r, head.ignore_index)
-            out = tile[: h.shape[0]]
-            tiles.gradient(h, y, norm[r], coef[r], out)
-            grads.add(out, r, h)
-    grads.finish()
-    tiles.release()
-    return grads
+def _frozen(weight: Tensor, need_hidden: bool, trained: bool) -> bool:
+    """Whether the forward leaves dhidden; float16 cannot hold a stash before its sum is known."""
+    return need_hidden and not trained and weight.dtype != torch.float16
 
 
-def coefficients(coef: Tensor, factor: Tensor) -> Tensor:
-    """coef * factor; 0 where factor is, whatever a loss leaves at rows that are not scored (NaN even)."""
-    return torch.where(factor == 0.0, factor, coef * factor)
+def _stash(tiles, budget: int, hidden: Tensor, outputs: tuple[str, ...], trained: bool) -> tuple[Tensor, Tensor]:
+    """Room for the stash and factor of the rows that are kept, [rows, V] and [rows], as far as shapes tell."""
+    weight = tiles.head.weight
+    rows = kept_rows(tiles, budget, hidden.shape[0], outputs) if trained and weight.dtype != torch.float16 else 0
+    return hidden.new_empty(rows, weight.shape[0], dtype=tiles.stash_dtype), hidden.new_empty(rows, dtype=tiles.compute)
 
 
-def frozen_rows(
-    tiles, hidden: Tensor, target: Tensor, rows: Tensor | None, outputs: tuple[str, ...], budget: int
-) -> tuple[dict[str, Tensor], HeadGradients]:
-    """Score the rows listed, and dhidden of each for a coefficient of 1, its row_scale not yet multiplied in."""
-    N, head = hidden.shape[0], tiles.head
-    found = empty_rows(hidden, tiles.compute, ("logprobs", "norm", *outputs))
-    step = tile_step(tiles, budget, stash=True, outputs=outputs)
-    count = N if rows is None else rows.shape[0]
-    stash = hidden.new_empty(min(step, count), head.weight.shape[0], dtype=tiles.stash_dtype)
-    grads = HeadGradients(hidden, head, (True, False, False), compute=tiles.compute, complete=rows is None)
-    for r in chunks(rows, N, step):
-        h, y = select(hidden, target, r, head.ignore_index)
-        tile = stash[: h.shape[0]]
-        got = tiles.forward(h, y, outputs, tile)
-        for name, x in found.items():
-            x[r] = got[name]
-        grads.add(tile, r, h, got["factor"])
-    tiles.release()
-    return found, grads
+def _count(hidden: Tensor, rows: Tensor | None) -> int:
+    return hidden.shape[0] if rows is None else rows.shape[0]
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, target, tiles, outputs, budget, grad):
-        rows = scored_rows(target, tiles.head.ignore_index)
-        need_hidden, need_weight, need_bias = (grad and need for need in ctx.needs_input_grad[:3])
-        trained = need_weight or need_bias
-        stashes = weight.dtype != torch.float16  # which cannot hold a stash before its sum is known
-        check_budget(tiles, budget, stash=need_hidden or trained, outputs=outputs)
-        # tensors are saved by autograd alone, so that it can free, check and move them
-        ctx.tiles, ctx.budget = unbound(tiles), budget
-        ctx.frozen = need_hidden and not trained and stashes
-        if ctx.frozen:
-            found, grads = frozen_rows(tiles, hidden, target, rows, outputs, budget)
-            ctx.save_for_backward(grads.dhidden, grads.row_scale)
-        else:
-            count = hidden.shape[0] if rows is None else rows.shape[0]
-            kept = kept_rows(tiles, budget, count, outputs) if trained and stashes else 0
-            found, stash, factor = score_rows(tiles, hidden, target, rows, outputs, budget, kept)
-            ctx.save_for_backward(hidden, weight, bias, target, found["norm"], rows, stash, factor)
-        results = tuple(found[n] for n in ("logprobs", *outputs))
-        ctx.mark_non_differentiable(*results[1:])
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, coef, *_):
-        nothing = (None,) * 8
-        if coef is None:
-            return nothing
-        if ctx.frozen:
-            dhidden, row_scale = ctx.saved_tensors
-            scale = coefficients(coef, row_scale).unsqueeze(-1)
-            return scaled_to(dhidden, scale, dhidden.dtype), *nothing[1:]
-        hidden, weight, bias, target, norm, rows, stash, factor = ctx.saved_tensors
-        grads = differentiate_rows(ctx.tiles(weight, bias), hidden, target, rows, norm, coef.contiguous(), stash,
-                                   factor, ctx.budget, ctx.needs_input_grad[:3])  # fmt: skip
-        dhidden = grads.dhidden
-        if dhidden is not None and stash is not None:
-            dhidden = scaled_to(dhidden, grads.row_scale.unsqueeze(-1), dhidden.dtype)
-        return dhidden, *weight_gradients(grads, weight, bias), *nothing[3:]
+@torch.library.custom_op("treg::linear_logprobs_grad", mutates_args=(), tags=LOOKS)
+def _gradients(
+    coef: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, norm: Tensor,
+    kept: Tensor, factor: Tensor, left_out: Tensor,
+    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int,
+    impl: str, logits_dtype: torch.dtype | None, budget: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool, outputs: str, filter_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dhidden, dweight and dbias for coef = d L / d lp; empty where not needed."""
+    if filter_eps is None and _frozen(weight, need_hidden, need_weight or need_bias):
+        dhidden = scaled_to(kept, coefficients(coef, factor).unsqueeze(-1), kept.dtype)
+        return dhidden, hidden.new_empty(0), hidden.new_empty(0)
+    tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    names = tuple(outputs.split(",")) if outputs else ()
+    rows, needs = scored_rows(target, ignore_index), (need_hidden, need_weight, need_bias)
+    check_same_rows(rows, left_out)
+    if filter_eps is not None:
+        grads, _ = filtered_rows(tiles, hidden, target, rows, norm, coef, kept, tiles.top_width, filter_eps, budget,
+                                 needs)  # fmt: skip
+        found = (grads.dhidden, *weight_gradients(grads, weight, bias))
+        return tuple(hidden.new_empty(0) if x is None else x for x in found)
+    count = min(kept.shape[0], kept_rows(tiles, budget, _count(hidden, rows), names))
+    first = (kept[:count], factor[:count]) if count else (None, None)
+    grads = differentiate_rows(tiles, hidden, target, rows, norm, coef.contiguous(), *first, budget,
+                               needs)  # fmt: skip
+    dhidden = grads.dhidden
+    if dhidden is not None and count:
+        dhidden = scaled_to(dhidden, grads.row_scale.unsqueeze(-1), dhidden.dtype)
+    found = (dhidden, *weight_gradients(grads, weight, bias))
+    return tuple(hidden.new_empty(0) if x is None else x for x in found)
 
 
-def unbound(tiles):
-    """A function of weight and bias that makes such tiles again, and holds no tensor."""
-    kind, bare, logits_dtype = type(tiles), replace(tiles.head, weight=None, bias=None), tiles.logits_dtype
-    return lambda weight, bias: kind(replace(bare, weight=weight, bias=bias), logits_dtype)
+@_gradients.register_fake
+def _(coef, hidden, weight, bias, target, norm, kept, factor, left_out, logit_scale, softcap, temperature, ignore_index,
+      impl, logits_dtype, budget, need_hidden, need_weight, need_bias, outputs, filter_eps):  # fmt: skip
+    def like(x, needed):
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
+
+    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
 
 
-def weight_gradients(grads: HeadGradients, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """dweight and dbias in the dtypes of their tensors."""
-    dweight = None if grads.dweight is None else grads.dweight.to(weight.dtype)
-    return dweight, None if grads.dbias is None else grads.dbias.to(bias.dtype)
+def _setup(ctx, inputs, output):
+    hidden, weight, bias, target, *options = inputs
+    *_, norm, kept, factor, left_out = output
+    # tensors are saved by autograd alone, so that it can free, check and move them
+    ctx.save_for_backward(hidden, weight, bias, target, norm, kept, factor, left_out)
+    ctx.options = options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, coef, *_):
+    options, needs = ctx.options, ctx.options[7:10]
+    if coef is None:
+        return (None,) * (4 + len(options))
+    found = _gradients(coef, *ctx.saved_tensors, *options)
+    dhidden, dweight, dbias = (x if needed else None for x, needed in zip(found, needs, strict=True))
+    return dhidden, dweight, dbias, None, *(None for _ in options)
+
+
+def once_only(ctx, *_):
+    raise RuntimeError("expected first derivatives only: the gradient of a loss head's gradient is not implemented")
+
+
+_logprobs.register_autograd(_backward, setup_context=_setup)
+_gradients.register_autograd(once_only)

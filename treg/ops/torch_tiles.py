@@ -7,8 +7,9 @@ it stays in cache. Exact float32 logits are the rule; `logits_dtype` says where 
 import torch
 from torch import Tensor
 
-from treg.ops.gemm import slab_bytes, slab_rows
-from treg.ops.head import Head
+from treg.ops.filtered import block_tops
+from treg.ops.gemm import logits_into, slab_bytes, slab_rows
+from treg.ops.head import Head, empty_rows, sees_values
 
 BLOCK = {"cpu": 1 << 20}  # elements that the row passes work on at a time: 4 MiB in float32 stay in a CPU's cache;
 BLOCK_GPU = 1 << 24  # on a GPU each pass is a launch
@@ -18,6 +19,8 @@ PASS_BUFFERS = 4  # such blocks alive at once, at most
 class TorchTiles:
     """See `treg.ops.triton_tiles.TritonTiles` for the same interface on Triton."""
 
+    impl = "torch"
+    top_width = 128  # columns of which "tops" has one number
     norm_per_nat = 1.0  # the norm of a row is its lse in this unit
 
     def __init__(self, head: Head, logits_dtype: torch.dtype | None = None):
@@ -55,6 +58,11 @@ class TorchTiles:
         return 1024 if self.head.weight.device.type == "cpu" else 4096
 
     @property
+    def scaled_columns(self) -> int:
+        """Columns of hidden whose scaled copy is made at a time: all."""
+        return self.head.weight.shape[1]
+
+    @property
     def _upcast(self) -> bool:
         """Logits are wider than the weight and the stash: they have a buffer of their own."""
         return self.logits_dtype != self.head.weight.dtype
@@ -71,15 +79,16 @@ class TorchTiles:
         """
         n = hidden.shape[0]
         scored = target != self.head.ignore_index
+        hidden = self._cleaned(hidden, scored)
         y = torch.where(scored, target, 0).unsqueeze(-1)
-        found = {name: hidden.new_empty(n, dtype=self.compute) for name in ("logprobs", "norm", *outputs)}
-        if "is_top1" in outputs:
-            found["is_top1"] = hidden.new_empty(n, dtype=torch.bool)
+        found = empty_rows(hidden, self, ("logprobs", "norm", *outputs))
         logits = self._matmul(hidden, stash)
         for rows in self._blocks(n):
             z, slope = self._transform(logits[rows])
             z_y = z.gather(1, y[rows]).squeeze(1)
             top = z.amax(1)
+            if "tops" in outputs:
+                found["tops"][rows] = block_tops(z, y[rows], self.top_width)
             if "mean_logit" in outputs:
                 found["mean_logit"][rows] = z.mean(1)
             if "is_top1" in outputs:
@@ -105,7 +114,8 @@ class TorchTiles:
         if stash is not None:
             found["factor"] = hidden.new_full((n,), -self.head.scale, dtype=self.compute)
         for name, x in found.items():
-            found[name] = x & scored if x.dtype == torch.bool else x.masked_fill_(~scored, 0.0)
+            if x.ndim == 1:
+                found[name] = x & scored if x.dtype == torch.bool else x.masked_fill_(~scored, 0.0)
         return found
 
     def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
@@ -114,6 +124,7 @@ class TorchTiles:
         A negative target other than ignore_index is in none of these columns: the row gets -coef * scale * p alone.
         """
         scored = target != self.head.ignore_index
+        hidden = self._cleaned(hidden, scored)
         y, here = target.clamp(min=0).unsqueeze(-1), (target >= 0).to(self.compute).unsqueeze(-1)
         row = torch.where(scored, -self.head.scale * coef, 0.0).to(self.compute).unsqueeze(-1)
         logits = self._matmul(hidden, out)
@@ -129,6 +140,10 @@ class TorchTiles:
         """Free the buffers kept between tiles."""
         self._logits = None
 
+    def _cleaned(self, hidden: Tensor, scored: Tensor) -> Tensor:
+        """What ignored rows hold (NaN even) is replaced by 0, where they could not be left out."""
+        return hidden if sees_values(hidden) else torch.where(scored.unsqueeze(-1), hidden, 0.0)
+
     def _blocks(self, n: int):
         step = max(1, self._block // self.head.weight.shape[0])
         return (slice(i, min(i + step, n)) for i in range(0, n, step))
@@ -141,15 +156,7 @@ class TorchTiles:
                 self._logits = None  # freed before its successor is allocated
                 self._logits = hidden.new_empty(n, weight.shape[0], dtype=self.logits_dtype)
             out = self._logits[:n]
-        if not self._upcast:
-            return torch.mm(hidden, weight.T, out=out)
-        if hidden.is_cuda and self.logits_dtype == torch.float32:
-            return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
-        wide = hidden.to(self.logits_dtype)
-        step = slab_rows(weight.shape[1])
-        for a in range(0, weight.shape[0], step):
-            slab = weight[a : a + step].to(self.logits_dtype)
-            torch.mm(wide, slab.T, out=out[:, a : a + step])
+        logits_into(hidden, weight, out)
         return out
 
     def _transform(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:

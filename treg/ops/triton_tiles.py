@@ -5,18 +5,19 @@ import contextlib
 import torch
 from torch import Tensor
 
-from treg.ops.gemm import slab_bytes
+from treg.ops.gemm import logits_into, slab_bytes
 from treg.ops.head import Head
 
 
 class TritonTiles:
     """Same interface as `treg.ops.torch_tiles.TorchTiles`."""
 
-    max_rows = 1 << 20
+    impl = "triton"
     norm_per_nat = 1.4426950408889634  # log2(e)
 
     def __init__(self, head: Head, logits_dtype: None = None):
         """Logits are float32, in registers."""
+        from treg_kernels import configs
         from treg_kernels.forward import part_columns
         from treg_kernels.tiles import Scalars
 
@@ -25,18 +26,48 @@ class TritonTiles:
         self.stash_dtype = head.weight.dtype
         self._scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
         self._bias = None if head.bias is None else head.bias.contiguous()
-        self._columns = part_columns(head.weight.shape[0])
+        shape = head.weight.dtype, *head.weight.shape
+        with self._device():
+            self._columns = part_columns(*shape)
+            # the largest tile of the forward first: its width is that of "tops", whatever the number of rows
+            self._tiles = [tile for kind in configs.KINDS for _, tile in reversed(configs.tiles_for(kind, *shape))]
+        self._vendor_bytes = configs.SLAB_BYTES if any(tile.vendor for tile in self._tiles) else 0
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of one launch."""
+        return min(tile.max_rows for tile in self._tiles)
 
     @property
     def fixed_bytes(self) -> int:
-        """Of the products alone, and only where the interpreter runs on a CPU."""
+        """Temporaries that do not depend on the rows of a tile; most only where the interpreter runs on a CPU."""
         weight = self.head.weight
-        return slab_bytes(weight.shape[1], weight.dtype, weight.device)[0]
+        return slab_bytes(weight.shape[1], weight.dtype, weight.device)[0] + self._vendor_bytes
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
-        V, D = self.head.weight.shape
-        parts = 4 * self._columns * (2 + len(outputs))
-        return parts + stash * V * self.stash_dtype.itemsize + 4 * D * self.stash_dtype.itemsize + 64
+        """Temporaries per row of a tile, a stash included. Partial results are gone when hidden's copy is made."""
+        V = self.head.weight.shape[0]
+        held = max(4 * self._columns * (2 + len(outputs)), stash * self.scaled_columns * self.stash_dtype.itemsize)
+        return held + stash * V * self.stash_dtype.itemsize + self._gathered_bytes + 64
+
+    @property
+    def top_width(self) -> int:
+        """Columns of which "tops" has one number."""
+        return self._tiles[0].v
+
+    @property
+    def scaled_columns(self) -> int:
+        """Columns of hidden whose scaled copy is made at a time: about as large as the partial results of the row."""
+        D, size = self.head.weight.shape[1], self.stash_dtype.itemsize
+        most = max(512, 8 * self._columns // size)
+        return -(-D // (-(-D // most) * 128)) * 128  # equal parts, of whole cache lines
+
+    @property
+    def _gathered_bytes(self) -> int:
+        """Rows that are listed by number, where ignored ones are left out, are copied: a few D beside V, on a GPU not
+        counted, so that whole batches without ignored rows fill the budget."""
+        D = self.head.weight.shape[1]
+        return 0 if self.head.weight.is_cuda else 3 * D * self.stash_dtype.itemsize
 
     def forward(
         self, hidden: Tensor, target: Tensor, outputs: tuple[str, ...] = (), stash: Tensor | None = None
@@ -46,7 +77,7 @@ class TritonTiles:
         with self._device():
             return logprob_forward(
                 hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index,
-                outputs, stash,
+                outputs, stash, logits_into, self._tiles[0] if "tops" in outputs else None,
             )  # fmt: skip
 
     def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
@@ -54,8 +85,9 @@ class TritonTiles:
 
         with self._device():
             logits_gradient(
-                hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index, norm, coef, out
-            )
+                hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index, norm, coef, out,
+                logits_into,
+            )  # fmt: skip
 
     def release(self) -> None:
         """Nothing is kept between tiles."""

@@ -33,7 +33,7 @@ from torch import Tensor
 from treg.checks import values_visible
 from treg.ops.gemm import scaled_to
 from treg.ops.head import check_budget, chunks, scored_rows
-from treg.ops.logprobs import differentiate_rows, kept_rows, score_rows, unbound, weight_gradients
+from treg.ops.rows import differentiate_rows, kept_rows, score_rows, weight_gradients
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -159,14 +159,16 @@ class _VocabParallel(torch.autograd.Function):
         check_budget(tiles, budget, stash=trained, outputs=local)
         kept = kept_rows(tiles, budget, count, local) if trained and weight.dtype != torch.float16 else 0
         asked = torch.where(y == ABSENT, 0, y)
-        found, stash, factor = score_rows(tiles, hidden, asked, rows, local, budget, kept)
+        stash = hidden.new_empty(kept, weight.shape[0], dtype=tiles.stash_dtype) if kept else None
+        factor = hidden.new_empty(kept, dtype=tiles.compute) if kept else None
+        found = score_rows(tiles, hidden, asked, rows, local, budget, stash, factor)
         merged = _merge(found, y, target, weight.shape[0], tiles.norm_per_nat, shard)
         if stash is not None and factor is not None:
             (r,) = chunks(rows, hidden.shape[0], kept, stop=kept)
             factor = _widen(stash, factor, r, found, y, merged, tiles)
         scored = y != IGNORED
         norm = (merged.lse * tiles.norm_per_nat).to(tiles.compute)
-        ctx.tiles, ctx.budget, ctx.shard = unbound(tiles), budget, shard
+        ctx.tiles, ctx.budget, ctx.shard = _unbound(tiles), budget, shard
         ctx.save_for_backward(hidden, weight, bias, y, norm, rows, stash, factor)
         values = {"logprobs": merged.logprobs, "lse": merged.lse, **merged.outputs}
         results = tuple(values[n].to(tiles.compute).masked_fill_(~scored, 0.0) for n in ("logprobs", *outputs))
@@ -190,6 +192,12 @@ class _VocabParallel(torch.autograd.Function):
             dist.all_reduce(dhidden, group=ctx.shard.group)
             dhidden = dhidden.to(hidden.dtype)
         return dhidden, *weight_gradients(grads, weight, bias), *nothing[3:]
+
+
+def _unbound(tiles):
+    """A function of weight and bias that makes such tiles again, and holds no tensor."""
+    kind, bare, logits_dtype = type(tiles), replace(tiles.head, weight=None, bias=None), tiles.logits_dtype
+    return lambda weight, bias: kind(replace(bare, weight=weight, bias=bias), logits_dtype)
 
 
 def _merge(
