@@ -28,8 +28,8 @@ demo: $(TRAIN) ## annotate, train DPO and T-REG, check, on a small world of know
 step: $(CORE) ## one optimizer step on a toy head, fused and dense (needs torch, triton and numpy only)
 	@$(PY) examples/one_step.py
 
-test: $(DEV) ## the tests; PYTEST_ARGS="-k name" and the like are passed on
-	@$(PY) -m pytest -q tests $(PYTEST_ARGS)
+test: $(DEV) ## the tests, two files at a time; PYTEST_ARGS="-k name" and the like are passed on
+	@$(PY) -m pytest -q -n 2 --dist loadfile tests $(PYTEST_ARGS)
 
 bench: $(BENCH) ## the benchmarks; BENCH_ARGS are passed on
 	@$(PY) -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)

@@ -13,6 +13,8 @@ from treg.ops.head import Head
 from treg.ops.logprobs import make_tiles
 from treg_kernels import configs, logits_gradient, logprob_forward
 from treg_kernels.configs import FLOAT32, ROWS, TILES, Tile
+from treg_kernels.forward import part_columns
+from treg_kernels.launch import addressable, contiguous_rows
 from treg_kernels.tiles import Scalars
 
 pytestmark = pytest.mark.gpu if GPU else pytest.mark.interp
@@ -114,6 +116,23 @@ def test_every_tile_that_may_be_chosen_is_a_multiple_of_128_wide():
     tables = [tile for table in (TILES, configs.CANDIDATES) for tiles in table.values() for tile in tiles]
     assert len(tables) > 20
     assert [tile for tile in (*tables, *measured, FLOAT32, ROWS) if tile.v % 128] == []
+
+
+def test_rows_that_no_descriptor_can_address(monkeypatch):
+    """A transposed or odd weight takes the tiles of pointers; hidden states are copied where that helps."""
+    monkeypatch.setattr(configs, "architecture", lambda: "sm90")
+    weight = torch.zeros(512, 64, dtype=torch.bfloat16)
+    for w, expected in (
+        (weight, "sm90"), (weight.T.contiguous().T, "sm80"), (weight[:, :63], "sm90"), (weight[:, 1:], "sm80"),
+        (weight[:, ::2], "sm80"), (weight[:, :60].contiguous(), "sm80"),
+    ):  # fmt: skip
+        found = configs.tile_for("stash", w.dtype, 4000, *w.shape, addressable(w))
+        assert found == TILES[expected][1]
+        assert part_columns(w) == 512 // found.v
+    strided = torch.zeros(64, 40).bfloat16().T
+    assert not addressable(strided) and addressable(contiguous_rows(strided))
+    odd = torch.zeros(40, 63).bfloat16()
+    assert contiguous_rows(odd) is odd and contiguous_rows(weight) is weight
 
 
 @pytest.mark.parametrize("arch, key", [(80, "sm80"), (86, "sm80"), (89, "sm80"), (90, "sm90"), (100, "sm100"),

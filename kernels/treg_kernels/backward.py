@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from treg_kernels import configs
-from treg_kernels.launch import Product, slabs, target_matrix
+from treg_kernels.launch import Product, addressable, slabs, target_matrix
 from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transform, uniform
 
 
@@ -79,7 +79,7 @@ def logits_gradient(
     assert all(x is None or x.is_contiguous() for x in (target, bias, norm, coef, out))
     if N == 0:
         return
-    tile = tile or configs.tile_for("gradient", hidden.dtype, N, V, D)
+    tile = tile or configs.tile_for("gradient", hidden.dtype, N, V, D, addressable(weight))
     for slab in slabs(tile, hidden, weight, product):
         here, store = target_matrix(tile, slab, out)
         _gradient_kernel[slab.grid](

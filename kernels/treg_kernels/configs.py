@@ -97,19 +97,25 @@ def architecture(target=None) -> str:
     return {9: "sm90", 10: "sm100"}.get(target.arch // 10, "sm80")  # sm120 has neither wgmma nor tcgen05
 
 
-def tile_for(kind: str, dtype: torch.dtype, N: int, V: int, D: int) -> Tile:
+def tile_for(kind: str, dtype: torch.dtype, N: int, V: int, D: int, addressable: bool = True) -> Tile:
     """The tile of a launch of one of KINDS on N rows of a [V, D] head, on the current device."""
-    found = tiles_for(kind, dtype, V, D)
+    found = tiles_for(kind, dtype, V, D, addressable)
     return next((tile for rows, tile in found if rows >= N), found[-1][1])
 
 
-def tiles_for(kind: str, dtype: torch.dtype, V: int, D: int) -> list[tuple[int, Tile]]:
-    """The tiles of any number of rows: each up to so many, the last also above."""
-    if (found := _measured().get((_device_name(), kind, str(dtype)[6:], int(V), int(D)))) is not None:
+def tiles_for(kind: str, dtype: torch.dtype, V: int, D: int, addressable: bool = True) -> list[tuple[int, Tile]]:
+    """The tiles of any number of rows: each up to so many, the last also above.
+
+    addressable: whether descriptors can address the weight. Pointers to the elements of a wide tile do not fit into
+    registers: where not, the tiles are those of the architecture without a copy engine.
+    """
+    found = _measured().get((_device_name(), kind, str(dtype)[6:], int(V), int(D)))
+    if found is not None and addressable:
         return found
     if dtype == torch.float32:
         return [(FLOAT32.n, FLOAT32)]
-    return [(tile.n, tile) for tile in TILES[architecture()]]
+    found = TILES[architecture()]
+    return [(tile.n, tile) for tile in (found if addressable or not found[0].descriptors else TILES["sm80"])]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from treg_kernels import configs
-from treg_kernels.launch import Product, slabs, target_matrix
+from treg_kernels.launch import Product, addressable, slabs, target_matrix
 from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transform, uniform
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -255,9 +255,11 @@ def _combine_kernel(
 STATISTICS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
-def part_columns(dtype: torch.dtype, V: int, D: int) -> int:
+def part_columns(weight: torch.Tensor) -> int:
     """Partial results per row and statistic, at most: one a tile."""
-    tiles = (tile for kind in ("forward", "stash") for _, tile in configs.tiles_for(kind, dtype, V, D))
+    V, D = weight.shape
+    shape = weight.dtype, V, D, addressable(weight)
+    tiles = (tile for kind in ("forward", "stash") for _, tile in configs.tiles_for(kind, *shape))
     return triton.cdiv(V, min(tile.v for tile in tiles))
 
 
@@ -284,7 +286,7 @@ def logprob_forward(
     Returns:
         {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool); norm, which
         `logits_gradient` takes, is lse / ln 2; tops: [N, ceil(V / tile.v)], the largest z2 of each tile without the
-        target's. Temporaries: 4 * N * part_columns(dtype, V, D) bytes for each of k and s
+        target's. Temporaries: 4 * N * part_columns(weight) bytes for each of k and s
         and for each statistic but lse, and configs.SLAB_BYTES where the tile takes the vendor's product.
     """
     N, D = hidden.shape
@@ -301,7 +303,8 @@ def logprob_forward(
         found["factor"] = row()
     if N == 0:
         return found
-    tile = tile or configs.tile_for("forward" if stash is None else "stash", hidden.dtype, N, V, D)
+    kind = "forward" if stash is None else "stash"
+    tile = tile or configs.tile_for(kind, hidden.dtype, N, V, D, addressable(weight))
     columns = triton.cdiv(V, tile.v)
 
     def part(needed=True):

@@ -40,7 +40,7 @@ def slabs(tile: Tile, hidden: torch.Tensor, weight: torch.Tensor, product: Produ
             logits = buffer[: N * columns].view(N, columns)
             product(hidden, weight[first : first + columns], logits)
             operands, source = (logits, None, columns, 1, 0, 0), "logits"
-        elif tile.descriptors and all(readable(x) for x in (hidden, weight)):
+        elif tile.descriptors and at_16_bytes(weight) and at_16_bytes(hidden := contiguous_rows(hidden)):
             pair = (descriptor(hidden, tile.n, tile.d), descriptor(weight, tile.v, tile.d))
             operands, source = (*pair, *hidden.stride(), *weight.stride()), "descriptors"
         else:
@@ -53,15 +53,26 @@ def slabs(tile: Tile, hidden: torch.Tensor, weight: torch.Tensor, product: Produ
 def target_matrix(tile: Tile, slab: Slab, out: torch.Tensor) -> tuple[object, str]:
     """A slab of the columns of out [N, V] as a kernel stores to it, and its STORE constant."""
     here = out[:, slab.first : slab.first + slab.columns]
-    if tile.descriptors and readable(here):
+    if tile.descriptors and at_16_bytes(here):
         return descriptor(here, tile.n, tile.v), "descriptors"
     return here, "pointers"
 
 
-def readable(x: torch.Tensor) -> bool:
-    """Whether the copy engine can address a matrix: rows contiguous and aligned to 16 bytes."""
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """A matrix that the copy engine can address, if its number of columns allows one: else, or if it is one, itself."""
+    return x if addressable(x) or x.shape[1] * x.element_size() % 16 else x.contiguous()
+
+
+def addressable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can address a matrix: rows contiguous and aligned to 16 bytes in their storage."""
     size = x.element_size()
-    return x.stride(1) == 1 and x.stride(0) * size % 16 == 0 and x.data_ptr() % 16 == 0 and x.stride(0) >= x.shape[1]
+    aligned = x.stride(0) * size % 16 == 0 and x.storage_offset() * size % 16 == 0
+    return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+
+
+def at_16_bytes(x: torch.Tensor) -> bool:
+    """`addressable`, and storage of whatever origin begins where it must."""
+    return addressable(x) and x.data_ptr() % 16 == 0
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

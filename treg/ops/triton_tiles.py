@@ -19,6 +19,7 @@ class TritonTiles:
         """Logits are float32, in registers."""
         from treg_kernels import configs
         from treg_kernels.forward import part_columns
+        from treg_kernels.launch import addressable
         from treg_kernels.tiles import Scalars
 
         self.head, self.logits_dtype = head, logits_dtype
@@ -26,9 +27,9 @@ class TritonTiles:
         self.stash_dtype = head.weight.dtype
         self._scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
         self._bias = None if head.bias is None else head.bias.contiguous()
-        shape = head.weight.dtype, *head.weight.shape
+        shape = head.weight.dtype, *head.weight.shape, addressable(head.weight)
         with self._device():
-            self._columns = part_columns(*shape)
+            self._columns = part_columns(head.weight)
             # the largest tile of the forward first: its width is that of "tops", whatever the number of rows
             self._tiles = [tile for kind in configs.KINDS for _, tile in reversed(configs.tiles_for(kind, *shape))]
         self._vendor_bytes = configs.SLAB_BYTES if any(tile.vendor for tile in self._tiles) else 0
