@@ -12,7 +12,6 @@ from torch import Tensor
 from treg.losses import LossOptions, treg_loss
 from treg.ops import fused_treg_loss, linear_logprobs
 
-SMALLEST_BUDGET = 256 << 20  # bytes
 GEMM_ROWS = 16384  # of one bare product: more do not run faster, and [N, V] stops fitting
 
 
@@ -168,7 +167,7 @@ OWN = {
     "treg_fused": Method(treg_fused, "loss", modes=GRADIENTS, products=(3, 2, None)),
     "treg_packed": Method(treg_packed, "loss", modes=GRADIENTS, masks=("realistic",)),
     "treg_smallest": Method(
-        functools.partial(treg_fused, memory_budget=SMALLEST_BUDGET), "loss", devices=GPU, modes=("trainable",)
+        functools.partial(treg_fused, memory_budget="least"), "loss", devices=GPU, modes=("trainable",)
     ),
     "treg_fused_exact_logits": Method(  # bfloat16 inputs, logits not rounded
         functools.partial(treg_fused, logits_dtype=torch.float32), "loss", devices=("cpu",), modes=GRADIENTS,

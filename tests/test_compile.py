@@ -58,6 +58,7 @@ CALLS = {
     "loss": (treg_loss, {}),
     "loss, in groups": (treg_loss, {"memory_budget": "one pair"}),
     "loss, filtered": (treg_loss, {"filter_eps": 0.0}),
+    "loss, least memory": (treg_loss, {"memory_budget": "least"}),
     "loss, packed": (treg_loss, {"cu_seqlens": torch.arange(0, 2 * B * T + 1, T)}),
     "loss, of each pair": (treg_loss, {"reduction": "none", "loss_type": "nca_pair", "alpha": 0.5}),
 }
@@ -78,7 +79,7 @@ def test_compiled_in_one_graph(impl, call, frozen):
     fn, options = CALLS[call]
     options = {k: x.to(device_of(impl)) if isinstance(x, torch.Tensor) and k != "cu_seqlens" else x
                for k, x in options.items()}  # fmt: skip
-    if options.get("memory_budget"):
+    if options.get("memory_budget") == "one pair":
         options["memory_budget"] = one_pair(impl, ("lse",))
     compiled = torch.compile(lambda **kw: fn(**kw, impl=impl, **options), fullgraph=True, backend="aot_eager")
     for _ in range(2):
@@ -115,18 +116,18 @@ def test_other_lengths_need_no_third_graph(impl):
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("eps", [None, 2.0**-10])
+@pytest.mark.parametrize(("eps", "by_columns"), [(None, False), (2.0**-10, False), (None, True)], ids=str)
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck_logprobs(impl, dtype, needs, eps):
+def test_opcheck_logprobs(impl, dtype, needs, eps, by_columns):
     """Schema, autograd registration, shapes of the fake kernel, tracing; the gradient's operator too."""
     b = batch(impl, dtype, ignored=0)  # the stash of rows that are left out is not written
     h, w, y = b["hidden"].detach().flatten(0, 1), b["weight"].detach(), b["target"].flatten()
     bias = torch.randn(V, device=h.device)
     inputs = [x.clone().requires_grad_(need) for x, need in zip((h, w, bias), needs, strict=True)]
     logits_dtype = torch.float32 if impl == "torch" else None
-    options = (1.5, 4.0, 0.7, -100, impl, logits_dtype, 384 << 20, *needs, "lse,is_top1", eps)
+    options = (1.5, 4.0, 0.7, -100, impl, logits_dtype, 384 << 20, *needs, "lse,is_top1", eps, by_columns)
     opcheck(_logprobs, (*inputs, y, *options))
     if any(needs):
         saved = _logprobs(*(x.detach() for x in inputs), y, *options)[-4:]

@@ -268,6 +268,49 @@ def test_rows_kept_beside_rows_computed_again(impl, ignored, dtype, needs, kept,
     assert kept[0][1] == count and 20 < kept[0][0] < 40
 
 
+@pytest.mark.parametrize("needs", ["hidden weight bias", "weight", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ignored", [0, 7])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_least_memory(impl, ignored, dtype, needs, monkeypatch):
+    """The gradients of one part of the vocabulary after the other."""
+    parts = []
+    original = treg.ops.rows.add_transposed
+    monkeypatch.setattr(treg.ops.rows, "add_transposed", lambda *a, **k: (parts.append(a), original(*a, **k)))
+    case = make_case(N=60, D=24, V=300, ignored=ignored, bias=True, softcap=4.0, logit_scale=1.5, outputs=("entropy",))
+    for tiles in (treg.ops.logprobs.TorchTiles, treg.ops.logprobs.TritonTiles):
+        monkeypatch.setattr(tiles, "column_bytes", lambda self, rows: 1 << 40)  # as few words at a time as there may be
+
+    def only(fn):
+        def run(hidden, weight, bias, **kwargs):
+            given = {"hidden": hidden, "weight": weight, "bias": bias}
+            given = {k: x if k in needs.split() else x.detach() for k, x in given.items()}
+            return fn(**given, **kwargs)
+
+        return run
+
+    check_against_reference(case, only(linear_logprobs), only(reference.linear_logprobs), weighted, dtype,
+                            device_of(impl), impl=impl, memory_budget="least")  # fmt: skip
+    assert len(parts) == {"hidden weight bias": 6, "weight": 3, "bias": 0}[needs]  # 128, 128 and 44 words
+
+
+@pytest.mark.usefixtures("open_operators")
+def test_least_memory_has_no_float32_sum_of_dweight(monkeypatch):
+    """Beyond inputs and gradients: the budget, and dhidden in float32."""
+    monkeypatch.setattr(treg.ops.torch_tiles, "BLOCK", {"cpu": 40_000})
+    monkeypatch.setattr(treg.ops.head, "LEAST_BUDGET", {"cpu": 24 << 20})
+    case = make_case(N=500, D=256, V=40_000, spread=0.05, outputs=()).at(torch.bfloat16)
+    with PeakMemory() as memory:
+        out = linear_logprobs(case.hidden, case.weight, memory_budget="least", **case.rest)
+        weighted(out).backward()
+    gradients = case.hidden.nbytes + case.weight.nbytes
+    assert memory.peak <= gradients + treg.ops.head.LEAST_BUDGET["cpu"] + 8 * case.hidden.numel() + 200 * 500
+    with PeakMemory() as small:
+        out = linear_logprobs(case.hidden, case.weight, memory_budget=treg.ops.head.LEAST_BUDGET["cpu"], **case.rest)
+        weighted(out).backward()
+    assert small.peak > memory.peak + case.weight.nbytes
+
+
 def test_dweight_of_many_tiles_is_rounded_once(cheap_passes, kept):
     """bfloat16: dweight is a float32 sum unless one product makes it."""
     case = make_case(N=400, D=16, V=150, ignored=0, outputs=())
@@ -304,6 +347,8 @@ def test_matrix_products(kept):
     assert products("hidden weight") == 3
     assert products("weight") == 2
     assert products("bias") == pytest.approx(1, abs=0.05)
+    assert products("hidden weight", memory_budget="least") == 4
+    assert products("hidden", memory_budget="least") == 2
     assert products("weight", torch.float16) == 3  # 4 with dhidden, whose float16 product the counter does not see
     assert products("hidden weight", memory_budget=budget_for(case, torch.float32, "torch", 30)) == 4
     kept.clear()

@@ -147,10 +147,10 @@ def check_head(
 
 
 def _check_budget(memory_budget) -> None:
-    if memory_budget is None:
+    if memory_budget is None or memory_budget == "least":
         return
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
-        raise ValueError(f"memory_budget: expected a number of bytes > 0 (int) or None, got {memory_budget!r}")
+        raise ValueError(f"memory_budget: expected a number of bytes > 0 (int), 'least' or None, got {memory_budget!r}")
 
 
 def check_outputs(outputs) -> tuple[str, ...]:

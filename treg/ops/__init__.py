@@ -31,7 +31,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     impl: str | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     logits_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
     filter_eps: float | None = None,
@@ -55,9 +55,11 @@ def linear_logprobs(
             they are computed).
         outputs: any of "lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; see `LinearLogprobs`.
         impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls back.
-        memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight and [N]-sized rows come on
-            top. With a trainable head, or a shard, they are held until the backward: several calls before one
-            backward hold as much each. None: 1 GiB on a GPU, 384 MiB on a CPU.
+        memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight, [N]-sized rows, with
+            filter_eps [N, V / 128] numbers, and on a GPU copies of a tile's rows of hidden where ignored tokens are
+            left out, come on top. With a trainable head, or a shard, they are held until the backward: several calls
+            before one backward hold as much each. None: 1 GiB on a GPU, 384 MiB on a CPU. "least": 192 and 96 MiB,
+            and dhidden in float32 in place of that sum of dweight: 4 products for a trainable head.
         logits_dtype: dtype in which impl="torch" holds a tile's logits. None: float32, except for bfloat16 inputs on
             a CPU, where they are rounded to bfloat16, which doubles the speed of that product; torch.float32 keeps
             them exact there. Triton never rounds logits.
@@ -68,9 +70,10 @@ def linear_logprobs(
             products for the rows whose stash does not fit; "is_top1" is not available. A DTensor with placement
             Shard(0) on a mesh of one dimension needs no shard; one with Replicate() counts as a plain tensor.
         filter_eps: None: exact gradients. Else tiles of 128 tokens by 128 vocabulary entries are left out of them where
-            no token has |d L / d lp| * p >= filter_eps * (the largest |d L / d lp|) and no target lies; of a share rho
-            of tiles that stays, 1 + 3 rho products are made (frozen 1 + 2 rho). Approximate: what is left out has one
-            sign. Deterministic; log-probs stay exact; 0 leaves out nothing. Not with shard.
+            no token has |d L / d lp| * p >= filter_eps * (the largest |d L / d lp|), p the largest of a block as wide
+            as the forward's tiles (128 or 256), and no target lies; of a share rho of tiles that stays, 1 + 3 rho
+            products are made (frozen 1 + 2 rho). Approximate: what is left out has one sign. Deterministic; log-probs
+            stay exact; 0 leaves out nothing. Not with shard.
     Returns:
         LinearLogprobs; `logprobs` [...] float32, nats, differentiable in hidden, weight and bias.
     Raises:
@@ -86,7 +89,7 @@ def linear_logprobs(
     budget = budget_of(memory_budget, hidden.device)
     rows, y = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     with without_autocast(hidden):
-        found = _score(impl, head, logits_dtype, rows, y, names, budget, shard, filter_eps)
+        found = _score(impl, head, logits_dtype, rows, y, names, budget, shard, filter_eps, memory_budget == "least")
     return LinearLogprobs(**{name: x.reshape(target.shape) for name, x in found.items()})
 
 
@@ -113,7 +116,7 @@ def fused_treg_loss(
     reduction: str = "mean",
     outputs: tuple[str, ...] = (),
     impl: str | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     logits_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
     filter_eps: float | None = None,
@@ -134,7 +137,7 @@ def fused_treg_loss(
     after the other. One product more is needed for float16 inputs (so that a loss scaler's factor reaches the 16-bit
     products), and for a pair that does not fit into memory_budget where its objective is not -w * (known
     coefficients), or where the budget holds no second float32 [V, D] sum beside other pairs. reduction="none", shard
-    and filter_eps take the products of `linear_logprobs`.
+    and filter_eps take the products of `linear_logprobs`; memory_budget="least" takes 4.
 
     Args:
         hidden: [2B, T, D], or packed [N, D] with cu_seqlens; see `linear_logprobs`. Chosen sequences first.
@@ -180,15 +183,16 @@ def fused_treg_loss(
     budget = budget_of(memory_budget, hidden.device)
     rows, y = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    least, taken_in_pairs = memory_budget == "least", reduction != "none" and weight.dtype != torch.float16
     with without_autocast(hidden):
-        if trained and shard is None and filter_eps is None and reduction != "none" and weight.dtype != torch.float16:
+        if trained and shard is None and not least and filter_eps is None and taken_in_pairs:
             inputs = (token_rewards, ref_logps, token_weights)
             inputs = (None if x is None else x.reshape(-1).contiguous() for x in inputs)
             loss, result, found = run_pairs(
                 impl, head, logits_dtype, rows, y, *inputs, cu_seqlens, count, options, names, budget
             )
         else:
-            found = _score(impl, head, logits_dtype, rows, y, names, budget, shard, filter_eps)
+            found = _score(impl, head, logits_dtype, rows, y, names, budget, shard, filter_eps, least)
             result = fused_pair_loss(
                 found["logprobs"].reshape(target.shape), token_rewards, ref_logps, options,
                 cu_seqlens=cu_seqlens, mask=scored, token_weights=token_weights, impl=impl,
@@ -202,11 +206,11 @@ def fused_treg_loss(
 
 def _score(
     impl: str, head: Head, logits_dtype: torch.dtype | None, rows: Tensor, target: Tensor, names: tuple[str, ...],
-    budget: int, shard: VocabShard | None, filter_eps: float | None,
+    budget: int, shard: VocabShard | None, filter_eps: float | None, least: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Log-probs and statistics of [N, D] rows, under a head that is whole or in parts."""
     if shard is None:
-        return run_logprobs(impl, head, logits_dtype, rows, target, names, budget, filter_eps)
+        return run_logprobs(impl, head, logits_dtype, rows, target, names, budget, filter_eps, least)
     return run_vocab_parallel(make_tiles(impl, head, logits_dtype), rows, target, names, budget, shard)
 
 

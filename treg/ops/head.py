@@ -15,6 +15,9 @@ Rows = slice | Tensor | tuple[slice, ...]  # some of N rows: a range, their numb
 # temporaries of an op, in bytes, unless the caller says otherwise
 DEFAULT_BUDGET = {"cpu": 384 << 20}
 DEFAULT_BUDGET_GPU = 1 << 30
+# the same for memory_budget="least"
+LEAST_BUDGET = {"cpu": 96 << 20}
+LEAST_BUDGET_GPU = 192 << 20
 
 # rows whose logits cost as much as a pass of the backward over [V, D], which reads the weight and adds to its sums
 PASS_ROWS = {"cpu": 32}
@@ -50,7 +53,9 @@ def without_autocast(x: Tensor):
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def budget_of(memory_budget: int | None, device: torch.device) -> int:
+def budget_of(memory_budget: int | str | None, device: torch.device) -> int:
+    if memory_budget == "least":
+        return LEAST_BUDGET.get(device.type, LEAST_BUDGET_GPU)
     return memory_budget or DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_GPU)
 
 

@@ -4,6 +4,7 @@ forward only       1 GEMM a row
 frozen head        2: the forward also leaves dhidden without its coefficient, which the backward multiplies in
 trainable head     3 for the rows whose unscaled gradient E of the logits is kept until the coefficients are known,
                    4 for the others (all in float16): their logits are computed again in the backward
+by_columns         4, frozen 2; in the least memory
 filter_eps         1 + 3 rho, frozen 1 + 2 rho: see `treg.ops.filtered`
 """
 
@@ -16,6 +17,7 @@ from treg.ops.gemm import scaled_to
 from treg.ops.head import Head, check_budget, check_same_rows, empty_rows, scored_rows
 from treg.ops.rows import (
     coefficients,
+    differentiate_columns,
     differentiate_rows,
     frozen_rows,
     kept_rows,
@@ -36,14 +38,14 @@ def make_tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> Torch
 
 def run_logprobs(
     impl: str, head: Head, logits_dtype: torch.dtype | None, hidden: Tensor, target: Tensor, outputs: tuple[str, ...],
-    budget: int, filter_eps: float | None,
+    budget: int, filter_eps: float | None, by_columns: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Log-probs of [N, D] rows and the outputs asked for, each [N]; differentiable in hidden, weight and bias."""
     grad = torch.is_grad_enabled()  # within an operator it is always off
     needs = [grad and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
     logprobs, *statistics = _logprobs(
         hidden, head.weight, head.bias, target, head.logit_scale, head.softcap, head.temperature, head.ignore_index,
-        impl, logits_dtype, budget, *needs, ",".join(outputs), filter_eps,
+        impl, logits_dtype, budget, *needs, ",".join(outputs), filter_eps, by_columns,
     )[: 1 + len(OUTPUTS)]  # fmt: skip
     return {"logprobs": logprobs} | {n: x for n, x in zip(OUTPUTS, statistics, strict=True) if n in outputs}
 
@@ -53,7 +55,7 @@ def _logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     logit_scale: float, softcap: float | None, temperature: float, ignore_index: int,
     impl: str, logits_dtype: torch.dtype | None, budget: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool, outputs: str, filter_eps: float | None,
+    need_hidden: bool, need_weight: bool, need_bias: bool, outputs: str, filter_eps: float | None, by_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probs, OUTPUTS, norm, and what the backward needs: dhidden and its row factors, stash and factor, or tops;
     whether rows were left out.
@@ -74,7 +76,7 @@ def _logprobs(
         found, grads = frozen_rows(tiles, hidden, target, rows, names, budget)
         kept = grads.dhidden, grads.row_scale
     else:
-        stash, factor = _stash(tiles, budget, hidden, names, trained)
+        stash, factor = _stash(tiles, budget, hidden, names, trained and not by_columns)
         count = min(stash.shape[0], kept_rows(tiles, budget, _count(hidden, rows), names))
         first = (stash[:count], factor[:count]) if count else (None, None)
         found = score_rows(tiles, hidden, target, rows, names, budget, *first)
@@ -85,7 +87,7 @@ def _logprobs(
 
 @_logprobs.register_fake
 def _(hidden, weight, bias, target, logit_scale, softcap, temperature, ignore_index, impl, logits_dtype, budget,
-      need_hidden, need_weight, need_bias, outputs, filter_eps):  # fmt: skip
+      need_hidden, need_weight, need_bias, outputs, filter_eps, by_columns):  # fmt: skip
     tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
     names = outputs.split(",")
 
@@ -98,7 +100,8 @@ def _(hidden, weight, bias, target, logit_scale, softcap, temperature, ignore_in
     elif _frozen(weight, need_hidden, need_weight or need_bias):
         kept = torch.empty_like(hidden, memory_format=torch.contiguous_format), rows()
     else:
-        kept = _stash(tiles, budget, hidden, tuple(n for n in names if n), need_weight or need_bias)
+        kept = _stash(tiles, budget, hidden, tuple(n for n in names if n),
+                      (need_weight or need_bias) and not by_columns)  # fmt: skip
     return rows(), *statistics, rows(), *kept, torch.empty((), dtype=torch.bool, device="cpu")
 
 
@@ -124,7 +127,7 @@ def _gradients(
     kept: Tensor, factor: Tensor, left_out: Tensor,
     logit_scale: float, softcap: float | None, temperature: float, ignore_index: int,
     impl: str, logits_dtype: torch.dtype | None, budget: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool, outputs: str, filter_eps: float | None,
+    need_hidden: bool, need_weight: bool, need_bias: bool, outputs: str, filter_eps: float | None, by_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dhidden, dweight and dbias for coef = d L / d lp; empty where not needed."""
     if filter_eps is None and _frozen(weight, need_hidden, need_weight or need_bias):
@@ -137,6 +140,10 @@ def _gradients(
     if filter_eps is not None:
         grads, _ = filtered_rows(tiles, hidden, target, rows, norm, coef, kept, tiles.top_width, filter_eps, budget,
                                  needs)  # fmt: skip
+        found = (grads.dhidden, *weight_gradients(grads, weight, bias))
+        return tuple(hidden.new_empty(0) if x is None else x for x in found)
+    if by_columns:
+        grads = differentiate_columns(tiles, hidden, target, rows, norm, coef.contiguous(), budget, needs)
         found = (grads.dhidden, *weight_gradients(grads, weight, bias))
         return tuple(hidden.new_empty(0) if x is None else x for x in found)
     count = min(kept.shape[0], kept_rows(tiles, budget, _count(hidden, rows), names))
@@ -152,7 +159,7 @@ def _gradients(
 
 @_gradients.register_fake
 def _(coef, hidden, weight, bias, target, norm, kept, factor, left_out, logit_scale, softcap, temperature, ignore_index,
-      impl, logits_dtype, budget, need_hidden, need_weight, need_bias, outputs, filter_eps):  # fmt: skip
+      impl, logits_dtype, budget, need_hidden, need_weight, need_bias, outputs, filter_eps, by_columns):  # fmt: skip
     def like(x, needed):
         return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
 

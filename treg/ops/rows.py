@@ -1,15 +1,21 @@
 """Rows through a head, tile by tile: scored, and differentiated once their coefficients are known.
 
+By rows: a tile has all of the vocabulary, and dweight is added up in float32. By columns: a tile has all rows, dweight
+is written once, and dhidden is added up in float32: less memory as long as there are fewer rows than words.
+
     kept rows    d lp_t / d a_t = factor_t * E_t:   dhidden = coef * factor * (E W),  dweight += E^T (coef * factor * h)
 
 As many rows are kept as a budget holds beside a tile of the others, whose logits are computed again.
 """
 
+from dataclasses import replace
 from math import isqrt
 
 import torch
 from torch import Tensor
 
+from treg.ops.filtered import ABSENT, IGNORED, Gradients
+from treg.ops.gemm import add_transposed
 from treg.ops.head import (
     HeadGradients,
     chunks,
@@ -89,6 +95,49 @@ def differentiate_rows(
     grads.finish()
     tiles.release()
     return grads
+
+
+def differentiate_columns(
+    tiles, hidden: Tensor, target: Tensor, rows: Tensor | None, norm: Tensor, coef: Tensor, budget: int,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:  # fmt: skip
+    """Gradients of sum_t coef_t lp_t over the rows listed, for a part of the vocabulary after the other.
+
+    Temporaries: budget, and dhidden in float32, [n, D].
+    """
+    head = tiles.head
+    weight, bias, V = head.weight, head.bias, head.weight.shape[0]
+    need_hidden, need_weight, need_bias = needs
+    if rows is None:
+        h, y, n, c = hidden, target, norm, coef
+        if not sees_values(target):
+            h = torch.where((y != head.ignore_index).unsqueeze(-1), h, 0.0)
+    else:
+        h, y, n, c = hidden[rows], target[rows], norm[rows], coef[rows]
+    total = h.new_zeros(h.shape, dtype=tiles.compute) if need_hidden else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    dbias = torch.empty_like(bias, dtype=tiles.compute) if need_bias else None
+    step = max(128, max(0, budget - tiles.fixed_bytes) // max(1, tiles.column_bytes(h.shape[0])) // 128 * 128)
+    tile = h.new_empty(h.shape[0] * min(step, V), dtype=tiles.stash_dtype)
+    with without_autocast(hidden):
+        for first in range(0, V, step):
+            columns = slice(first, min(first + step, V))
+            part = replace(head, weight=weight[columns], bias=None if bias is None else bias[columns],
+                           ignore_index=IGNORED)  # fmt: skip
+            here = (y >= columns.start) & (y < columns.stop)
+            local = torch.where(here, y - first, ABSENT).masked_fill_(y == head.ignore_index, IGNORED)
+            out = tile[: h.shape[0] * part.weight.shape[0]].view(h.shape[0], -1)
+            type(tiles)(part, tiles.logits_dtype).gradient(h, local, n, c, out)
+            if total is not None:
+                add_transposed(total, out.T, part.weight, first=False)
+            if dweight is not None:
+                add_transposed(dweight[columns], out, h, first=True)
+            if dbias is not None:
+                dbias[columns] = out.sum(0, dtype=tiles.compute)
+    dhidden = None if total is None else total.to(hidden.dtype)
+    if rows is not None and dhidden is not None:
+        dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, dhidden)
+    return Gradients(dhidden, dweight, dbias)
 
 
 def scored_scale(target: Tensor, ignore_index: int) -> Tensor | None:

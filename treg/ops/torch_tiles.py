@@ -44,6 +44,10 @@ class TorchTiles:
         _, products = slab_bytes(D, self.stash_dtype, self.head.weight.device)
         return tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize + products
 
+    def column_bytes(self, rows: int) -> int:
+        """Temporaries per word of a tile of so many rows that has a part of the vocabulary."""
+        return rows * (self.stash_dtype.itemsize + self._upcast * self.logits_dtype.itemsize)
+
     @property
     def fixed_bytes(self) -> int:
         """Temporaries that do not depend on the rows of a tile."""

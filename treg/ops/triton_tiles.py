@@ -51,6 +51,10 @@ class TritonTiles:
         held = max(4 * self._columns * (2 + len(outputs)), stash * self.scaled_columns * self.stash_dtype.itemsize)
         return held + stash * V * self.stash_dtype.itemsize + self._gathered_bytes + 64
 
+    def column_bytes(self, rows: int) -> int:
+        """Temporaries per word of a tile of so many rows that has a part of the vocabulary."""
+        return rows * self.stash_dtype.itemsize
+
     @property
     def top_width(self) -> int:
         """Columns of which "tops" has one number."""
