@@ -29,7 +29,7 @@ Units: seconds, bytes, FLOP. N rows, D hidden, V vocabulary, rows C at a time, W
     dense_log_softmax 3 products, 34 N V        dense_compiled: 3 products, 10 N V
     torch_linear_cross_entropy    4 products, 20 N V, dweight added once per 4096 rows
 
-Where a part of the rows is scored, TRL and packed treg run those alone, the others all. Not modelled: quantisation of
+Where a part of the rows is scored, TRL and treg run those alone, the others all. Not modelled: quantisation of
 tiles to the 132 multiprocessors, L2, and cut-cross-entropy, whose speed hangs on its filter and its locks.
 """
 
@@ -176,7 +176,7 @@ def predict(case: Case) -> dict[str, dict[str, float]]:
     weight = case.vocab * case.hidden
     next_power = 1 << max(0, math.ceil(case.rows * case.hidden / case.vocab) - 1).bit_length()
     everywhere = {  # method: (rows, scheme)
-        "treg_logprobs": (case.rows, treg_logprobs),
+        "treg_logprobs": (scored, treg_logprobs),
         "trl_chunked": (scored, trl_chunked),
         "verl": (case.rows, verl),
         "dense_log_softmax": (case.rows, lambda c: chunked(c, case.rows, 3, 10 if c.mode == "forward" else 34, 0)),
@@ -186,7 +186,7 @@ def predict(case: Case) -> dict[str, dict[str, float]]:
     }
     if case.mode != "forward":
         everywhere |= {
-            "treg_fused": (case.rows, lambda c: treg_fused(c, pair=per_pair)),
+            "treg_fused": (scored, lambda c: treg_fused(c, pair=scored // case.pairs)),
             "liger_dpo": (case.rows, lambda c: chunked(c, per_pair, 3, 20, 8 * weight)),
             "liger_mean_ce": (case.rows, lambda c: chunked(c, next_power, 3, 6, 8 * weight)),
             "quack_mean_ce": (case.rows, lambda c: chunked(c, 4096, 3, 4, 0.5 * 8 * weight)),
@@ -195,7 +195,7 @@ def predict(case: Case) -> dict[str, dict[str, float]]:
         everywhere["treg_packed"] = (scored, lambda c: treg_fused(c, pair=scored // case.pairs))
     if case.mode == "trainable":
         everywhere |= {
-            "treg_smallest": (case.rows, treg_smallest),
+            "treg_smallest": (scored, treg_smallest),
             "gemm_3": (case.rows, lambda c: gemm(c, 1, True, True)),
             "gemm_4": (case.rows, lambda c: gemm(c, 2, True, True)),
         }
