@@ -225,6 +225,17 @@ def test_any_shape_option_and_budget(impl, N, D, V, head, dtype, frozen, budget_
                             device_of(impl), plain_runs=4, impl=impl, memory_budget=budget)  # fmt: skip
 
 
+def only(fn, needs: str):
+    """fn where no other of hidden, weight and bias takes a gradient."""
+
+    def run(hidden, weight, bias, **kwargs):
+        given = {"hidden": hidden, "weight": weight, "bias": bias}
+        given = {k: x if k in needs.split() else x.detach() for k, x in given.items()}
+        return fn(**given, **kwargs)
+
+    return run
+
+
 def least_budget(case: Case, dtype: torch.dtype, impl: str) -> int:
     """Bytes for one row, as the error for one byte says."""
     case = case.at(dtype, device_of(impl))
@@ -254,15 +265,7 @@ def test_rows_kept_beside_rows_computed_again(impl, ignored, dtype, needs, kept,
     """The stash of some rows is kept for the backward, the logits of the others are computed twice: one gradient."""
     case = make_case(N=60, D=24, V=300, ignored=ignored, bias=True, softcap=4.0, outputs=("entropy",))
 
-    def only(fn):
-        def run(hidden, weight, bias, **kwargs):
-            given = {"hidden": hidden, "weight": weight, "bias": bias}
-            given = {k: x if k in needs.split() else x.detach() for k, x in given.items()}
-            return fn(**given, **kwargs)
-
-        return run
-
-    check_against_reference(case, only(linear_logprobs), only(reference.linear_logprobs), weighted, dtype,
+    check_against_reference(case, only(linear_logprobs, needs), only(reference.linear_logprobs, needs), weighted, dtype,
                             device_of(impl), impl=impl, memory_budget=budget_for(case, dtype, impl, 40))  # fmt: skip
     count = 60 if impl == "triton" and DEVICE == "cuda" else 60 - ignored
     assert kept[0][1] == count and 20 < kept[0][0] < 40
@@ -281,15 +284,7 @@ def test_least_memory(impl, ignored, dtype, needs, monkeypatch):
     for tiles in (treg.ops.logprobs.TorchTiles, treg.ops.logprobs.TritonTiles):
         monkeypatch.setattr(tiles, "column_bytes", lambda self, rows: 1 << 40)  # as few words at a time as there may be
 
-    def only(fn):
-        def run(hidden, weight, bias, **kwargs):
-            given = {"hidden": hidden, "weight": weight, "bias": bias}
-            given = {k: x if k in needs.split() else x.detach() for k, x in given.items()}
-            return fn(**given, **kwargs)
-
-        return run
-
-    check_against_reference(case, only(linear_logprobs), only(reference.linear_logprobs), weighted, dtype,
+    check_against_reference(case, only(linear_logprobs, needs), only(reference.linear_logprobs, needs), weighted, dtype,
                             device_of(impl), impl=impl, memory_budget="least")  # fmt: skip
     assert len(parts) == {"hidden weight bias": 6, "weight": 3, "bias": 0}[needs]  # 128, 128 and 44 words
 

@@ -12,7 +12,7 @@ import torch
 from helpers import DEVICE, EPS, IMPLS, device_of
 
 from treg.losses import OBJECTIVES, LossOptions, pair_loss, reward_gradient, treg_loss
-from treg.ops.objective import STATS, empty_results, pair_objective, row_starts, write_objective
+from treg.ops.objective import STATS, empty_results, new_objective, results, row_starts, write_objective
 from treg.ops.pair_op import _pair_objective, _pair_objective_grad, fused_pair_loss
 from treg.results import PairLoss
 from treg_kernels.bases import BASES
@@ -21,6 +21,12 @@ NAMES = sorted(OBJECTIVES)
 SMOOTHED = [name for name in NAMES if OBJECTIVES[name].smoothing]
 LENGTHS = [5, 1, 9, 3, 4, 12]  # three pairs
 REFERENCE_FREE = [name for name in NAMES if OBJECTIVES[name].reference_free]
+
+
+def pair_objective(*tensors_and_more):
+    """PairLoss and d sum_b loss_b / d lp_t."""
+    loss, stats, coef = new_objective(*tensors_and_more)
+    return results(loss, stats, tensors_and_more[6]), coef
 
 
 def options_of(loss_type, **more):

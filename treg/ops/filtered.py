@@ -10,21 +10,18 @@ computed as ever. rho is the share of active tiles: the coefficients enter, so p
 nothing. filter_eps = 0 keeps every tile. What is left out has one sign, so this is approximate and never the default.
 """
 
-import contextlib
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from treg.ops.gemm import add_transposed
-from treg.ops.head import Head, chunks, without_autocast
+from treg.ops.head import Head, chunks, local_target, on_device, part_of, without_autocast
 from treg.ops.triton_tiles import TritonTiles
 
 TILE = 128  # rows, and columns: the tiles of treg_kernels.active
 PIECE = 2048  # columns that the torch path takes at once, at most
-ABSENT, IGNORED = -1, -2  # targets of a piece of the vocabulary: in another one; not used
 
 
 class Gradients(NamedTuple):
@@ -104,7 +101,7 @@ def _by_triton(tiles, hidden, target, rows, norm, coef, tops, width, eps, budget
     threshold = eps * coef.abs().amax()
     slab = hidden.new_empty(slab_shape(min(count, step), V))
     found = []
-    with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
+    with on_device(weight):
         for r in chunks(rows, N, step):
             h, y, n, c = hidden[r], target[r], norm[r], coef[r]
             found.append(active_tiles(tops[r], width, n, c, y, threshold, V))
@@ -134,13 +131,13 @@ def _by_torch(tiles, hidden, target, rows, norm, coef, tops, width, eps, budget,
         found.append(_active(tops[r], width, n, c, y, threshold, V))
         dhidden = h.new_zeros(h.shape, dtype=tiles.compute)
         for columns in _runs(found[-1].tolist(), V) if len(r) else ():
-            bias = None if head.bias is None else head.bias[columns]
-            part = replace(head, weight=head.weight[columns], bias=bias, ignore_index=IGNORED)
-            local = torch.where((y >= columns.start) & (y < columns.stop), y - columns.start, ABSENT)
-            tile = h.new_empty(h.shape[0], part.weight.shape[0])
-            type(tiles)(part, tiles.logits_dtype).gradient(h, local, n, c, tile)
+            words = columns.stop - columns.start
+            tile = h.new_empty(h.shape[0], words)
+            part_of(tiles, columns).gradient(
+                h, local_target(y, columns.start, words, head.ignore_index), n, c, tile
+            )
             if grads.dhidden is not None:
-                add_transposed(dhidden, tile.T, part.weight, first=False)
+                add_transposed(dhidden, tile.T, head.weight[columns], first=False)
             if grads.dweight is not None:
                 add_transposed(grads.dweight[columns], tile, h, first=False)
             if grads.dbias is not None:

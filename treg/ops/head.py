@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from treg.ops.gemm import add_transposed, times_weight, widened
 
 Rows = slice | Tensor | tuple[slice, ...]  # some of N rows: a range, their numbers, or several ranges
+
+IGNORED, ABSENT = -1, -2  # targets of a part of the vocabulary: not scored; scored, and in another part
 
 # temporaries of an op, in bytes, unless the caller says otherwise
 DEFAULT_BUDGET = {"cpu": 384 << 20}
@@ -108,6 +110,24 @@ def check_same_rows(rows: Tensor | None, left_out: Tensor) -> None:
             "target: expected forward and backward both inside the capture of a CUDA graph, or both outside, got one "
             "of each: ignored tokens are left out outside alone"
         )
+
+
+def local_target(target: Tensor, start: int, count: int, ignore_index: int) -> Tensor:
+    """Targets as a part of the vocabulary numbers them, start..start+count-1: else ABSENT; IGNORED where not scored."""
+    here = (target >= start) & (target < start + count)
+    return torch.where(here, target - start, ABSENT).masked_fill_(target == ignore_index, IGNORED)
+
+
+def part_of(tiles, columns: slice):
+    """The same tiles for a part of the vocabulary, whose targets are `local_target`'s."""
+    head = tiles.head
+    bias = None if head.bias is None else head.bias[columns]
+    return type(tiles)(replace(head, weight=head.weight[columns], bias=bias, ignore_index=IGNORED), tiles.logits_dtype)
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def pieces(rows: Rows, n: int) -> Iterator[tuple[slice, slice | Tensor]]:

@@ -36,6 +36,11 @@ def make_tiles(impl: str, head: Head, logits_dtype: torch.dtype | None) -> Torch
     return TritonTiles(head) if impl == "triton" else TorchTiles(head, logits_dtype)
 
 
+def names_of(outputs: str) -> tuple[str, ...]:
+    """Names as an operator takes them: with commas."""
+    return tuple(outputs.split(",")) if outputs else ()
+
+
 def run_logprobs(
     impl: str, head: Head, logits_dtype: torch.dtype | None, hidden: Tensor, target: Tensor, outputs: tuple[str, ...],
     budget: int, filter_eps: float | None, by_columns: bool,
@@ -63,11 +68,10 @@ def _logprobs(
     What is not asked for is empty.
     """
     tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
-    names = tuple(outputs.split(",")) if outputs else ()
+    names = names_of(outputs)
     trained = need_weight or need_bias
     check_budget(tiles, budget, stash=need_hidden or trained, outputs=names)
     rows = scored_rows(target, ignore_index)
-    kept = hidden.new_empty(0), hidden.new_empty(0)
     if filter_eps is not None and (need_hidden or trained):
         check_filter(tiles, filter_eps, budget)
         found = score_rows(tiles, hidden, target, rows, (*names, "tops"), budget, None, None)
@@ -89,7 +93,7 @@ def _logprobs(
 def _(hidden, weight, bias, target, logit_scale, softcap, temperature, ignore_index, impl, logits_dtype, budget,
       need_hidden, need_weight, need_bias, outputs, filter_eps, by_columns):  # fmt: skip
     tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
-    names = outputs.split(",")
+    names = names_of(outputs)
 
     def rows(wanted=True, dtype=tiles.compute):
         return hidden.new_empty(hidden.shape[0] if wanted else 0, dtype=dtype if wanted else hidden.dtype)
@@ -100,8 +104,7 @@ def _(hidden, weight, bias, target, logit_scale, softcap, temperature, ignore_in
     elif _frozen(weight, need_hidden, need_weight or need_bias):
         kept = torch.empty_like(hidden, memory_format=torch.contiguous_format), rows()
     else:
-        kept = _stash(tiles, budget, hidden, tuple(n for n in names if n),
-                      (need_weight or need_bias) and not by_columns)  # fmt: skip
+        kept = _stash(tiles, budget, hidden, names, (need_weight or need_bias) and not by_columns)
     return rows(), *statistics, rows(), *kept, torch.empty((), dtype=torch.bool, device="cpu")
 
 
@@ -134,22 +137,19 @@ def _gradients(
         dhidden = scaled_to(kept, coefficients(coef, factor).unsqueeze(-1), kept.dtype)
         return dhidden, hidden.new_empty(0), hidden.new_empty(0)
     tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
-    names = tuple(outputs.split(",")) if outputs else ()
+    names = names_of(outputs)
     rows, needs = scored_rows(target, ignore_index), (need_hidden, need_weight, need_bias)
     check_same_rows(rows, left_out)
+    count = 0
     if filter_eps is not None:
         grads, _ = filtered_rows(tiles, hidden, target, rows, norm, coef, kept, tiles.top_width, filter_eps, budget,
                                  needs)  # fmt: skip
-        found = (grads.dhidden, *weight_gradients(grads, weight, bias))
-        return tuple(hidden.new_empty(0) if x is None else x for x in found)
-    if by_columns:
+    elif by_columns:
         grads = differentiate_columns(tiles, hidden, target, rows, norm, coef.contiguous(), budget, needs)
-        found = (grads.dhidden, *weight_gradients(grads, weight, bias))
-        return tuple(hidden.new_empty(0) if x is None else x for x in found)
-    count = min(kept.shape[0], kept_rows(tiles, budget, _count(hidden, rows), names))
-    first = (kept[:count], factor[:count]) if count else (None, None)
-    grads = differentiate_rows(tiles, hidden, target, rows, norm, coef.contiguous(), *first, budget,
-                               needs)  # fmt: skip
+    else:
+        count = min(kept.shape[0], kept_rows(tiles, budget, _count(hidden, rows), names))
+        first = (kept[:count], factor[:count]) if count else (None, None)
+        grads = differentiate_rows(tiles, hidden, target, rows, norm, coef.contiguous(), *first, budget, needs)
     dhidden = grads.dhidden
     if dhidden is not None and count:
         dhidden = scaled_to(dhidden, grads.row_scale.unsqueeze(-1), dhidden.dtype)

@@ -4,13 +4,13 @@ The formulas stand in `treg_kernels.objective`; both implementations compute in 
 been checked by the caller.
 """
 
-import contextlib
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from treg.losses import LossOptions
+from treg.ops.head import on_device
 from treg.ops.slopes import slopes
 from treg.results import PairLoss
 from treg.segments import segment_sum
@@ -20,31 +20,6 @@ STATS = (
     *("chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards", "reg_loss"),
     *("chosen_weight", "rejected_weight", "chosen_slope", "rejected_slope"),
 )
-
-
-def pair_objective(
-    logps: Tensor,
-    token_rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    target: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: LossOptions,
-    impl: str,
-    ignore_index: int = -100,
-) -> tuple[PairLoss, Tensor]:
-    """The loss of B pairs and its coefficients, both detached.
-
-    Args:
-        logps, token_rewards, ref_logps, token_weights, cu_seqlens: as in `treg_loss`, padded or packed.
-        target: like logps; a token is scored where it is not ignore_index. Or a bool mask. None: all are.
-    Returns:
-        PairLoss and d sum_b loss_b / d lp_t, like logps; in logps' dtype.
-    """
-    loss, stats, coef = new_objective(
-        logps, token_rewards, ref_logps, token_weights, target, cu_seqlens, options, impl, ignore_index
-    )
-    return results(loss, stats, options), coef
 
 
 def write_objective(
@@ -78,7 +53,7 @@ def write_objective(
         return
     from treg_kernels.objective import pair_objective as launch
 
-    with torch.cuda.device(logps.device) if logps.is_cuda else contextlib.nullcontext():
+    with on_device(logps):
         launch(
             logps, target, token_rewards, ref_logps, token_weights, starts, first, count, loss, stats, coef,
             **asdict(options), length_normalised=options.objective.length_normalised, nll=options.objective.nll,

@@ -25,7 +25,7 @@ from treg.ops.head import (
     tile_rows,
     without_autocast,
 )
-from treg.ops.logprobs import LOOKS, make_tiles, once_only
+from treg.ops.logprobs import LOOKS, make_tiles, names_of, once_only
 from treg.ops.objective import empty_results, results, row_starts
 from treg.ops.rows import coefficients
 from treg.results import PairLoss
@@ -84,7 +84,7 @@ def _pair_loss(
     dhidden, its row_scale [N], dweight, dbias, the scale of both []; or stash [N, V] and scale [N], from which they
     follow, of as many rows as are scored; whether rows were left out. What is not asked for is empty."""
     tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
-    names = tuple(outputs.split(",")) if outputs else ()
+    names = names_of(outputs)
     check_budget(tiles, budget, stash=True, outputs=names)
     options = LossOptions(loss_type, beta, alpha, gamma, label_smoothing, weighting)
     rows, lengths = _layout(target, cu_seqlens, count, ignore_index)
@@ -109,7 +109,7 @@ def _(hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_
       gamma, label_smoothing, weighting, logit_scale, softcap, temperature, ignore_index, impl, logits_dtype, budget,
       need_hidden, need_weight, need_bias, outputs):  # fmt: skip
     tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
-    names = tuple(outputs.split(",")) if outputs else ()
+    names = names_of(outputs)
     stash, scale = _stash(tiles, hidden, budget, names)
     in_groups = stash.numel() == 0
 

@@ -8,18 +8,19 @@ is written once, and dhidden is added up in float32: less memory as long as ther
 As many rows are kept as a budget holds beside a tile of the others, whose logits are computed again.
 """
 
-from dataclasses import replace
 from math import isqrt
 
 import torch
 from torch import Tensor
 
-from treg.ops.filtered import ABSENT, IGNORED, Gradients
+from treg.ops.filtered import Gradients
 from treg.ops.gemm import add_transposed
 from treg.ops.head import (
     HeadGradients,
     chunks,
     empty_rows,
+    local_target,
+    part_of,
     pass_rows,
     sees_values,
     tile_rows,
@@ -105,13 +106,13 @@ def differentiate_columns(
 
     Temporaries: budget, and dhidden in float32, [n, D].
     """
-    head = tiles.head
-    weight, bias, V = head.weight, head.bias, head.weight.shape[0]
+    weight, bias, ignore_index = tiles.head.weight, tiles.head.bias, tiles.head.ignore_index
+    V = weight.shape[0]
     need_hidden, need_weight, need_bias = needs
     if rows is None:
         h, y, n, c = hidden, target, norm, coef
         if not sees_values(target):
-            h = torch.where((y != head.ignore_index).unsqueeze(-1), h, 0.0)
+            h = torch.where((y != ignore_index).unsqueeze(-1), h, 0.0)
     else:
         h, y, n, c = hidden[rows], target[rows], norm[rows], coef[rows]
     total = h.new_zeros(h.shape, dtype=tiles.compute) if need_hidden else None
@@ -122,14 +123,11 @@ def differentiate_columns(
     with without_autocast(hidden):
         for first in range(0, V, step):
             columns = slice(first, min(first + step, V))
-            part = replace(head, weight=weight[columns], bias=None if bias is None else bias[columns],
-                           ignore_index=IGNORED)  # fmt: skip
-            here = (y >= columns.start) & (y < columns.stop)
-            local = torch.where(here, y - first, ABSENT).masked_fill_(y == head.ignore_index, IGNORED)
-            out = tile[: h.shape[0] * part.weight.shape[0]].view(h.shape[0], -1)
-            type(tiles)(part, tiles.logits_dtype).gradient(h, local, n, c, out)
+            words = columns.stop - first
+            out = tile[: h.shape[0] * words].view(h.shape[0], -1)
+            part_of(tiles, columns).gradient(h, local_target(y, first, words, ignore_index), n, c, out)
             if total is not None:
-                add_transposed(total, out.T, part.weight, first=False)
+                add_transposed(total, out.T, weight[columns], first=False)
             if dweight is not None:
                 add_transposed(dweight[columns], out, h, first=True)
             if dbias is not None:

@@ -1,12 +1,10 @@
 """The Triton implementation of a head on a tile of rows: what `torch_tiles` does, with logits kept in registers."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from treg.ops.gemm import logits_into, slab_bytes
-from treg.ops.head import Head
+from treg.ops.head import Head, on_device
 
 
 class TritonTiles:
@@ -28,7 +26,7 @@ class TritonTiles:
         self._scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
         self._bias = None if head.bias is None else head.bias.contiguous()
         shape = head.weight.dtype, *head.weight.shape, addressable(head.weight)
-        with self._device():
+        with on_device(head.weight):
             self._columns = part_columns(head.weight)
             # the largest tile of the forward first: its width is that of "tops", whatever the number of rows
             self._tiles = [tile for kind in configs.KINDS for _, tile in reversed(configs.tiles_for(kind, *shape))]
@@ -79,7 +77,7 @@ class TritonTiles:
     ) -> dict[str, Tensor]:
         from treg_kernels import logprob_forward
 
-        with self._device():
+        with on_device(self.head.weight):
             return logprob_forward(
                 hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index,
                 outputs, stash, logits_into, self._tiles[0] if "tops" in outputs else None,
@@ -88,7 +86,7 @@ class TritonTiles:
     def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
         from treg_kernels import logits_gradient
 
-        with self._device():
+        with on_device(self.head.weight):
             logits_gradient(
                 hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index, norm, coef, out,
                 logits_into,
@@ -96,8 +94,3 @@ class TritonTiles:
 
     def release(self) -> None:
         """Nothing is kept between tiles."""
-
-    def _device(self):
-        """Triton launches on the current device, which need not be the tensors'."""
-        weight = self.head.weight
-        return torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext()

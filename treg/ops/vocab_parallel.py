@@ -32,13 +32,12 @@ from torch import Tensor
 
 from treg.checks import values_visible
 from treg.ops.gemm import scaled_to
-from treg.ops.head import check_budget, chunks, scored_rows
+from treg.ops.head import ABSENT, IGNORED, check_budget, chunks, local_target, scored_rows
 from treg.ops.rows import differentiate_rows, kept_rows, score_rows, weight_gradients
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-IGNORED, ABSENT = -1, -2  # targets of this rank: not scored; scored, and held by another rank
 MERGED = ("lse", "entropy", "mean_logit", "log_sum_sq_probs")
 
 
@@ -132,8 +131,7 @@ def run_vocab_parallel(
         raise ValueError(f"outputs: expected names among {list(MERGED)} with a shard, got {missing}")
     ignore_index, head = tiles.head.ignore_index, replace(tiles.head, ignore_index=IGNORED)
     tiles = type(tiles)(head, tiles.logits_dtype)
-    here = (target >= shard.start) & (target < shard.start + head.weight.shape[0])
-    y = torch.where(here, target - shard.start, ABSENT).masked_fill_(target == ignore_index, IGNORED)
+    y = local_target(target, shard.start, head.weight.shape[0], ignore_index)
     grad = torch.is_grad_enabled()
     values = _VocabParallel.apply(hidden, head.weight, head.bias, y, target, tiles, outputs, budget, shard, grad)
     return dict(zip(("logprobs", *outputs), values, strict=True))
