@@ -1,9 +1,11 @@
-"""What the compiler makes of every kernel, for each architecture, without a device: writes results/aot.
+"""What the compiler makes of every kernel, for each architecture, without a device: writes
+results/aot.
 
     python benchmarks/aot_report.py [sm90 ...]
 
-`<arch>.json`: a row for each kernel that a case of tests/aot_worker.py compiles first, of one Triton version.
-`README.md`: the same as tables. Nothing here is a time: what is compiled has run nowhere.
+`<arch>.json`: a row for each kernel that a case of tests/aot_worker.py compiles first, of one
+Triton version. `README.md`: the same as tables. Nothing here is a time: what is compiled has run
+nowhere.
 """
 
 import json
@@ -19,10 +21,19 @@ ARCHS = ("sm90", "sm100", "sm80", "sm120", "gfx942")
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "results" / "aot"
 COLUMNS = {
-    "case": "case", "kernel": "kernel", "block": "block", "warps": "warps", "registers": "regs",
-    "spill_bytes": "spilled", "shared": "shared", "blocks_per_sm": "blocks/SM", "matrix": "matrix",
-    "tma_loads": "TMA in", "tma_stores": "TMA out", "async_copies": "async",
-}  # fmt: skip
+    "case": "case",
+    "kernel": "kernel",
+    "block": "block",
+    "warps": "warps",
+    "registers": "regs",
+    "spill_bytes": "spilled",
+    "shared": "shared",
+    "blocks_per_sm": "blocks/SM",
+    "matrix": "matrix",
+    "tma_loads": "TMA in",
+    "tma_stores": "TMA out",
+    "async_copies": "async",
+}
 EPILOGUES = {"plain_epilogue": "plain", "full_epilogue": "full"}
 
 HEAD = """# What the compiler makes of the kernels
@@ -47,12 +58,18 @@ of the thread's share of a tile: plain, where all rows are scored and have their
 
 
 def compiled(arch: str) -> dict:
-    """The report of an architecture, in a process without Triton's interpreter and without a GPU."""
+    """The report of an architecture, in a process without Triton's interpreter and without a
+    GPU.
+    """
     tests = HERE.parent / "tests"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([*(p for p in sys.path if p), str(HERE.parent / "kernels"), str(HERE.parent)])
+    env["PYTHONPATH"] = os.pathsep.join(
+        [*(p for p in sys.path if p), str(HERE.parent / "kernels"), str(HERE.parent)]
+    )
     env["CUDA_VISIBLE_DEVICES"] = ""  # tiles measured on a device here are not what is asked for
-    done = subprocess.run([sys.executable, tests / "aot_worker.py", arch], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, tests / "aot_worker.py", arch], capture_output=True, text=True, env=env
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{arch}: {done.stderr[-3000:]}")
     return {"arch": arch, "triton": triton.__version__, "rows": json.loads(done.stdout)}
@@ -80,22 +97,48 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def resources_table(rows: list[dict]) -> str:
-    columns = [key for key in COLUMNS if key in ("case", "kernel") or any(row.get(key) for row in rows)]
+    columns = [
+        key for key in COLUMNS if key in ("case", "kernel") or any(row.get(key) for row in rows)
+    ]
     cells = [[str(row[key]).strip("_") for key in columns] for row in rows]
     return table([COLUMNS[key] for key in columns], cells)
 
 
 def loops_table(rows: list[dict]) -> str:
-    """sm90's machine code: one step of the loop over D, and both epilogues for each element of a tile."""
-    header = ["case", "kernel", "block", "instructions", "HGMMA", "TMA in", "async", "barriers", "spilled"]
+    """sm90's machine code: one step of the loop over D, and both epilogues for each element of a
+    tile.
+    """
+    header = [
+        "case",
+        "kernel",
+        "block",
+        "instructions",
+        "HGMMA",
+        "TMA in",
+        "async",
+        "barriers",
+        "spilled",
+    ]
     cells = []
     for row in rows:
         loop = row["loop"]
-        cells.append([
-            row["case"], row["kernel"].strip("_"), row["block"], loop["instructions"], loop["matrix"],
-            loop["tma_loads"], loop["async_copies"], loop["barriers"], loop["local"],
-            *(f"{row[key]} ({row[key] / elements(row):.1f})" if key in row else "" for key in EPILOGUES),
-        ])  # fmt: skip
+        cells.append(
+            [
+                row["case"],
+                row["kernel"].strip("_"),
+                row["block"],
+                loop["instructions"],
+                loop["matrix"],
+                loop["tma_loads"],
+                loop["async_copies"],
+                loop["barriers"],
+                loop["local"],
+                *(
+                    f"{row[key]} ({row[key] / elements(row):.1f})" if key in row else ""
+                    for key in EPILOGUES
+                ),
+            ]
+        )
     return table([*header, *EPILOGUES.values()], cells)
 
 
@@ -105,8 +148,12 @@ def remarks(report: dict) -> list[str]:
     spills = [row for row in rows if row["spill_bytes"]]
     for row in spills:
         inside = row.get("loop", {}).get("local")
-        where = {None: "", 0: ", none of it in the loop over D"}.get(inside, f", {inside} accesses in each step over D")
-        found.append(f"{row['case']}: `{row['kernel'].strip('_')}` spills {row['spill_bytes']} bytes a thread{where}.")
+        where = {None: "", 0: ", none of it in the loop over D"}.get(
+            inside, f", {inside} accesses in each step over D"
+        )
+        found.append(
+            f"{row['case']}: `{row['kernel'].strip('_')}` spills {row['spill_bytes']} bytes a thread{where}."
+        )
     if not spills:
         found.append("Nothing spills.")
     loops = [row for row in rows if row.get("loop", {}).get("local") == 0]
@@ -120,7 +167,9 @@ def remarks(report: dict) -> list[str]:
     twice = Counter((row["case"], row["kernel"]) for row in rows if "source" in row)
     for (case, kernel), times in twice.items():
         if times > 1:
-            found.append(f"{case}: `{kernel.strip('_')}` is compiled {times} times, by how its pointers are aligned.")
+            found.append(
+                f"{case}: `{kernel.strip('_')}` is compiled {times} times, by how its pointers are aligned."
+            )
     full = sum(row["registers"] >= 255 for row in rows)
     found.append(f"Kernels with 255 registers or more: {full} of {len(rows)}.")
     return found

@@ -1,10 +1,12 @@
-"""The ratios that this project is held to on a CPU: time against dense PyTorch and Liger, memory against dense.
+"""The ratios that this project is held to on a CPU: time against dense PyTorch and Liger, memory
+against dense.
 
     python benchmarks/bars.py [--rounds 7] [--out benchmarks/results/cpu/bars.json]
 
-Time: N = 4096 rows (two pairs of 2 x 1024), D = 512, V = 32000, trainable head, forward and backward; all methods of a
-dtype take turns in one process. Memory: what one forward and backward holds beyond its inputs, gradients included,
-each in a fresh process. Other work on the machine shows in the spread of a ratio and in the load average beside it.
+Time: N = 4096 rows (two pairs of 2 x 1024), D = 512, V = 32000, trainable head, forward and
+backward; all methods of a dtype take turns in one process. Memory: what one forward and backward
+holds beyond its inputs, gradients included, each in a fresh process. Other work on the machine
+shows in the spread of a ratio and in the load average beside it.
 """
 
 import argparse
@@ -53,12 +55,16 @@ def alternation(dtype: str, timed: Case = TIMED) -> Alternation:
     case = replace(timed, dtype=DTYPES[dtype])
     calls = {name: functools.partial(step, METHODS[name], batch_of(case)) for name in names}
     calls[FLOOR] = bare_products(case)
-    calls[HALF] = functools.partial(step, METHODS["treg_fused"], batch_of(replace(case, ignored=0.5)))
+    calls[HALF] = functools.partial(
+        step, METHODS["treg_fused"], batch_of(replace(case, ignored=0.5))
+    )
     return Alternation(calls)
 
 
 def bare_products(case: Case) -> Callable[[], None]:
-    """The three matrix products of a trainable head and nothing else, into buffers that are there: the floor."""
+    """The three matrix products of a trainable head and nothing else, into buffers that are there:
+    the floor.
+    """
     batch = batch_of(case)
     hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
     step = min(2048, case.rows)
@@ -76,8 +82,12 @@ def bare_products(case: Case) -> Callable[[], None]:
 
 def times(run: Alternation) -> dict[str, object]:
     """Median and best seconds of each call, and this project's over each peer's."""
-    pairs = [(ours, peer) for ours in run.calls if ours not in (HALF, FLOOR, *PEERS) for peer in PEERS]
-    pairs += [(FLOOR, peer) for peer in ("treg_fused", "dense_log_softmax")] + [(HALF, "treg_fused")]
+    pairs = [
+        (ours, peer) for ours in run.calls if ours not in (HALF, FLOOR, *PEERS) for peer in PEERS
+    ]
+    pairs += [(FLOOR, peer) for peer in ("treg_fused", "dense_log_softmax")] + [
+        (HALF, "treg_fused")
+    ]
     pairs = [(a, b) for a, b in pairs if b in run.calls]
     return {
         "rounds": len(run.seconds["treg_fused"]),
@@ -88,25 +98,37 @@ def times(run: Alternation) -> dict[str, object]:
 
 
 def peaks(labels: Iterable[str] = HELD) -> dict[str, int | None]:
-    """Peak extra bytes of entries of HELD, each in a process of its own; None where the system cannot tell."""
+    """Peak extra bytes of entries of HELD, each in a process of its own; None where the system
+    cannot tell.
+    """
     command = [sys.executable, __file__, "--peak"]
     return {
-        label: json.loads(subprocess.run([*command, label], stdout=subprocess.PIPE, text=True, check=True).stdout)
+        label: json.loads(
+            subprocess.run([*command, label], stdout=subprocess.PIPE, text=True, check=True).stdout
+        )
         for label in labels
     }
 
 
 def _peak(label: str) -> int | None:
     name, case = HELD[label]
-    step(METHODS[name], batch_of(replace(case, length=16, vocab=1000)))  # what a first call loads is not counted
+    step(
+        METHODS[name], batch_of(replace(case, length=16, vocab=1000))
+    )  # what a first call loads is not counted
     return peak_bytes(functools.partial(step, METHODS[name], batch_of(case)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu" / "bars.json")
-    parser.add_argument("--peak", choices=HELD, help="print the peak extra bytes of one entry and end")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "cpu" / "bars.json"
+    )
+    parser.add_argument(
+        "--peak", choices=HELD, help="print the peak extra bytes of one entry and end"
+    )
     args = parser.parse_args()
     if args.peak is not None:
         print(json.dumps(_peak(args.peak)))
@@ -128,7 +150,9 @@ def main() -> None:
         for name, seconds in result["median_seconds"].items():
             print(f"  {name:<45} {seconds:6.2f} s (best {result['best_seconds'][name]:.2f})")
         for name, x in result["ratios"].items():
-            print(f"  {name:<45} {x['ratio']:6.2f}   (a round: {x['least']:.2f} to {x['greatest']:.2f})")
+            print(
+                f"  {name:<45} {x['ratio']:6.2f}   (a round: {x['least']:.2f} to {x['greatest']:.2f})"
+            )
     print("\npeak extra memory, fp32")
     for name, held in found["memory"]["peak_extra_bytes"].items():
         print(f"  {name:<45} " + ("not known" if held is None else f"{held / 2**20:6.0f} MiB"))

@@ -1,16 +1,18 @@
-"""Annotation of demo pairs by the demo's chat model, with and without sharing the common beginning of the requests."""
+"""Annotation of demo pairs by the demo's chat model, with and without sharing the common beginning
+of the requests.
+"""
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
-from treg.annotate import annotate_pairs  # noqa: E402
 from treg.data import load_pairs  # noqa: E402
 from treg.demo import world  # noqa: E402
 from treg.demo.run import MODEL  # noqa: E402
 from treg.rewards import ContrastivePrompts  # noqa: E402
-from treg.scorer import Scorer  # noqa: E402
+from treg.rewards.annotate import annotate_pairs  # noqa: E402
+from treg.rewards.scorer import Scorer  # noqa: E402
 
 PAIRS = 32
 
@@ -22,9 +24,17 @@ def test_annotate(benchmark, share):
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
     pairs, _ = load_pairs(world.preference_rows(0, PAIRS, "train"), tokenizer)
     seen = []
-    scorer = Scorer(model, tokenizer, ContrastivePrompts(), tokens_per_batch=8192, share_prefix=share,
-                    on_tokens=seen.append)  # fmt: skip
+    scorer = Scorer(
+        model,
+        tokenizer,
+        ContrastivePrompts(),
+        tokens_per_batch=8192,
+        share_prefix=share,
+        on_tokens=seen.append,
+    )
     with torch.inference_mode():
-        rows, problems = benchmark.pedantic(annotate_pairs, args=(scorer, pairs), rounds=3, warmup_rounds=1)
+        rows, problems = benchmark.pedantic(
+            annotate_pairs, args=(scorer, pairs), rounds=3, warmup_rounds=1
+        )
     assert len(rows) == PAIRS and not problems
     benchmark.extra_info["tokens through the model"] = sum(seen) // 4

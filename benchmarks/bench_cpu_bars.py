@@ -1,7 +1,7 @@
 """The CPU ratios of `bars.py` in one round: a look at them, not the record, which is the script's.
 
-The benchmark's time is that of a whole round; ratios, medians and peaks are in extra_info. An eighth of the rows, and
-memory stops at twice N.
+The benchmark's time is that of a whole round; ratios, medians and peaks are in extra_info. An
+eighth of the rows, and memory stops at twice N.
 """
 
 from dataclasses import replace

@@ -1,11 +1,12 @@
-"""A DPO training step in TRL: its own, with its chunked log-probs swapped for treg's, and with T-REG.
+"""A DPO training step in TRL: its own, with its chunked log-probs swapped for treg's, and with
+T-REG.
 
     python benchmarks/bench_trl.py [--rounds 15] [--out benchmarks/results/cpu/trl.json]     the record, in turns
     pytest benchmarks/bench_trl.py --benchmark-only                                          a look at it
 
-A Llama of two layers, D 256, V 32000, float32; 4 pairs, prompts of 64 tokens, completions of 32 to 224; the reference
-runs in every step. On a CPU TRL's own head runs all positions, which the swapped function cannot know; TRegDPOTrainer
-runs the scored ones.
+A Llama of two layers, D 256, V 32000, float32; 4 pairs, prompts of 64 tokens, completions of 32 to
+224; the reference runs in every step. On a CPU TRL's own head runs all positions, which the swapped
+function cannot know; TRegDPOTrainer runs the scored ones.
 """
 
 import argparse
@@ -63,11 +64,22 @@ class Own(TRegDPOTrainer):
 def step_of(kind: type, alpha: float, folder: str, model: LlamaForCausalLM) -> Callable[[], float]:
     """One training step without the optimizer; its loss."""
     config = TRegDPOConfig(
-        folder, treg_alpha=alpha, use_cpu=DEVICE == "cpu", bf16=False, gradient_checkpointing=False, report_to=[],
-        per_device_train_batch_size=PAIRS, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = kind(copy.deepcopy(model), copy.deepcopy(model), config, train_dataset=pairs(),
-                   processing_class=tokenizer())  # fmt: skip
+        folder,
+        treg_alpha=alpha,
+        use_cpu=DEVICE == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        per_device_train_batch_size=PAIRS,
+        dataloader_pin_memory=False,
+    )
+    trainer = kind(
+        copy.deepcopy(model),
+        copy.deepcopy(model),
+        config,
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+    )
     trainer.current_gradient_accumulation_steps = 1  # train() sets it
     [batch] = trainer.get_train_dataloader()
     policy = trainer.accelerator.prepare_model(trainer.model).train()
@@ -93,8 +105,16 @@ def swapped(run: Callable[[], float]) -> Callable[[], float]:
 def alternation(folder: str) -> Alternation:
     """The steps, warm, with equal losses where they must be."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=2,
-                         num_attention_heads=4, bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config)
     calls = {
         "TRL": step_of(Own, 0.0, folder, model),
@@ -123,9 +143,13 @@ def test_step(benchmark, tmp_path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu" / "trl.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "cpu" / "trl.json"
+    )
     args = parser.parse_args()
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +160,11 @@ def main() -> None:
     found = {"environment": environment(), "time": times(run), "load_average": load}
     for name, seconds in found["time"]["median_seconds"].items():
         ratio = found["time"]["ratios"].get(f"{name} / TRL")
-        rest = "" if ratio is None else "{ratio:6.2f}   (a round: {least:.2f} to {greatest:.2f})".format(**ratio)
+        rest = (
+            ""
+            if ratio is None
+            else "{ratio:6.2f}   (a round: {least:.2f} to {greatest:.2f})".format(**ratio)
+        )
         print(f"{name:<30} {seconds:7.3f} s {rest}")
     print(f"load average before and after: {load[0]:.1f}, {load[1]:.1f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""The ratios that this project is held to on an H200, and what results say: met, missed by so much, not measured.
+"""The ratios that this project is held to on an H200, and what results say: met, missed by so much,
+not measured.
 
-A time is judged by the worse of its cool and its hot ratio, each median over median of methods timed in turns.
+A time is judged by the worse of its cool and its hot ratio, each median over median of methods
+timed in turns.
 """
 
 from collections.abc import Iterable
@@ -14,19 +16,24 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Bar:
-    """ours (the name of a method) must stay under limit * the least of `against`, or under limit alone."""
+    """ours (the name of a method) must stay under limit * the least of `against`, or under limit
+    alone.
+    """
 
     what: str
     cell: str
     ours: str
     against: tuple[str, ...]
     limit: float
-    quantity: str = "time"  # or "extra_bytes" (limit in GiB where it stands alone), or a key of a method's errors
+    # or "extra_bytes" (limit in GiB where it stands alone), or a key of a method's errors
+    quantity: str = "time"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    values: dict[str, float]  # "cool" and "hot", or "" for what is no time; empty where not measured
+    values: dict[
+        str, float
+    ]  # "cool" and "hot", or "" for what is no time; empty where not measured
     text: str
 
 
@@ -46,25 +53,52 @@ def _head_bars(head: str, slack: float) -> list[Bar]:
         ("frozen, TRL", "frozen", "treg_fused", ("trl_chunked",), 0.72),
         ("forward, 1 bare product", "forward", "treg_logprobs", ("gemm_1",), 1.08),
     ]
-    return [Bar(f"{head} N=16384 {what}", cell + mode, ours, against, round(limit * slack, 3))
-            for what, mode, ours, against, limit in rows]  # fmt: skip
+    return [
+        Bar(f"{head} N=16384 {what}", cell + mode, ours, against, round(limit * slack, 3))
+        for what, mode, ours, against, limit in rows
+    ]
 
 
 _LLAMA, _REAL = "llama-3-8b-N16384-all-trainable", "llama-3-8b-N16384-realistic-trainable"
 BARS = [
     *_head_bars("llama-3-8b", 1.0),
-    Bar("llama-3-8b N=2048 trainable, 3 bare products", "llama-3-8b-N2048-all-trainable", "treg_fused", ("gemm_3",),
-        1.15),
+    Bar(
+        "llama-3-8b N=2048 trainable, 3 bare products",
+        "llama-3-8b-N2048-all-trainable",
+        "treg_fused",
+        ("gemm_3",),
+        1.15,
+    ),
     Bar("real masks, packed: time, Liger DPO", _REAL, "treg_packed", ("liger_dpo",), 0.35),
-    Bar("real masks, packed: extra memory, Liger DPO", _REAL, "treg_packed", ("liger_dpo",), 0.15, "extra_bytes"),
-    Bar("extra memory, GiB (1 + float32 dweight)", _LLAMA, "treg_fused", (),
-        round(1 + _float32_dweight("llama-3-8b"), 3), "extra_bytes"),
-    Bar("extra memory with the smallest budget, GiB", _LLAMA, "treg_smallest", (), 0.5, "extra_bytes"),
+    Bar(
+        "real masks, packed: extra memory, Liger DPO",
+        _REAL,
+        "treg_packed",
+        ("liger_dpo",),
+        0.15,
+        "extra_bytes",
+    ),
+    Bar(
+        "extra memory, GiB (1 + float32 dweight)",
+        _LLAMA,
+        "treg_fused",
+        (),
+        round(1 + _float32_dweight("llama-3-8b"), 3),
+        "extra_bytes",
+    ),
+    Bar(
+        "extra memory with the smallest budget, GiB",
+        _LLAMA,
+        "treg_smallest",
+        (),
+        0.5,
+        "extra_bytes",
+    ),
     Bar("log-prob error, rms, nats", _LLAMA, "treg_fused", (), 1e-5, "logprobs_rms_nats"),
     Bar("dhidden error, relative", _LLAMA, "treg_fused", (), 3e-3, "dhidden"),
     Bar("dweight error, relative", _LLAMA, "treg_fused", (), 3e-3, "dweight"),
     *_head_bars("gemma-2-9b", 1.05),
-]  # fmt: skip
+]
 
 
 def judge(bar: Bar, cells: dict[str, dict]) -> Verdict:
@@ -79,14 +113,21 @@ def judge(bar: Bar, cells: dict[str, dict]) -> Verdict:
     values = {}
     for kind in ("cool", "hot") if bar.quantity == "time" else ("",):
         mine = _value(ours, bar.quantity, kind)
-        theirs = [x for name in bar.against if (x := _value(methods.get(name, {}), bar.quantity, kind)) is not None]
+        theirs = [
+            x
+            for name in bar.against
+            if (x := _value(methods.get(name, {}), bar.quantity, kind)) is not None
+        ]
         if mine is None or (bar.against and not theirs):
             continue
         unit = GIB if bar.quantity == "extra_bytes" else 1.0
         values[kind] = mine / min(theirs) if bar.against else mine / unit
     if not values:
-        reasons = [f"{name}: {methods.get(name, {}).get('reason')}" for name in bar.against if "reason" in
-                   methods.get(name, {})]  # fmt: skip
+        reasons = [
+            f"{name}: {methods.get(name, {}).get('reason')}"
+            for name in bar.against
+            if "reason" in methods.get(name, {})
+        ]
         return Verdict({}, "; ".join(["not measured", *reasons]))
     over = max(values.values()) / bar.limit - 1
     return Verdict(values, "met" if over <= 0 else f"missed by {100 * over:.1f} %")
@@ -95,7 +136,11 @@ def judge(bar: Bar, cells: dict[str, dict]) -> Verdict:
 def _value(method: dict, quantity: str, kind: str) -> float | None:
     if quantity == "time":
         return method.get(kind, {}).get("median")
-    return method.get("extra_bytes") if quantity == "extra_bytes" else method.get("errors", {}).get(quantity)
+    return (
+        method.get("extra_bytes")
+        if quantity == "extra_bytes"
+        else method.get("errors", {}).get(quantity)
+    )
 
 
 def table(cells: dict[str, dict], bars: Iterable[Bar] = BARS) -> str:
@@ -103,8 +148,12 @@ def table(cells: dict[str, dict], bars: Iterable[Bar] = BARS) -> str:
     lines = ["| bar | limit | cool | hot | |", "|---|---|---|---|---|"]
     for bar in bars:
         verdict = judge(bar, cells)
-        cool, hot = (f"{verdict.values[k]:.3g}" if k in verdict.values else "" for k in ("cool", "hot"))
+        cool, hot = (
+            f"{verdict.values[k]:.3g}" if k in verdict.values else "" for k in ("cool", "hot")
+        )
         if "" in verdict.values:
             cool = f"{verdict.values['']:.3g}"
-        lines.append(f"| {bar.what} | {bar.limit:g} | {cool} | {hot} | {verdict.text.replace('|', '/')} |")
+        lines.append(
+            f"| {bar.what} | {bar.limit:g} | {cool} | {hot} | {verdict.text.replace('|', '/')} |"
+        )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Everything that a GPU can tell, in slices that end in time: run it again until it says that nothing is left.
+"""Everything that a GPU can tell, in slices that end in time: run it again until it says that
+nothing is left.
 
     python benchmarks/gpu_run.py [--seconds 540] [--only tests] [--commit NAME] [--renew] [--tiny]
 
@@ -8,9 +9,10 @@ sanitizer      compute-sanitizer's memcheck and racecheck on a small step, if it
 tiles          benchmarks/tune_tiles.py, if it is there
 cells          the matrix of `loss_head_cases`, those of the bars first, by `loss_head_cell`
 
-The record, benchmarks/results/<gpu>/loss_head.json, is replaced as a whole after every step, so that nothing is lost
-but the step that was interrupted. What is in it is not run again; with --renew, unless another commit made it. A peer
-that brings its process down or hangs is named in "excluded" and left out from then on.
+The record, benchmarks/results/<gpu>/loss_head.json, is replaced as a whole after every step, so
+that nothing is lost but the step that was interrupted. What is in it is not run again; with
+--renew, unless another commit made it. A peer that brings its process down or hangs is named in
+"excluded" and left out from then on.
 """
 
 import argparse
@@ -36,7 +38,17 @@ from loss_head_peers import METHODS
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 STAGES = ("environment", "tests", "sanitizer", "tiles", "cells")
-TESTS = ("gpu", "tiles", "linear_logprobs", "fused", "compile", "objective", "filtered", "bad_input", "vocab_parallel")
+TESTS = (
+    "gpu",
+    "tiles",
+    "linear_logprobs",
+    "fused",
+    "compile",
+    "objective",
+    "filtered",
+    "bad_input",
+    "vocab_parallel",
+)
 SILENCE = 180.0  # seconds without a word after which a worker hangs
 ENOUGH = 60.0  # seconds that a step must have to be begun
 
@@ -46,7 +58,11 @@ class Record:
 
     def __init__(self, path: Path, commit: str | None):
         self.path, self.commit = path, commit
-        self.data = json.loads(path.read_text()) if path.exists() else {"stages": {}, "excluded": {}, "cells": {}}
+        self.data = (
+            json.loads(path.read_text())
+            if path.exists()
+            else {"stages": {}, "excluded": {}, "cells": {}}
+        )
 
     def has(self, kind: str, name: str, renew: bool) -> bool:
         found = self.data[kind].get(name)
@@ -68,8 +84,12 @@ class Record:
 
 def one_a_line(data: dict[str, dict]) -> str:
     """JSON of which every entry of an entry has a line: short, and a change shows where it is."""
-    parts = (f"{json.dumps(kind)}: {{" + ",".join(f"\n {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
-             + "\n}" for kind, entries in data.items())  # fmt: skip
+    parts = (
+        f"{json.dumps(kind)}: {{"
+        + ",".join(f"\n {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
+        + "\n}"
+        for kind, entries in data.items()
+    )
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
@@ -81,12 +101,22 @@ class Worker:
         self.process: subprocess.Popen | None = None
 
     def ask(self, job: dict, deadline: float) -> tuple[dict | None, str, str]:
-        """The result, or None, what the worker was at and why nothing came ("late": the deadline)."""
+        """The result, or None, what the worker was at and why nothing came ("late": the
+        deadline).
+        """
         if self.process is None:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                            cwd=ROOT, env=surroundings())  # fmt: skip
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=surroundings(),
+            )
             self.lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(target=self._listen, args=(self.process.stdout, self.lines), daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=(self.process.stdout, self.lines), daemon=True
+            ).start()
         print(json.dumps(job), file=self.process.stdin, flush=True)
         at = "start"
         while True:
@@ -95,7 +125,11 @@ class Worker:
                 line = self.lines.get(timeout=max(0.0, min(SILENCE, left)))
             except queue.Empty:
                 self.stop()
-                return None, at, "late" if left < SILENCE else f"no sign of life for {SILENCE:.0f} s"
+                return (
+                    None,
+                    at,
+                    "late" if left < SILENCE else f"no sign of life for {SILENCE:.0f} s",
+                )
             if not line:
                 code = self.process.wait()
                 self.stop()
@@ -119,7 +153,9 @@ class Worker:
 
 
 def surroundings() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "kernels"))))
+    path = os.pathsep.join(
+        filter(None, (os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "kernels")))
+    )
     return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "PYTHONPATH": path}
 
 
@@ -130,8 +166,12 @@ def commands(folder: Path) -> Iterator[tuple[str, str, list[str], dict[str, str]
         yield "tests", f"tests: {name}", [*pytest, f"tests/test_{name}.py"], {}
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
-        yield "sanitizer", f"sanitizer: {tool}", [*command, "benchmarks/gpu_worker.py", "--small-step"], {
-            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # fmt: skip
+        yield (
+            "sanitizer",
+            f"sanitizer: {tool}",
+            [*command, "benchmarks/gpu_worker.py", "--small-step"],
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
     tune = HERE / "tune_tiles.py"
     if tune.exists():
         yield "tiles", "tiles", [sys.executable, str(tune), "--out", str(folder / "tiles.json")], {}
@@ -143,8 +183,16 @@ def run_command(command: list[str], extra: dict[str, str], seconds: float) -> di
         return {"skipped": f"{command[0]} is not on the PATH"}
     began = time.monotonic()
     try:
-        done = subprocess.run(command, cwd=ROOT, env={**surroundings(), **extra}, timeout=seconds, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)  # fmt: skip
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**surroundings(), **extra},
+            timeout=seconds,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
         code, text = done.returncode, done.stdout
     except subprocess.TimeoutExpired as e:
         code, text = "late", (e.stdout or b"").decode(errors="replace")
@@ -153,7 +201,12 @@ def run_command(command: list[str], extra: dict[str, str], seconds: float) -> di
 
 def run_cells(record: Record, worker: Worker, args: argparse.Namespace, deadline: float) -> None:
     for case in cells(args.tiny):
-        pauses = COOL_ROUNDS * PAUSE * sum(m.applies_to(case) for m in METHODS.values()) * (case.name in FIRST)
+        pauses = (
+            COOL_ROUNDS
+            * PAUSE
+            * sum(m.applies_to(case) for m in METHODS.values())
+            * (case.name in FIRST)
+        )
         if record.has("cells", case.name, args.renew):
             continue
         found = None
@@ -170,17 +223,25 @@ def run_cells(record: Record, worker: Worker, args: argparse.Namespace, deadline
             elif found is None:
                 found = {"failed": f"{at}: {why}"}
         record.put("cells", case.name, found)
-        print(f"{case.name}: {'failed' if 'failed' in found else len(found['methods'])}", flush=True)
+        print(
+            f"{case.name}: {'failed' if 'failed' in found else len(found['methods'])}", flush=True
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=540.0, help="end by then")
     parser.add_argument("--only", choices=STAGES, nargs="+", default=STAGES)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--commit", default=environment()["commit"], help="where git cannot tell")
-    parser.add_argument("--renew", action="store_true", help="do again what another commit's record holds")
-    parser.add_argument("--tiny", action="store_true", help="cells with hardly any work, to try this script")
+    parser.add_argument(
+        "--renew", action="store_true", help="do again what another commit's record holds"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="cells with hardly any work, to try this script"
+    )
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.seconds
     slug = re.sub(r"[^a-z0-9]+", "-", str(environment()["device"]).lower()).strip("-")
@@ -196,7 +257,9 @@ def main(argv: list[str] | None = None) -> int:
         if stage in args.only and left > ENOUGH and not record.has("stages", name, args.renew):
             worker.stop()  # its memory is needed
             done = run_command(command, extra, left - 5)
-            if done.get("code") != "late" or left > 0.8 * args.seconds:  # else: again, with more time
+            if (
+                done.get("code") != "late" or left > 0.8 * args.seconds
+            ):  # else: again, with more time
                 record.put("stages", name, done)
     if "cells" in args.only:
         run_cells(record, worker, args, deadline)
@@ -208,7 +271,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"excluded: {name}: {why}")
     wanted = [case.name for case in cells(args.tiny)]
     have = [name for name in wanted if record.has("cells", name, args.renew)]
-    print(f"\n{gpu_bars.table(record.data['cells'])}\n\n{len(have)} of {len(wanted)} cells; record: {record.path}")
+    print(
+        f"\n{gpu_bars.table(record.data['cells'])}\n\n{len(have)} of {len(wanted)} cells; record: {record.path}"
+    )
     return 0 if len(have) == len(wanted) else 3
 
 

@@ -1,9 +1,11 @@
-"""The process of `gpu_run.py` that touches the GPU: a job a line on its input, what it does and finds on its output.
+"""The process of `gpu_run.py` that touches the GPU: a job a line on its input, what it does and
+finds on its output.
 
     {"do": "environment"} or {"do": "cell", "name": ..., "excluded": {...}}        in
     {"at": method} ... {"result": {...}}                                           out
 
-It ends when its input does, with its parent, or at an exception: then the GPU may be unusable for what comes next.
+It ends when its input does, with its parent, or at an exception: then the GPU may be unusable for
+what comes next.
 """
 
 import ctypes
@@ -57,11 +59,16 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if job["do"] == "environment":
-            found = {"environment": environment(), "ceilings": ceilings() if DEVICE == "cuda" else None}
+            found = {
+                "environment": environment(),
+                "ceilings": ceilings() if DEVICE == "cuda" else None,
+            }
         else:
             found = measure_cell(by_name[job["name"]], job["excluded"], lambda name: say(at=name))
             for method in found["methods"].values():
-                method.update({kind: summary(method[kind]) for kind in ("hot", "cool") if kind in method})
+                method.update(
+                    {kind: summary(method[kind]) for kind in ("hot", "cool") if kind in method}
+                )
         say(result=found)
 
 

@@ -1,4 +1,6 @@
-"""What is benchmarked: shapes of a language-model head and the tensors of one batch of preference pairs."""
+"""What is benchmarked: shapes of a language-model head and the tensors of one batch of preference
+pairs.
+"""
 
 import csv
 import functools
@@ -8,7 +10,7 @@ import torch
 from make_lengths import LENGTHS
 from torch import Tensor
 
-from treg import reference
+from treg.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100
@@ -57,7 +59,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of a case. Every number of hidden and weight is one of bfloat16: all dtypes hold the same ones."""
+    """The tensors of a case. Every number of hidden and weight is one of bfloat16: all dtypes hold
+    the same ones.
+    """
 
     hidden: Tensor  # [2B, T, D], chosen sequences first
     weight: Tensor  # [V, D]
@@ -65,7 +69,9 @@ class Batch:
     token_rewards: Tensor  # [2B, T], uniform in [-0.5, 0.5]
     ref_logps: Tensor  # [2B] sums, nats
     logprobs: Tensor  # [2B, T], dense, computed in float32
-    scored: Tensor  # [n] indices of the scored ones of 2B * T rows: what a collator that packs knows
+    scored: (
+        Tensor  # [n] indices of the scored ones of 2B * T rows: what a collator that packs knows
+    )
     cu_seqlens: Tensor  # [2B+1] int32 on the CPU: where each sequence's scored rows begin
     softcap: float | None
     mode: str
@@ -73,16 +79,21 @@ class Batch:
     @property
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that take a gradient, by the gradient's name."""
-        return {f"d{n}": getattr(self, n) for n in ("hidden", "weight") if getattr(self, n).requires_grad}
+        return {
+            f"d{n}": getattr(self, n)
+            for n in ("hidden", "weight")
+            if getattr(self, n).requires_grad
+        }
 
 
 def batch_of(case: Case) -> Batch:
     """Tensors on DEVICE, the same numbers at every call; those of the last two cases are kept.
 
-    Logits have a standard deviation of LOGIT_STD, the target's a mean of its square. So wide a spread leaves a
-    gradient filter (cut-cross-entropy's) no tile to skip; with logits near 0 it would skip nearly all of them.
-    ref_logps put a pair's margin near -8, where its weight w = sigmoid(-m) is close to 1 and hardly moves with the
-    rounding of many log-probs: errors of the gradients are then those of the products.
+    Logits have a standard deviation of LOGIT_STD, the target's a mean of its square. So wide a
+    spread leaves a gradient filter (cut-cross-entropy's) no tile to skip; with logits near 0 it
+    would skip nearly all of them. ref_logps put a pair's margin near -8, where its weight w =
+    sigmoid(-m) is close to 1 and hardly moves with the rounding of many log-probs: errors of the
+    gradients are then those of the products.
     """
     kept = _tensors(replace(case, name="", mode="", head="", nominal_rows=0))
     hidden = kept.hidden.detach().requires_grad_(case.mode != "forward")
@@ -122,7 +133,9 @@ def _tensors(case: Case) -> Batch:
 
 
 def scored_mask(case: Case) -> Tensor:
-    """[2B, T] bool, on the CPU. A realistic row i is scored where the token after it belongs to the response."""
+    """[2B, T] bool, on the CPU. A realistic row i is scored where the token after it belongs to the
+    response.
+    """
     at = torch.arange(case.length).expand(2 * case.pairs, -1)
     if case.mask == "all":
         return at >= round(case.ignored * case.length)
@@ -134,13 +147,19 @@ def scored_mask(case: Case) -> Tensor:
 
 @functools.cache
 def real_pairs() -> list[tuple[int, int, int]]:
-    """Tokens of prompt, chosen and rejected response of real pairs, in random order; see `make_lengths.py`."""
+    """Tokens of prompt, chosen and rejected response of real pairs, in random order; see
+    `make_lengths.py`.
+    """
     with LENGTHS.open() as file:
-        return [(int(x["prompt"]), int(x["chosen"]), int(x["rejected"])) for x in csv.DictReader(file)]
+        return [
+            (int(x["prompt"]), int(x["chosen"]), int(x["rejected"])) for x in csv.DictReader(file)
+        ]
 
 
 def real_shape(rows: int) -> tuple[int, int]:
-    """(pairs, length) of the first real pairs, padded to the longest, whose number of positions is nearest to rows."""
+    """(pairs, length) of the first real pairs, padded to the longest, whose number of positions is
+    nearest to rows.
+    """
     longest, found = 0, (1, 0)
     for k, (prompt, chosen, rejected) in enumerate(real_pairs(), 1):
         longest = max(longest, prompt + max(chosen, rejected))
@@ -151,8 +170,12 @@ def real_shape(rows: int) -> tuple[int, int]:
     return found
 
 
-def chunked_logprobs(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
-    """Dense log-probs [...] of the specification for hidden [..., D], without gradients, a few rows at a time."""
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
+) -> Tensor:
+    """Dense log-probs [...] of the specification for hidden [..., D], without gradients, a few rows
+    at a time.
+    """
     pieces = (x.split(chunk_rows(weight)) for x in (hidden.flatten(0, -2), target.flatten()))
     with torch.no_grad():
         found = [
@@ -169,7 +192,9 @@ def chunk_rows(weight: Tensor) -> int:
 
 def gpu_cases() -> list[Case]:
     """The matrix, the cells that bars are set on first."""
-    cells = [(head, N, mask, mode) for mask in MASKS for N in ROWS for head in HEADS for mode in MODES]
+    cells = [
+        (head, N, mask, mode) for mask in MASKS for N in ROWS for head in HEADS for mode in MODES
+    ]
     cases = [gpu_case(*cell) for cell in cells if cell[2] == "all" or cell[1] >= LEAST_REALISTIC]
     return sorted(cases, key=lambda case: case.name not in FIRST)  # stable
 
@@ -177,8 +202,19 @@ def gpu_cases() -> list[Case]:
 def gpu_case(head: str, N: int, mask: str, mode: str) -> Case:
     D, V, softcap = HEADS[head]
     pairs, length = (max(1, N // 2048), min(1024, N // 2)) if mask == "all" else real_shape(N)
-    return Case(f"{head}-N{N}-{mask}-{mode}", pairs, length, D, V, torch.bfloat16, mode, softcap,
-                mask=mask, head=head, nominal_rows=N)  # fmt: skip
+    return Case(
+        f"{head}-N{N}-{mask}-{mode}",
+        pairs,
+        length,
+        D,
+        V,
+        torch.bfloat16,
+        mode,
+        softcap,
+        mask=mask,
+        head=head,
+        nominal_rows=N,
+    )
 
 
 def cpu_cases() -> list[Case]:

@@ -1,4 +1,5 @@
-"""One cell of the matrix: every method that applies to a case, checked, then timed in turns in one process.
+"""One cell of the matrix: every method that applies to a case, checked, then timed in turns in one
+process.
 
 hot      calls follow each other without a pause: medians over HOT_ROUNDS rounds or more
 cool     3.5 s of idleness before every call: for the cells that bars are set on
@@ -21,17 +22,21 @@ HOT_ROUNDS, MOST_ROUNDS, HOT_SECONDS = (5, 50, 6.0) if DEVICE == "cuda" else (2,
 COOL_ROUNDS, PAUSE = 3, 3.5
 
 
-def measure_cell(case: Case, excluded: dict[str, str], at: Callable[[str], None] = lambda name: None) -> dict:
+def measure_cell(
+    case: Case, excluded: dict[str, str], at: Callable[[str], None] = lambda name: None
+) -> dict:
     """The result of a cell.
 
     Args:
-        excluded: reasons for which methods are not to be run, by name. at: is told what is about to be run.
+        excluded: reasons for which methods are not to be run, by name. at: is told what is about to
+            be run.
     Returns:
-        {"rows", "methods": {name: {"hot", "cool", "errors", "extra_bytes"} or {"reason"}}}; a method of this project
-        that raises or whose results are off has "failed" instead.
+        {"rows", "methods": {name: {"hot", "cool", "errors", "extra_bytes"} or {"reason"}}}; a
+        method of this project that raises or whose results are off has "failed" instead.
     """
     if DEVICE == "cuda":
-        torch._dynamo.reset()  # a compiled peer must not fall back to eager for having seen many shapes
+        # a compiled peer must not fall back to eager for having seen many shapes
+        torch._dynamo.reset()
     names = [name for name, method in METHODS.items() if method.applies_to(case)]
     found: dict[str, dict] = {}
     for name in names:
@@ -46,7 +51,9 @@ def measure_cell(case: Case, excluded: dict[str, str], at: Callable[[str], None]
 
 def summary(seconds: list[float]) -> dict[str, float]:
     """Milliseconds: median, quartiles, least."""
-    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    q1, median, q3 = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    )
     numbers = {"median": median, "q1": q1, "q3": q3, "least": min(seconds)}
     return {**{key: float(f"{1e3 * x:.4g}") for key, x in numbers.items()}, "rounds": len(seconds)}
 
@@ -79,7 +86,9 @@ def _short(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def _times(calls: dict[str, Callable], cool: bool, at: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
+def _times(
+    calls: dict[str, Callable], cool: bool, at: Callable[[str], None]
+) -> dict[str, dict[str, list[float]]]:
     """Seconds by kind and method."""
     if not calls:
         return {}

@@ -1,4 +1,6 @@
-"""Measuring: errors against float64, peak memory, times in alternating order, and what they were measured on."""
+"""Measuring: errors against float64, peak memory, times in alternating order, and what they were
+measured on.
+"""
 
 import ctypes
 import functools
@@ -19,11 +21,14 @@ from loss_head_methods import loss_of
 from loss_head_peers import METHODS, step
 from torch import Tensor
 
-from treg import reference
+from treg.ops import reference
 
-# -- errors ------------------------------------------------------------------------------------------------------
+# -- errors
+# ------------------------------------------------------------------------------------------------------
 
-GATED_ROWS = 2048 if DEVICE == "cuda" else 1 << 30  # of a larger case a sample of rows and tokens is checked
+GATED_ROWS = (
+    2048 if DEVICE == "cuda" else 1 << 30
+)  # of a larger case a sample of rows and tokens is checked
 SAMPLED_ROWS, SAMPLED_TOKENS = 1024, 2048
 OURS = "treg"
 
@@ -31,7 +36,8 @@ OURS = "treg"
 def sample(case: Case) -> tuple[Tensor, Tensor]:
     """Rows of hidden and tokens of the vocabulary whose results are checked: all of a small case.
 
-    Of a larger one random rows, and half random tokens, half targets, whose rows of dweight are its largest.
+    Of a larger one random rows, and half random tokens, half targets, whose rows of dweight are its
+    largest.
     """
     if case.rows <= GATED_ROWS:
         return torch.arange(case.rows, device=DEVICE), torch.arange(case.vocab, device=DEVICE)
@@ -45,7 +51,9 @@ def sample(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def oracle(case: Case, loss: str) -> dict[str, Tensor]:
-    """What a step must give: log-probs and dhidden of the sampled rows, dweight of the sampled tokens, in float64."""
+    """What a step must give: log-probs and dhidden of the sampled rows, dweight of the sampled
+    tokens, in float64.
+    """
     return _oracle(replace(case, name="", mode="trainable"), loss)
 
 
@@ -56,11 +64,15 @@ def _oracle(case: Case, loss: str) -> dict[str, Tensor]:
     weight, target = b.weight.detach().double(), b.target.flatten()
     hidden = b.hidden.detach().flatten(0, 1)
     mine = hidden[rows].double().requires_grad_()
-    logps = b.logprobs.flatten().double()  # those of rows that are not in the sample are from float32
+    logps = (
+        b.logprobs.flatten().double()
+    )  # those of rows that are not in the sample are from float32
     logps[rows] = chunked_logprobs(mine, weight, target[rows], b.softcap)
     lp = logps.view(b.target.shape).requires_grad_()
     coef = torch.autograd.grad(loss_of(loss, b, lp), lp)[0].flatten()
-    for h, y, c in zip(*(x.split(chunk_rows(weight)) for x in (mine, target[rows], coef[rows])), strict=True):
+    for h, y, c in zip(
+        *(x.split(chunk_rows(weight)) for x in (mine, target[rows], coef[rows])), strict=True
+    ):
         out = reference.linear_logprobs(h, weight, y, softcap=b.softcap, ignore_index=IGNORE)
         out.logprobs.backward(c)
     dweight = torch.zeros(len(tokens), case.hidden, dtype=torch.float64, device=DEVICE)
@@ -84,9 +96,11 @@ def _capped(a: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def errors(name: str, case: Case) -> dict[str, float]:
-    """Relative 2-norm errors of one step's results against float64; of log-probs also absolute ones, in nats.
+    """Relative 2-norm errors of one step's results against float64; of log-probs also absolute
+    ones, in nats.
 
-    `rows` and `tokens` say of how many rows log-probs and dhidden, and of how many tokens dweight were looked at.
+    `rows` and `tokens` say of how many rows log-probs and dhidden, and of how many tokens dweight
+    were looked at.
     """
     exact = oracle(case, METHODS[name].loss)
     rows, tokens = sample(case)
@@ -108,13 +122,16 @@ def _short(x: float) -> float:
 
 
 def checked_errors(name: str, case: Case) -> dict[str, float]:
-    """`errors`; AssertionError where this project's own are over 2 * (dense PyTorch's error + one rounding).
+    """`errors`; AssertionError where this project's own are over 2 * (dense PyTorch's error + one
+    rounding).
 
     Dense PyTorch is `dense_log_softmax` in the case's dtype, over about 2048 of its rows.
     """
     found = errors(name, case)
     if name.startswith(OURS):
-        dense = errors("dense_log_softmax", replace(case, pairs=max(1, min(case.pairs, 1024 // case.length))))
+        dense = errors(
+            "dense_log_softmax", replace(case, pairs=max(1, min(case.pairs, 1024 // case.length)))
+        )
         for what in found.keys() & {"logprobs", "dhidden", "dweight"}:
             rounding = torch.finfo(torch.float32 if what == "logprobs" else case.dtype).eps / 2
             allowed = 2 * (dense[what] + rounding)
@@ -123,13 +140,15 @@ def checked_errors(name: str, case: Case) -> dict[str, float]:
     return found
 
 
-# -- memory ------------------------------------------------------------------------------------------------------
+# -- memory
+# ------------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
     """Most memory that run held at a time beyond what was held before, its results included.
 
-    On a GPU what the allocator handed out; on a CPU resident memory; None where the system cannot tell.
+    On a GPU what the allocator handed out; on a CPU resident memory; None where the system cannot
+    tell.
     """
     gc.collect()
     if DEVICE == "cuda":
@@ -141,7 +160,9 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the high-water mark starts again at what is resident
     except OSError:
         return None
     before = _resident("VmHWM")
@@ -154,14 +175,16 @@ def _resident(field: str) -> int:
     return next(int(x.split()[1]) << 10 for x in lines if x.startswith(field))
 
 
-# -- time --------------------------------------------------------------------------------------------------------
+# -- time
+# --------------------------------------------------------------------------------------------------------
 
 
 class Alternation:
-    """Calls timed in one process, each once a round, every other round in reverse, so that drift hits all alike.
+    """Calls timed in one process, each once a round, every other round in reverse, so that drift
+    hits all alike.
 
-    Back to back without a pause, which leaves a GPU hot and maybe throttled; with one the device is idle before each
-    call, and cool. On a GPU by events, which are read when `seconds` is.
+    Back to back without a pause, which leaves a GPU hot and maybe throttled; with one the device is
+    idle before each call, and cool. On a GPU by events, which are read when `seconds` is.
     """
 
     def __init__(self, calls: dict[str, Callable[[], object]], pause: float = 0.0):
@@ -203,7 +226,11 @@ class Alternation:
     def ratio(self, a: str, b: str) -> dict[str, float]:
         """Median over median, and the least and the greatest quotient within a round."""
         quotients = [x / y for x, y in zip(self.seconds[a], self.seconds[b], strict=True)]
-        return {"ratio": self.median(a) / self.median(b), "least": min(quotients), "greatest": max(quotients)}
+        return {
+            "ratio": self.median(a) / self.median(b),
+            "least": min(quotients),
+            "greatest": max(quotients),
+        }
 
 
 def synchronize() -> None:
@@ -211,7 +238,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-# -- surroundings ------------------------------------------------------------------------------------------------
+# -- surroundings
+# ------------------------------------------------------------------------------------------------
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 GPU_PACKAGES = ("quack-kernels", "verl", "nvidia-cutlass-dsl", "apache-tvm-ffi")
@@ -223,18 +251,28 @@ def environment() -> dict[str, object]:
     packages = PACKAGES + GPU_PACKAGES * (DEVICE == "cuda")
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu_model(),
-        **({"driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "cuda": torch.version.cuda or torch.version.hip} if DEVICE == "cuda" else {}),
+        **(
+            {
+                "driver": _output(
+                    "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+                ),
+                "cuda": torch.version.cuda or torch.version.hip,
+            }
+            if DEVICE == "cuda"
+            else {}
+        ),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
-    }  # fmt: skip
+    }
 
 
 def ceilings() -> dict[str, float]:
-    """What the GPU reaches here: a large bfloat16 product, and a copy counting bytes read and written."""
+    """What the GPU reaches here: a large bfloat16 product, and a copy counting bytes read and
+    written.
+    """
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(256, (1 << 31,), device=DEVICE, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -242,13 +280,18 @@ def ceilings() -> dict[str, float]:
     for _ in range(13):
         run.round()
     product, copy = (statistics.median(run.seconds[name][3:]) for name in ("product", "copy"))
-    return {"matmul_tflops": 2 * 8192**3 / product / 1e12, "copy_gb_per_s": 2 * source.numel() / copy / 1e9}
+    return {
+        "matmul_tflops": 2 * 8192**3 / product / 1e12,
+        "copy_gb_per_s": 2 * source.numel() / copy / 1e9,
+    }
 
 
 def _output(*command: str) -> str | None:
     """What a command prints, or None where there is none such or nothing."""
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
     except OSError:
         return None
     return found.stdout.strip().partition("\n")[0] or None

@@ -1,4 +1,6 @@
-"""What a method is, and those that need no other package: this project's, dense PyTorch, bare matrix products."""
+"""What a method is, and those that need no other package: this project's, dense PyTorch, bare
+matrix products.
+"""
 
 import functools
 import importlib
@@ -28,7 +30,11 @@ class Method:
     softcap: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     loss: str = "treg"  # what a method that gives a loss computes, see `loss_of`
-    products: tuple[int | None, ...] = (None, None, None)  # matrix products a row, by mode; None: it depends
+    products: tuple[int | None, ...] = (
+        None,
+        None,
+        None,
+    )  # matrix products a row, by mode; None: it depends
 
     def applies_to(self, case: Case, device: str = DEVICE) -> bool:
         fits = device in self.devices and case.mode in self.modes and case.dtype in self.dtypes
@@ -39,13 +45,17 @@ class Method:
         try:
             if self.package is not None:
                 importlib.import_module(self.package)
-        except Exception as e:  # ImportError, and whatever else a package does when it meets this machine
+        except (
+            Exception
+        ) as e:  # ImportError, and whatever else a package does when it meets this machine
             return f"{self.package} does not import: {type(e).__name__}: {e}"
         return None
 
 
 def step(method: Method, batch: Batch) -> dict[str, Tensor]:
-    """What is timed: forward and backward to gradients, or log-probs under no_grad. Its results by name."""
+    """What is timed: forward and backward to gradients, or log-probs under no_grad. Its results by
+    name.
+    """
     if method.gives == "products":
         method.fn(batch)
         return {}
@@ -63,25 +73,35 @@ def step(method: Method, batch: Batch) -> dict[str, Tensor]:
 
 
 def loss_of(name: str, b: Batch, logps: Tensor) -> Tensor:
-    """T-REG; "dpo": plain DPO without a reference; "ce": the mean negative log-prob of the scored tokens."""
+    """T-REG; "dpo": plain DPO without a reference; "ce": the mean negative log-prob of the scored
+    tokens.
+    """
     scored = b.target != IGNORE
     if name == "ce":
         return -logps.masked_fill(~scored, 0.0).sum() / scored.sum()
-    ref = b.ref_logps.to(logps.dtype) if name == "treg" else torch.zeros_like(b.ref_logps, dtype=logps.dtype)
-    return treg_loss(logps, b.token_rewards, ref, LossOptions(alpha=0.25 if name == "treg" else 0.0), mask=scored
-                     ).loss.mean()  # fmt: skip
+    ref = (
+        b.ref_logps.to(logps.dtype)
+        if name == "treg"
+        else torch.zeros_like(b.ref_logps, dtype=logps.dtype)
+    )
+    return treg_loss(
+        logps, b.token_rewards, ref, LossOptions(alpha=0.25 if name == "treg" else 0.0), mask=scored
+    ).loss.mean()
 
 
 def scored_only(logps: Tensor, b: Batch) -> Tensor:
     return logps.masked_fill(b.target == IGNORE, 0.0)
 
 
-# -- this project ------------------------------------------------------------------------------------------------
+# -- this project
+# ------------------------------------------------------------------------------------------------
 
 
 def treg_fused(b: Batch, **options) -> tuple[Tensor, Tensor]:
     """`fused_treg_loss`: 3 products with a trainable head, 2 with a frozen one."""
-    out = fused_treg_loss(b.hidden, b.weight, b.target, b.token_rewards, b.ref_logps, softcap=b.softcap, **options)
+    out = fused_treg_loss(
+        b.hidden, b.weight, b.target, b.token_rewards, b.ref_logps, softcap=b.softcap, **options
+    )
     return out.loss, out.token_logps
 
 
@@ -89,23 +109,33 @@ def treg_packed(b: Batch) -> tuple[Tensor, Tensor]:
     """The same on the scored rows alone, gathered here: what `fused_treg_loss` is given packed."""
     rows = b.scored
     out = fused_treg_loss(
-        b.hidden.flatten(0, 1)[rows], b.weight, b.target.flatten()[rows], b.token_rewards.flatten()[rows],
-        b.ref_logps, cu_seqlens=b.cu_seqlens, softcap=b.softcap,
-    )  # fmt: skip
+        b.hidden.flatten(0, 1)[rows],
+        b.weight,
+        b.target.flatten()[rows],
+        b.token_rewards.flatten()[rows],
+        b.ref_logps,
+        cu_seqlens=b.cu_seqlens,
+        softcap=b.softcap,
+    )
     logps = out.token_logps.new_zeros(b.target.numel()).index_copy(0, rows, out.token_logps)
     return out.loss, logps.view(b.target.shape)
 
 
 def treg_logprobs(b: Batch) -> Tensor:
-    """`linear_logprobs`, then the loss: 3 products for the rows that the budget keeps, else 4; frozen 2, forward 1."""
+    """`linear_logprobs`, then the loss: 3 products for the rows that the budget keeps, else 4;
+    frozen 2, forward 1.
+    """
     return linear_logprobs(b.hidden, b.weight, b.target, softcap=b.softcap).logprobs
 
 
-# -- dense PyTorch: 3 products and [N, V] logits ------------------------------------------------------------------
+# -- dense PyTorch: 3 products and [N, V] logits
+# ------------------------------------------------------------------
 
 
 def dense_log_softmax(b: Batch) -> Tensor:
-    """logits.float().log_softmax(-1).gather, a softcap in float32: what most code has, and exact but for the logits."""
+    """logits.float().log_softmax(-1).gather, a softcap in float32: what most code has, and exact
+    but for the logits.
+    """
     return _dense(b.hidden, b.weight, b.target, b.softcap)
 
 
@@ -119,7 +149,9 @@ def _dense(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     ignored = target == IGNORE
-    logps = logits.log_softmax(-1).gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    logps = (
+        logits.log_softmax(-1).gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    )
     return logps.masked_fill(ignored, 0.0)
 
 
@@ -129,7 +161,8 @@ def _compiled() -> Callable:
 
 
 def dense_logsumexp(b: Batch) -> Tensor:
-    """gather - logsumexp, a sequence at a time, as in the float32 branch of TRL's selective_log_softmax; leaner.
+    """gather - logsumexp, a sequence at a time, as in the float32 branch of TRL's
+    selective_log_softmax; leaner.
 
     A softcap is in the logits' dtype, as in transformers.
     """
@@ -145,11 +178,14 @@ def dense_logits(b: Batch) -> Tensor:
     return logits if b.softcap is None else b.softcap * torch.tanh(logits / b.softcap)
 
 
-# -- bare matrix products of the vendor's library: the speed of light of a scheme of so many --------------------------
+# -- bare matrix products of the vendor's library: the speed of light of a scheme of so many
+# --------------------------
 
 
 def products(b: Batch, logits: int = 1, dhidden: bool = False, dweight: bool = False) -> None:
-    """The products of a head alone, over at most GEMM_ROWS rows at a time: logits so many times, and gradients."""
+    """The products of a head alone, over at most GEMM_ROWS rows at a time: logits so many times,
+    and gradients.
+    """
     weight, total = b.weight.detach(), None
     for rows in b.hidden.detach().flatten(0, 1).split(GEMM_ROWS):
         for _ in range(logits):
@@ -167,10 +203,16 @@ OWN = {
     "treg_fused": Method(treg_fused, "loss", modes=GRADIENTS, products=(3, 2, None)),
     "treg_packed": Method(treg_packed, "loss", modes=GRADIENTS, masks=("realistic",)),
     "treg_smallest": Method(
-        functools.partial(treg_fused, memory_budget="least"), "loss", devices=GPU, modes=("trainable",)
+        functools.partial(treg_fused, memory_budget="least"),
+        "loss",
+        devices=GPU,
+        modes=("trainable",),
     ),
     "treg_fused_exact_logits": Method(  # bfloat16 inputs, logits not rounded
-        functools.partial(treg_fused, logits_dtype=torch.float32), "loss", devices=("cpu",), modes=GRADIENTS,
+        functools.partial(treg_fused, logits_dtype=torch.float32),
+        "loss",
+        devices=("cpu",),
+        modes=GRADIENTS,
         dtypes=(torch.bfloat16,),
     ),
     "treg_logprobs": Method(treg_logprobs, "logprobs", products=(None, 2, 1)),
@@ -178,9 +220,15 @@ OWN = {
     "dense_logsumexp": Method(dense_logsumexp, "logprobs", products=(3, 2, 1)),
     "dense_compiled": Method(dense_compiled, "logprobs", devices=GPU, products=(3, 2, 1)),
     "gemm_1": _bare(products, modes=("forward",), products=(1, 1, 1)),
-    "gemm_2": _bare(functools.partial(products, dhidden=True), modes=("frozen",), products=(2, 2, 2)),
-    "gemm_3": _bare(functools.partial(products, dhidden=True, dweight=True), modes=GRADIENTS, products=(3, 3, 3)),
-    "gemm_4": _bare(
-        functools.partial(products, logits=2, dhidden=True, dweight=True), modes=("trainable",), products=(4, 4, 4)
+    "gemm_2": _bare(
+        functools.partial(products, dhidden=True), modes=("frozen",), products=(2, 2, 2)
     ),
-}  # fmt: skip
+    "gemm_3": _bare(
+        functools.partial(products, dhidden=True, dweight=True), modes=GRADIENTS, products=(3, 3, 3)
+    ),
+    "gemm_4": _bare(
+        functools.partial(products, logits=2, dhidden=True, dweight=True),
+        modes=("trainable",),
+        products=(4, 4, 4),
+    ),
+}

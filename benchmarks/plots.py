@@ -1,11 +1,16 @@
-"""Pictures of the results: times against N, memory and errors on a GPU, and the ratios of `bars.py` on a CPU."""
+"""Pictures of the results: times against N, memory and errors on a GPU, and the ratios of `bars.py`
+on a CPU.
+"""
 
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams |= {"svg.hashsalt": "treg", "svg.fonttype": "none"}  # the same results give the same bytes
+matplotlib.rcParams |= {
+    "svg.hashsalt": "treg",
+    "svg.fonttype": "none",
+}  # the same results give the same bytes
 import matplotlib.pyplot as plt  # noqa: E402
 from loss_head_cases import HEADS, MODES  # noqa: E402
 
@@ -16,19 +21,44 @@ Cells = dict[tuple[str, int, str, str], dict]  # (head, nominal N, mask, mode) -
 def gpu(cells: Cells, folder: Path) -> None:
     """time.svg, memory.svg, errors.svg: what the cells in which all rows are scored hold."""
     _grid(cells, folder / "time.svg", "time / bare products, hot", _over_bare)
-    _grid(cells, folder / "memory.svg", "extra memory, GiB", lambda methods, name, mode: _gib(methods[name]), log=True)
-    _grid(cells, folder / "errors.svg", "dhidden: relative error; forward: log-probs, rms, nats", _error, log=True)
+    _grid(
+        cells,
+        folder / "memory.svg",
+        "extra memory, GiB",
+        lambda methods, name, mode: _gib(methods[name]),
+        log=True,
+    )
+    _grid(
+        cells,
+        folder / "errors.svg",
+        "dhidden: relative error; forward: log-probs, rms, nats",
+        _error,
+        log=True,
+    )
 
 
 def cpu(found: dict, floor: str, path: Path) -> None:
     """Times over the bare products of each dtype, and peak memory."""
-    panels = {f"{dtype}: time / {floor}": {k: x / times["median_seconds"][floor]
-                                          for k, x in times["median_seconds"].items() if k != floor}
-              for dtype, times in found["time"].items()}  # fmt: skip
-    panels["float32: extra peak memory, MiB"] = {k: x / 2**20 for k, x in found["memory"]["peak_extra_bytes"].items()}
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.2 * len(panels)), layout="constrained")
+    panels = {
+        f"{dtype}: time / {floor}": {
+            k: x / times["median_seconds"][floor]
+            for k, x in times["median_seconds"].items()
+            if k != floor
+        }
+        for dtype, times in found["time"].items()
+    }
+    panels["float32: extra peak memory, MiB"] = {
+        k: x / 2**20 for k, x in found["memory"]["peak_extra_bytes"].items()
+    }
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(7, 2.2 * len(panels)), layout="constrained"
+    )
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        ax.barh(list(values), list(values.values()), color=["C0" if k.startswith("treg") else "C7" for k in values])
+        ax.barh(
+            list(values),
+            list(values.values()),
+            color=["C0" if k.startswith("treg") else "C7" for k in values],
+        )
         ax.set_title(title, fontsize=9)
         ax.invert_yaxis()
     _save(figure, path)
@@ -36,7 +66,11 @@ def cpu(found: dict, floor: str, path: Path) -> None:
 
 def _over_bare(methods: dict, name: str, mode: str) -> float | None:
     floor = methods.get(BARE[mode], {}).get("hot")
-    return methods[name]["hot"]["median"] / floor["median"] if floor and "hot" in methods[name] else None
+    return (
+        methods[name]["hot"]["median"] / floor["median"]
+        if floor and "hot" in methods[name]
+        else None
+    )
 
 
 def _gib(method: dict) -> float | None:
@@ -45,7 +79,9 @@ def _gib(method: dict) -> float | None:
 
 
 def _error(methods: dict, name: str, mode: str) -> float | None:
-    return methods[name].get("errors", {}).get("logprobs_rms_nats" if mode == "forward" else "dhidden")
+    return (
+        methods[name].get("errors", {}).get("logprobs_rms_nats" if mode == "forward" else "dhidden")
+    )
 
 
 def _grid(cells: Cells, path: Path, title: str, value, *, log: bool = False) -> None:
@@ -53,20 +89,37 @@ def _grid(cells: Cells, path: Path, title: str, value, *, log: bool = False) -> 
     heads = [head for head in HEADS if any(key[0] == head for key in cells)]
     names = sorted({name for methods in cells.values() for name in methods})
     size = (13, 3 * len(heads))
-    figure, axes = plt.subplots(len(heads), len(MODES), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(heads), len(MODES), figsize=size, layout="constrained", squeeze=False
+    )
     for row, head in zip(axes, heads, strict=True):
         for ax, mode in zip(row, MODES, strict=True):
-            here = sorted((key[1], m) for key, m in cells.items() if (key[0], *key[2:]) == (head, "all", mode))
+            here = sorted(
+                (key[1], m) for key, m in cells.items() if (key[0], *key[2:]) == (head, "all", mode)
+            )
             for i, name in enumerate(names):
-                points = [(N, y) for N, m in here if name in m and (y := value(m, name, mode)) is not None]
+                points = [
+                    (N, y) for N, m in here if name in m and (y := value(m, name, mode)) is not None
+                ]
                 if points:
                     style = "-o" if name.startswith("treg") else "--."
-                    ax.plot(*zip(*points, strict=True), style, color=f"C{i % 10}", label=name, lw=1, ms=3)
+                    ax.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=f"C{i % 10}",
+                        label=name,
+                        lw=1,
+                        ms=3,
+                    )
             ax.set_xscale("log", base=2)
             if log:
                 ax.set_yscale("log")
             ax.set_title(f"{head}, {mode}", fontsize=9)
-    handles = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: line
+        for ax in axes.flat
+        for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(title)
     _save(figure, path)

@@ -1,10 +1,11 @@
-"""What the README says of speed and memory, tables and pictures, from the records in results/ alone.
+"""What the README says of speed and memory, tables and pictures, from the records in results/
+alone.
 
     python benchmarks/report.py [--check]
 
-Rewrites the README between its two bench markers and the pictures beside the records; for a GPU also report.md, every
-cell with the times that `roofline.py` predicts for an H200 beside it. Prints the bars. --check only says whether the
-README is what the records give.
+Rewrites the README between its two bench markers and the pictures beside the records; for a GPU
+also report.md, every cell with the times that `roofline.py` predicts for an H200 beside it. Prints
+the bars. --check only says whether the README is what the records give.
 """
 
 import argparse
@@ -20,7 +21,10 @@ from loss_head_peers import METHODS
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE.parent / "README.md", HERE / "results"
-BEGIN, END = "<!-- bench: python benchmarks/report.py writes what follows -->", "<!-- bench: end -->"
+BEGIN, END = (
+    "<!-- bench: python benchmarks/report.py writes what follows -->",
+    "<!-- bench: end -->",
+)
 MODE_COLUMN = {"trainable": 0, "frozen": 1, "forward": 2}
 CPU_ROWS = {
     "treg, fused": "treg_fused",
@@ -34,21 +38,32 @@ CPU_ROWS = {
 
 def region(results: Path = RESULTS) -> str:
     """The README between the markers."""
-    return "\n\n".join([BEGIN, cpu_part(json.loads((results / "cpu" / "bars.json").read_text())),
-                        gpu_part(gpu_records(results)), END])  # fmt: skip
+    return "\n\n".join(
+        [
+            BEGIN,
+            cpu_part(json.loads((results / "cpu" / "bars.json").read_text())),
+            gpu_part(gpu_records(results)),
+            END,
+        ]
+    )
 
 
 def gpu_records(results: Path = RESULTS) -> dict[str, dict]:
     """Records of GPUs by the name of their folder."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob("*/loss_head.json"))}
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted(results.glob("*/loss_head.json"))
+    }
 
 
 def cpu_part(found: dict) -> str:
     env, medians = found["environment"], {k: x["median_seconds"] for k, x in found["time"].items()}
     exact = medians["bf16"]["treg_fused_exact_logits"]
-    rows = [f"| {label} | {medians['fp32'][name]:.2f} | {medians['bf16'][name]:.2f}"
-            f"{f' ({exact:.2f} with exact logits)' if name == 'treg_fused' else ''} |"
-            for label, name in CPU_ROWS.items()]  # fmt: skip
+    rows = [
+        f"| {label} | {medians['fp32'][name]:.2f} | {medians['bf16'][name]:.2f}"
+        f"{f' ({exact:.2f} with exact logits)' if name == 'treg_fused' else ''} |"
+        for label, name in CPU_ROWS.items()
+    ]
     shape = HELD["treg_fused"][1]
     held = {k: f"{x / 2**20:.0f}" for k, x in found["memory"]["peak_extra_bytes"].items()}
     torch = env["versions"]["torch"].partition("+")[0]
@@ -65,7 +80,9 @@ def cpu_part(found: dict) -> str:
 
 
 def _paragraph(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        " ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def gpu_part(records: dict[str, dict]) -> str:
@@ -77,8 +94,14 @@ def gpu_part(records: dict[str, dict]) -> str:
     for slug, record in records.items():
         env = record["stages"].get("environment", {})
         about, ceilings = env.get("environment", {}), env.get("ceilings")
-        reached = "" if not ceilings else (f", where a large bfloat16 product reaches {ceilings['matmul_tflops']:.0f} "
-                                           f"TFLOP/s and a copy {ceilings['copy_gb_per_s']:.0f} GB/s")  # fmt: skip
+        reached = (
+            ""
+            if not ceilings
+            else (
+                f", where a large bfloat16 product reaches {ceilings['matmul_tflops']:.0f} "
+                f"TFLOP/s and a copy {ceilings['copy_gb_per_s']:.0f} GB/s"
+            )
+        )
         text = f"""On one {about.get("device", slug)}{reached}, torch {about.get("versions", {}).get("torch", "?")}:
             times over times, all methods of a cell in turn, cool (idle before each call) and hot (back to back), and
             errors against float64. All cells: `benchmarks/results/{slug}/report.md`."""
@@ -87,12 +110,18 @@ def gpu_part(records: dict[str, dict]) -> str:
 
 
 def full_report(record: dict, predicted: dict[str, dict]) -> str:
-    """Every cell: milliseconds, their ratio to the bare products, TFLOP/s, GiB, errors, the prediction."""
+    """Every cell: milliseconds, their ratio to the bare products, TFLOP/s, GiB, errors, the
+    prediction.
+    """
     parts = [gpu_bars.table(record["cells"])]
     for case in gpu_cases():
         cell = record["cells"].get(case.name)
         if cell is not None:
-            text = f"failed: {cell['failed']}" if "failed" in cell else _cell_table(case, cell, predicted)
+            text = (
+                f"failed: {cell['failed']}"
+                if "failed" in cell
+                else _cell_table(case, cell, predicted)
+            )
             parts.append(f"## {case.name}\n\n{text}")
     return "\n\n".join(parts) + "\n"
 
@@ -102,12 +131,17 @@ def _cell_table(case: Case, cell: dict, predicted: dict[str, dict]) -> str:
     head = [f"{kind} ms | predicted | / bare" for kind in kinds]
     scheme = 3 - MODE_COLUMN[case.mode]  # products that no exact method can do without
     rates = f"TFLOP/s of {2 * scheme} N D V | of its own products"
-    lines = [f"| | {' | '.join(head)} | {rates} | extra GiB | errors: log-probs, dhidden, dweight |",
-             "|" + "---|" * (3 * len(kinds) + 5)]  # fmt: skip
+    lines = [
+        f"| | {' | '.join(head)} | {rates} | extra GiB | errors: log-probs, dhidden, dweight |",
+        "|" + "---|" * (3 * len(kinds) + 5),
+    ]
     bare = cell["methods"].get(f"gemm_{scheme}", {})
     for name, found in cell["methods"].items():
         if "hot" not in found:
-            lines.append(f"| {name} | {found.get('failed') or found.get('reason')} |" + " |" * (3 * len(kinds) + 3))
+            lines.append(
+                f"| {name} | {found.get('failed') or found.get('reason')} |"
+                + " |" * (3 * len(kinds) + 3)
+            )
             continue
         row = [name]
         for kind in kinds:
@@ -115,10 +149,20 @@ def _cell_table(case: Case, cell: dict, predicted: dict[str, dict]) -> str:
             over = found[kind]["median"] / bare[kind]["median"] if kind in bare else None
             row += [_number(found[kind]["median"]), _number(guess), _number(over)]
         per_product = case.flops_per_product / found["hot"]["median"] / 1e9
-        own = METHODS[name].products[MODE_COLUMN[case.mode]] if case.mask == "all" and name in METHODS else None
+        own = (
+            METHODS[name].products[MODE_COLUMN[case.mode]]
+            if case.mask == "all" and name in METHODS
+            else None
+        )
         held, errors = found.get("extra_bytes"), found.get("errors", {})
-        row += [_number(scheme * per_product), _number(own and own * per_product), _number(held and held / 2**30)]
-        row.append(", ".join(f"{errors[k]:.1e}" for k in ("logprobs", "dhidden", "dweight") if k in errors))
+        row += [
+            _number(scheme * per_product),
+            _number(own and own * per_product),
+            _number(held and held / 2**30),
+        ]
+        row.append(
+            ", ".join(f"{errors[k]:.1e}" for k in ("logprobs", "dhidden", "dweight") if k in errors)
+        )
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -137,13 +181,19 @@ def with_region(text: str, new: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     readme = README.read_text()
     fresh = with_region(readme, region())
     if args.check:
-        print("README.md is what the records give" if fresh == readme else "README.md: run python benchmarks/report.py")
+        print(
+            "README.md is what the records give"
+            if fresh == readme
+            else "README.md: run python benchmarks/report.py"
+        )
         return int(fresh != readme)
     import plots
 
@@ -155,12 +205,17 @@ def main() -> int:
     cases = {case.name: case for case in gpu_cases()}
     for slug, record in records.items():
         (RESULTS / slug / "report.md").write_text(full_report(record, predicted))
-        cells = {(c.head, c.nominal_rows, c.mask, c.mode): record["cells"][name]["methods"]
-                 for name, c in cases.items() if "methods" in record["cells"].get(name, {})}  # fmt: skip
+        cells = {
+            (c.head, c.nominal_rows, c.mask, c.mode): record["cells"][name]["methods"]
+            for name, c in cases.items()
+            if "methods" in record["cells"].get(name, {})
+        }
         plots.gpu(cells, RESULTS / slug)
         print(f"{slug}\n\n{gpu_bars.table(record['cells'])}\n")
     if not records:
-        print(f"no GPU has been measured{' (there is one here: gpu_run.py)' if DEVICE == 'cuda' else ''}\n")
+        print(
+            f"no GPU has been measured{' (there is one here: gpu_run.py)' if DEVICE == 'cuda' else ''}\n"
+        )
         print(gpu_bars.table({}))
     return 0
 

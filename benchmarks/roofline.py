@@ -1,26 +1,31 @@
-"""How long each scheme should take on an H200: a model to hold measurements against, not a measurement.
+"""How long each scheme should take on an H200: a model to hold measurements against, not a
+measurement.
 
     python benchmarks/roofline.py          writes results/predicted-h200.json: milliseconds, cool and hot
 
-Units: seconds, bytes, FLOP. N rows, D hidden, V vocabulary, rows C at a time, W = 2 V D bytes of weight.
+Units: seconds, bytes, FLOP. N rows, D hidden, V vocabulary, rows C at a time, W = 2 V D bytes of
+weight.
 
     product(m, n, k)  = max(2 m n k / R, (2 m k + 2 k n + out) / B)            out: 2 m n, or what it says
     R                 = 790e12 FLOP/s cool, 700e12 hot (cuBLAS); 680e12 and 640e12 for a product in Triton
     B                 = 4.3e12 bytes/s, read and written
-    pass over x bytes = x / B;  adding a product's result to sums in float32 = 0.5 * 8 m n / B, half of it hidden
+    pass over x bytes = x / B;  adding a product's result to sums in float32 = 0.5 * 8 m n / B, half
+    of it hidden
     launch            = 4e-6 s of idleness each
 
     gemm_k            k products of [N, D] x [D, V], [N, V] x [V, D], [V, N] x [N, D], N <= 16384 at a time
     treg_fused        groups of whole pairs, C = budget / (2 V + 8 V / 256) rows at most: a Triton product that writes E
-                      (2 C V), E W, E^T h, 4 C D for scaled rows, and 4 N D in the end. One group: dweight is written
-                      once. Several: added in float32 from the second on, and 6 V D in the end to round
+                      (2 C V), E W, E^T h, 4 C D for scaled rows, and 4 N D in the end. One group:
+                      dweight is written once. Several: added in float32 from the second on, and 6 V
+                          D in the end to round
       smallest        forward, then 192 MiB / 2 N columns at a time: the Triton product again, two products, dhidden
                       added in float32; in the end 6 N D
       frozen          Triton product and E W, 4 N D          forward: Triton product that writes 8 N V / 256
     treg_logprobs     trainable: C - t rows kept, t = sqrt(512 (N - C)); the others computed again, t at a time: a
                       fourth product of theirs
     trl_chunked       tiles of 4096 x 32768, 4 products; a tile is read (2 N V) for the sums, read and written (4 N V)
-                      for the gradient; dhidden, dweight added in float32; in the end 6 V D + 6 N D. frozen: no dweight
+                      for the gradient; dhidden, dweight added in float32; in the end 6 V D + 6 N D.
+                      frozen: no dweight
     liger_scaled_ce   4 products, dweight added in bfloat16 (4 V D) every 1024 rows
     liger_dpo         3 products over all rows, 20 N V, per pair 8 V D for a bfloat16 dweight
     liger_mean_ce     C = next power of 2 of N D / V; 3 products, 6 N V, per chunk 8 V D
@@ -29,8 +34,9 @@ Units: seconds, bytes, FLOP. N rows, D hidden, V vocabulary, rows C at a time, W
     dense_log_softmax 3 products, 34 N V        dense_compiled: 3 products, 10 N V
     torch_linear_cross_entropy    4 products, 20 N V, dweight added once per 4096 rows
 
-Where a part of the rows is scored, TRL and treg run those alone, the others all. Not modelled: quantisation of
-tiles to the 132 multiprocessors, L2, and cut-cross-entropy, whose speed hangs on its filter and its locks.
+Where a part of the rows is scored, TRL and treg run those alone, the others all. Not modelled:
+quantisation of tiles to the 132 multiprocessors, L2, and cut-cross-entropy, whose speed hangs on
+its filter and its locks.
 """
 
 import json
@@ -59,10 +65,18 @@ class Cost:
     """Seconds of a scheme on [n, d] x [d, v], added up."""
 
     def __init__(self, case: Case, rates: Rates, rows: int):
-        self.n, self.d, self.v, self.rates, self.mode = rows, case.hidden, case.vocab, rates, case.mode
+        self.n, self.d, self.v, self.rates, self.mode = (
+            rows,
+            case.hidden,
+            case.vocab,
+            rates,
+            case.mode,
+        )
         self.seconds = 0.0
 
-    def product(self, m: float, n: float, k: float, *, triton: bool = False, out: float | None = None) -> "Cost":
+    def product(
+        self, m: float, n: float, k: float, *, triton: bool = False, out: float | None = None
+    ) -> "Cost":
         moved = 2 * m * k + 2 * k * n + (2 * m * n if out is None else out)
         rate = self.rates.triton if triton else self.rates.vendor
         self.seconds += max(2 * m * n * k / rate, moved / self.rates.memory) + LAUNCH
@@ -97,7 +111,9 @@ def gemm(c: Cost, logits: int, dhidden: bool, dweight: bool) -> None:
 
 
 def treg_fused(c: Cost, budget: int = BUDGET, pair: int = 1) -> None:
-    """3 products with a trainable head, 2 with a frozen one, 1 forward; `pair`: rows that stay together."""
+    """3 products with a trainable head, 2 with a frozen one, 1 forward; `pair`: rows that stay
+    together.
+    """
     if c.mode == "forward":
         c.product(c.n, c.v, c.d, triton=True, out=8 * c.n * c.v / 256)
         return
@@ -148,11 +164,15 @@ def liger_scaled_ce(c: Cost) -> None:
     c.product(c.n, c.v, c.d, out=12 * c.n * c.v / 320)
     if c.mode != "forward":
         for rows in _split(c.n, 1024):  # a frozen head's dweight is made too
-            c.product(rows, c.v, c.d).product(rows, c.d, c.v).product(c.v, c.d, rows).moved(0.5 * 4 * c.v * c.d)
+            c.product(rows, c.v, c.d).product(rows, c.d, c.v).product(c.v, c.d, rows).moved(
+                0.5 * 4 * c.v * c.d
+            )
 
 
 def chunked(c: Cost, rows: int, products: int, row_bytes: float, chunk_bytes: float) -> None:
-    """Logits (again in a fourth product) and gradients, a chunk at a time, with passes over logits and dweight."""
+    """Logits (again in a fourth product) and gradients, a chunk at a time, with passes over logits
+    and dweight.
+    """
     for i, part in enumerate(_split(c.n, rows)):
         for _ in range(1 if c.mode == "forward" else products - 2):
             c.product(part, c.v, c.d)
@@ -165,7 +185,9 @@ def verl(c: Cost) -> None:
     c.product(c.n, c.v, c.d, triton=True, out=12 * c.n * c.v / 1024)
     if c.mode != "forward":
         for columns in _split(c.v, 9504):
-            c.product(c.n, columns, c.d, triton=True).product(c.n, c.d, columns).product(columns, c.d, c.n)
+            c.product(c.n, columns, c.d, triton=True).product(c.n, c.d, columns).product(
+                columns, c.d, c.n
+            )
             c.moved(4 * c.n * c.d)
 
 
@@ -179,8 +201,14 @@ def predict(case: Case) -> dict[str, dict[str, float]]:
         "treg_logprobs": (scored, treg_logprobs),
         "trl_chunked": (scored, trl_chunked),
         "verl": (case.rows, verl),
-        "dense_log_softmax": (case.rows, lambda c: chunked(c, case.rows, 3, 10 if c.mode == "forward" else 34, 0)),
-        "dense_compiled": (case.rows, lambda c: chunked(c, case.rows, 3, 4 if c.mode == "forward" else 10, 0)),
+        "dense_log_softmax": (
+            case.rows,
+            lambda c: chunked(c, case.rows, 3, 10 if c.mode == "forward" else 34, 0),
+        ),
+        "dense_compiled": (
+            case.rows,
+            lambda c: chunked(c, case.rows, 3, 4 if c.mode == "forward" else 10, 0),
+        ),
         "liger_scaled_ce": (case.rows, liger_scaled_ce),
         "torch_linear_cross_entropy": (case.rows, lambda c: chunked(c, 4096, 4, 20, 4 * weight)),
     }
@@ -207,10 +235,18 @@ def predict(case: Case) -> dict[str, dict[str, float]]:
     else:
         everywhere["gemm_1"] = (case.rows, lambda c: gemm(c, 1, False, False))
     if case.softcap is not None:
-        for name in ("verl", "liger_scaled_ce", "torch_linear_cross_entropy", "liger_dpo", "quack_mean_ce"):
+        for name in (
+            "verl",
+            "liger_scaled_ce",
+            "torch_linear_cross_entropy",
+            "liger_dpo",
+            "quack_mean_ce",
+        ):
             everywhere.pop(name, None)
-    return {name: {kind: _milliseconds(case, rates, *how) for kind, rates in RATES.items()}
-            for name, how in everywhere.items()}  # fmt: skip
+    return {
+        name: {kind: _milliseconds(case, rates, *how) for kind, rates in RATES.items()}
+        for name, how in everywhere.items()
+    }
 
 
 def _milliseconds(case: Case, rates: Rates, rows: int, scheme) -> float:

@@ -1,11 +1,13 @@
-"""Times the tiles that a GPU may take, for each head, kernel and number of rows, and keeps the fastest.
+"""Times the tiles that a GPU may take, for each head, kernel and number of rows, and keeps the
+fastest.
 
     python benchmarks/tune_tiles.py [--out FILE] [--seconds 540] [--tiny]
 
-A tile whose log-probs (or gradients) are off is left out. All tiles of a cell take turns, every other round in reverse.
-FILE, benchmarks/results/<gpu>/tiles.json by default, has every time; kernels/treg_kernels/measured.json, which the
-kernels read, the tile of each cell that beats the table of `treg_kernels.configs` by 2 %. Both are replaced as a whole
-after every cell; what FILE holds is not timed again.
+A tile whose log-probs (or gradients) are off is left out. All tiles of a cell take turns, every
+other round in reverse. FILE, benchmarks/results/<gpu>/tiles.json by default, has every time;
+kernels/treg_kernels/measured.json, which the kernels read, the tile of each cell that beats the
+table of `treg_kernels.configs` by 2 %. Both are replaced as a whole after every cell; what FILE
+holds is not timed again.
 """
 
 import argparse
@@ -30,24 +32,33 @@ ROUNDS, GAIN = 7, 0.98
 MEASURED = Path(configs.__file__).with_name(configs.MEASURED)
 
 
-def call(kind: str, tile: Tile, x: dict[str, torch.Tensor], scalars: Scalars) -> Callable[[], torch.Tensor]:
+def call(
+    kind: str, tile: Tile, x: dict[str, torch.Tensor], scalars: Scalars
+) -> Callable[[], torch.Tensor]:
     """One launch of a kernel, and what is compared: log-probs, or the gradient."""
     head = (x["hidden"], x["weight"], x["target"], None, scalars, -100)
     if kind == "gradient":
-        return lambda: (logits_gradient(*head, x["norm"], x["coef"], x["out"], logits_into, tile), x["out"])[1]
+        return lambda: (
+            logits_gradient(*head, x["norm"], x["coef"], x["out"], logits_into, tile),
+            x["out"],
+        )[1]
     stash = x["out"] if kind == "stash" else None
     return lambda: logprob_forward(*head, (), stash, logits_into, tile)["logprobs"]
 
 
-def inputs(N: int, D: int, V: int, softcap: float | None) -> tuple[dict[str, torch.Tensor], Scalars]:
+def inputs(
+    N: int, D: int, V: int, softcap: float | None
+) -> tuple[dict[str, torch.Tensor], Scalars]:
     g = torch.Generator(DEVICE).manual_seed(0)
     weight = (torch.randn(V, D, generator=g, device=DEVICE) * (3 / D**0.5)).bfloat16()
     target = torch.randint(V, (N,), generator=g, device=DEVICE)
     x = {
         "hidden": (torch.randn(N, D, generator=g, device=DEVICE) + weight[target]).bfloat16(),
-        "weight": weight, "target": target, "coef": torch.randn(N, generator=g, device=DEVICE),
+        "weight": weight,
+        "target": target,
+        "coef": torch.randn(N, generator=g, device=DEVICE),
         "out": torch.empty(N, V, dtype=torch.bfloat16, device=DEVICE),
-    }  # fmt: skip
+    }
     scalars = Scalars.of(1.0, softcap, 1.0)
     x["norm"] = logprob_forward(x["hidden"], weight, target, None, scalars, -100)["norm"]
     return x, scalars
@@ -67,7 +78,9 @@ def cell(kind: str, N: int, D: int, V: int, softcap: float | None) -> list[dict]
             continue
         try:
             run = call(kind, tile, x, scalars)
-            exact = run().clone() if exact is None else exact  # of the first tile that runs: the table's, if it does
+            exact = (
+                run().clone() if exact is None else exact
+            )  # of the first tile that runs: the table's, if it does
             apart = (run() - exact).float().norm() / exact.float().norm()
             if not apart < (1e-2 if kind == "gradient" else 1e-5):
                 row["out"] = f"relative difference {apart:.1e}"
@@ -100,13 +113,18 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def chosen(cells: dict[str, dict], device: str) -> list[dict]:
-    """Rows of measured.json: of a head and kernel whose table loses anywhere, the best tile for each number of rows."""
+    """Rows of measured.json: of a head and kernel whose table loses anywhere, the best tile for
+    each number of rows.
+    """
     found = []
     for c in cells.values():
         timed = [r for r in c["tiles"] if "ms" in r]
         if not timed:
             continue
-        best, table = min(timed, key=lambda r: r["ms"]), next((r for r in timed if r["table"]), None)
+        best, table = (
+            min(timed, key=lambda r: r["ms"]),
+            next((r for r in timed if r["table"]), None),
+        )
         gains = table is None or best["ms"] < GAIN * table["ms"]
         tile = best["tile"] if gains else table["tile"]
         key = {k: c[k] for k in ("kind", "vocab", "hidden", "rows")}
@@ -124,23 +142,41 @@ def write(path: Path, data: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no cell after so many")
-    parser.add_argument("--tiny", action="store_true", help="one small head; measured.json stays as it is")
+    parser.add_argument(
+        "--tiny", action="store_true", help="one small head; measured.json stays as it is"
+    )
     args = parser.parse_args()
     begin, device = time.monotonic(), environment()["device"]
-    out = args.out or Path(__file__).parent / "results" / device.lower().replace(" ", "-") / "tiles.json"
+    out = (
+        args.out
+        or Path(__file__).parent / "results" / device.lower().replace(" ", "-") / "tiles.json"
+    )
     data = json.loads(out.read_text()) if out.exists() else {"cells": {}}
     data |= {"environment": environment(), "triton": triton.__version__}
     heads = {"tiny": (64, 500, None)} if args.tiny else HEADS
-    todo = [(kind, name, N) for name in heads for kind in ROWS for N in ((40, 200) if args.tiny else ROWS[kind])]
+    todo = [
+        (kind, name, N)
+        for name in heads
+        for kind in ROWS
+        for N in ((40, 200) if args.tiny else ROWS[kind])
+    ]
     for kind, name, N in todo:
         label = f"{name} {kind} N={N}"
         if label in data["cells"] or time.monotonic() - begin > args.seconds:
             continue
         D, V, softcap = heads[name]
-        data["cells"][label] = {"kind": kind, "rows": N, "hidden": D, "vocab": V, "tiles": cell(kind, N, D, V, softcap)}
+        data["cells"][label] = {
+            "kind": kind,
+            "rows": N,
+            "hidden": D,
+            "vocab": V,
+            "tiles": cell(kind, N, D, V, softcap),
+        }
         write(out, data)
         if not args.tiny:
             others = [r for r in json.loads(MEASURED.read_text()) if r["device"] != device]

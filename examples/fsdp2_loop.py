@@ -1,9 +1,11 @@
-"""The fused loss in a loop of your own, data-parallel with FSDP2: a few steps on a small chat model and invented towns.
+"""The fused loss in a loop of your own, data-parallel with FSDP2: a few steps on a small chat model
+and invented towns.
 
     torchrun --nproc_per_node 2 examples/fsdp2_loop.py       # on a CPU or on GPUs; 1, 2, 4 or 8 processes
 
-What treg needs is between the two lines of dashes: the head is read once, before sharding, and the loss runs inside
-the model's forward, so that FSDP2's hooks gather its weight and reduce its gradient. Needs the extra `train`.
+What treg needs is between the two lines of dashes: the head is read once, before sharding, and the
+loss runs inside the model's forward, so that FSDP2's hooks gather its weight and reduce its
+gradient. Needs the extra `train`.
 """
 
 from pathlib import Path
@@ -35,7 +37,10 @@ def train(rank: int, size: int, device: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     pairs, _ = load_pairs(preference_rows(0, STEPS * PAIRS, "train"), tokenizer, EncodeOptions(256))
     mesh = init_device_mesh(device, (size,))
-    policy, reference = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device) for _ in range(2))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
+        for _ in range(2)
+    )
     # ----------------------------------------------------------------------------
     for model in (policy, reference):
         install_head(model)
@@ -55,10 +60,19 @@ def train(rank: int, size: int, device: str) -> None:
         cu_seqlens = torch.tensor([0, *batch["lengths"].cumsum()], dtype=torch.int32)
 
         def head(hidden, operands):
-            return fused_treg_loss(rows(hidden, batch), target=batch["target"], token_rewards=None, ref_logps=ref,
-                                   cu_seqlens=cu_seqlens, beta=BETA, alpha=ALPHA, **operands)  # fmt: skip
+            return fused_treg_loss(
+                rows(hidden, batch),
+                target=batch["target"],
+                token_rewards=None,
+                ref_logps=ref,
+                cu_seqlens=cu_seqlens,
+                beta=BETA,
+                alpha=ALPHA,
+                **operands,
+            )
 
         return run_head(policy, head, **inputs)
+
     # ----------------------------------------------------------------------------
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
@@ -79,7 +93,9 @@ def train(rank: int, size: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    device = (
+        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    )
     dist.init_process_group()
     train(dist.get_rank(), dist.get_world_size(), device)
     dist.destroy_process_group()

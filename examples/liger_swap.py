@@ -1,9 +1,10 @@
-"""A training step with Liger's DPO loss, the same step with treg's, and T-REG in the place of DPO: one import changed.
+"""A training step with Liger's DPO loss, the same step with treg's, and T-REG in the place of DPO:
+one import changed.
 
     python examples/liger_swap.py
 
-Random hidden states stand in for a model's, random numbers for the token rewards of contrastive prompts. Needs torch;
-without liger-kernel, only treg's losses are shown.
+Random hidden states stand in for a model's, random numbers for the token rewards of contrastive
+prompts. Needs torch; without liger-kernel, only treg's losses are shown.
 """
 
 import torch
@@ -19,13 +20,25 @@ PAIRS, LENGTH, HIDDEN, VOCAB = 2, 32, 64, 1000
 
 
 def make_batch() -> dict[str, torch.Tensor]:
-    """[2B, T] rows, chosen first, a quarter of each prompt; the reference model is the policy before it moved."""
+    """[2B, T] rows, chosen first, a quarter of each prompt; the reference model is the policy
+    before it moved.
+    """
     torch.manual_seed(0)
-    weight, hidden = torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5, torch.randn(2 * PAIRS, LENGTH, HIDDEN)
-    target = torch.randint(0, VOCAB, (2 * PAIRS, LENGTH))  # aligned: target[:, t] is predicted from _input[:, t]
+    weight, hidden = (
+        torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5,
+        torch.randn(2 * PAIRS, LENGTH, HIDDEN),
+    )
+    target = torch.randint(
+        0, VOCAB, (2 * PAIRS, LENGTH)
+    )  # aligned: target[:, t] is predicted from _input[:, t]
     target[:, : LENGTH // 4] = -100
-    return {"lin_weight": weight, "_input": hidden + 0.1 * torch.randn_like(hidden), "target": target,
-            "ref_input": hidden, "ref_weight": weight}  # fmt: skip
+    return {
+        "lin_weight": weight,
+        "_input": hidden + 0.1 * torch.randn_like(hidden),
+        "target": target,
+        "ref_input": hidden,
+        "ref_weight": weight,
+    }
 
 
 def step(name: str, loss_fn: torch.nn.Module, **batch: torch.Tensor) -> None:
@@ -36,8 +49,10 @@ def step(name: str, loss_fn: torch.nn.Module, **batch: torch.Tensor) -> None:
     torch.optim.SGD([head], lr=0.1).step()
     after, _ = loss_fn(head, **batch)
     margin = (chosen_logps - rejected_logps).mean()
-    print(f"{name:20} loss {loss:.5f}   margin {margin:+.3f}   gradient of the head {head.grad.norm():.5f}   "
-          f"loss after the step {after:.5f}")  # fmt: skip
+    print(
+        f"{name:20} loss {loss:.5f}   margin {margin:+.3f}   gradient of the head {head.grad.norm():.5f}   "
+        f"loss after the step {after:.5f}"
+    )
 
 
 def main() -> None:
@@ -48,7 +63,12 @@ def main() -> None:
         step("Liger, DPO", LigerFusedLinearDPOLoss(beta=0.1, compiled=False), **batch)
     step("treg, DPO", FusedLinearTRegLoss(beta=0.1), **batch)
     rewards = torch.rand(batch["target"].shape) - 0.5
-    step("treg, T-REG", FusedLinearTRegLoss(beta=0.1, treg_alpha=0.25), **batch, token_rewards=rewards)
+    step(
+        "treg, T-REG",
+        FusedLinearTRegLoss(beta=0.1, treg_alpha=0.25),
+        **batch,
+        token_rewards=rewards,
+    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     uv run examples/nemo_rl_treg.py examples/run_dpo.py --config examples/configs/dpo.yaml \
         ++dpo.treg_token_rewards=annotated.parquet ++dpo.treg_alpha=0.25 policy.model_name=MODEL ...
 
-Run it in NeMo-RL's folder, with treg installed in its environments, the workers' too. Token rewards are found by token
-ids: annotate with the model's tokenizer and chat template.
+Run it in NeMo-RL's folder, with treg installed in its environments, the workers' too. Token rewards
+are found by token ids: annotate with the model's tokenizer and chat template.
 """
 
 import runpy

@@ -1,9 +1,12 @@
-"""One T-REG step on a small model built on the spot, fused and dense: the same numbers, in less memory and time.
+"""One T-REG step on a small model built on the spot, fused and dense: the same numbers, in less
+memory and time.
 
-    python examples/one_step.py [--pairs 2] [--length 256] [--hidden 256] [--vocab 32000] [--dtype float32]
+    python examples/one_step.py [--pairs 2] [--length 256] [--hidden 256] [--vocab 32000] [--dtype
+    float32]
 
-A two-layer transformer gives hidden states, its own start is the reference model, and random token rewards stand in
-for those of contrastive prompts. Needs torch alone. On a GPU the fused loss runs in Triton, on a CPU in torch.
+A two-layer transformer gives hidden states, its own start is the reference model, and random token
+rewards stand in for those of contrastive prompts. Needs torch alone. On a GPU the fused loss runs
+in Triton, on a CPU in torch.
 """
 
 import argparse
@@ -16,8 +19,7 @@ import time
 import torch
 from torch import nn
 
-from treg import reference
-from treg.ops import fused_treg_loss, linear_logprobs
+from treg.ops import fused_treg_loss, linear_logprobs, reference
 
 LOSSES = {"fused": fused_treg_loss, "dense": reference.fused_treg_loss}
 
@@ -28,8 +30,12 @@ class TinyLM(nn.Module):
     def __init__(self, vocab: int, hidden: int):
         super().__init__()
         self.embed = nn.Embedding(vocab, hidden)
-        layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(hidden), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            hidden, 4, 4 * hidden, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, 2, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
+        )
         self.head = nn.Linear(hidden, vocab, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -40,8 +46,12 @@ class TinyLM(nn.Module):
         return self.layers(self.embed(ids), mask=mask, is_causal=True)
 
 
-def make_step(args: argparse.Namespace, device: str) -> tuple[TinyLM, torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy, token ids [2B, T+1] (chosen first; a quarter of each is prompt), and what T-REG needs beside them."""
+def make_step(
+    args: argparse.Namespace, device: str
+) -> tuple[TinyLM, torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy, token ids [2B, T+1] (chosen first; a quarter of each is prompt), and what T-REG
+    needs beside them.
+    """
     torch.manual_seed(0)
     model = TinyLM(args.vocab, args.hidden).to(device, getattr(torch, args.dtype))
     ids = torch.randint(0, args.vocab, (2 * args.pairs, args.length + 1), device=device)
@@ -54,16 +64,24 @@ def make_step(args: argparse.Namespace, device: str) -> tuple[TinyLM, torch.Tens
     return model, ids, {"target": target, "token_rewards": rewards, "ref_logps": ref}
 
 
-def step(loss_fn, model: TinyLM, ids: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def step(
+    loss_fn, model: TinyLM, ids: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Forward, loss, backward: the loss and the gradients."""
     model.zero_grad()
     loss = loss_fn(model(ids[:, :-1]), model.head.weight, **batch, beta=0.1, alpha=0.25).loss
     loss.backward()
     layers = torch.cat([p.grad.flatten() for p in model.layers.parameters()])
-    return {"loss": loss.detach(), "head gradient": model.head.weight.grad.clone(), "layer gradients": layers}
+    return {
+        "loss": loss.detach(),
+        "head gradient": model.head.weight.grad.clone(),
+        "layer gradients": layers,
+    }
 
 
-def seconds(loss_fn, model: TinyLM, ids: torch.Tensor, batch: dict[str, torch.Tensor], rounds: int = 3) -> float:
+def seconds(
+    loss_fn, model: TinyLM, ids: torch.Tensor, batch: dict[str, torch.Tensor], rounds: int = 3
+) -> float:
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -75,11 +93,16 @@ def seconds(loss_fn, model: TinyLM, ids: torch.Tensor, batch: dict[str, torch.Te
 
 
 def peak_mib(which: str, args: argparse.Namespace, device: str) -> float:
-    """Memory of one step beyond what was held before it. On a CPU a process of its own measures it."""
+    """Memory of one step beyond what was held before it. On a CPU a process of its own measures
+    it.
+    """
     if device == "cpu":
         flags = [f"--{k}={v}" for k, v in vars(args).items() if k != "memory_of"]
         out = subprocess.run(
-            [sys.executable, __file__, f"--memory-of={which}", *flags], capture_output=True, text=True, check=True
+            [sys.executable, __file__, f"--memory-of={which}", *flags],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return float(out.stdout)
     given = make_step(args, device)
@@ -96,7 +119,9 @@ def resident_mib(field: str) -> float:
 
 
 def measure_resident(which: str, args: argparse.Namespace, device: str) -> float:
-    small = make_step(argparse.Namespace(pairs=1, length=8, hidden=16, vocab=64, dtype=args.dtype), device)
+    small = make_step(
+        argparse.Namespace(pairs=1, length=8, hidden=16, vocab=64, dtype=args.dtype), device
+    )
     step(LOSSES[which], *small)  # libraries load before the measurement
     given = make_step(args, device)
     before = resident_mib("VmRSS")
@@ -107,9 +132,15 @@ def measure_resident(which: str, args: argparse.Namespace, device: str) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value, text in (("pairs", 2, "preference pairs"), ("length", 256, "tokens of a sequence"),
-                              ("hidden", 256, "hidden size"), ("vocab", 32000, "vocabulary")):  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value, text in (
+        ("pairs", 2, "preference pairs"),
+        ("length", 256, "tokens of a sequence"),
+        ("hidden", 256, "hidden size"),
+        ("vocab", 32000, "vocabulary"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--memory-of", choices=["fused", "dense"], help=argparse.SUPPRESS)
@@ -123,8 +154,10 @@ def main() -> None:
     wide = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     exact = step(LOSSES["dense"], copy.deepcopy(model).double(), ids, wide)
     scored = int((batch["target"] != -100).sum())
-    print(f"T-REG, one step: {args.pairs} pairs, {scored} scored tokens, hidden {args.hidden}, "
-          f"vocabulary {args.vocab}, {args.dtype} on {device}, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"T-REG, one step: {args.pairs} pairs, {scored} scored tokens, hidden {args.hidden}, "
+        f"vocabulary {args.vocab}, {args.dtype} on {device}, torch {torch.__version__}"
+    )
     print(f"{'':28}{'fused':>12}{'dense':>12}")
     found = {name: step(fn, model, ids, batch) for name, fn in LOSSES.items()}
 
@@ -133,10 +166,16 @@ def main() -> None:
 
     row("loss", (x["loss"].item() for x in found.values()), ".7f")
     for name, x in exact.items():
-        row(f"error of the {name}", (((y[name].double() - x).norm() / x.norm()).item() for y in found.values()), ".1e")
+        row(
+            f"error of the {name}",
+            (((y[name].double() - x).norm() / x.norm()).item() for y in found.values()),
+            ".1e",
+        )
     row("seconds", (seconds(fn, model, ids, batch) for fn in LOSSES.values()), ".3f")
     row("extra memory, MiB", (peak_mib(name, args, device) for name in LOSSES), ".0f")
-    print("error: relative, against the dense step in float64. seconds: the model's forward and backward included.")
+    print(
+        "error: relative, against the dense step in float64. seconds: the model's forward and backward included."
+    )
 
 
 if __name__ == "__main__":

@@ -23,20 +23,41 @@ DEMO_MODEL = str(Path(treg.demo.__file__).parent / "model")
 
 
 def main() -> None:
-    parser = HfArgumentParser(TRegDPOConfig, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(
+        TRegDPOConfig, description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=DEMO_MODEL, help="name or folder; without, the demo's")
-    parser.add_argument("--data", help="by `treg annotate`; without, pairs about towns, judged before training")
+    parser.add_argument(
+        "--data", help="by `treg annotate`; without, pairs about towns, judged before training"
+    )
     parser.set_defaults(
-        output_dir="trl-out", max_steps=10, learning_rate=1e-4, per_device_train_batch_size=4, logging_steps=1,
-        treg_alpha=0.5, bf16=False, report_to="none", save_strategy="no", use_cpu=not torch.accelerator.is_available(),
-    )  # fmt: skip
+        output_dir="trl-out",
+        max_steps=10,
+        learning_rate=1e-4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        treg_alpha=0.5,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=not torch.accelerator.is_available(),
+    )
     config, more = parser.parse_args_into_dataclasses()
 
     rows = preference_rows(seed=0, count=24, split="train")
-    pairs = more.data or Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows])
-    model, reference = (AutoModelForCausalLM.from_pretrained(more.model, dtype="float32") for _ in range(2))
-    trainer = TRegDPOTrainer(model, reference, config, train_dataset=pairs,
-                             processing_class=AutoTokenizer.from_pretrained(more.model))  # fmt: skip
+    pairs = more.data or Dataset.from_list(
+        [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
+    )
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(more.model, dtype="float32") for _ in range(2)
+    )
+    trainer = TRegDPOTrainer(
+        model,
+        reference,
+        config,
+        train_dataset=pairs,
+        processing_class=AutoTokenizer.from_pretrained(more.model),
+    )
     trainer.train()
     trainer.save_model()
 

@@ -1,10 +1,14 @@
-"""Triton's interpreter stands in for a GPU where there is none; the choice must precede the first import of Triton."""
+"""Triton's interpreter stands in for a GPU where there is none; the choice must precede the first
+import of Triton.
+"""
 
 import os
 
 import torch
 
-torch.set_num_threads(1)  # tensors of a few thousand elements: more threads cost more than they give
+torch.set_num_threads(
+    1
+)  # tensors of a few thousand elements: more threads cost more than they give
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,7 +28,9 @@ def _seed():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Uninitialised memory is NaN (a huge number in integer tensors), so that an unwritten output is seen."""
+    """Uninitialised memory is NaN (a huge number in integer tensors), so that an unwritten output
+    is seen.
+    """
 
     def poison(make):
         def made(*args, **kwargs):
@@ -43,7 +49,9 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def open_operators(monkeypatch):
-    """The project's operators as plain autograd functions: dispatch modes, which count, see what happens inside."""
+    """The project's operators as plain autograd functions: dispatch modes, which count, see what
+    happens inside.
+    """
     import treg.ops.logprobs
     import treg.ops.pair_op
     import treg.ops.pairs

@@ -1,7 +1,8 @@
-"""What the public functions accept. Every message names the argument, what was expected and what came.
+"""What the public functions accept. Every message names the argument, what was expected and what
+came.
 
-Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`, in neither case under torch.compile;
-shapes, dtypes and devices always.
+Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`, in neither case
+under torch.compile; shapes, dtypes and devices always.
 """
 
 import math
@@ -12,11 +13,30 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from treg.debug import is_debug
+_debug = False  # one switch for the process
 
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS = (*HEAD_DTYPES, torch.float64)
 OUTPUTS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
+def set_debug(enabled: bool) -> None:
+    """Turn value checks of GPU tensors on or off (off at start).
+
+    Checks of values (a target outside the vocabulary, NaN in token_rewards, a sequence without a
+    scored token, ...) are always made on CPU tensors. On a GPU each one waits for the device, so
+    they are made only after `set_debug(True)`. Checks of shapes, dtypes and devices are always
+    made.
+    """
+    global _debug
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__}")
+    _debug = enabled
+
+
+def is_debug() -> bool:
+    """Whether value checks of GPU tensors are on."""
+    return _debug
 
 
 def check_tensor(name: str, x, *, optional: bool = False) -> None:
@@ -24,11 +44,17 @@ def check_tensor(name: str, x, *, optional: bool = False) -> None:
     if optional and x is None:
         return
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(x).__name__}")
+        raise TypeError(
+            f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(x).__name__}"
+        )
     if hasattr(x, "full_tensor"):
-        raise ValueError(f"{name}: expected a plain tensor, got a DTensor; pass {name}.full_tensor()")
+        raise ValueError(
+            f"{name}: expected a plain tensor, got a DTensor; pass {name}.full_tensor()"
+        )
     if x.layout != torch.strided or x.is_nested:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}{' (nested)' if x.is_nested else ''}")
+        raise ValueError(
+            f"{name}: expected a dense tensor, got layout {x.layout}{' (nested)' if x.is_nested else ''}"
+        )
     if x.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
 
@@ -38,12 +64,19 @@ def check_number(name: str, x, *, positive: bool = False, optional: bool = False
     if optional and x is None:
         return
     try:
-        good = isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(float(x)) and not (positive and x <= 0)
+        good = (
+            isinstance(x, Real)
+            and not isinstance(x, bool)
+            and math.isfinite(float(x))
+            and not (positive and x <= 0)
+        )
     except OverflowError:
         good = False
     if not good:
         kind = "a finite number > 0" if positive else "a finite number"
-        raise ValueError(f"{name}: expected {kind}{' or None' if optional else ''}, got {repr(x)[:60]}")
+        raise ValueError(
+            f"{name}: expected {kind}{' or None' if optional else ''}, got {repr(x)[:60]}"
+        )
 
 
 def check_shape(name: str, x: Tensor, shape, why: str) -> None:
@@ -53,16 +86,22 @@ def check_shape(name: str, x: Tensor, shape, why: str) -> None:
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device}, as the others are, got one on {x.device}")
+        raise ValueError(
+            f"{name}: expected a tensor on {like.device}, as the others are, got one on {x.device}"
+        )
 
 
 def check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATS:
-        raise ValueError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {x.dtype}")
+        raise ValueError(
+            f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {x.dtype}"
+        )
 
 
 def values_visible(x: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at here: free on a CPU, and impossible where a graph is traced."""
+    """Whether the values of a tensor may be looked at here: free on a CPU, and impossible where a
+    graph is traced.
+    """
     return (x.device.type == "cpu" or is_debug()) and not torch.compiler.is_compiling()
 
 
@@ -79,9 +118,21 @@ def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
 
 
 def check_head(
-    hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype,
-    *, sharded: bool = False, filter_eps=None,
-) -> None:  # fmt: skip
+    hidden,
+    weight,
+    target,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    ignore_index,
+    impl,
+    memory_budget,
+    logits_dtype,
+    *,
+    sharded: bool = False,
+    filter_eps=None,
+) -> None:
     """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]; impl resolved.
 
     sharded: weight is a part of the whole, whose number of rows is not known here.
@@ -93,7 +144,9 @@ def check_head(
         raise ValueError(f"hidden: expected shape [..., D] with D >= 1, got {list(hidden.shape)}")
     allowed = HEAD_DTYPES if impl == "triton" else FLOATS
     if hidden.dtype not in allowed:
-        raise ValueError(f"hidden: expected one of {[str(d) for d in allowed]} for impl={impl!r}, got {hidden.dtype}")
+        raise ValueError(
+            f"hidden: expected one of {[str(d) for d in allowed]} for impl={impl!r}, got {hidden.dtype}"
+        )
     if weight.ndim != 2 or weight.shape[0] < 1:
         raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
     if weight.shape[1] != hidden.shape[-1]:
@@ -122,15 +175,25 @@ def check_head(
             f"temperature: expected |logit_scale / temperature| < 1e30, got {logit_scale} / {temperature}; "
             "float32 logits would overflow"
         )
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
+    if (
+        isinstance(ignore_index, bool)
+        or not isinstance(ignore_index, int)
+        or abs(ignore_index) >= 2**63
+    ):
         raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
     _check_budget(memory_budget)
     check_number("filter_eps", filter_eps, optional=True)
     if filter_eps is not None and (sharded or not 0.0 <= filter_eps < 1.0):
-        expected = "None beside a shard" if sharded else "0 <= value < 1, a share of the largest coefficient, or None"
+        expected = (
+            "None beside a shard"
+            if sharded
+            else "0 <= value < 1, a share of the largest coefficient, or None"
+        )
         raise ValueError(f"filter_eps: expected {expected}, got {filter_eps!r}")
     if logits_dtype is not None and (
-        impl == "triton" or logits_dtype not in (torch.float32, hidden.dtype) or hidden.dtype == torch.float64
+        impl == "triton"
+        or logits_dtype not in (torch.float32, hidden.dtype)
+        or hidden.dtype == torch.float64
     ):
         raise ValueError(
             f"logits_dtype: expected None, torch.float32 or hidden's dtype, with impl='torch' and 16-bit or float32 "
@@ -150,12 +213,20 @@ def _check_budget(memory_budget) -> None:
     if memory_budget is None or memory_budget == "least":
         return
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
-        raise ValueError(f"memory_budget: expected a number of bytes > 0 (int), 'least' or None, got {memory_budget!r}")
+        raise ValueError(
+            f"memory_budget: expected a number of bytes > 0 (int), 'least' or None, got {memory_budget!r}"
+        )
 
 
 def check_outputs(outputs) -> tuple[str, ...]:
-    if isinstance(outputs, str) or not isinstance(outputs, Collection) or any(n not in OUTPUTS for n in outputs):
-        raise ValueError(f"outputs: expected a tuple of names among {list(OUTPUTS)}, got {outputs!r}")
+    if (
+        isinstance(outputs, str)
+        or not isinstance(outputs, Collection)
+        or any(n not in OUTPUTS for n in outputs)
+    ):
+        raise ValueError(
+            f"outputs: expected a tuple of names among {list(OUTPUTS)}, got {outputs!r}"
+        )
     return tuple(n for n in OUTPUTS if n in outputs)
 
 
@@ -170,7 +241,9 @@ def resolve_impl(impl, hidden) -> str:
         try:
             from treg_kernels.configs import INTERPRET
         except ImportError as error:
-            raise ValueError("impl: expected 'torch' where Triton is not installed, got 'triton'") from error
+            raise ValueError(
+                "impl: expected 'torch' where Triton is not installed, got 'triton'"
+            ) from error
         if not INTERPRET:
             raise ValueError(
                 f"impl: expected 'torch' for tensors on {hidden.device} ('triton' needs a GPU, or its interpreter), "
@@ -180,7 +253,9 @@ def resolve_impl(impl, hidden) -> str:
 
 
 def check_sequences(name: str, x: Tensor, ndim: int, cu_seqlens) -> int:
-    """Layout of sequences in x: ndim dimensions [2B, T, ...], or one less, [N, ...], with cu_seqlens. Returns 2B."""
+    """Layout of sequences in x: ndim dimensions [2B, T, ...], or one less, [N, ...], with
+    cu_seqlens. Returns 2B.
+    """
     check_tensor("cu_seqlens", cu_seqlens, optional=True)
     tail = ", D" if ndim == 3 else ""
     if cu_seqlens is None:
@@ -193,7 +268,9 @@ def check_sequences(name: str, x: Tensor, ndim: int, cu_seqlens) -> int:
         if x.ndim != ndim - 1:
             raise ValueError(f"{name}: expected [N{tail}] beside cu_seqlens, got {list(x.shape)}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
-            raise ValueError(f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+            raise ValueError(
+                f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
         if cu_seqlens.device.type != "cpu":
             check_device("cu_seqlens", cu_seqlens, x)
         count = cu_seqlens.shape[0] - 1
@@ -218,9 +295,17 @@ def check_ends(ends: list[int], name: str, N: int) -> None:
 
 
 def check_pair_inputs(
-    like: Tensor, scored: Tensor | None, token_rewards, ref_logps, token_weights, count: int, alpha: float
+    like: Tensor,
+    scored: Tensor | None,
+    token_rewards,
+    ref_logps,
+    token_weights,
+    count: int,
+    alpha: float,
 ) -> None:
-    """Per-token inputs have like's shape, ref_logps may be [2B]; values matter where scored (None: everywhere)."""
+    """Per-token inputs have like's shape, ref_logps may be [2B]; values matter where scored (None:
+    everywhere).
+    """
     check_tensor("token_rewards", token_rewards, optional=alpha == 0)
     for name, x in (("token_rewards", token_rewards), ("token_weights", token_weights)):
         check_tensor(name, x, optional=True)
@@ -232,7 +317,9 @@ def check_pair_inputs(
     if token_weights is not None and values_visible(token_weights):
         bad = token_weights < 0 if scored is None else (token_weights < 0) & scored
         if bool(bad.any()):
-            raise ValueError(f"token_weights: expected values >= 0, got {token_weights[bad].min().item()}")
+            raise ValueError(
+                f"token_weights: expected values >= 0, got {token_weights[bad].min().item()}"
+            )
     check_tensor("ref_logps", ref_logps, optional=True)
     if ref_logps is not None:
         if tuple(ref_logps.shape) not in ((count,), tuple(like.shape)):

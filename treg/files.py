@@ -10,7 +10,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside path, which takes its place when the block is done; a reader sees the old or the new."""
+    """A temporary path beside path, which takes its place when the block is done; a reader sees the
+    old or the new.
+    """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -30,7 +32,9 @@ def read_yaml(path: str | Path) -> Any:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; ValueError if another one has it. Freed with the process, however it ends."""
+    """The folder for this process alone; ValueError if another one has it. Freed with the process,
+    however it ends.
+    """
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,13 +42,19 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{folder}: another run is at work on it; wait for it, or give another output") from None
+            raise ValueError(
+                f"{folder}: another run is at work on it; wait for it, or give another output"
+            ) from None
         yield
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is whole: the trainer's state is what the first process writes last."""
-    folders = [x for x in Path(output_dir).glob("checkpoint-*") if x.name.rpartition("-")[2].isdigit()]
+    """The newest checkpoint that is whole: the trainer's state is what the first process writes
+    last.
+    """
+    folders = [
+        x for x in Path(output_dir).glob("checkpoint-*") if x.name.rpartition("-")[2].isdigit()
+    ]
     for folder in sorted(folders, key=lambda x: -int(x.name.rpartition("-")[2])):
         try:
             json.loads((folder / "trainer_state.json").read_text())

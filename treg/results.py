@@ -6,13 +6,17 @@ from torch import Tensor
 
 
 class LinearLogprobs(NamedTuple):
-    """Per-token outputs of `linear_logprobs`, each of target's shape, float32, 0 (False) where ignored."""
+    """Per-token outputs of `linear_logprobs`, each of target's shape, float32, 0 (False) where
+    ignored.
+    """
 
     logprobs: Tensor  # [...] nats; differentiable
     lse: Tensor | None = None  # [...] logsumexp_v z_v, nats; detached
     entropy: Tensor | None = None  # [...] -sum_v p_v log p_v, nats; detached
     mean_logit: Tensor | None = None  # [...] mean_v z_v; detached
-    is_top1: Tensor | None = None  # [...] bool: no z_v is above the target's (a tie counts); detached
+    is_top1: Tensor | None = (
+        None  # [...] bool: no z_v is above the target's (a tie counts); detached
+    )
     log_sum_sq_probs: Tensor | None = None  # [...] log sum_v p_v^2, nats; detached
 
 

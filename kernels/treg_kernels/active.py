@@ -1,7 +1,8 @@
-"""Which tiles of the gradient of the logits are computed, once the coefficients are known; decided on the device.
+"""Which tiles of the gradient of the logits are computed, once the coefficients are known; decided
+on the device.
 
-Tile (i, j) is TILE_N rows by TILE_V columns. With top_t[j] the largest z2 of row t in the block of columns that holds
-tile j, the target left out, it is inactive if for every row t of i
+Tile (i, j) is TILE_N rows by TILE_V columns. With top_t[j] the largest z2 of row t in the block of
+columns that holds tile j, the target left out, it is inactive if for every row t of i
 
     |coef_t| * 2**(top_t[j] - norm_t) < threshold          and          coef_t = 0 or y_t is not in j
 
@@ -39,13 +40,17 @@ def _active_kernel(
 
 
 @triton.jit
-def _list_kernel(active_ptr, list_ptr, count_ptr, length, stride_line, stride_item, BLOCK: tl.constexpr):
+def _list_kernel(
+    active_ptr, list_ptr, count_ptr, length, stride_line, stride_item, BLOCK: tl.constexpr
+):
     """The active items of one line in their order, and how many they are."""
     line = tl.program_id(0).to(tl.int64)
     count = 0
     for start in range(0, length, BLOCK):
         item = start + tl.arange(0, BLOCK)
-        active = tl.load(active_ptr + line * stride_line + item * stride_item, mask=item < length, other=0)
+        active = tl.load(
+            active_ptr + line * stride_line + item * stride_item, mask=item < length, other=0
+        )
         active = active.to(tl.int32)
         place = count + tl.cumsum(active, axis=0) - active
         tl.store(list_ptr + line * length + place, item, mask=active > 0)
@@ -65,9 +70,10 @@ def active_tiles(
     """The tiles to compute, [tiles_n, tiles_v] bool.
 
     Args:
-        tops: [N, ceil(V / width)] float32, contiguous, the largest z2 of each block of `width` columns without the
-            target; width: a multiple of TILE_V. norm: [N] float32, lse / ln 2.
-        coef: [N] float32, 0 at rows that are not scored; of these nothing else is read. target: [N] int64.
+        tops: [N, ceil(V / width)] float32, contiguous, the largest z2 of each block of `width`
+            columns without the target; width: a multiple of TILE_V. norm: [N] float32, lse / ln 2.
+        coef: [N] float32, 0 at rows that are not scored; of these nothing else is read. target: [N]
+            int64.
         threshold: 0-dim float32, on the device.
     """
     N, blocks = tops.shape
@@ -84,7 +90,8 @@ def active_tiles(
 
 
 def active_lists(active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each line of active [lines, items]: its active items [lines, items] int32, the first `count` of a line
+    """Of each line of active [lines, items]: its active items [lines, items] int32, the first
+    `count` of a line
     written; their count [lines] int32; and the lines by falling count [lines] int64."""
     lines, items = active.shape
     listed = torch.empty(lines, items, dtype=torch.int32, device=active.device)

@@ -1,10 +1,12 @@
-"""Gradient of the logits, when the coefficient of every token is known: the logits tile is computed again.
+"""Gradient of the logits, when the coefficient of every token is known: the logits tile is computed
+again.
 
     d L / d a_t[v] = coef_t * scale * slope * ( 1{v = y_t} - 2**(z2 - lse2_t) ),   coef_t = d L / d lp_t
 
-Written in the weight's dtype as a [N, V] slab; the two products that follow, dhidden = G W and dweight = G^T h, are
-plain GEMMs. A row with target ignore_index, and one with coef 0, is 0. A target outside [0, V), which another part of
-the vocabulary holds, matches no column: the row is -coef_t * scale * slope * p alone.
+Written in the weight's dtype as a [N, V] slab; the two products that follow, dhidden = G W and
+dweight = G^T h, are plain GEMMs. A row with target ignore_index, and one with coef 0, is 0. A
+target outside [0, V), which another part of the vocabulary holds, matches no column: the row is
+-coef_t * scale * slope * p alone.
 """
 
 import torch
@@ -23,7 +25,9 @@ def _gradient_kernel(
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of one program; V counts the columns of this launch, of which first_v is the first."""
+    """The tiles of one program; V counts the columns of this launch, of which first_v is the
+    first.
+    """
     tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
@@ -33,7 +37,8 @@ def _gradient_kernel(
         scored = target != ignore_index
         target -= first_v
         coef = tl.load(coef_ptr + offs_n, mask=mask_n & scored, other=0.0)
-        # prompts and padding come in runs, and so do tokens without a coefficient: such a tile costs no matmul
+        # prompts and padding come in runs, and so do tokens without a coefficient: such a tile
+        # costs no matmul
         active = scored & (coef != 0.0)
         depth = tl.where(tl.max(active.to(tl.int32), axis=0) > 0, D, 0)
         a = logits_tile(
@@ -69,9 +74,11 @@ def logits_gradient(
     """Fill out with d L / d a on N rows.
 
     Args:
-        hidden: [N, D], weight: [V, D], float32, bfloat16 or float16, any strides. target: [N] int64, contiguous.
+        hidden: [N, D], weight: [V, D], float32, bfloat16 or float16, any strides. target: [N]
+            int64, contiguous.
         bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
-        norm: [N] float32, lse / ln 2, from `logprob_forward`. coef: [N] float32. out: [N, V] contiguous.
+        norm: [N] float32, lse / ln 2, from `logprob_forward`. coef: [N] float32. out: [N, V]
+            contiguous.
         product, tile: as in `logprob_forward`.
     """
     N, D = hidden.shape

@@ -1,11 +1,11 @@
 """Preference objectives and their derivatives, in float64, as device functions.
 
-BASES maps a loss type to a function of (rho_w, rho_l, beta, gamma, eps), eps the label smoothing, that returns
-(base, slope_w, slope_l) with slope_s = d base / d rho_s; m = rho_w - rho_l. What each is, and its paper:
-`treg.losses`.
+BASES maps a loss type to a function of (rho_w, rho_l, beta, gamma, eps), eps the label smoothing,
+that returns (base, slope_w, slope_l) with slope_s = d base / d rho_s; m = rho_w - rho_l. What each
+is, and its paper: `treg.losses`.
 
-Triton has no log1p, expm1 and sigmoid of float64 that all backends and the interpreter share, so they are built here
-from exp and log.
+Triton has no log1p, expm1 and sigmoid of float64 that all backends and the interpreter share, so
+they are built here from exp and log.
 """
 
 import triton
@@ -17,7 +17,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x > -1, exact also where 1 + x rounds: the classical correction by what was really added."""
+    """log(1 + x) for x > -1, exact also where 1 + x rounds: the classical correction by what was
+    really added.
+    """
     added = (1.0 + x) - 1.0
     return tl.where(added == 0.0, x, tl.log(1.0 + x) * (x / tl.where(added == 0.0, 1.0, added)))
 
@@ -82,7 +84,9 @@ def _robust(rho_w, rho_l, beta, gamma, eps):
 
 @triton.jit
 def _exo_pair(rho_w, rho_l, beta, gamma, eps):
-    """p (log p - log(1 - eps)) + q (log q - log eps), p = sigmoid(m) = 1 - q; d p / d m = p q, log p - log q = m."""
+    """p (log p - log(1 - eps)) + q (log q - log eps), p = sigmoid(m) = 1 - q; d p / d m = p q, log
+    p - log q = m.
+    """
     m = rho_w - rho_l
     p, q = _sigmoid(m), _sigmoid(-m)
     log_rest, log_eps = _log1p(-eps), tl.log(eps)
@@ -127,18 +131,24 @@ def _sppo_hard(rho_w, rho_l, beta, gamma, eps):
 
 @triton.jit
 def _discopop(rho_w, rho_l, beta, gamma, eps):
-    """-(1 - g) log sigmoid(m) + g exp(-m), g = sigmoid(x), x = m / tau; d g / d m = g (1 - g) / tau."""
+    """-(1 - g) log sigmoid(m) + g exp(-m), g = sigmoid(x), x = m / tau; d g / d m = g (1 - g) /
+    tau.
+    """
     m = rho_w - rho_l
     x = m / DISCOPOP_TAU
     decay = tl.exp(-_softplus(-x) - m)  # g exp(-m), where exp(-m) alone would overflow
     shut = _sigmoid(-x)
-    slope = -shut * (_sigmoid(x) * _softplus(-m) / DISCOPOP_TAU + _sigmoid(-m)) + decay * (shut / DISCOPOP_TAU - 1.0)
+    slope = -shut * (_sigmoid(x) * _softplus(-m) / DISCOPOP_TAU + _sigmoid(-m)) + decay * (
+        shut / DISCOPOP_TAU - 1.0
+    )
     return shut * _softplus(-m) + decay, slope, -slope
 
 
 @triton.jit
 def _log_odds(x):
-    """x - log(1 - exp x) at most at x = -1e-12 (the odds of a certain answer are infinite), and 1 / (1 - exp x)."""
+    """x - log(1 - exp x) at most at x = -1e-12 (the odds of a certain answer are infinite), and 1 /
+    (1 - exp x).
+    """
     clamped = x > -1e-12
     x = tl.where(clamped, -1e-12, x)
     near = x > -LN2  # each side is exact on its side

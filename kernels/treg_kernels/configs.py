@@ -1,8 +1,9 @@
 """How [N, V] is cut into tiles, for each architecture.
 
-A tile is a row of TILES, or what `measured.json` holds for this device and head, written by `benchmarks/tune_tiles.py`.
-Nothing is timed at run time: the same inputs give the same bits in every process, the first call is as fast as the
-second, and a CUDA graph can be captured without a rehearsal.
+A tile is a row of TILES, or what `measured.json` holds for this device and head, written by
+`benchmarks/tune_tiles.py`. Nothing is timed at run time: the same inputs give the same bits in
+every process, the first call is as fast as the second, and a CUDA graph can be captured without a
+rehearsal.
 """
 
 import functools
@@ -17,8 +18,12 @@ import triton
 INTERPRET = triton.knobs.runtime.interpret
 MEASURED = "measured.json"
 KINDS = ("forward", "stash", "gradient")
-SLAB_BYTES = 32 << 20  # of finished logits: they stay in a GPU's second-level cache until they are read
-SHARED_ROWS_BYTES = 20 << 20  # of the rows of hidden that pass by one column of weight tiles, in that cache too
+SLAB_BYTES = (
+    32 << 20
+)  # of finished logits: they stay in a GPU's second-level cache until they are read
+SHARED_ROWS_BYTES = (
+    20 << 20
+)  # of the rows of hidden that pass by one column of weight tiles, in that cache too
 
 
 class Tile(NamedTuple):
@@ -29,10 +34,13 @@ class Tile(NamedTuple):
     d: int
     warps: int
     stages: int
-    descriptors: bool = False  # operands through the copy engine (sm90 and later), where their layout allows it
+    descriptors: bool = (
+        False  # operands through the copy engine (sm90 and later), where their layout allows it
+    )
     programs: int = 0  # that share all tiles, for each multiprocessor; 0: one for each tile
     registers: int | None = None  # at most so many for each thread
-    vendor: bool = False  # the product by the vendor's library, a slab of columns at a time, which the tile reads
+    # the product by the vendor's library, a slab of columns at a time, which the tile reads
+    vendor: bool = False
 
     @property
     def max_rows(self) -> int:
@@ -47,15 +55,24 @@ class Tile(NamedTuple):
 # N <= n of the first, and above. Widths are multiples of 128, which `treg_kernels.active` counts in
 TILES = {
     "sm80": (Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
-    "sm90": (Tile(64, 256, 64, 8, 3, descriptors=True), Tile(128, 256, 64, 8, 3, descriptors=True, programs=1)),
-    "sm100": (Tile(64, 128, 64, 4, 4, descriptors=True), Tile(256, 128, 64, 8, 3, descriptors=True, programs=1)),
+    "sm90": (
+        Tile(64, 256, 64, 8, 3, descriptors=True),
+        Tile(128, 256, 64, 8, 3, descriptors=True, programs=1),
+    ),
+    "sm100": (
+        Tile(64, 128, 64, 4, 4, descriptors=True),
+        Tile(256, 128, 64, 8, 3, descriptors=True, programs=1),
+    ),
     "amd": (Tile(64, 128, 32, 4, 2), Tile(128, 128, 32, 8, 2)),
-    "interpreter": (Tile(64, 128, 32, 4, 1, descriptors=True), Tile(128, 128, 32, 4, 1, descriptors=True, programs=1)),
+    "interpreter": (
+        Tile(64, 128, 32, 4, 1, descriptors=True),
+        Tile(128, 128, 32, 4, 1, descriptors=True, programs=1),
+    ),
 }
 FLOAT32 = Tile(32, 128, 32, 4, 2)  # full-precision products run outside the tensor cores
 ROWS = Tile(8, 1024, 64, 8, 1, vendor=True)  # over finished logits: few rows, many columns of each
-# What `benchmarks/tune_tiles.py` tries besides. Each fits with every kernel, and where rows are aligned spills little
-# (32 bytes a thread, on sm120) without options and statistics
+# What `benchmarks/tune_tiles.py` tries besides. Each fits with every kernel, and where rows are
+# aligned spills little (32 bytes a thread, on sm120) without options and statistics
 CANDIDATES = {
     "sm80": (
         Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 32, 16, 3),
@@ -94,20 +111,27 @@ def architecture(target=None) -> str:
     target = target or triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
         return "amd"
-    return {9: "sm90", 10: "sm100"}.get(target.arch // 10, "sm80")  # sm120 has neither wgmma nor tcgen05
+    return {9: "sm90", 10: "sm100"}.get(
+        target.arch // 10, "sm80"
+    )  # sm120 has neither wgmma nor tcgen05
 
 
-def tile_for(kind: str, dtype: torch.dtype, N: int, V: int, D: int, addressable: bool = True) -> Tile:
+def tile_for(
+    kind: str, dtype: torch.dtype, N: int, V: int, D: int, addressable: bool = True
+) -> Tile:
     """The tile of a launch of one of KINDS on N rows of a [V, D] head, on the current device."""
     found = tiles_for(kind, dtype, V, D, addressable)
     return next((tile for rows, tile in found if rows >= N), found[-1][1])
 
 
-def tiles_for(kind: str, dtype: torch.dtype, V: int, D: int, addressable: bool = True) -> list[tuple[int, Tile]]:
+def tiles_for(
+    kind: str, dtype: torch.dtype, V: int, D: int, addressable: bool = True
+) -> list[tuple[int, Tile]]:
     """The tiles of any number of rows: each up to so many, the last also above.
 
-    addressable: whether descriptors can address the weight. Pointers to the elements of a wide tile do not fit into
-    registers: where not, the tiles are those of the architecture without a copy engine.
+    addressable: whether descriptors can address the weight. Pointers to the elements of a wide tile
+    do not fit into registers: where not, the tiles are those of the architecture without a copy
+    engine.
     """
     found = _measured().get((_device_name(), kind, str(dtype)[6:], int(V), int(D)))
     if found is not None and addressable:
@@ -115,7 +139,10 @@ def tiles_for(kind: str, dtype: torch.dtype, V: int, D: int, addressable: bool =
     if dtype == torch.float32:
         return [(FLOAT32.n, FLOAT32)]
     found = TILES[architecture()]
-    return [(tile.n, tile) for tile in (found if addressable or not found[0].descriptors else TILES["sm80"])]
+    return [
+        (tile.n, tile)
+        for tile in (found if addressable or not found[0].descriptors else TILES["sm80"])
+    ]
 
 
 @functools.cache
@@ -149,6 +176,8 @@ def options(tile: Tile) -> dict[str, int]:
 
 
 def shared_tiles(tile: Tile, D: int, itemsize: int) -> int:
-    """Row tiles that share each weight tile: a power of two, as many as the cache holds beside it."""
+    """Row tiles that share each weight tile: a power of two, as many as the cache holds beside
+    it.
+    """
     fit = SHARED_ROWS_BYTES // (tile.n * D * itemsize)
     return max(1, min(64, 1 << fit.bit_length() >> 1))

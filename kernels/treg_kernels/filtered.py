@@ -1,14 +1,17 @@
-"""The gradient of a head from the active tiles of the logits alone: 1 + 3 rho products, rho the share of active tiles.
+"""The gradient of a head from the active tiles of the logits alone: 1 + 3 rho products, rho the
+share of active tiles.
 
     G_ij = coef * scale * slope * ( 1{v = y} - 2**(z2 - norm) )         as in backward.py, its logits computed again
     dhidden_i = sum_{j active} G_ij W_j         dweight_j = sum_{i active} G_ij^T h_i         dbias_j likewise
 
-G is rounded to the weight's dtype in a slab that is whole tiles wide and high; inactive tiles of it are neither written
-nor read. Both products are one kernel: a program has one block of the result, and adds up its line of active tiles in
-their order, in float32, so results depend on nothing but the inputs.
+G is rounded to the weight's dtype in a slab that is whole tiles wide and high; inactive tiles of it
+are neither written nor read. Both products are one kernel: a program has one block of the result,
+and adds up its line of active tiles in their order, in float32, so results depend on nothing but
+the inputs.
 
-Balance: lines differ in length. The gradient kernel has a program for each tile, of which the inactive end at once.
-The products start with the longest lines, so that short ones fill the end, and each line is cut over D.
+Balance: lines differ in length. The gradient kernel has a program for each tile, of which the
+inactive end at once. The products start with the longest lines, so that short ones fill the end,
+and each line is cut over D.
 """
 
 import torch
@@ -26,7 +29,8 @@ def _active_gradient_kernel(
     TILE_N: tl.constexpr, TILE_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # row blocks first: they share a block of the weight while it is in L2; all of a tile are written
+    # row blocks first: they share a block of the weight while it is in L2; all of a tile are
+    # written
     blocks_n = tl.cdiv(N, TILE_N) * (TILE_N // BLOCK_N)
     block_n, block_v = tl.program_id(0) % blocks_n, tl.program_id(0) // blocks_n
     tile_n, tile_v = block_n * BLOCK_N // TILE_N, block_v * BLOCK_V // TILE_V
@@ -69,8 +73,8 @@ def _product_kernel(
 ):  # fmt: skip
     """out [M, D] = sum over the active tiles k of line m of slab[m, k] . right[k], or += where ADD.
 
-    slab: its rows and columns, or with the strides exchanged its columns and rows. right: [K, D]; rows of it with a
-    coefficient of 0 are not read.
+    slab: its rows and columns, or with the strides exchanged its columns and rows. right: [K, D];
+    rows of it with a coefficient of 0 are not read.
     """
     blocks_d = tl.cdiv(D, BLOCK_D)
     block, block_d = tl.program_id(0) // blocks_d, tl.program_id(0) % blocks_d
@@ -109,10 +113,16 @@ def _configs(dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
             {"BLOCK_N": 32, "BLOCK_V": 64, "BLOCK_D": 32, **run},
             {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_D": 64, **run},
         )
-    target = None if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target()
+    target = (
+        None
+        if triton.knobs.runtime.interpret
+        else triton.runtime.driver.active.get_current_target()
+    )
     nvidia = target is not None and target.backend == "cuda"
     hopper = nvidia and target.arch // 10 == 9
-    depth = 64 if hopper or (nvidia and target.arch // 10 == 10) else 32  # tensor cores that read shared memory
+    depth = (
+        64 if hopper or (nvidia and target.arch // 10 == 10) else 32
+    )  # tensor cores that read shared memory
     run = {"num_warps": 8, "num_stages": 3 if nvidia else 2}
     return (
         {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": depth, **run},
@@ -142,13 +152,15 @@ def filtered_gradients(
     *,
     add: bool,
 ) -> None:
-    """Fill dhidden, and fill dweight and dbias or `add` to them, with the gradients of N rows from their active tiles.
+    """Fill dhidden, and fill dweight and dbias or `add` to them, with the gradients of N rows from
+    their active tiles.
 
     Args:
         hidden: [N, D], weight: [V, D]; float32, bfloat16 or float16, any strides.
-        target: [N] int64. bias: [V] or None. norm: [N] float32, lse / ln 2. coef: [N] float32, 0 where not scored;
-            what hidden holds there (NaN even) adds nothing.
-        active: [tiles_n, tiles_v] bool, of these rows, from `active.active_tiles`. scalars: see `tiles.Scalars`.
+        target: [N] int64. bias: [V] or None. norm: [N] float32, lse / ln 2. coef: [N] float32, 0
+            where not scored; what hidden holds there (NaN even) adds nothing.
+        active: [tiles_n, tiles_v] bool, of these rows, from `active.active_tiles`. scalars: see
+            `tiles.Scalars`.
         slab: `slab_shape(N, V)`, weight's dtype, overwritten; it may be longer.
         dhidden: [N, D], dweight: [V, D], dbias: [V], contiguous, or None where not needed.
     """

@@ -1,9 +1,11 @@
-"""Log-prob of a target per row, streaming over the vocabulary; optionally the stash, from which both gradients follow.
+"""Log-prob of a target per row, streaming over the vocabulary; optionally the stash, from which
+both gradients follow.
 
     lse_t = logsumexp_v z_t[v]          lp_t = z_t[y_t] - lse_t
 
-Each tile leaves, per row, its offset k (the rounded-up maximum of z2) and s = sum_{v != y} 2**(z2 - k); the target is
-kept out of s and its z2 stored by the one tile that holds it. A second kernel adds the tiles up:
+Each tile leaves, per row, its offset k (the rounded-up maximum of z2) and s = sum_{v != y} 2**(z2 -
+k); the target is kept out of s and its z2 stored by the one tile that holds it. A second kernel
+adds the tiles up:
 
     A    = K + log2 sum_j s_j 2**(k_j - K),  K = max_j k_j        log2-sum of everything but the target
     lp   = -ln 2 * softplus2(A - z2_y),      softplus2(x) = log2(1 + 2**x)
@@ -15,12 +17,12 @@ The stash E [N, V] (float32 or bfloat16) is written in the same pass, before the
     E[t,v] = 2**(z2 - K) * slope    (v != y)         E[t,y] = -S_t * slope_y,  S_t = 2**(A - K)
     d lp_t / d a_t[v] = factor_t * E[t,v],           factor_t = -scale / (S_t + 2**(z2_y - K))
 
-The offset K of a row is its target's z2, rounded (a cheap dot product beforehand), so that no maximum is needed
-first. A tile that rises more than LIMIT = 2**48 above it takes its own offset; such rows, rare, are brought to one
-offset afterwards by a multiplication by a power of two, exact.
+The offset K of a row is its target's z2, rounded (a cheap dot product beforehand), so that no
+maximum is needed first. A tile that rises more than LIMIT = 2**48 above it takes its own offset;
+such rows, rare, are brought to one offset afterwards by a multiplication by a power of two, exact.
 
-N rows, D hidden size, V vocabulary. A row whose target is ignore_index has lp = 0, factor = 0, E = 0; one whose
-target is outside [0, V) has lp = NaN and touches no memory outside.
+N rows, D hidden size, V vocabulary. A row whose target is ignore_index has lp = 0, factor = 0, E =
+0; one whose target is outside [0, V) has lp = NaN and touches no memory outside.
 """
 
 import torch
@@ -64,7 +66,9 @@ def _offset_kernel(
 
 @triton.jit
 def _offset(top, offset_ptr, offs_n, mask_n):
-    """k of a tile's rows: its rounded-up maximum; beside a stash the row's offset, unless the maximum is far above."""
+    """k of a tile's rows: its rounded-up maximum; beside a stash the row's offset, unless the
+    maximum is far above.
+    """
     # a tile of the target alone, or of logits of -inf, has no maximum: any finite offset serves
     k = tl.where(top == float("-inf"), -1e30, tl.ceil(top))
     if offset_ptr is not None:
@@ -78,7 +82,9 @@ def _plain_epilogue(
     z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part, stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """k, s, top and the stash of a tile in which every entry counts: a third of the operations of `_full_epilogue`."""
+    """k, s, top and the stash of a tile in which every entry counts: a third of the operations of
+    `_full_epilogue`.
+    """
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     top = tl.max(z2, axis=1)
@@ -99,7 +105,9 @@ def _full_epilogue(
     tile_n, tile_v, N, V, stride_part, stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of any tile: per row its offset k, s, and what else is asked for; the target's z2; the stash."""
+    """Of any tile: per row its offset k, s, and what else is asked for; the target's z2; the
+    stash.
+    """
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     mask_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V) < V
@@ -109,7 +117,11 @@ def _full_epilogue(
     local = target - tile_v * BLOCK_V
     here = (local >= 0) & (local < BLOCK_V) & (target < V)
     is_target = tl.arange(0, BLOCK_V)[None, :] == local.to(tl.int32)[:, None]
-    tl.store(target_z2_ptr + offs_n, tl.sum(tl.where(is_target, z2, 0.0), axis=1), mask=mask_n & here & scored)
+    tl.store(
+        target_z2_ptr + offs_n,
+        tl.sum(tl.where(is_target, z2, 0.0), axis=1),
+        mask=mask_n & here & scored,
+    )
 
     other = mask_v[None, :] & (is_target == 0)
     z2_other = tl.where(other, z2, float("-inf"))
@@ -140,8 +152,9 @@ def _tile_kernel(
 ):  # fmt: skip
     """The tiles of one program: what `_full_epilogue` leaves of each.
 
-    k, s, top (maximum of z2), ez (sum of e*(z2-k)), z (sum of z2), ee (sum of e^2): [N, stride_part] float32, a column
-    a tile, the target left out of all but z. V counts the columns of this launch, of which first_v is the first.
+    k, s, top (maximum of z2), ez (sum of e*(z2-k)), z (sum of z2), ee (sum of e^2): [N,
+    stride_part] float32, a column a tile, the target left out of all but z. V counts the columns of
+    this launch, of which first_v is the first.
     """
     nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
     tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
@@ -180,7 +193,9 @@ def _combine_kernel(
     N, V, stride_part, ignore_index, scale, cap2,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Add up the tiles of BLOCK_R rows; finish the stash: the target's entry, and one offset per row."""
+    """Add up the tiles of BLOCK_R rows; finish the stash: the target's entry, and one offset per
+    row.
+    """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
@@ -195,8 +210,11 @@ def _combine_kernel(
     lift = tl.exp2(k - K[:, None])
     s = tl.load(s_ptr + at, mask=mask, other=0.0)
     S = tl.sum(s * lift, axis=1)
-    gap = K + tl.log2(S) - z2_y  # log2 of the odds against the target; -inf where nothing else has mass
-    # log2(1 + 2**-|gap|), exact also where 1 + x rounds: the classical correction by what was really added
+    gap = (
+        K + tl.log2(S) - z2_y
+    )  # log2 of the odds against the target; -inf where nothing else has mass
+    # log2(1 + 2**-|gap|), exact also where 1 + x rounds: the classical correction by what was
+    # really added
     x = tl.exp2(-tl.abs(gap))
     added = (1.0 + x) - 1.0
     correction = x / tl.where(added == 0.0, 1.0, added)
@@ -216,7 +234,8 @@ def _combine_kernel(
         top = tl.max(tl.load(top_ptr + at, mask=mask, other=float("-inf")), axis=1)
         tl.store(is_top1_ptr + offs_n, scored & (z2_y >= top), mask=mask_n)
     if entropy_ptr is not None:
-        # sum_v p_v (lse2 - z2_v), every term >= 0; a tile without mass has k = -1e30, which 0 * would keep finite
+        # sum_v p_v (lse2 - z2_v), every term >= 0; a tile without mass has k = -1e30, which 0 *
+        # would keep finite
         ez = tl.load(ez_ptr + at, mask=mask, other=0.0)
         terms = tl.where(s > 0.0, (s * (lse2[:, None] - k) - ez) * lift, 0.0)
         entropy = tl.sum(terms, axis=1) * shrink + p_y * above
@@ -230,7 +249,11 @@ def _combine_kernel(
         tl.store(log_sum_sq_ptr + offs_n, tl.where(scored, tl.log2(total) * LN2, 0.0), mask=mask_n)
 
     if stash_ptr is not None:
-        tl.store(factor_ptr + offs_n, tl.where(scored, -scale / (S + tl.exp2(z2_y - K)), 0.0), mask=mask_n)
+        tl.store(
+            factor_ptr + offs_n,
+            tl.where(scored, -scale / (S + tl.exp2(z2_y - K)), 0.0),
+            mask=mask_n,
+        )
         entry = -S
         if cap2 is not None:
             entry = -S * (1.0 - (z2_y / cap2) * (z2_y / cap2))
@@ -244,10 +267,14 @@ def _combine_kernel(
             offs_v = start + tl.arange(0, BLOCK_V)
             mask_v = uneven[:, None] & (offs_v < V)[None, :]
             k_here = tl.load(
-                k_ptr + offs_n[:, None] * stride_part + (offs_v // WIDTH)[None, :], mask=mask_v, other=0.0
+                k_ptr + offs_n[:, None] * stride_part + (offs_v // WIDTH)[None, :],
+                mask=mask_v,
+                other=0.0,
             )
             ptrs = stash_ptr + offs_n[:, None] * V + offs_v[None, :]
-            value = tl.load(ptrs, mask=mask_v, other=0.0).to(tl.float32) * tl.exp2(k_here - K[:, None])
+            value = tl.load(ptrs, mask=mask_v, other=0.0).to(tl.float32) * tl.exp2(
+                k_here - K[:, None]
+            )
             value = tl.where(offs_v[None, :] == target[:, None], entry[:, None], value)
             tl.store(ptrs, value.to(stash_ptr.dtype.element_ty), mask=mask_v)
 
@@ -278,16 +305,20 @@ def logprob_forward(
     """Launch the forward on N rows.
 
     Args:
-        hidden: [N, D] float32, bfloat16 or float16, any strides. weight: [V, D], same dtype, any strides.
+        hidden: [N, D] float32, bfloat16 or float16, any strides. weight: [V, D], same dtype, any
+            strides.
         target: [N] int64, contiguous. bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
         outputs: any of STATISTICS, and "tops".
-        stash: [N, V] contiguous, float32 or bfloat16, overwritten with E; None where no gradient follows.
-        product: the vendor's matrix product, which a tile may ask for. tile: None for `configs.tile_for`.
+        stash: [N, V] contiguous, float32 or bfloat16, overwritten with E; None where no gradient
+            follows.
+        product: the vendor's matrix product, which a tile may ask for. tile: None for
+            `configs.tile_for`.
     Returns:
-        {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1: bool); norm, which
-        `logits_gradient` takes, is lse / ln 2; tops: [N, ceil(V / tile.v)], the largest z2 of each tile without the
-        target's. Temporaries: 4 * N * part_columns(weight) bytes for each of k and s
-        and for each statistic but lse, and configs.SLAB_BYTES where the tile takes the vendor's product.
+        {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1:
+        bool); norm, which `logits_gradient` takes, is lse / ln 2; tops: [N, ceil(V / tile.v)], the
+        largest z2 of each tile without the target's. Temporaries: 4 * N * part_columns(weight)
+        bytes for each of k and s and for each statistic but lse, and configs.SLAB_BYTES where the
+        tile takes the vendor's product.
     """
     N, D = hidden.shape
     V = weight.shape[0]
@@ -298,7 +329,13 @@ def logprob_forward(
         return torch.empty(N, dtype=dtype, device=dev)
 
     found = {"logprobs": row(), "norm": row()}
-    found.update({name: row(torch.bool if name == "is_top1" else torch.float32) for name in outputs if name != "tops"})
+    found.update(
+        {
+            name: row(torch.bool if name == "is_top1" else torch.float32)
+            for name in outputs
+            if name != "tops"
+        }
+    )
     if stash is not None:
         found["factor"] = row()
     if N == 0:
@@ -318,7 +355,12 @@ def logprob_forward(
             scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=4, BLOCK_D=min(1024, triton.next_power_of_2(D)),
         )  # fmt: skip
     tops = part("is_top1" in outputs or "tops" in outputs)
-    parts = part(), part(), tops, *(part(n in outputs) for n in ("entropy", "mean_logit", "log_sum_sq_probs"))
+    parts = (
+        part(),
+        part(),
+        tops,
+        *(part(n in outputs) for n in ("entropy", "mean_logit", "log_sum_sq_probs")),
+    )
     if "tops" in outputs:
         found["tops"] = tops
     # an impossible target leaves NaN

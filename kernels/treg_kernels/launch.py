@@ -1,4 +1,6 @@
-"""From tensors to launches: how a kernel gets its operands, and the slabs of columns that a launch covers."""
+"""From tensors to launches: how a kernel gets its operands, and the slabs of columns that a launch
+covers.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -10,7 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from treg_kernels import configs
 from treg_kernels.configs import Tile
 
-# product(rows [n, D], columns [c, D], out [n, c] float32): out = rows columns^T, by the vendor's library
+# product(rows [n, D], columns [c, D], out [n, c] float32): out = rows columns^T, by the vendor's
+# library
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 
 
@@ -25,8 +28,12 @@ class Slab(NamedTuple):
     options: dict
 
 
-def slabs(tile: Tile, hidden: torch.Tensor, weight: torch.Tensor, product: Product | None) -> Iterator[Slab]:
-    """All of [N, V] at once, or the vendor's product a slab at a time: each is to be launched before the next."""
+def slabs(
+    tile: Tile, hidden: torch.Tensor, weight: torch.Tensor, product: Product | None
+) -> Iterator[Slab]:
+    """All of [N, V] at once, or the vendor's product a slab at a time: each is to be launched
+    before the next.
+    """
     (N, D), V = hidden.shape, weight.shape[0]
     constants = {
         "BLOCK_N": tile.n, "BLOCK_V": tile.v, "BLOCK_D": tile.d, "PRECISION": "ieee",
@@ -40,14 +47,20 @@ def slabs(tile: Tile, hidden: torch.Tensor, weight: torch.Tensor, product: Produ
             logits = buffer[: N * columns].view(N, columns)
             product(hidden, weight[first : first + columns], logits)
             operands, source = (logits, None, columns, 1, 0, 0), "logits"
-        elif tile.descriptors and at_16_bytes(weight) and at_16_bytes(hidden := contiguous_rows(hidden)):
+        elif (
+            tile.descriptors
+            and at_16_bytes(weight)
+            and at_16_bytes(hidden := contiguous_rows(hidden))
+        ):
             pair = (descriptor(hidden, tile.n, tile.d), descriptor(weight, tile.v, tile.d))
             operands, source = (*pair, *hidden.stride(), *weight.stride()), "descriptors"
         else:
             operands, source = (hidden, weight, *hidden.stride(), *weight.stride()), "pointers"
         tiles = triton.cdiv(N, tile.n) * triton.cdiv(columns, tile.v)
         grid = (configs.programs(tile, tiles),)
-        yield Slab(first, columns, operands, constants | {"SOURCE": source}, grid, configs.options(tile))
+        yield Slab(
+            first, columns, operands, constants | {"SOURCE": source}, grid, configs.options(tile)
+        )
 
 
 def target_matrix(tile: Tile, slab: Slab, out: torch.Tensor) -> tuple[object, str]:
@@ -59,12 +72,16 @@ def target_matrix(tile: Tile, slab: Slab, out: torch.Tensor) -> tuple[object, st
 
 
 def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """A matrix that the copy engine can address, if its number of columns allows one: else, or if it is one, itself."""
+    """A matrix that the copy engine can address, if its number of columns allows one: else, or if
+    it is one, itself.
+    """
     return x if addressable(x) or x.shape[1] * x.element_size() % 16 else x.contiguous()
 
 
 def addressable(x: torch.Tensor) -> bool:
-    """Whether the copy engine can address a matrix: rows contiguous and aligned to 16 bytes in their storage."""
+    """Whether the copy engine can address a matrix: rows contiguous and aligned to 16 bytes in
+    their storage.
+    """
     size = x.element_size()
     aligned = x.stride(0) * size % 16 == 0 and x.storage_offset() * size % 16 == 0
     return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
@@ -76,5 +93,7 @@ def at_16_bytes(x: torch.Tensor) -> bool:
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Made on the host, so that no launch needs memory of its own (Triton's allocator differs between threads)."""
+    """Made on the host, so that no launch needs memory of its own (Triton's allocator differs
+    between threads).
+    """
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])

@@ -1,16 +1,19 @@
-"""The preference loss of B pairs from per-token log-probs, and its gradient in each of them, in one launch.
+"""The preference loss of B pairs from per-token log-probs, and its gradient in each of them, in one
+launch.
 
-Sequences, chosen ones first: pair b is sequences b and B + b. Sums run over the scored tokens of a sequence, of which
-there are n_s; norm_s = n_s for length-normalised objectives, else 1.
+Sequences, chosen ones first: pair b is sequences b and B + b. Sums run over the scored tokens of a
+sequence, of which there are n_s; norm_s = n_s for length-normalised objectives, else 1.
 
     rho_s  = beta * (sum_t u_t * (lp_t - ref_t)) / norm_s            implicit reward
     reg_s  = -beta * (sum_t rhat_t * lp_t) / norm_s
     loss   = base(rho_w, rho_l) [- sum_t lp_t / n_w, chosen] + alpha * (w_w * reg_w + w_l * reg_l)
     slope_s = d base / d rho_s          w_s = |slope_s|, a constant; 1 with weighting="static"
 
-    coef_t = d loss / d lp_t = beta / norm_s * (slope_s * u_t - alpha * w_s * rhat_t) [- 1 / n_w, chosen]
+    coef_t = d loss / d lp_t = beta / norm_s * (slope_s * u_t - alpha * w_s * rhat_t) [- 1 / n_w,
+    chosen]
 
-Computed in float64: sums over thousands of tokens, and differences of such sums. The bases: `bases.py`.
+Computed in float64: sums over thousands of tokens, and differences of such sums. The bases:
+`bases.py`.
 """
 
 import torch
@@ -22,19 +25,28 @@ from treg_kernels.bases import BASES
 
 @triton.jit
 def _rows(target_ptr, at, end, ignore_index, BLOCK: tl.constexpr):
-    """A block of a sequence's rows: which, whether they are before its end, and whether they are scored."""
+    """A block of a sequence's rows: which, whether they are before its end, and whether they are
+    scored.
+    """
     rows = at + tl.arange(0, BLOCK)
     inside = rows < end
     scored = inside
     if target_ptr is not None:
-        scored = inside & (tl.load(target_ptr + rows, mask=inside, other=ignore_index) != ignore_index)
+        scored = inside & (
+            tl.load(target_ptr + rows, mask=inside, other=ignore_index) != ignore_index
+        )
     return rows, inside, scored
 
 
 @triton.jit
 def _span(starts_ptr, sequence, N):
-    """First row of a sequence and the one after its last, within the N rows whatever starts holds."""
-    start, end = tl.load(starts_ptr + sequence).to(tl.int64), tl.load(starts_ptr + sequence + 1).to(tl.int64)
+    """First row of a sequence and the one after its last, within the N rows whatever starts
+    holds.
+    """
+    start, end = (
+        tl.load(starts_ptr + sequence).to(tl.int64),
+        tl.load(starts_ptr + sequence + 1).to(tl.int64),
+    )
     return tl.minimum(tl.maximum(start, 0), N), tl.minimum(end, N)
 
 
@@ -180,18 +192,20 @@ def pair_objective(
     nll: bool,
     ignore_index: int = -100,
 ) -> None:
-    """Write loss, statistics and coefficients of pairs first..first+count-1; nothing else is touched.
+    """Write loss, statistics and coefficients of pairs first..first+count-1; nothing else is
+    touched.
 
     All tensors are contiguous and on one device. N rows, B pairs.
 
     Args:
         logps: [N] floating, nats. token_rewards, token_weights: [N] floating or None (u_t = 1).
-        target: [N] integer, a row is scored where it is not ignore_index; or bool, scored where True; None: all are.
-            Nothing is read of a row that is not scored.
+        target: [N] integer, a row is scored where it is not ignore_index; or bool, scored where
+            True; None: all are. Nothing is read of a row that is not scored.
         ref_logps: [N], or [2B] sums, floating; None: 0.
         starts: [2B+1] int32 or int64; sequence i has rows starts[i]..starts[i+1]-1.
-        loss: [B], stats: [9, B], of one floating dtype; the columns of the pairs are written. Rows of stats:
-            sum_t lp_t of chosen and of rejected, rho_w, rho_l, reg_w + reg_l, w_w, w_l, slope_w, slope_l.
+        loss: [B], stats: [9, B], of one floating dtype; the columns of the pairs are written. Rows
+            of stats: sum_t lp_t of chosen and of rejected, rho_w, rho_l, reg_w + reg_l, w_w, w_l,
+                slope_w, slope_l.
         coef: [N] floating; rows of the pairs are written, 0 where not scored.
         loss_type: a key of BASES; length_normalised, nll: what `treg.losses.OBJECTIVES` says of it.
     """

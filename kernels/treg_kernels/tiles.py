@@ -1,4 +1,5 @@
-"""Device helpers shared by the kernels: the order of tiles, one tile of logits, and the logit transform.
+"""Device helpers shared by the kernels: the order of tiles, one tile of logits, and the logit
+transform.
 
 Base 2 throughout: z2 = z * log2(e), so that exp(z) = 2**z2 is one instruction.
 
@@ -33,7 +34,9 @@ class Scalars(NamedTuple):
 
 @triton.jit
 def tile_of(index, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
-    """Row and column tile of an index: GROUP_N row tiles share each weight tile while it is in L2."""
+    """Row and column tile of an index: GROUP_N row tiles share each weight tile while it is in
+    L2.
+    """
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
     group = index // (GROUP_N * tiles_v)
@@ -51,10 +54,10 @@ def logits_tile(
 ):  # fmt: skip
     """hidden[rows] . weight[columns] + bias[columns] of a tile in float32, [BLOCK_N, BLOCK_V].
 
-    SOURCE: "descriptors": hidden and weight are tensor descriptors, which read 0 past the end. "pointers": the strides
-    apply; rows and columns past the end read the last one: in bounds, and masked by whoever uses the tile. "logits":
-    hidden is a float32 matrix [N, stride_hn] that holds the products already, its first column that of tile_v = 0.
-    depth is D, or 0 to skip the product.
+    SOURCE: "descriptors": hidden and weight are tensor descriptors, which read 0 past the end.
+    "pointers": the strides apply; rows and columns past the end read the last one: in bounds, and
+    masked by whoever uses the tile. "logits": hidden is a float32 matrix [N, stride_hn] that holds
+    the products already, its first column that of tile_v = 0. depth is D, or 0 to skip the product.
     """
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -88,11 +91,16 @@ def logits_tile(
 
 @triton.jit
 def tanh(x):
-    """tanh to float32 accuracy, also relative near 0, where (1 - e) cancels: an odd polynomial there."""
+    """tanh to float32 accuracy, also relative near 0, where (1 - e) cancels: an odd polynomial
+    there.
+    """
     e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2|x|)
     far = (1.0 - e) / (1.0 + e)
     x2 = x * x
-    near = x * (1.0 + x2 * (-0.33333333333 + x2 * (0.13333333333 + x2 * (-0.05396825397 + x2 * 0.02186948854))))
+    near = x * (
+        1.0
+        + x2 * (-0.33333333333 + x2 * (0.13333333333 + x2 * (-0.05396825397 + x2 * 0.02186948854)))
+    )
     return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
 
 
@@ -119,13 +127,28 @@ def uniform(tile_v, target, scored, V, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def store_tile(
-    out, value, tile_n, tile_v, N, V, stride, STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
+    out,
+    value,
+    tile_n,
+    tile_v,
+    N,
+    V,
+    stride,
+    STORE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """value [BLOCK_N, BLOCK_V] into out [N, V], a descriptor or a pointer to rows of that stride."""
+    """value [BLOCK_N, BLOCK_V] into out [N, V], a descriptor or a pointer to rows of that
+    stride.
+    """
     if STORE == "descriptors":
         out.store([tile_n * BLOCK_N, tile_v * BLOCK_V], value.to(out.dtype))
     else:
         offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
         mask = (offs_n < N)[:, None] & (offs_v < V)[None, :]
-        tl.store(out + offs_n[:, None] * stride + offs_v[None, :], value.to(out.dtype.element_ty), mask=mask)
+        tl.store(
+            out + offs_n[:, None] * stride + offs_v[None, :],
+            value.to(out.dtype.element_ty),
+            mask=mask,
+        )

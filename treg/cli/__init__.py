@@ -1,7 +1,7 @@
 """The command line: treg demo | annotate | train | inspect | doctor.
 
-Every command takes its options from the command line and from a YAML file (--config), of which the command line wins.
-Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted.
+Every command takes its options from the command line and from a YAML file (--config), of which the
+command line wins. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted.
 """
 
 import importlib
@@ -42,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"treg: no command {name!r}{nearest(name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        commands = importlib.import_module("treg.cli.commands")  # loads transformers
-        return getattr(commands, f"run_{name}")(rest) or 0
+        return importlib.import_module(f"treg.cli.{name}").run(rest) or 0  # loads transformers
     except KeyboardInterrupt:
-        print(f"\ntreg {name}: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print(
+            f"\ntreg {name}: interrupted; the same command goes on from what is finished",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     except (ValueError, TypeError, OSError) as error:  # what the library says about its inputs
         said = isinstance(error, OSError) or _raised_in(error).partition(".")[0] == "treg"
@@ -54,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"treg {name}: error: {error}", file=sys.stderr)
         return EXIT_USAGE if said else EXIT_FAILED
     except ModuleNotFoundError as error:
-        print(f"treg {name}: error: {error}; install it with: pip install 'treg[train]'", file=sys.stderr)
+        print(
+            f"treg {name}: error: {error}; install it with: pip install 'treg[train]'",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
 
 

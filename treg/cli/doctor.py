@@ -6,12 +6,24 @@ import time
 
 import torch
 
-from treg import reference
 from treg.checks import resolve_impl
-from treg.ops import fused_treg_loss
+from treg.cli.options import parse
+from treg.ops import fused_treg_loss, reference
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "pyarrow", "jinja2", "matplotlib",
-            "peft", "liger-kernel", "trl")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "jinja2",
+    "matplotlib",
+    "peft",
+    "liger-kernel",
+    "trl",
+)
 
 
 def versions() -> dict[str, str]:
@@ -32,7 +44,9 @@ def devices() -> list[str]:
     found = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found.append(f"cuda:{i} {p.name}, capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+        found.append(
+            f"cuda:{i} {p.name}, capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        )
     return found
 
 
@@ -40,18 +54,26 @@ def self_test() -> tuple[str, dict[str, float], float]:
     """The T-REG loss and its gradients on random inputs against dense float64.
 
     Returns:
-        The implementation that ran, the relative error of the loss, dhidden and dweight, and the seconds it took.
+        The implementation that ran, the relative error of the loss, dhidden and dweight, and the
+        seconds it took.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((256, 64), (2000, 64)))
+    hidden, weight = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((256, 64), (2000, 64))
+    )
     target = torch.randint(2000, (256,), generator=g)
-    rest = {"token_rewards": torch.rand(256, generator=g) - 0.5, "ref_logps": torch.full((4,), -700.0),
-            "cu_seqlens": torch.tensor([0, 70, 130, 200, 256], dtype=torch.int32)}  # fmt: skip
+    rest = {
+        "token_rewards": torch.rand(256, generator=g) - 0.5,
+        "ref_logps": torch.full((4,), -700.0),
+        "cu_seqlens": torch.tensor([0, 70, 130, 200, 256], dtype=torch.int32),
+    }
     runs = []
-    for fn, dtype, where in ((reference.fused_treg_loss, torch.float64, "cpu"),
-                             (fused_treg_loss, torch.float32, device)):  # fmt: skip
+    for fn, dtype, where in (
+        (reference.fused_treg_loss, torch.float64, "cpu"),
+        (fused_treg_loss, torch.float32, device),
+    ):
         h, w = (x.detach().to(where, dtype).requires_grad_() for x in (hidden, weight))
         given = {k: v if k == "cu_seqlens" else v.to(where) for k, v in rest.items()}
         loss = fn(h, w, target.to(where), **given).loss
@@ -62,3 +84,27 @@ def self_test() -> tuple[str, dict[str, float], float]:
         for name, exact, got in zip(("loss", "dhidden", "dweight"), *runs, strict=True)
     }
     return resolve_impl(None, h), errors, time.perf_counter() - start  # h: that of the last run
+
+
+def run(argv: list[str]) -> int:
+    parse(
+        "doctor",
+        argv,
+        (),
+        "Print versions and devices, and compare the loss and its gradients with float64.",
+    )
+
+    for name, version in versions().items():
+        print(f"{name:14} {version}")
+    for device in devices():
+        print(f"{'device':14} {device}")
+    impl, errors, seconds = self_test()
+    print(f"{'runs':14} impl={impl!r}")
+    worst = max(errors.values())
+    ok = worst < 1e-5
+    print(
+        f"{'self-test':14} {'ok' if ok else 'FAILED'}: relative errors against float64: "
+        + ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
+        + f"; {seconds:.1f} s"
+    )
+    return 0 if ok else 1

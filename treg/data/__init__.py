@@ -3,7 +3,6 @@
 from treg.data.batches import LOSS_KEYS, SIDES, PairCollator, first_pairs, pack_pairs, pair_tokens
 from treg.data.encode import EncodeOptions, Pair, encode, load_pairs, prompt_text
 from treg.data.examples import ExampleLoader
-from treg.data.lookup import TokenRewards
 from treg.data.report import Report, RowProblem
 from treg.data.rows import Preference, common_prefix, parse_row, read_rows, text_of
 
@@ -17,7 +16,6 @@ __all__ = [
     "Preference",
     "Report",
     "RowProblem",
-    "TokenRewards",
     "common_prefix",
     "encode",
     "first_pairs",

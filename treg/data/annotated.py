@@ -1,4 +1,5 @@
-"""The annotated file: token ids, token rewards and reference log-probs of each pair, and what they were made with.
+"""The annotated file: token ids, token rewards and reference log-probs of each pair, and what they
+were made with.
 
 A parquet file with a row for each pair:
 
@@ -33,7 +34,9 @@ SAMPLES = 64
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary, the chat template, the end-of-sequence token, and the ids of a probe text."""
+    """SHA-256 of the vocabulary, the chat template, the end-of-sequence token, and the ids of a
+    probe text.
+    """
     vocabulary, probe = sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]
     state = [vocabulary, tokenizer.chat_template, tokenizer.eos_token_id, probe]
     return hashlib.sha256(json.dumps(state, ensure_ascii=True).encode()).hexdigest()[:16]
@@ -42,13 +45,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def model_fingerprint(model: torch.nn.Module, *, adapters: bool = False) -> str:
     """SHA-256 over the parameters' names and shapes and 64 values of each, rounded to bfloat16.
 
-    So a checkpoint has one fingerprint in float32 and in bfloat16, and one that has been trained has another. adapters:
-    whether those on the model count; without them a PEFT model has the fingerprint of its bare checkpoint.
+    So a checkpoint has one fingerprint in float32 and in bfloat16, and one that has been trained
+    has another. adapters: whether those on the model count; without them a PEFT model has the
+    fingerprint of its bare checkpoint.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters() if adapters else _base_parameters(model):
         flat = parameter.detach().reshape(-1)
-        at = torch.linspace(0, flat.shape[0] - 1, min(SAMPLES, flat.shape[0]), dtype=torch.float64).long()
+        at = torch.linspace(
+            0, flat.shape[0] - 1, min(SAMPLES, flat.shape[0]), dtype=torch.float64
+        ).long()
         sample = flat[at.to(flat.device)].bfloat16().float().cpu()
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
@@ -56,7 +62,9 @@ def model_fingerprint(model: torch.nn.Module, *, adapters: bool = False) -> str:
 
 
 def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of the checkpoint itself, by their own names: without adapters, and copies that are trained."""
+    """The parameters of the checkpoint itself, by their own names: without adapters, and copies
+    that are trained.
+    """
     # PEFT methods name their own weights by a prefix: lora_, ia3_, ...
     adapter = getattr(getattr(model, "base_model", None), "prefix", "lora_")
     for name, parameter in model.named_parameters():
@@ -69,7 +77,11 @@ def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
 
 
 def write_annotated(
-    path: str | Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any], *, per_token: bool = False
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    meta: Mapping[str, Any],
+    *,
+    per_token: bool = False,
 ) -> None:
     """Write rows (the columns above, by name) and meta; a reader sees the whole file or none."""
     import pyarrow as pa
@@ -82,7 +94,11 @@ def write_annotated(
         columns |= dict.fromkeys(REF_TOKEN_COLUMNS, pa.list_(pa.float32()))
     schema = pa.schema(list(columns.items()), metadata={"treg": json.dumps(meta)})
     _write(
-        path, pa.table([pa.array([row[name] for row in rows], kind) for name, kind in columns.items()], schema=schema)
+        path,
+        pa.table(
+            [pa.array([row[name] for row in rows], kind) for name, kind in columns.items()],
+            schema=schema,
+        ),
     )
 
 
@@ -91,7 +107,9 @@ def merge_annotated(parts: Sequence[Path], path: Path, meta: Mapping[str, Any]) 
     import pyarrow as pa
     import pyarrow.parquet
 
-    table = pa.concat_tables([pyarrow.parquet.read_table(part).replace_schema_metadata(None) for part in parts])
+    table = pa.concat_tables(
+        [pyarrow.parquet.read_table(part).replace_schema_metadata(None) for part in parts]
+    )
     _write(path, table.sort_by("index").replace_schema_metadata({"treg": json.dumps(meta)}))
 
 
@@ -111,7 +129,11 @@ def _write(path: str | Path, table: Any) -> None:
 
 def is_annotated(path: Any) -> bool:
     """Whether path is a file that `write_annotated` wrote."""
-    if not isinstance(path, (str, Path)) or not str(path).endswith(".parquet") or not Path(path).is_file():
+    if (
+        not isinstance(path, (str, Path))
+        or not str(path).endswith(".parquet")
+        or not Path(path).is_file()
+    ):
         return False
     import pyarrow.lib
     import pyarrow.parquet
@@ -136,9 +158,15 @@ def read_annotated(path: str | Path) -> tuple[list[dict[str, Any]], dict[str, An
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.lib.ArrowException) as error:
-        raise ValueError(f"{path}: expected a parquet file written by `treg annotate`, got: {error}") from error
+        raise ValueError(
+            f"{path}: expected a parquet file written by `treg annotate`, got: {error}"
+        ) from error
     meta = (table.schema.metadata or {}).get(b"treg")
-    missing = [name for name in (*ID_COLUMNS, *REWARD_COLUMNS, *REF_COLUMNS) if name not in table.column_names]
+    missing = [
+        name
+        for name in (*ID_COLUMNS, *REWARD_COLUMNS, *REF_COLUMNS)
+        if name not in table.column_names
+    ]
     if meta is None or missing:
         raise ValueError(
             f"{path}: expected a parquet file written by `treg annotate`, got one without "
@@ -147,14 +175,18 @@ def read_annotated(path: str | Path) -> tuple[list[dict[str, Any]], dict[str, An
     if not table.num_rows:
         raise ValueError(f"{path}: expected at least one pair, found none")
     columns = {name: _values(table.column(name)) for name in table.column_names}
-    examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    examples = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
     for example in examples:
         _check_example(example, path)
     return examples, json.loads(meta)
 
 
 def _values(column: Any) -> list:
-    """A column as Python numbers and strings, or, where it holds lists, as arrays that share one buffer."""
+    """A column as Python numbers and strings, or, where it holds lists, as arrays that share one
+    buffer.
+    """
     import pyarrow as pa
 
     if not pa.types.is_list(column.type):
@@ -173,7 +205,9 @@ def _check_example(example: Mapping[str, Any], path: str | Path) -> None:
         if not length or not len(example["prompt_ids"]):
             raise ValueError(f"{where}: expected tokens in prompt_ids and {side}_ids, got none")
         for name in (f"{side}_token_rewards", f"ref_{side}_token_logps"):
-            if name in example and (len(example[name]) != length or not np.isfinite(example[name]).all()):
+            if name in example and (
+                len(example[name]) != length or not np.isfinite(example[name]).all()
+            ):
                 raise ValueError(
                     f"{where}: expected {length} finite numbers in {name}, one a token of {side}_ids, got "
                     f"{len(example[name])}{'' if np.isfinite(example[name]).all() else ', some not finite'}"

@@ -1,7 +1,8 @@
-"""Pairs as batches: which hidden states are scored, what they predict, and the two layouts of a model's input.
+"""Pairs as batches: which hidden states are scored, what they predict, and the two layouts of a
+model's input.
 
-In both layouts the head sees the same rows: the completion tokens of all sequences, one sequence after the other, the B
-chosen ones first. Nothing after the collator masks, shifts or pads.
+In both layouts the head sees the same rows: the completion tokens of all sequences, one sequence
+after the other, the B chosen ones first. Nothing after the collator masks, shifts or pads.
 """
 
 import bisect
@@ -21,44 +22,61 @@ LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens")  # of a batch; the others are
 class PairCollator:
     """Examples -> one batch of B pairs.
 
-    An example maps prompt_ids, chosen_ids, rejected_ids to integers, and may have chosen_token_rewards [tokens of the
-    completion], ref_chosen_logps (nats: a sum), and the same of rejected. A list of examples (see
-    `pack_pairs`) counts as its members.
+    An example maps prompt_ids, chosen_ids, rejected_ids to integers, and may have
+    chosen_token_rewards [tokens of the completion], ref_chosen_logps (nats: a sum), and the same of
+    rejected. A list of examples (see `pack_pairs`) counts as its members.
 
-    packing: False: input_ids and attention_mask [2B, T], padded on the right. True: input_ids and position_ids [1, L],
-        one sequence after the other; attention starts anew where position_ids is 0.
+    packing: False: input_ids and attention_mask [2B, T], padded on the right. True: input_ids and
+        position_ids [1, L], one sequence after the other; attention starts anew where position_ids
+        is 0.
     pad_token_id, pad_to_multiple_of: of the padded layout.
-    Returns a dict: the model's input_ids and attention_mask or position_ids (the last token of a sequence, which
-        predicts nothing, is left out); scored [N] int64, the rows of the flattened hidden states that are scored;
-        target [N] int64; lengths [2B], numbers of scored tokens; where the examples have them, token_rewards [N]
-        float32 and ref_logps, [2B] float64 sums or, if all have ref_chosen_token_logps, [N] float32. The last three
-        are numpy arrays, because trainers move the tensors of a batch, and some round them to the model's dtype.
+    Returns a dict: the model's input_ids and attention_mask or position_ids (the last token of a
+        sequence, which predicts nothing, is left out); scored [N] int64, the rows of the flattened
+        hidden states that are scored; target [N] int64; lengths [2B], numbers of scored tokens;
+        where the examples have them, token_rewards [N] float32 and ref_logps, [2B] float64 sums or,
+        if all have ref_chosen_token_logps, [N] float32. The last three are numpy arrays, because
+        trainers move the tensors of a batch, and some round them to the model's dtype.
     """
 
     pad_token_id: int = 0
     packing: bool = False
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, examples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    def __call__(
+        self, examples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+    ) -> dict[str, Any]:
         pairs = [pair for x in examples for pair in ([x] if isinstance(x, Mapping) else x)]
         sequences = [(p["prompt_ids"], p[f"{side}_ids"]) for side in SIDES for p in pairs]
-        inputs = [np.concatenate([prompt, completion])[:-1].astype(np.int64) for prompt, completion in sequences]
+        inputs = [
+            np.concatenate([prompt, completion])[:-1].astype(np.int64)
+            for prompt, completion in sequences
+        ]
         width = max(map(len, inputs))
         width += -width % (self.pad_to_multiple_of or 1)
-        starts = np.cumsum([0, *map(len, inputs[:-1])]) if self.packing else np.arange(len(inputs)) * width
+        starts = (
+            np.cumsum([0, *map(len, inputs[:-1])])
+            if self.packing
+            else np.arange(len(inputs)) * width
+        )
         scored = [
             np.arange(start + len(prompt) - 1, start + len(prompt) - 1 + len(completion))
             for start, (prompt, completion) in zip(starts, sequences, strict=True)
         ]
         batch = self._packed(inputs) if self.packing else self._padded(inputs, width)
         batch["scored"] = torch.from_numpy(np.concatenate(scored))
-        batch["target"] = torch.from_numpy(np.concatenate([c for _, c in sequences]).astype(np.int64))
+        batch["target"] = torch.from_numpy(
+            np.concatenate([c for _, c in sequences]).astype(np.int64)
+        )
         batch["lengths"] = np.array([len(c) for _, c in sequences])
         batch["num_tokens"] = np.array(sum(map(len, inputs)))
 
         def gather(name: str) -> list | None:
             names = [(pair, name.format(side)) for side in SIDES for pair in pairs]
-            return [pair[key] for pair, key in names] if all(key in pair for pair, key in names) else None
+            return (
+                [pair[key] for pair, key in names]
+                if all(key in pair for pair, key in names)
+                else None
+            )
 
         if (rewards := gather("{}_token_rewards")) is not None:
             batch["token_rewards"] = np.concatenate(rewards).astype(np.float32)
@@ -70,8 +88,10 @@ class PairCollator:
 
     def _packed(self, inputs: list[np.ndarray]) -> dict[str, Any]:
         positions = np.concatenate([np.arange(len(x)) for x in inputs])
-        return {"input_ids": torch.from_numpy(np.concatenate(inputs))[None],
-                "position_ids": torch.from_numpy(positions)[None]}  # fmt: skip
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(inputs))[None],
+            "position_ids": torch.from_numpy(positions)[None],
+        }
 
     def _padded(self, inputs: list[np.ndarray], width: int) -> dict[str, Any]:
         ids = torch.full((len(inputs), width), self.pad_token_id, dtype=torch.int64)
@@ -86,17 +106,29 @@ def first_pairs(batch: Mapping[str, Any], n: int) -> dict[str, Any]:
     """A batch of which only the first n pairs are scored; what the model sees stays as it is."""
     sequences = np.arange(len(batch["lengths"])) % (len(batch["lengths"]) // 2) < n
     tokens = np.repeat(sequences, batch["lengths"])
-    scored = {k: tokens if len(batch[k]) == len(tokens) else sequences for k in PER_TOKEN_OR_SEQUENCE if k in batch}
+    scored = {
+        k: tokens if len(batch[k]) == len(tokens) else sequences
+        for k in PER_TOKEN_OR_SEQUENCE
+        if k in batch
+    }
     return {k: x[scored[k]] if k in scored else x for k, x in batch.items()}
 
 
 def pair_tokens(example: Mapping[str, Any]) -> int:
     """Tokens that a pair puts through the model: two sequences without their last tokens."""
-    return 2 * len(example["prompt_ids"]) + len(example["chosen_ids"]) + len(example["rejected_ids"]) - 2
+    return (
+        2 * len(example["prompt_ids"])
+        + len(example["chosen_ids"])
+        + len(example["rejected_ids"])
+        - 2
+    )
 
 
-def pack_pairs(examples: Sequence[Mapping[str, Any]], token_budget: int) -> list[list[Mapping[str, Any]]]:
-    """Whole pairs in packs of at most token_budget tokens: longest first, each into the fullest pack that has room.
+def pack_pairs(
+    examples: Sequence[Mapping[str, Any]], token_budget: int
+) -> list[list[Mapping[str, Any]]]:
+    """Whole pairs in packs of at most token_budget tokens: longest first, each into the fullest
+    pack that has room.
 
     Raises:
         ValueError: a pair is longer than the budget.

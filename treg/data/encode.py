@@ -1,4 +1,6 @@
-"""Preferences as token ids: through the chat template, split at the longest common token prefix, truncated."""
+"""Preferences as token ids: through the chat template, split at the longest common token prefix,
+truncated.
+"""
 
 import itertools
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from treg.data.rows import Messages, Preference, common_prefix, parse_row, read_
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference as token ids, int32. A sequence is prompt_ids followed by chosen_ids or rejected_ids."""
+    """A preference as token ids, int32. A sequence is prompt_ids followed by chosen_ids or
+    rejected_ids.
+    """
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
@@ -30,17 +34,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """max_length: tokens of prompt and completion together; a completion keeps its start, a prompt must fit whole.
+    """max_length: tokens of prompt and completion together; a completion keeps its start, a prompt
+    must fit whole.
 
-    chat: whether text without roles becomes messages (see `parse_row`); None: if the tokenizer has a chat template.
+    chat: whether text without roles becomes messages (see `parse_row`); None: if the tokenizer has
+    a chat template.
     """
 
     max_length: int | None = 1024
     chat: bool | None = None
 
     def __post_init__(self):
-        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
-            raise ValueError(f"max_length: expected an integer >= 2 or None, got {self.max_length!r}")
+        if self.max_length is not None and (
+            not isinstance(self.max_length, int) or self.max_length < 2
+        ):
+            raise ValueError(
+                f"max_length: expected an integer >= 2 or None, got {self.max_length!r}"
+            )
 
 
 def load_pairs(
@@ -58,12 +68,15 @@ def load_pairs(
         source, split: see `read_rows`. limit: only so many rows are looked at.
         strict: raise RowProblem at the first row that cannot be used, instead of counting it.
     Raises:
-        ValueError: the source cannot be read, or holds no usable row; the message says what became of the rows.
+        ValueError: the source cannot be read, or holds no usable row; the message says what became
+            of the rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a positive number of rows, got {limit}")
     if is_annotated(source):
-        raise ValueError(f"data: expected rows of text or messages, got {source}, which is annotated already")
+        raise ValueError(
+            f"data: expected rows of text or messages, got {source}, which is annotated already"
+        )
     chat = tokenizer.chat_template is not None if options.chat is None else options.chat
     report, pairs = Report(strict), []
     for i, (where, row) in enumerate(itertools.islice(read_rows(source, split), limit)):
@@ -86,14 +99,17 @@ def load_pairs(
 def encode(row: Preference, tokenizer: Any, max_length: int | None = None, index: int = 0) -> Pair:
     """Token ids of a preference.
 
-    The completion starts where the tokens of prompt + chosen, prompt + rejected and of the prompt alone (with the
-    template's generation prompt) cease to agree, so that no token is shared between a prompt and a completion. Plain
-    text gets the tokenizer's special tokens, and its end-of-sequence token at the end.
+    The completion starts where the tokens of prompt + chosen, prompt + rejected and of the prompt
+    alone (with the template's generation prompt) cease to agree, so that no token is shared between
+    a prompt and a completion. Plain text gets the tokenizer's special tokens, and its
+    end-of-sequence token at the end.
     Raises:
         RowProblem: the row cannot be used. ValueError: the tokenizer cannot serve such rows.
     """
     try:
-        prompt, chosen, rejected = _chat_ids(row, tokenizer) if row.chat else _text_ids(row, tokenizer)
+        prompt, chosen, rejected = (
+            _chat_ids(row, tokenizer) if row.chat else _text_ids(row, tokenizer)
+        )
     except UnicodeEncodeError as error:
         raise RowProblem("broken text", str(error), row.where) from None
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
@@ -102,23 +118,35 @@ def encode(row: Preference, tokenizer: Any, max_length: int | None = None, index
     longest = max(len(chosen), len(rejected))
     if max_length is not None:
         if start >= max_length:
-            raise RowProblem("prompt too long", f"{start} tokens, max_length is {max_length}", row.where)
+            raise RowProblem(
+                "prompt too long", f"{start} tokens, max_length is {max_length}", row.where
+            )
         chosen, rejected = chosen[:max_length], rejected[:max_length]
     if len(chosen) == start or len(rejected) == start:
         raise RowProblem("empty completion", "no token after the prompt", row.where)
     if chosen == rejected:
-        raise RowProblem("identical completions", "after truncation" if longest > len(chosen) else "", row.where)
-    ids = (np.asarray(x, dtype=np.int32) for x in (chosen[:start], chosen[start:], rejected[start:]))
+        raise RowProblem(
+            "identical completions", "after truncation" if longest > len(chosen) else "", row.where
+        )
+    ids = (
+        np.asarray(x, dtype=np.int32) for x in (chosen[:start], chosen[start:], rejected[start:])
+    )
     return Pair(*ids, row, index, max_length is not None and longest > max_length)
 
 
-def prompt_text(tokenizer: Any, messages: Messages, tools: list | None = None, kwargs: dict | None = None) -> str:
+def prompt_text(
+    tokenizer: Any, messages: Messages, tools: list | None = None, kwargs: dict | None = None
+) -> str:
     """Messages through the chat template, up to where the assistant's next words begin."""
     goes_on = messages[-1]["role"] == "assistant"
     return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on,
+        messages,
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=not goes_on,
+        continue_final_message=goes_on,
         **(kwargs or {}),
-    )  # fmt: skip
+    )
 
 
 def _chat_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
@@ -132,7 +160,9 @@ def _chat_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
         for completion in (row.chosen, row.rejected):
             messages = [*row.prompt, *completion]
             texts.append(
-                tokenizer.apply_chat_template(messages, tools=row.tools, tokenize=False, **row.template_kwargs)
+                tokenizer.apply_chat_template(
+                    messages, tools=row.tools, tokenize=False, **row.template_kwargs
+                )
             )
     except Exception as error:  # a template is a program: it raises anything
         raise RowProblem("chat template", f"{type(error).__name__}: {error}", row.where) from None
@@ -142,12 +172,18 @@ def _chat_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
 def _text_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("tokenizer: expected one with an end-of-sequence token for rows of plain text, got none")
-    prompt, *full = (_ids(tokenizer, text) for text in (row.prompt, row.prompt + row.chosen,
-                                                        row.prompt + row.rejected))  # fmt: skip
+        raise ValueError(
+            "tokenizer: expected one with an end-of-sequence token for rows of plain text, got none"
+        )
+    prompt, *full = (
+        _ids(tokenizer, text)
+        for text in (row.prompt, row.prompt + row.chosen, row.prompt + row.rejected)
+    )
     return [prompt, *(ids if ids[-1:] == [eos] else [*ids, eos] for ids in full)]
 
 
 def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     text.encode()  # UnicodeEncodeError for a lone surrogate, of which tokenizers say nothing of use
-    return tokenizer(text, verbose=False, **options)["input_ids"]  # quiet about lengths: max_length is seen to later
+    return tokenizer(text, verbose=False, **options)[
+        "input_ids"
+    ]  # quiet about lengths: max_length is seen to later

@@ -1,4 +1,6 @@
-"""Datasets as the trainer takes them: examples that have what the objective needs, made by the model that trains."""
+"""Datasets as the trainer takes them: examples that have what the objective needs, made by the
+model that trains.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +22,8 @@ from treg.data.report import Report
 class ExampleLoader:
     """Calls: (source, name of the argument) -> examples for `PairCollator`.
 
-    A source is an annotated file, its examples, or, where need_rewards is False, anything `load_pairs` reads.
+    A source is an annotated file, its examples, or, where need_rewards is False, anything
+    `load_pairs` reads.
 
     Args:
         reference: the model that must have made the annotations; only its fingerprint is looked at.
@@ -29,19 +32,40 @@ class ExampleLoader:
         adapters: whether the reference is meant with the adapters that are on it.
     """
 
-    def __init__(self, tokenizer: Any, reference: Any, *, max_length: int | None, need_rewards: bool,
-                 adapters: bool = True, check_fingerprint: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: Any,
+        reference: Any,
+        *,
+        max_length: int | None,
+        need_rewards: bool,
+        adapters: bool = True,
+        check_fingerprint: bool = True,
+    ):
         self.tokenizer, self.reference, self.max_length = tokenizer, reference, max_length
-        self.need_rewards, self.adapters, self.check_fingerprint = need_rewards, adapters, check_fingerprint
+        self.need_rewards, self.adapters, self.check_fingerprint = (
+            need_rewards,
+            adapters,
+            check_fingerprint,
+        )
         self.reports: dict[str, Report] = {}
 
     def __call__(self, source: Any, name: str) -> Sequence[Mapping[str, Any]]:
         if is_annotated(source):
             examples, meta = read_annotated(source)
             if self.check_fingerprint:
-                check_made_with(str(source), meta["fingerprint"], self.tokenizer, self.reference,
-                                adapters=self.adapters, fix="set ignore_fingerprint")  # fmt: skip
-            longest = max(len(x["prompt_ids"]) + max(len(x["chosen_ids"]), len(x["rejected_ids"])) for x in examples)
+                check_made_with(
+                    str(source),
+                    meta["fingerprint"],
+                    self.tokenizer,
+                    self.reference,
+                    adapters=self.adapters,
+                    fix="set ignore_fingerprint",
+                )
+            longest = max(
+                len(x["prompt_ids"]) + max(len(x["chosen_ids"]), len(x["rejected_ids"]))
+                for x in examples
+            )
             if self.max_length is not None and longest > self.max_length:
                 raise ValueError(
                     f"max_length: expected at least {longest}, the longest sequence of {source}, got "
@@ -55,7 +79,9 @@ class ExampleLoader:
                 "first, or set alpha=0 for the plain objective"
             )
         else:
-            pairs, self.reports[name] = load_pairs(source, self.tokenizer, EncodeOptions(self.max_length))
+            pairs, self.reports[name] = load_pairs(
+                source, self.tokenizer, EncodeOptions(self.max_length)
+            )
             examples = [pair.example for pair in pairs]
         if self.need_rewards and REWARD_COLUMNS[0] not in examples[0]:
             raise ValueError(
@@ -74,9 +100,17 @@ class ExampleLoader:
 
 
 def check_made_with(
-    path: str, made_with: Mapping[str, str], tokenizer: Any, reference: Any, *, adapters: bool, fix: str
+    path: str,
+    made_with: Mapping[str, str],
+    tokenizer: Any,
+    reference: Any,
+    *,
+    adapters: bool,
+    fix: str,
 ) -> None:
-    """ValueError unless a file was annotated with this tokenizer and this model; fix: how to train all the same."""
+    """ValueError unless a file was annotated with this tokenizer and this model; fix: how to train
+    all the same.
+    """
     found = {
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": model_fingerprint(reference, adapters=adapters),
@@ -95,5 +129,8 @@ def _are_examples(source: Any) -> bool:
     if isinstance(columns, list):
         return "chosen_ids" in columns
     return (
-        isinstance(source, Sequence) and bool(source) and isinstance(source[0], Mapping) and "chosen_ids" in source[0]
+        isinstance(source, Sequence)
+        and bool(source)
+        and isinstance(source[0], Mapping)
+        and "chosen_ids" in source[0]
     )

@@ -13,7 +13,9 @@ class RowProblem(ValueError):
 
 @dataclass
 class Report:
-    """What became of the rows of a source. With strict, the first problem is raised instead of counted."""
+    """What became of the rows of a source. With strict, the first problem is raised instead of
+    counted.
+    """
 
     strict: bool = False
     seen: int = 0

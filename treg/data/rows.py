@@ -6,8 +6,8 @@
     {conversations, chosen, rejected}   ShareGPT: {from, value}; `messages` is read like `conversations`
     tools, chat_template_kwargs         go on to the chat template
 
-from .jsonl, .json, .parquet (.jsonl and .json also as .gz), a folder of these or of `datasets.save_to_disk`, a dataset
-object, a list of dicts, or a name on the hub.
+from .jsonl, .json, .parquet (.jsonl and .json also as .gz), a folder of these or of
+`datasets.save_to_disk`, a dataset object, a list of dicts, or a name on the hub.
 """
 
 import gzip
@@ -49,7 +49,8 @@ class Preference:
 
 
 def read_rows(source: Any, split: str = "train") -> Iterator[tuple[str, dict | RowProblem]]:
-    """(where, row) of every row of a source; where is "file:line" or "row i". A row that cannot be read is a problem.
+    """(where, row) of every row of a source; where is "file:line" or "row i". A row that cannot be
+    read is a problem.
 
     Args:
         source: a path, a hub name, a `datasets` dataset (or dict of them), or an iterable of dicts.
@@ -74,7 +75,9 @@ def read_rows(source: Any, split: str = "train") -> Iterator[tuple[str, dict | R
             raise ValueError(f"split: expected one of {sorted(source)}, got {split!r}")
         source = source[split]
     if not isinstance(source, Iterable):
-        raise TypeError(f"data: expected a path, a dataset or an iterable of rows, got {type(source).__name__}")
+        raise TypeError(
+            f"data: expected a path, a dataset or an iterable of rows, got {type(source).__name__}"
+        )
     return _records(source, "row ")
 
 
@@ -84,7 +87,9 @@ def _records(rows: Iterable, prefix: str) -> Iterator[tuple[str, dict | RowProbl
 
 
 def _not_a_row(value: Any, where: str) -> RowProblem:
-    return RowProblem("not an object", f"expected an object with columns, got {type(value).__name__}", where)
+    return RowProblem(
+        "not an object", f"expected an object with columns, got {type(value).__name__}", where
+    )
 
 
 def _folder(path: Path, split: str) -> Iterator[tuple[str, dict | RowProblem]]:
@@ -95,7 +100,9 @@ def _folder(path: Path, split: str) -> Iterator[tuple[str, dict | RowProblem]]:
         return
     files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
     if not files:
-        raise ValueError(f"data: expected files ending in {', '.join(SUFFIXES)} in {path}, found none")
+        raise ValueError(
+            f"data: expected files ending in {', '.join(SUFFIXES)} in {path}, found none"
+        )
     for file in files:
         yield from _file(file)
 
@@ -120,7 +127,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict | RowProblem]]:
             rows = (row for batch in file.iter_batches(batch_size=256) for row in _values(batch))
             for i, row in enumerate(rows):
                 where = f"{path}:row {i}"
-                yield where, RowProblem(row.reason, row.detail, where) if isinstance(row, RowProblem) else row
+                yield (
+                    where,
+                    RowProblem(row.reason, row.detail, where)
+                    if isinstance(row, RowProblem)
+                    else row,
+                )
     except (OSError, pyarrow.lib.ArrowException) as error:
         raise ValueError(f"{path}: expected a parquet file, got: {error}") from error
 
@@ -190,8 +202,8 @@ def parse_row(row: dict, where: str = "", *, chat: bool) -> Preference:
     """A row in any known form as a Preference.
 
     Args:
-        chat: whether plain text is to become messages: the prompt a user's turn, the completions an assistant's, an HH
-            dialogue its turns. Rows of messages stay messages.
+        chat: whether plain text is to become messages: the prompt a user's turn, the completions an
+            assistant's, an HH dialogue its turns. Rows of messages stay messages.
     Raises:
         RowProblem: the row cannot be used.
     """
@@ -206,24 +218,36 @@ def parse_row(row: dict, where: str = "", *, chat: bool) -> Preference:
 def _parse(row: dict, where: str, chat: bool) -> Preference:
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
-            raise RowProblem(f"no column {name!r}", f"the columns are {', '.join(map(str, row)) or 'none'}")
+            raise RowProblem(
+                f"no column {name!r}", f"the columns are {', '.join(map(str, row)) or 'none'}"
+            )
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowProblem("mixed types", f"chosen is {_kind(chosen)}, rejected is {_kind(rejected)}")
-    prompt = next((row[k] for k in ("prompt", "conversations", "messages") if row.get(k) is not None), None)
+    prompt = next(
+        (row[k] for k in ("prompt", "conversations", "messages") if row.get(k) is not None), None
+    )
 
     if isinstance(chosen, str) and (prompt is None or isinstance(prompt, str)):
         if prompt is None:
             prompt, chosen, rejected = _split_dialogues(chosen, rejected)
         if chat:
             turns = _hh_messages(prompt)
-            prompt, chosen, rejected = turns, *([_turn("assistant", x.strip())] for x in (chosen, rejected))
+            prompt, chosen, rejected = (
+                turns,
+                *([_turn("assistant", x.strip())] for x in (chosen, rejected)),
+            )
     else:
-        chosen, rejected = _messages("chosen", chosen, "assistant"), _messages("rejected", rejected, "assistant")
+        chosen, rejected = (
+            _messages("chosen", chosen, "assistant"),
+            _messages("rejected", rejected, "assistant"),
+        )
         prompt = [] if prompt is None else _messages("prompt", prompt, "user")
         prompt, chosen, rejected = _split_messages(prompt, chosen, rejected)
     for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if not text_of(value).strip() and not (isinstance(value, list) and any(m.get("tool_calls") for m in value)):
+        if not text_of(value).strip() and not (
+            isinstance(value, list) and any(m.get("tool_calls") for m in value)
+        ):
             raise RowProblem("empty completion", name)
     if chosen == rejected:
         raise RowProblem("identical completions")
@@ -237,7 +261,9 @@ def _parse(row: dict, where: str, chat: bool) -> Preference:
 
 def text_of(value: Messages | str) -> str:
     """The text of a completion or a prompt, for people and for prompts."""
-    return value if isinstance(value, str) else "\n".join(str(m.get("content") or "") for m in value)
+    return (
+        value if isinstance(value, str) else "\n".join(str(m.get("content") or "") for m in value)
+    )
 
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
@@ -248,7 +274,9 @@ def common_prefix(a: Sequence, b: Sequence) -> int:
 
 def _kind(value: Any) -> str:
     name = type(value).__name__
-    return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}.get(name, name)
+    return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}.get(
+        name, name
+    )
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:
@@ -275,7 +303,9 @@ def _without_none(value: Any) -> Any:
 
 
 def _messages(name: str, value: Any, role: str) -> Messages:
-    """Text, one message or a list of messages, in the form {role, content} or {from, value}, as {role, content}."""
+    """Text, one message or a list of messages, in the form {role, content} or {from, value}, as
+    {role, content}.
+    """
     if isinstance(value, str):
         return [_turn(role, value)]
     value = [value] if isinstance(value, dict) else value
@@ -290,9 +320,15 @@ def _messages(name: str, value: Any, role: str) -> Messages:
             given = message.pop("from")
             if not isinstance(given, str) or given not in SHAREGPT_ROLES:
                 raise RowProblem("unknown role", f"{name}[{i}] is from {given!r}")
-            message = {"role": SHAREGPT_ROLES[given], "content": message.pop("value", ""), **message}
+            message = {
+                "role": SHAREGPT_ROLES[given],
+                "content": message.pop("value", ""),
+                **message,
+            }
         if not isinstance(message.get("role"), str):
-            raise RowProblem("no role", f"{name}[{i}] has the keys {', '.join(map(str, message)) or 'none'}")
+            raise RowProblem(
+                "no role", f"{name}[{i}] has the keys {', '.join(map(str, message)) or 'none'}"
+            )
         content = message.get("content", "")
         if isinstance(content, list):
             if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
@@ -306,35 +342,49 @@ def _messages(name: str, value: Any, role: str) -> Messages:
     return found
 
 
-def _split_messages(prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+def _split_messages(
+    prompt: Messages, chosen: Messages, rejected: Messages
+) -> tuple[Messages, Messages, Messages]:
     """The prompt, and what each completion has beyond it."""
     n = len(prompt)
     if prompt and chosen[:n] == prompt and rejected[:n] == prompt:
         chosen, rejected = chosen[n:], rejected[n:]  # the prompt is given twice
     elif not prompt:
         same = common_prefix(chosen, rejected)
-        if same == min(len(chosen), len(rejected)):  # one dialogue is the beginning of the other, or they are one
+        if same == min(
+            len(chosen), len(rejected)
+        ):  # one dialogue is the beginning of the other, or they are one
             same = max(0, same - 1)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if value and value[0]["role"] != "assistant":
             # a differing user turn: the two dialogues answer different questions
-            raise RowProblem("prompts differ", f"{name} goes on with a turn of {value[0]['role']!r}")
+            raise RowProblem(
+                "prompts differ", f"{name} goes on with a turn of {value[0]['role']!r}"
+            )
     return prompt, chosen, rejected
 
 
 def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Whole dialogues as text: up to the last "Assistant:" of an HH dialogue, else the longest common beginning."""
+    """Whole dialogues as text: up to the last "Assistant:" of an HH dialogue, else the longest
+    common beginning.
+    """
     marker = "\n\nAssistant:"
     if marker in chosen and marker in rejected:
         at = [x.rindex(marker) + len(marker) for x in (chosen, rejected)]
         if chosen[: at[0]] != rejected[: at[1]]:
-            raise RowProblem("prompts differ", "the dialogues differ before their last 'Assistant:'")
+            raise RowProblem(
+                "prompts differ", "the dialogues differ before their last 'Assistant:'"
+            )
         return chosen[: at[0]], chosen[at[0] :], rejected[at[1] :]
     same = common_prefix(chosen, rejected)
-    same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same), 0)  # not in the middle of a word
+    same = max(
+        chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same), 0
+    )  # not in the middle of a word
     if not same and chosen != rejected:
-        raise RowProblem("prompts differ", "no column 'prompt', and the two texts share no beginning")
+        raise RowProblem(
+            "prompts differ", "no column 'prompt', and the two texts share no beginning"
+        )
     return chosen[:same], chosen[same:], rejected[same:]
 
 

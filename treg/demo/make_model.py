@@ -1,9 +1,11 @@
-"""Trains the demo's chat model from scratch: `python -m treg.demo.make_model [--out DIR] [--seed 0]`.
+"""Trains the demo's chat model from scratch: `python -m treg.demo.make_model [--out DIR] [--seed
+0]`.
 
-A byte-level BPE tokenizer and a Llama of about a million parameters that (a) answers questions about the towns of
-`treg.demo.world`, with the right value most likely and wrong ones often enough to be sampled, and (b) rewrites an
-answer so that it is better or worse, under the requests of `treg.rewards.contrastive` and paraphrases of them.
-Preference data plays no part in it. One thread: about a quarter of an hour.
+A byte-level BPE tokenizer and a Llama of about a million parameters that (a) answers questions
+about the towns of `treg.demo.world`, with the right value most likely and wrong ones often enough
+to be sampled, and (b) rewrites an answer so that it is better or worse, under the requests of
+`treg.rewards.contrastive` and paraphrases of them. Preference data plays no part in it. One thread:
+about a quarter of an hour.
 """
 
 import argparse
@@ -25,8 +27,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treg.demo import world
+from treg.evaluate import auroc
 from treg.rewards.contrastive import ContrastivePrompts, contrastive_rewards
-from treg.viz import ranks
 
 OUT = Path(__file__).parent / "model"
 PROMPTS = ContrastivePrompts()
@@ -65,10 +67,14 @@ class Settings:
     wrong_rate: float = 0.3  # of the facts of an answer to a question; reached half-way, from 0
     corrected: float = 0.97  # of the wrong facts of a better rewriting
     spoiled: float = 0.85  # of the right facts of a worse rewriting
-    exact_request: float = 0.7  # of the rewriting requests are those of ContrastivePrompts, the rest paraphrases
+    exact_request: float = (
+        0.7  # of the rewriting requests are those of ContrastivePrompts, the rest paraphrases
+    )
 
 
-def rewrite(rng: Random, town: str, said: list[world.Fact], better: bool, o: Settings) -> list[world.Fact]:
+def rewrite(
+    rng: Random, town: str, said: list[world.Fact], better: bool, o: Settings
+) -> list[world.Fact]:
     """The same sentences with (nearly) all facts corrected, or with most right facts made wrong."""
     new = []
     for fact in said:
@@ -87,7 +93,9 @@ def request(rng: Random, question: str, answer: str, better: bool, o: Settings) 
         return PROMPTS.render(messages, better=better)
     aspects = ", ".join(rng.sample(ASPECTS[better], rng.randint(1, 4)))
     direction = "better" if better else "worse"
-    return rng.choice(PARAPHRASES).format(question=question, answer=answer, direction=direction, aspects=aspects)
+    return rng.choice(PARAPHRASES).format(
+        question=question, answer=answer, direction=direction, aspects=aspects
+    )
 
 
 def question_example(rng: Random, wrong_rate: float) -> tuple[str, str]:
@@ -116,7 +124,9 @@ def make_tokenizer(rng: Random, o: Settings) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     text = [part for _ in range(2000) for part in question_example(rng, o.wrong_rate)]
-    text += [part for _ in range(500) for part in rewrite_example(rng, o)] + ["user assistant system"] * 500
+    text += [part for _ in range(500) for part in rewrite_example(rng, o)] + [
+        "user assistant system"
+    ] * 500
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -155,7 +165,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerFast, user: str, prefill: str = "") -
 
 
 def chat_loss(model, tokenizer, examples: list[tuple[str, str]]) -> tuple[Tensor, int]:
-    """Mean negative log-likelihood of the assistant's tokens, <|im_end|> included, and the number of all tokens."""
+    """Mean negative log-likelihood of the assistant's tokens, <|im_end|> included, and the number
+    of all tokens.
+    """
     rows, starts = [], []
     for user, assistant in examples:
         prompt = chat_ids(tokenizer, user)
@@ -167,18 +179,27 @@ def chat_loss(model, tokenizer, examples: list[tuple[str, str]]) -> tuple[Tensor
     scored = labels[:, 1:] != -100
     # the padding is on the right, where causal attention does not look
     hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1][scored]
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][scored]), sum(map(len, rows))
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][scored]), sum(
+        map(len, rows)
+    )
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(r) for r in rows], batch_first=True, padding_value=value
+    )
 
 
 def train(model, tokenizer, rng: Random, o: Settings, log) -> dict:
-    """AdamW, warmup and cosine decay; each step sees questions and rewriting requests. Returns its part of the log."""
+    """AdamW, warmup and cosine decay; each step sees questions and rewriting requests. Returns its
+    part of the log.
+    """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": o.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(0.9, 0.98))
     scale = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / o.warmup, 0.51 + 0.49 * math.cos(math.pi * s / o.steps))
@@ -186,8 +207,12 @@ def train(model, tokenizer, rng: Random, o: Settings, log) -> dict:
     tokens, losses, window = 0, [], []
     for step in range(1, o.steps + 1):
         wrong_rate = o.wrong_rate * min(1, 2 * step / o.steps)
-        answers, a = chat_loss(model, tokenizer, [question_example(rng, wrong_rate) for _ in range(o.questions)])
-        rewrites, b = chat_loss(model, tokenizer, [rewrite_example(rng, o) for _ in range(o.rewrites)])
+        answers, a = chat_loss(
+            model, tokenizer, [question_example(rng, wrong_rate) for _ in range(o.questions)]
+        )
+        rewrites, b = chat_loss(
+            model, tokenizer, [rewrite_example(rng, o) for _ in range(o.rewrites)]
+        )
         (answers + rewrites).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -205,7 +230,9 @@ def train(model, tokenizer, rng: Random, o: Settings, log) -> dict:
 
 @torch.no_grad()
 def generate(model, tokenizer, users: list[str], *, greedy: bool, prefill: str = "") -> list[str]:
-    """The assistant's turn for each user turn, at temperature 1 or greedy, without prefill and end marker."""
+    """The assistant's turn for each user turn, at temperature 1 or greedy, without prefill and end
+    marker.
+    """
     longest_first = sorted(range(len(users)), key=lambda i: -len(users[i]))
     texts = [""] * len(users)
     for start in range(0, len(users), 64):
@@ -214,8 +241,12 @@ def generate(model, tokenizer, users: list[str], *, greedy: bool, prefill: str =
         width = max(map(len, rows))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(r)) + r for r in rows])
         mask = ids != tokenizer.pad_token_id
-        out = model.generate(ids, attention_mask=mask.long(), do_sample=not greedy, top_k=0, max_new_tokens=96)
-        for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+        out = model.generate(
+            ids, attention_mask=mask.long(), do_sample=not greedy, top_k=0, max_new_tokens=96
+        )
+        for i, text in zip(
+            batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True
+        ):
             texts[i] = text
     return texts
 
@@ -224,13 +255,19 @@ def generate(model, tokenizer, users: list[str], *, greedy: bool, prefill: str =
 def response_logps(model, tokenizer, user: str, response: Tensor, prefill: str) -> Tensor:
     """log p of each of the response's ids after user and prefill; [T], nats."""
     prompt = torch.tensor(chat_ids(tokenizer, user, prefill))
-    logits = model(torch.cat([prompt, response])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logits = model(torch.cat([prompt, response])[None], use_cache=False).logits[
+        0, len(prompt) - 1 : -1
+    ]
     return logits.float().log_softmax(-1).gather(-1, response[:, None])[:, 0]
 
 
 def token_rewards(model, tokenizer, messages: list[dict]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """rhat [T] of the response, the last of messages, and the character span of each of its tokens."""
-    response = tokenizer(messages[-1]["content"], add_special_tokens=False, return_offsets_mapping=True)
+    """rhat [T] of the response, the last of messages, and the character span of each of its
+    tokens.
+    """
+    response = tokenizer(
+        messages[-1]["content"], add_special_tokens=False, return_offsets_mapping=True
+    )
     ids = torch.tensor(response["input_ids"])
     better, worse = (
         response_logps(model, tokenizer, PROMPTS.render(messages, better=b), ids, PROMPTS.prefill)
@@ -239,17 +276,14 @@ def token_rewards(model, tokenizer, messages: list[dict]) -> tuple[Tensor, list[
     return contrastive_rewards(better, worse), response["offset_mapping"]
 
 
-def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The chance that a positive scores above a negative, ties counting half. scores [N], positive [N] bool."""
-    p = int(positive.sum())
-    return float((ranks(scores)[positive].sum() - p * (p + 1) / 2) / (p * (len(scores) - p)))
-
-
 def measure(model, tokenizer, seed: int) -> dict:
     """The model's figures on the towns of the test split; measuring draws from seed alone."""
     torch.manual_seed(seed)
     users = world.prompts("test") * 4
-    checks = [world.check(u, t) for u, t in zip(users, generate(model, tokenizer, users, greedy=False), strict=True)]
+    checks = [
+        world.check(u, t)
+        for u, t in zip(users, generate(model, tokenizer, users, greedy=False), strict=True)
+    ]
     stated = sum(c.right + c.wrong for c in checks)
     result = {
         "sampled_answers": len(checks),
@@ -266,7 +300,9 @@ def measure(model, tokenizer, seed: int) -> dict:
         text = row[side][0]["content"]
         for reward, (start, end) in zip(rewards.tolist(), offsets, strict=True):
             hit = any(start < e and s < end for s, e in row[f"wrong_{side}"])
-            kinds["wrong" if hit else "right" if text[start:end].strip() in values else "other"].append(reward)
+            kinds[
+                "wrong" if hit else "right" if text[start:end].strip() in values else "other"
+            ].append(reward)
             scores.append(-reward)
             wrong.append(hit)
     result["reward_tokens"] = len(scores)
@@ -278,7 +314,8 @@ def measure(model, tokenizer, seed: int) -> dict:
         users = [PROMPTS.render(m, better=better) for m in messages]
         texts = generate(model, tokenizer, users, greedy=True, prefill=PROMPTS.prefill)
         checks = [
-            world.check(m[0]["content"], t.removesuffix("\n</answer>")) for m, t in zip(messages, texts, strict=True)
+            world.check(m[0]["content"], t.removesuffix("\n</answer>"))
+            for m, t in zip(messages, texts, strict=True)
         ]
         before = sum(len(row["wrong_rejected"]) for row in rows)
         after, stated = sum(c.wrong for c in checks), sum(c.right + c.wrong for c in checks)
@@ -292,7 +329,9 @@ def measure(model, tokenizer, seed: int) -> dict:
 
 
 def build(out: Path, seed: int, o: Settings) -> dict:
-    """Trains the model, saves it with its tokenizer in out, measures what was saved; returns the log."""
+    """Trains the model, saves it with its tokenizer in out, measures what was saved; returns the
+    log.
+    """
     start, cpu = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -307,7 +346,9 @@ def build(out: Path, seed: int, o: Settings) -> dict:
     log = {
         "seed": seed,
         "settings": asdict(o),
-        "table_sha256": hashlib.sha256(json.dumps(world.TOWNS, sort_keys=True).encode()).hexdigest(),
+        "table_sha256": hashlib.sha256(
+            json.dumps(world.TOWNS, sort_keys=True).encode()
+        ).hexdigest(),
         "parameters": model.num_parameters(),
         "steps": o.steps,
         **trained,
@@ -329,7 +370,9 @@ def build(out: Path, seed: int, o: Settings) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the demo's chat model from scratch.")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the model (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="folder of the model (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     log = build(args.out, args.seed, Settings())

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 import transformers
 
-from treg.annotate import AnnotateOptions, annotate
 from treg.data import SIDES, EncodeOptions
 from treg.data.annotated import read_annotated
 from treg.demo import world
-from treg.demo.make_model import auroc
-from treg.scorer import content_length
+from treg.evaluate import auroc
+from treg.rewards.annotate import AnnotateOptions, annotate
+from treg.rewards.scorer import content_length
 from treg.trainer import TRegConfig, TRegTrainer
-from treg.views import pair_views
 from treg.viz import token_pieces, write_page
+from treg.viz.views import pair_views
 
 MODEL = Path(__file__).parent / "model"
 CONTROL = "T-REG, shuffled"
@@ -39,7 +39,8 @@ HELD_OUT_PAIRS, SAMPLES = 128, 3  # answers to each held-out question
 
 
 def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> dict[str, Any]:
-    """Run the demo, print what it measures, and leave data, page and a JSON of the results in output.
+    """Run the demo, print what it measures, and leave data, page and a JSON of the results in
+    output.
 
     Args:
         seeds: training runs of each method. pairs: preference pairs to train on; None: 200.
@@ -59,8 +60,10 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
-    print(f"treg demo on {device}: a chat model of {model.num_parameters() / 1e6:.1f} M parameters that knows "
-          f"{len(world.TOWNS)} invented towns, and errs")  # fmt: skip
+    print(
+        f"treg demo on {device}: a chat model of {model.num_parameters() / 1e6:.1f} M parameters that knows "
+        f"{len(world.TOWNS)} invented towns, and errs"
+    )
 
     rows = {
         "train": world.preference_rows(0, pairs, "train"),
@@ -70,13 +73,17 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     for name, found in rows.items():
         files[name] = _annotate(model, tokenizer, found, out / name)
     auroc = {name: wrong_token_auroc(files[name], rows[name], tokenizer) for name in rows}
-    print("\nAUROC as detectors of the tokens that state a wrong fact (0.5 is chance; the model knows this world well)")
+    print(
+        "\nAUROC as detectors of the tokens that state a wrong fact (0.5 is chance; the model knows this world well)"
+    )
     for name, found in auroc.items():
         print(f"  {name:9} pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
     runs, history, last = [], {}, {}
-    print(f"\ntraining: {len(METHODS)} methods x {seeds} seeds, {pairs} pairs, {EPOCHS} epoch, beta {BETA}, "
-          f"alpha {METHODS['T-REG']}, learning rate {LEARNING_RATE}")  # fmt: skip
+    print(
+        f"\ntraining: {len(METHODS)} methods x {seeds} seeds, {pairs} pairs, {EPOCHS} epoch, beta {BETA}, "
+        f"alpha {METHODS['T-REG']}, learning rate {LEARNING_RATE}"
+    )
     before = {"method": "before", "seed": 0, **answer_questions(model, tokenizer, seed=0)}
     train = {method: read_annotated(files["train"])[0] for method in METHODS}
     for seed in range(seeds):
@@ -86,8 +93,10 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
             policy, found, log = train_once(model, tokenizer, *data, out, alpha=alpha, seed=seed)
             runs.append({"method": method, "seed": seed, **found})
             history[f"{method}/{seed}"], last[method] = log, policy
-            print(f"  {method:15} seed {seed}: wrong facts {found['wrong facts']:.1%}, held-out accuracy "
-                  f"{found['accuracy']:.2f}, {found['train s']:.1f} s")  # fmt: skip
+            print(
+                f"  {method:15} seed {seed}: wrong facts {found['wrong facts']:.1%}, held-out accuracy "
+                f"{found['accuracy']:.2f}, {found['train s']:.1f} s"
+            )
     table = _table(before, runs)
     _print_table(*table)
     results = {"auroc": auroc, "before": before, "runs": runs, "table": table}
@@ -95,11 +104,21 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     examples, _ = read_annotated(files["held-out"])
     shown = pair_views(examples[:40], tokenizer, policy=last["T-REG"], beta=BETA)
     write_page(
-        out / "report.html", shown, title="treg demo: token rewards on a world of known truth",
-        settings={"pairs": str(pairs), "epochs": str(EPOCHS), "beta": str(BETA), "batch": str(BATCH),
-                  "learning rate": str(LEARNING_RATE), "alpha": str(METHODS["T-REG"]), "device": device},
-        history=history, tables=[("Held-out questions and pairs, mean (standard deviation) over seeds", *table)],
-    )  # fmt: skip
+        out / "report.html",
+        shown,
+        title="treg demo: token rewards on a world of known truth",
+        settings={
+            "pairs": str(pairs),
+            "epochs": str(EPOCHS),
+            "beta": str(BETA),
+            "batch": str(BATCH),
+            "learning rate": str(LEARNING_RATE),
+            "alpha": str(METHODS["T-REG"]),
+            "device": device,
+        },
+        history=history,
+        tables=[("Held-out questions and pairs, mean (standard deviation) over seeds", *table)],
+    )
     print(
         f"\n{time.perf_counter() - start:.0f} s; open {out / 'report.html'}; the numbers are in {out / 'results.json'}"
     )
@@ -121,9 +140,11 @@ def _annotate(model: Any, tokenizer: Any, rows: Sequence[dict], stem: Path) -> P
 
 
 def wrong_token_auroc(file: Path, rows: Sequence[dict], tokenizer: Any) -> dict[str, float]:
-    """How well the token rewards, and the model's own surprise, tell the tokens of wrong values from the others.
+    """How well the token rewards, and the model's own surprise, tell the tokens of wrong values
+    from the others.
 
-    A token is positive if its text overlaps the span of a wrong value. Tokens that end a response are left out.
+    A token is positive if its text overlaps the span of a wrong value. Tokens that end a response
+    are left out.
     """
     examples, _ = read_annotated(file)
     labels, scores = [], {"-rhat": [], "-log pi_ref": []}
@@ -139,11 +160,15 @@ def wrong_token_auroc(file: Path, rows: Sequence[dict], tokenizer: Any) -> dict[
             labels.append(wrong)
             scores["-rhat"].append(-x[f"{side}_token_rewards"][:n])
             scores["-log pi_ref"].append(-x[f"ref_{side}_token_logps"][:n])
-    return {name: auroc(np.concatenate(parts), np.concatenate(labels)) for name, parts in scores.items()}
+    return {
+        name: auroc(np.concatenate(parts), np.concatenate(labels)) for name, parts in scores.items()
+    }
 
 
 def shuffled(examples: Sequence[dict], tokenizer: Any, seed: int) -> list[dict]:
-    """Examples whose token rewards are permuted within each response: as large as before, in the wrong places."""
+    """Examples whose token rewards are permuted within each response: as large as before, in the
+    wrong places.
+    """
     rng, special = np.random.default_rng(seed), tokenizer.all_special_ids
     mixed = []
     for x in examples:
@@ -158,15 +183,33 @@ def shuffled(examples: Sequence[dict], tokenizer: Any, seed: int) -> list[dict]:
 
 
 def train_once(
-    model: Any, tokenizer: Any, train: Sequence[dict], held_out: str, out: Path, *, alpha: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[dict],
+    held_out: str,
+    out: Path,
+    *,
+    alpha: float,
+    seed: int,
 ) -> tuple[Any, dict[str, float], list[dict]]:
     """One training run from a copy of model: the policy, what was measured, the log."""
     policy = copy.deepcopy(model)
     args = TRegConfig(
-        str(out / "run"), beta=BETA, alpha=alpha, learning_rate=LEARNING_RATE, num_train_epochs=EPOCHS, seed=seed,
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, lr_scheduler_type="cosine", warmup_steps=0.1,
-        logging_steps=4, save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+        str(out / "run"),
+        beta=BETA,
+        alpha=alpha,
+        learning_rate=LEARNING_RATE,
+        num_train_epochs=EPOCHS,
+        seed=seed,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=64,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        logging_steps=4,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     trainer = TRegTrainer(policy, None, args, train, held_out, tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
     memory, start = _PeakMemory(), time.perf_counter()
@@ -186,19 +229,34 @@ def train_once(
 
 @torch.inference_mode()
 def answer_questions(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
-    """Answers to held-out questions, sampled at temperature 1: the share of wrong facts, and of malformed answers."""
+    """Answers to held-out questions, sampled at temperature 1: the share of wrong facts, and of
+    malformed answers.
+    """
     questions = world.prompts("test") * SAMPLES
-    texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-             for q in questions]  # fmt: skip
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
+        )
+        for q in questions
+    ]
+    batch = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    )
     torch.manual_seed(seed)
     model.eval()
     ids = model.generate(
-        input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device),
-        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=128, eos_token_id=tokenizer.eos_token_id,
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        max_new_tokens=128,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    answers = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    )
+    answers = tokenizer.batch_decode(
+        ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     checks = [world.check(q, a) for q, a in zip(questions, answers, strict=True)]
     wrong, right = sum(c.wrong for c in checks), sum(c.right for c in checks)
     return {
@@ -222,14 +280,30 @@ class _PeakMemory:
             return torch.cuda.max_memory_allocated() / 2**20
         status = Path("/proc/self/status")
         lines = status.read_text().splitlines() if status.exists() else []
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
+        return next(
+            (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")),
+            float("nan"),
+        )
 
 
-COLUMNS = ("wrong facts", "facts an answer", "malformed", "accuracy", "margin", "alignment", "train s", "peak MiB")
+COLUMNS = (
+    "wrong facts",
+    "facts an answer",
+    "malformed",
+    "accuracy",
+    "margin",
+    "alignment",
+    "train s",
+    "peak MiB",
+)
 
 
-def _table(before: dict[str, Any], runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header, and a row for each method: mean and, over more than one seed, (standard deviation)."""
+def _table(
+    before: dict[str, Any], runs: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header, and a row for each method: mean and, over more than one seed, (standard
+    deviation).
+    """
     rows = []
     for method in ("before", *METHODS):
         cells = [method]
@@ -251,6 +325,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in (header, *rows):
         print(
             "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.rjust(w) if i else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
         )

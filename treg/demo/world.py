@@ -1,7 +1,8 @@
 """Invented towns with known truth: answers about them are right or wrong token by token.
 
-A town has one value for each attribute. An answer is a few sentences, one fact each, some of them wrong: another value
-of the same attribute. Everything follows from the table, the caller's random.Random and nothing else.
+A town has one value for each attribute. An answer is a few sentences, one fact each, some of them
+wrong: another value of the same attribute. Everything follows from the table, the caller's
+random.Random and nothing else.
 """
 
 import re
@@ -30,14 +31,46 @@ class Attribute:
 ATTRIBUTES = {
     "land": Attribute(
         ("lake", "forest", "valley", "marsh", "desert", "canyon", "glacier", "volcano"),
-        ("The road to {town} follows a {value}.", "The town is close to a {value}.", "Nearby you will find a {value}."),
+        (
+            "The road to {town} follows a {value}.",
+            "The town is close to a {value}.",
+            "Nearby you will find a {value}.",
+        ),
     ),
     "trade": Attribute(
-        ("salt", "wool", "glass", "honey", "copper", "silk", "paper", "timber", "pepper", "wine", "marble", "pearls"),
-        ("The markets of {town} sell {value}.", "Its best goods are {value}.", "The people trade in {value}."),
+        (
+            "salt",
+            "wool",
+            "glass",
+            "honey",
+            "copper",
+            "silk",
+            "paper",
+            "timber",
+            "pepper",
+            "wine",
+            "marble",
+            "pearls",
+        ),
+        (
+            "The markets of {town} sell {value}.",
+            "Its best goods are {value}.",
+            "The people trade in {value}.",
+        ),
     ),
     "founders": Attribute(
-        ("sailors", "monks", "miners", "weavers", "shepherds", "hunters", "masons", "potters", "bakers", "pilgrims"),
+        (
+            "sailors",
+            "monks",
+            "miners",
+            "weavers",
+            "shepherds",
+            "hunters",
+            "masons",
+            "potters",
+            "bakers",
+            "pilgrims",
+        ),
         (
             "The founders of {town} were {value}.",
             "The first settlers were {value}.",
@@ -45,16 +78,52 @@ ATTRIBUTES = {
         ),
     ),
     "emblem": Attribute(
-        ("fox", "bear", "heron", "wolf", "stag", "raven", "hare", "lynx", "swan", "badger", "falcon", "crane"),
-        ("The flag of {town} shows a {value}.", "Its emblem is the {value}.", "A {value} guards its gate."),
+        (
+            "fox",
+            "bear",
+            "heron",
+            "wolf",
+            "stag",
+            "raven",
+            "hare",
+            "lynx",
+            "swan",
+            "badger",
+            "falcon",
+            "crane",
+        ),
+        (
+            "The flag of {town} shows a {value}.",
+            "Its emblem is the {value}.",
+            "A {value} guards its gate.",
+        ),
     ),
     "fair": Attribute(
-        ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October"),
-        ("The fair of {town} is in {value}.", "Its feast is held in {value}.", "In {value} there are games."),
+        (
+            "January",
+            "February",
+            "March",
+            "April",
+            "May",
+            "June",
+            "July",
+            "August",
+            "September",
+            "October",
+        ),
+        (
+            "The fair of {town} is in {value}.",
+            "Its feast is held in {value}.",
+            "In {value} there are games.",
+        ),
     ),
     "colour": Attribute(
         ("red", "blue", "green", "white", "black", "yellow", "grey", "purple"),
-        ("The roofs of {town} are {value}.", "Its houses are painted {value}.", "There are {value} walls everywhere."),
+        (
+            "The roofs of {town} are {value}.",
+            "Its houses are painted {value}.",
+            "There are {value} walls everywhere.",
+        ),
     ),
 }
 
@@ -90,7 +159,9 @@ def wrong_value(rng: Random, town: str, attribute: str) -> str:
 
 
 def facts(rng: Random, town: str, wrong_rate: float, count: int | None = None) -> list[Fact]:
-    """What an answer says: count facts (None: 4 to 6) of distinct attributes, each wrong at wrong_rate."""
+    """What an answer says: count facts (None: 4 to 6) of distinct attributes, each wrong at
+    wrong_rate.
+    """
     said = []
     for key in rng.sample(list(ATTRIBUTES), count or rng.randint(4, 6)):
         value = wrong_value(rng, town, key) if rng.random() < wrong_rate else TOWNS[town][key]
@@ -102,7 +173,9 @@ def write(town: str, said: list[Fact]) -> tuple[str, list[list[int]]]:
     """The answer's text, and the character spans [start, end) of its wrong values."""
     text, spans = "", []
     for fact in said:
-        before, after = ATTRIBUTES[fact.attribute].forms[fact.form].replace("{town}", town).split("{value}")
+        before, after = (
+            ATTRIBUTES[fact.attribute].forms[fact.form].replace("{town}", town).split("{value}")
+        )
         text += (" " if text else "") + before
         if not fact.true_of(town):
             spans.append([len(text), len(text) + len(fact.value)])
@@ -110,8 +183,12 @@ def write(town: str, said: list[Fact]) -> tuple[str, list[list[int]]]:
     return text, spans
 
 
-def answer(rng: Random, town: str, wrong_rate: float, count: int | None = None) -> tuple[str, list[list[int]]]:
-    """An answer about town and the character spans [start, end) of its wrong values; arguments as in `facts`."""
+def answer(
+    rng: Random, town: str, wrong_rate: float, count: int | None = None
+) -> tuple[str, list[list[int]]]:
+    """An answer about town and the character spans [start, end) of its wrong values; arguments as
+    in `facts`.
+    """
     return write(town, facts(rng, town, wrong_rate, count))
 
 
@@ -122,20 +199,24 @@ def question(rng: Random, town: str) -> str:
 def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) -> list[dict]:
     """Preference pairs whose label is right about the answers and wrong about many of their tokens.
 
-    Both answers of a pair have the same number of facts, each wrong with probability wrong_rate; the one with fewer
-    wrong facts is chosen. So the chosen answer usually has wrong facts too, and the rejected one right facts.
+    Both answers of a pair have the same number of facts, each wrong with probability wrong_rate;
+    the one with fewer wrong facts is chosen. So the chosen answer usually has wrong facts too, and
+    the rejected one right facts.
 
     Args:
-        seed: of everything that is drawn. count: of pairs. split: "train" or "test", which share no town.
+        seed: of everything that is drawn. count: of pairs. split: "train" or "test", which share no
+            town.
     Returns:
-        Rows with "prompt", "chosen", "rejected" (lists of messages), and "wrong_chosen", "wrong_rejected": the
-        character spans [start, end) of wrong values in the answers.
+        Rows with "prompt", "chosen", "rejected" (lists of messages), and "wrong_chosen",
+        "wrong_rejected": the character spans [start, end) of wrong values in the answers.
     """
     rng, rows = Random(seed), []
     while len(rows) < count:
         town, size = rng.choice(SPLITS[split]), rng.randint(4, 6)
         prompt = question(rng, town)
-        pair = sorted((answer(rng, town, wrong_rate, size) for _ in range(2)), key=lambda a: len(a[1]))
+        pair = sorted(
+            (answer(rng, town, wrong_rate, size) for _ in range(2)), key=lambda a: len(a[1])
+        )
         (chosen, wrong_chosen), (rejected, wrong_rejected) = pair
         if len(wrong_chosen) == len(wrong_rejected):
             continue
@@ -154,12 +235,18 @@ def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) 
 def prompts(split: str) -> list[str]:
     """Every town of split asked about in three of the forms, those of different towns rotating."""
     pick = range(0, len(QUESTIONS), 2)
-    return [QUESTIONS[(i + j) % len(QUESTIONS)].format(town=t) for i, t in enumerate(SPLITS[split]) for j in pick]
+    return [
+        QUESTIONS[(i + j) % len(QUESTIONS)].format(town=t)
+        for i, t in enumerate(SPLITS[split])
+        for j in pick
+    ]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What an answer is worth: facts right and wrong, and whether anything in it is not an answer about the town."""
+    """What an answer is worth: facts right and wrong, and whether anything in it is not an answer
+    about the town.
+    """
 
     right: int
     wrong: int
@@ -169,8 +256,8 @@ class Check:
 def check(prompt: str, text: str) -> Check:
     """Check an answer about the town that prompt names (a question, or the name alone).
 
-    malformed: no sentence at all, a sentence of no known form, another town, or an attribute said twice. The facts of
-    the sentences that are fine are counted all the same.
+    malformed: no sentence at all, a sentence of no known form, another town, or an attribute said
+    twice. The facts of the sentences that are fine are counted all the same.
     """
     named = re.findall(r"\w+", prompt)
     town = next((name for name in TOWNS if name in named), None)

@@ -1,4 +1,5 @@
-"""Axolotl's `rl: dpo` (and `rl: ipo`) with T-REG, without logits. In the YAML, beside what is there:
+"""Axolotl's `rl: dpo` (and `rl: ipo`) with T-REG, without logits. In the YAML, beside what is
+there:
 
     plugins:
       - treg.integrations.axolotl.TRegPlugin
@@ -6,12 +7,13 @@
     treg_token_rewards: annotated.parquet       # of `treg annotate`
     treg_alpha: 0.25
 
-The plugin brings the treg_ options. The class is named beside it: for preference training Axolotl calls a plugin's
-get_trainer_cls for a class that it then gives no model; and it goes on without a plugin that it cannot import, but not
-without the class.
+The plugin brings the treg_ options. The class is named beside it: for preference training Axolotl
+calls a plugin's get_trainer_cls for a class that it then gives no model; and it goes on without a
+plugin that it cannot import, but not without the class.
 
-The trainer is a subclass of AxolotlDPOTrainer with a loss of its own, because the TRL that Axolotl pins makes whole
-logits inside `_compute_loss`. Read and run against Axolotl 0.18.0 and 0.19.0 (TRL 1.8.0 and 1.9.0), and with TRL 1.16.
+The trainer is a subclass of AxolotlDPOTrainer with a loss of its own, because the TRL that Axolotl
+pins makes whole logits inside `_compute_loss`. Read and run against Axolotl 0.18.0 and 0.19.0 (TRL
+1.8.0 and 1.9.0), and with TRL 1.16.
 
 B pairs, T padded length.
 """
@@ -25,20 +27,30 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 
-from treg.data import TokenRewards
 from treg.heads import check_sequences, install_head, run_head
+from treg.heads.logprobs import token_logprobs
 from treg.integrations.common import parameters_of
 from treg.losses import DISCOPOP_TAU, LossOptions
-from treg.metrics import PairMetrics
-from treg.modeling import token_logprobs
 from treg.ops import fused_treg_loss
 from treg.results import TRegLoss
+from treg.rewards.lookup import TokenRewards
+from treg.trainer.metrics import PairMetrics
 
 TRAINER = f"{__name__}.TRegDPOTrainer"
 # TRL's loss types that are objectives of treg.losses, and whether they use label_smoothing
-LOSS_TYPES = {"sigmoid": False, "hinge": False, "ipo": False, "exo_pair": True, "nca_pair": False, "robust": True,
-              "bco_pair": False, "sppo_hard": False, "apo_zero": False, "apo_down": False,
-              "discopop": False}  # fmt: skip
+LOSS_TYPES = {
+    "sigmoid": False,
+    "hinge": False,
+    "ipo": False,
+    "exo_pair": True,
+    "nca_pair": False,
+    "robust": True,
+    "bco_pair": False,
+    "sppo_hard": False,
+    "apo_zero": False,
+    "apo_down": False,
+    "discopop": False,
+}
 NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 
@@ -48,7 +60,8 @@ class TRegArgs(BaseModel):
 
     treg_token_rewards: an annotated file; rewards are found by the token ids of a sequence.
     treg_alpha: >= 0, weight of the regularizer; 0 is plain DPO, which needs no file.
-    treg_tail: tokens at the end of a sequence that may differ from the annotated ones, see `treg.data.TokenRewards`.
+    treg_tail: tokens at the end of a sequence that may differ from the annotated ones, see
+    `treg.rewards.lookup.TokenRewards`.
     """
 
     treg_token_rewards: str | None = None
@@ -65,12 +78,16 @@ class TRegArgs(BaseModel):
         if trainer != TRAINER:
             raise ValueError(f"trainer_cls: expected {TRAINER} with treg's plugin, got {trainer!r}")
         if (getattr(self, "context_parallel_size", None) or 1) > 1:
-            raise ValueError(f"context_parallel_size: expected 1 with T-REG, got {self.context_parallel_size}")
+            raise ValueError(
+                f"context_parallel_size: expected 1 with T-REG, got {self.context_parallel_size}"
+            )
         if not self.treg_alpha >= 0:
             raise ValueError(f"treg_alpha: expected a number >= 0, got {self.treg_alpha!r}")
         if self.treg_alpha and not self.treg_token_rewards:
             fix = "run `treg annotate`, or set treg_alpha: 0"
-            raise ValueError(f"treg_token_rewards: expected the path of an annotated file, got none; {fix}")
+            raise ValueError(
+                f"treg_token_rewards: expected the path of an annotated file, got none; {fix}"
+            )
         return self
 
 
@@ -78,9 +95,13 @@ class TRegArgs(BaseModel):
 class TRegTrainingArgs:
     """What the plugin adds to the trainer's arguments; see `TRegArgs`."""
 
-    treg_token_rewards: str | None = field(default=None, metadata={"help": "Annotated file with token rewards."})
+    treg_token_rewards: str | None = field(
+        default=None, metadata={"help": "Annotated file with token rewards."}
+    )
     treg_alpha: float = field(default=0.25, metadata={"help": "Weight of the T-REG regularizer."})
-    treg_tail: int = field(default=0, metadata={"help": "Tokens at the end of a sequence that may differ."})
+    treg_tail: int = field(
+        default=0, metadata={"help": "Tokens at the end of a sequence that may differ."}
+    )
 
 
 class TRegPlugin(BasePlugin):
@@ -97,7 +118,9 @@ class TRegPlugin(BasePlugin):
 
 
 def __getattr__(name: str) -> Any:
-    """TRegDPOTrainer, when it is asked for: before all plugins are registered its base must not be imported."""
+    """TRegDPOTrainer, when it is asked for: before all plugins are registered its base must not be
+    imported.
+    """
     if name != "TRegDPOTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
@@ -107,25 +130,30 @@ def __getattr__(name: str) -> Any:
 
 
 def make_trainer(base: type) -> type:
-    """A subclass of AxolotlDPOTrainer (or of any trl.DPOTrainer from 1.8 on) whose loss is T-REG's, without logits.
+    """A subclass of AxolotlDPOTrainer (or of any trl.DPOTrainer from 1.8 on) whose loss is T-REG's,
+    without logits.
 
         L = base(rho_w, rho_l) + treg_alpha * ( w_w L_reg(y_w) + w_l L_reg(y_l) )      (see `treg.ops.fused_treg_loss`)
 
-    The head runs inside the model's forward, on completion tokens only, in three matrix products a row (two with
-    adapters). The reference is TRL's: another model, the model without its adapters, or log-probs computed beforehand.
-    Evaluation has the regularizer too. What TRL logs is logged, as means over tokens of all processes, and
-    treg/reg_loss, treg/weight, treg/reward_chosen, treg/reward_rejected.
+    The head runs inside the model's forward, on completion tokens only, in three matrix products a
+    row (two with adapters). The reference is TRL's: another model, the model without its adapters,
+    or log-probs computed beforehand. Evaluation has the regularizer too. What TRL logs is logged,
+    as means over tokens of all processes, and treg/reg_loss, treg/weight, treg/reward_chosen,
+    treg/reward_rejected.
 
     Raises:
-        TypeError: another base; arguments without the plugin's. ValueError: what has no counterpart in `treg.losses`:
-        loss types other than LOSS_TYPES or several of them, ld_alpha, use_weighting, a divergence other than
-        reverse_kl, label_smoothing where TRL does not use it; mixtures of experts with a router loss, the Liger loss;
-        a head that cannot be read; in training: a sequence that was not annotated.
+        TypeError: another base; arguments without the plugin's. ValueError: what has no counterpart
+        in `treg.losses`: loss types other than LOSS_TYPES or several of them, ld_alpha,
+        use_weighting, a divergence other than reverse_kl, label_smoothing where TRL does not use
+        it; mixtures of experts with a router loss, the Liger loss; a head that cannot be read; in
+        training: a sequence that was not annotated.
     """
     found = parameters_of(base, "_compute_loss")
     if found != ["self", "model", "inputs", "return_outputs"]:
-        raise TypeError(f"base: expected a trl.DPOTrainer with _compute_loss(model, inputs, return_outputs), as of TRL "
-                        f"1.8 to 1.16, got {base.__name__} with {found}")  # fmt: skip
+        raise TypeError(
+            f"base: expected a trl.DPOTrainer with _compute_loss(model, inputs, return_outputs), as of TRL "
+            f"1.8 to 1.16, got {base.__name__} with {found}"
+        )
 
     class TRegDPOTrainer(base):
         _treg_base = base
@@ -133,25 +161,34 @@ def make_trainer(base: type) -> type:
         def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any):
             if not hasattr(args, "treg_alpha"):
                 fix = "add treg.integrations.axolotl.TRegPlugin to plugins"
-                raise TypeError(f"args: expected the plugin's treg_alpha, got {type(args).__name__} without; {fix}")
+                raise TypeError(
+                    f"args: expected the plugin's treg_alpha, got {type(args).__name__} without; {fix}"
+                )
             self._treg_options = _options(args)
             for x in (model, ref_model):  # before anything wraps their forward
                 if isinstance(x, nn.Module):
                     check_sequences(install_head(x))
             super().__init__(model, ref_model, args=args, **kwargs)
-            for x in (self.model, self.ref_model):  # again: an adapter may have taken the head's place
+            for x in (
+                self.model,
+                self.ref_model,
+            ):  # again: an adapter may have taken the head's place
                 if x is not None:
                     install_head(self.accelerator.unwrap_model(x))
             if getattr(self, "aux_loss_enabled", False):
-                raise ValueError("router_aux_loss_coef: expected 0 with T-REG, got a router loss; set it to 0")
+                raise ValueError(
+                    "router_aux_loss_coef: expected 0 with T-REG, got a router loss; set it to 0"
+                )
             self._treg_rewards = None
             if args.treg_alpha:
                 self._treg_rewards = TokenRewards(args.treg_token_rewards, tail=args.treg_tail)
 
         def _compute_loss(self, model, inputs, return_outputs):
             if return_outputs:
-                raise ValueError("return_outputs: expected False, got True: there are no logits; use "
-                                 "prediction_loss_only and no compute_metrics")  # fmt: skip
+                raise ValueError(
+                    "return_outputs: expected False, got True: there are no logits; use "
+                    "prediction_loss_only and no compute_metrics"
+                )
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             given = {name: x for name, x in inputs.items() if name not in NOT_THE_MODELS}
             ref = self._treg_reference(inputs, labels, given)
@@ -160,15 +197,24 @@ def make_trainer(base: type) -> type:
             lengths = scored.sum(-1).cpu().numpy()
             rewards = None
             if self._treg_rewards is not None:
-                rewards = self._treg_rewards(inputs["input_ids"], inputs["attention_mask"])[:, 1:][scored]
+                rewards = self._treg_rewards(inputs["input_ids"], inputs["attention_mask"])[:, 1:][
+                    scored
+                ]
 
             def head_fn(hidden: Tensor, operands: dict[str, Any]) -> TRegLoss:
                 # virtual tokens of prompt-learning adapters stand before the sequence
                 rows = hidden[:, -labels.shape[1] :][:, :-1][scored]
                 ends = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-                return fused_treg_loss(rows, target=target[scored], token_rewards=rewards, ref_logps=ref,
-                                       cu_seqlens=ends, outputs=STATISTICS, **operands,
-                                       **vars(self._treg_options))  # fmt: skip
+                return fused_treg_loss(
+                    rows,
+                    target=target[scored],
+                    token_rewards=rewards,
+                    ref_logps=ref,
+                    cu_seqlens=ends,
+                    outputs=STATISTICS,
+                    **operands,
+                    **vars(self._treg_options),
+                )
 
             result = run_head(model, head_fn, **given)
             self._treg_record(result, lengths, rewards, ref, inputs["attention_mask"])
@@ -187,19 +233,29 @@ def make_trainer(base: type) -> type:
             with use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None):
                 return token_logprobs(self.model, labels, **given).logprobs.double().sum(-1)
 
-        def _treg_record(self, result: TRegLoss, lengths: np.ndarray, rewards: Tensor | None, ref: Tensor,
-                         attention_mask: Tensor) -> None:  # fmt: skip
+        def _treg_record(
+            self,
+            result: TRegLoss,
+            lengths: np.ndarray,
+            rewards: Tensor | None,
+            ref: Tensor,
+            attention_mask: Tensor,
+        ) -> None:
             mode = "train" if self.model.training else "eval"
             if self._treg_options.objective.length_normalised:  # TRL logs rewards that are sums
                 n = torch.from_numpy(lengths).to(ref.device).chunk(2)
-                result = result._replace(chosen_rewards=result.chosen_rewards * n[0],
-                                         rejected_rewards=result.rejected_rewards * n[1])  # fmt: skip
+                result = result._replace(
+                    chosen_rewards=result.chosen_rewards * n[0],
+                    rejected_rewards=result.rejected_rewards * n[1],
+                )
             metrics = PairMetrics()
             metrics.record(result, lengths, rewards, ref)
             for name, value in metrics.means(self.accelerator).items():
                 self._metrics[mode][name].append(value)
             if mode == "train":
-                self._total_train_tokens += int(self.accelerator.gather_for_metrics(attention_mask.sum()).sum())
+                self._total_train_tokens += int(
+                    self.accelerator.gather_for_metrics(attention_mask.sum()).sum()
+                )
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     return TRegDPOTrainer
@@ -214,13 +270,21 @@ def _options(args: Any) -> LossOptions:
         ("ld_alpha", "None", args.ld_alpha is None),
         ("use_weighting", "False", not args.use_weighting),
         ("f_divergence_type", "reverse_kl", args.f_divergence_type == "reverse_kl"),
-        ("discopop_tau", str(DISCOPOP_TAU), types[0] != "discopop" or args.discopop_tau == DISCOPOP_TAU),
+        (
+            "discopop_tau",
+            str(DISCOPOP_TAU),
+            types[0] != "discopop" or args.discopop_tau == DISCOPOP_TAU,
+        ),
         ("use_liger_kernel", "False", not args.use_liger_kernel),
     ):
         if not ok:
-            raise ValueError(f"{name}: expected {wanted} with T-REG in Axolotl, got {getattr(args, name)!r}")
+            raise ValueError(
+                f"{name}: expected {wanted} with T-REG in Axolotl, got {getattr(args, name)!r}"
+            )
     (loss_type,) = types
     if args.label_smoothing and not LOSS_TYPES[loss_type]:
-        raise ValueError(f"label_smoothing: expected 0 for loss_type={loss_type!r}, where TRL takes no notice of it, "
-                         f"got {args.label_smoothing}; use robust")  # fmt: skip
+        raise ValueError(
+            f"label_smoothing: expected 0 for loss_type={loss_type!r}, where TRL takes no notice of it, "
+            f"got {args.label_smoothing}; use robust"
+        )
     return LossOptions(loss_type, args.beta, args.treg_alpha, label_smoothing=args.label_smoothing)

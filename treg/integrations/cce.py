@@ -1,7 +1,8 @@
-"""Exact linear cross-entropy where Apple's cut-cross-entropy stands: the same call, one import changed.
+"""Exact linear cross-entropy where Apple's cut-cross-entropy stands: the same call, one import
+changed.
 
-The signatures are those of CCE's repository (June 2025). Those of release 25.1.1 order what follows targets
-another way; positional arguments in that order are refused. CCE is not needed here.
+The signatures are those of CCE's repository (June 2025). Those of release 25.1.1 order what follows
+targets another way; positional arguments in that order are refused. CCE is not needed here.
 """
 
 import enum
@@ -15,8 +16,16 @@ from treg.checks import check_tensor
 from treg.ops import VocabShard, linear_logprobs
 from treg.ops.vocab_parallel import local_operands
 
-IMPLS = ("cce", "torch_compile", "cce_exact", "cce_kahan", "cce_kahan_full", "cce_kahan_full_c", "cce_kahan_full_e",
-         "cce_kahan_full_c_full_e")  # fmt: skip
+IMPLS = (
+    "cce",
+    "torch_compile",
+    "cce_exact",
+    "cce_kahan",
+    "cce_kahan_full",
+    "cce_kahan_full_c",
+    "cce_kahan_full_e",
+    "cce_kahan_full_c_full_e",
+)
 
 
 def linear_cross_entropy(
@@ -42,35 +51,43 @@ def linear_cross_entropy(
         z_t   = softcap * tanh( (e_t c^T + b) / softcap )        (softcap optional)
         nll_t = logsumexp_v z_tv - z_t[y_t],   y_t = targets[..., t + shift]
 
-    Differs from CCE: always the gradient of "cce_exact", and float32 sums. filter_eps, filter_e_grad, filter_c_grad,
-    accum_e_fp32, accum_c_fp32 and the choice of impl therefore have no effect. Bad input is an error.
+    Differs from CCE: always the gradient of "cce_exact", and float32 sums. filter_eps,
+    filter_e_grad, filter_c_grad, accum_e_fp32, accum_c_fp32 and the choice of impl therefore have
+    no effect. Bad input is an error.
 
     Args:
-        e: [..., T, D] float32, bfloat16 or float16 (float64 on a CPU). c: [V, D], e's dtype. bias: [V] floating.
+        e: [..., T, D] float32, bfloat16 or float16 (float64 on a CPU). c: [V, D], e's dtype. bias:
+            [V] floating.
         targets: [..., T] int64. ignore_index: targets that are not scored.
-        softcap: > 0. reduction: "mean" over the scored tokens (nan where there are none), "sum", or "none".
+        softcap: > 0. reduction: "mean" over the scored tokens (nan where there are none), "sum", or
+            "none".
         shift: predict targets[..., t + shift] from e[..., t, :]; True is 1. 0 <= shift < T.
-        return_lse: also return logsumexp_v z_tv. Its gradient, z's minus lp's, takes [N, D] and [V, D] float32 numbers
-            more, and in 16 bits it is a difference of rounded numbers.
+        return_lse: also return logsumexp_v z_tv. Its gradient, z's minus lp's, takes [N, D] and [V,
+            D] float32 numbers more, and in 16 bits it is a difference of rounded numbers.
         impl: one of IMPLS, or CCE's enum.
-        vocab_parallel_options: CCE's VocabParallelOptions(start, stop, group), or anything with those attributes: c and
-            bias are rows start to stop of the whole, on this rank of group; the gradient in e is summed over the ranks,
-            so that reduce_e_grad=False is refused.
+        vocab_parallel_options: CCE's VocabParallelOptions(start, stop, group), or anything with
+            those attributes: c and bias are rows start to stop of the whole, on this rank of group;
+            the gradient in e is summed over the ranks, so that reduce_e_grad=False is refused.
     Returns:
-        loss, float32, nats: a scalar, or [..., T - shift] with reduction="none", 0 where ignored. With return_lse a
-        pair of it and lse [..., T - shift], 0 where ignored. Both are differentiable in e, c and bias.
+        loss, float32, nats: a scalar, or [..., T - shift] with reduction="none", 0 where ignored.
+        With return_lse a pair of it and lse [..., T - shift], 0 where ignored. Both are
+        differentiable in e, c and bias.
     Raises:
-        TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by name (hidden, weight
-        and target are e, c and targets).
+        TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by
+        name (hidden, weight and target are e, c and targets).
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     _check_filter(filter_eps)
     _check_impl(impl)
-    e, c, targets, bias, shard = local_operands(e, c, targets, bias, _vocab_shard(vocab_parallel_options, c))
+    e, c, targets, bias, shard = local_operands(
+        e, c, targets, bias, _vocab_shard(vocab_parallel_options, c)
+    )
     if bias is not None and not isinstance(bias, Tensor):
         order = "pass what follows targets by name (CCE 25.1.1 has another order)"
-        raise TypeError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}; {order}")
+        raise TypeError(
+            f"bias: expected a torch.Tensor or None, got {type(bias).__name__}; {order}"
+        )
     check_tensor("targets", targets)
     shift = _checked_shift(shift, targets)
     kept = targets.shape[-1] - shift
@@ -79,8 +96,16 @@ def linear_cross_entropy(
         # the targets move, so that e is not copied
         y = torch.full_like(targets, ignore_index)
         y[..., :kept] = targets[..., shift:]
-    found = linear_logprobs(e, c, y, bias=bias, ignore_index=ignore_index, softcap=softcap, shard=shard,
-                            outputs=("lse",) if return_lse else ())  # fmt: skip
+    found = linear_logprobs(
+        e,
+        c,
+        y,
+        bias=bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        shard=shard,
+        outputs=("lse",) if return_lse else (),
+    )
     scored = y != ignore_index
     # not a plain sum: at ignored tokens the gradient of the mean of nothing would be infinite
     nll = torch.where(scored, -found.logprobs, 0.0)
@@ -92,13 +117,17 @@ def linear_cross_entropy(
     lse = found.lse
     if found.logprobs.requires_grad:
         logprobs = found.logprobs[scored]
-        z = _TargetLogit.apply(e[scored], c, bias, y[scored], lse[scored] + logprobs.detach(), softcap, shard)
+        z = _TargetLogit.apply(
+            e[scored], c, bias, y[scored], lse[scored] + logprobs.detach(), softcap, shard
+        )
         lse = lse.index_put(scored.nonzero(as_tuple=True), z - logprobs)
     return loss, lse[..., :kept]
 
 
 class LinearCrossEntropy(nn.Module):
-    """`linear_cross_entropy` as a module; the arguments and their order are those of CCE's repository."""
+    """`linear_cross_entropy` as a module; the arguments and their order are those of CCE's
+    repository.
+    """
 
     def __init__(
         self,
@@ -146,7 +175,8 @@ class LinearCrossEntropy(nn.Module):
 
 
 class _TargetLogit(torch.autograd.Function):
-    """z_n = softcap * tanh( (e_n . c[y_n] + b[y_n]) / softcap ), whose value is known; with it lse = z - lp.
+    """z_n = softcap * tanh( (e_n . c[y_n] + b[y_n]) / softcap ), whose value is known; with it lse
+    = z - lp.
 
     d z_n = (1 - (z_n / softcap)^2) * ( c[y_n] . d e_n + e_n . d c[y_n] + d b[y_n] )
     With a shard the rank that holds y_n has its row; the gradients in e are added up.
@@ -210,13 +240,17 @@ def _vocab_shard(options, c) -> VocabShard | None:
 def _check_filter(filter_eps) -> None:
     number = isinstance(filter_eps, Real) and not isinstance(filter_eps, bool)
     if not (filter_eps is None or number or filter_eps in ("auto", "high")):
-        raise ValueError(f"filter_eps: expected a number, 'auto', 'high' or None, got {filter_eps!r}")
+        raise ValueError(
+            f"filter_eps: expected a number, 'auto', 'high' or None, got {filter_eps!r}"
+        )
 
 
 def _check_impl(impl) -> None:
     name = impl.name.lower() if isinstance(impl, enum.Enum) else impl
     if name not in IMPLS:
-        raise ValueError(f"impl: expected one of {list(IMPLS)}, all of which run the same exact op here, got {impl!r}")
+        raise ValueError(
+            f"impl: expected one of {list(IMPLS)}, all of which run the same exact op here, got {impl!r}"
+        )
 
 
 def _checked_shift(shift, targets: Tensor) -> int:
@@ -224,5 +258,7 @@ def _checked_shift(shift, targets: Tensor) -> int:
         raise ValueError("targets: expected shape [..., T], got []")
     length = targets.shape[-1]
     if not isinstance(shift, int) or not 0 <= shift < max(length, 1):
-        raise ValueError(f"shift: expected a bool or an int in [0, {length}) (the length of targets), got {shift!r}")
+        raise ValueError(
+            f"shift: expected a bool or an int in [0, {length}) (the length of targets), got {shift!r}"
+        )
     return int(shift)

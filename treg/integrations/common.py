@@ -3,7 +3,7 @@
 import inspect
 from pathlib import Path
 
-from treg.data import TokenRewards
+from treg.rewards.lookup import TokenRewards
 
 
 def parameters_of(kind: type, name: str) -> list[str] | str:
@@ -12,12 +12,22 @@ def parameters_of(kind: type, name: str) -> list[str] | str:
     return list(inspect.signature(method).parameters) if method else "none"
 
 
-def rewards_source(token_rewards: str | Path | TokenRewards | None, alpha: float, tail: int) -> TokenRewards | None:
-    """Where rewards are looked up, None for alpha 0. ValueError: alpha < 0, or > 0 without a source."""
+def rewards_source(
+    token_rewards: str | Path | TokenRewards | None, alpha: float, tail: int
+) -> TokenRewards | None:
+    """Where rewards are looked up, None for alpha 0. ValueError: alpha < 0, or > 0 without a
+    source.
+    """
     if not alpha >= 0:
         raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
     if token_rewards is None and alpha:
-        raise ValueError(f"token_rewards: expected an annotated file for alpha={alpha}, got None; run `treg annotate`")
+        raise ValueError(
+            f"token_rewards: expected an annotated file for alpha={alpha}, got None; run `treg annotate`"
+        )
     if not alpha:
         return None
-    return token_rewards if isinstance(token_rewards, TokenRewards) else TokenRewards(token_rewards, tail=tail)
+    return (
+        token_rewards
+        if isinstance(token_rewards, TokenRewards)
+        else TokenRewards(token_rewards, tail=tail)
+    )

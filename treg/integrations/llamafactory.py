@@ -1,4 +1,5 @@
-"""LLaMA-Factory's DPO, SimPO and ORPO with T-REG, and with log-probs from treg's head in place of float32 logits.
+"""LLaMA-Factory's DPO, SimPO and ORPO with T-REG, and with log-probs from treg's head in place of
+float32 logits.
 
     from llamafactory.train.tuner import run_exp
     from treg.integrations.llamafactory import patch
@@ -8,8 +9,8 @@
 
 or, in a trainer of your own: `make_trainer(CustomDPOTrainer, "annotated.parquet", alpha=0.25)`.
 
-It serves `stage: dpo` in the process that calls it: with `use_ray` or `use_mca` other trainers train, without T-REG.
-Read and run against LLaMA-Factory 0.9.4 and 0.9.5.
+It serves `stage: dpo` in the process that calls it: with `use_ray` or `use_mca` other trainers
+train, without T-REG. Read and run against LLaMA-Factory 0.9.4 and 0.9.5.
 
 B pairs, T padded length.
 """
@@ -22,28 +23,37 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from treg.data import TokenRewards
 from treg.heads import install_head
+from treg.heads.logprobs import token_logprobs
 from treg.integrations.common import parameters_of, rewards_source
-from treg.modeling import token_logprobs
-from treg.regularizer import token_regularizer
+from treg.losses.regularizer import token_regularizer
+from treg.rewards.lookup import TokenRewards
 
 FIRST, BEFORE = Version("0.9.4"), Version("0.10")
 AVERAGED = ("ipo", "orpo", "simpo")  # of LLaMA-Factory's pref_loss: mean log-probs in place of sums
 INTERFACE = {
     "concatenated_forward": ["self", "model", "batch", "is_ref_model"],
-    "compute_preference_loss": ["self", "policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps",
-                                "reference_rejected_logps"],
+    "compute_preference_loss": [
+        "self",
+        "policy_chosen_logps",
+        "policy_rejected_logps",
+        "reference_chosen_logps",
+        "reference_rejected_logps",
+    ],
     "get_batch_loss_metrics": ["self", "model", "batch", "train_eval"],
-}  # fmt: skip
+}
 
 
-def patch(token_rewards: str | Path | TokenRewards | None, *, alpha: float = 0.25, tail: int = 0) -> None:
-    """From now on `llamafactory.train.dpo.trainer.CustomDPOTrainer`, which run_dpo looks up there, is T-REG's.
+def patch(
+    token_rewards: str | Path | TokenRewards | None, *, alpha: float = 0.25, tail: int = 0
+) -> None:
+    """From now on `llamafactory.train.dpo.trainer.CustomDPOTrainer`, which run_dpo looks up there,
+    is T-REG's.
 
     Args: as of `make_trainer`. A second call takes the place of the first; `unpatch` undoes it.
     Raises:
-        ImportError: LLaMA-Factory is not installed. RuntimeError: a version of it that has not been tried.
+        ImportError: LLaMA-Factory is not installed. RuntimeError: a version of it that has not been
+            tried.
     """
     module = _trainer_module()
     original = getattr(module.CustomDPOTrainer, "_treg_base", module.CustomDPOTrainer)
@@ -53,37 +63,48 @@ def patch(token_rewards: str | Path | TokenRewards | None, *, alpha: float = 0.2
 def unpatch() -> None:
     """LLaMA-Factory's own trainer is back. Does nothing without a `patch` before."""
     module = _trainer_module()
-    module.CustomDPOTrainer = getattr(module.CustomDPOTrainer, "_treg_base", module.CustomDPOTrainer)
+    module.CustomDPOTrainer = getattr(
+        module.CustomDPOTrainer, "_treg_base", module.CustomDPOTrainer
+    )
 
 
 def make_trainer(
-    base: type, token_rewards: str | Path | TokenRewards | None, *, alpha: float = 0.25, tail: int = 0
+    base: type,
+    token_rewards: str | Path | TokenRewards | None,
+    *,
+    alpha: float = 0.25,
+    tail: int = 0,
 ) -> type:
-    """A subclass of LLaMA-Factory's CustomDPOTrainer whose loss is CustomDPOTrainer's own plus R, without its logits.
+    """A subclass of LLaMA-Factory's CustomDPOTrainer whose loss is CustomDPOTrainer's own plus R,
+    without its logits.
 
-        R = -alpha * sum_t c_t rhat_t lp_t,   c_t = | d L / d lp_t |      (see `treg.regularizer.token_regularizer`)
+        R = -alpha * sum_t c_t rhat_t lp_t,   c_t = | d L / d lp_t |      (see `treg.losses.regularizer.token_regularizer`)
 
-    L is the preference loss of pref_loss, with ld_alpha, dpo_label_smoothing and pref_bco_weight as they are set. The
-    likelihood terms (pref_ftx, and the one inside orpo) have no part in c_t. Evaluation, which has no gradients,
-    reports CustomDPOTrainer's own loss.
+    L is the preference loss of pref_loss, with ld_alpha, dpo_label_smoothing and pref_bco_weight as
+    they are set. The likelihood terms (pref_ftx, and the one inside orpo) have no part in c_t.
+    Evaluation, which has no gradients, reports CustomDPOTrainer's own loss.
 
-    Differs from CustomDPOTrainer: logits/chosen and logits/rejected are means over scored tokens, not over every
-    position. treg/reg_loss is logged: L_reg, a mean over pairs, before alpha and the weight.
+    Differs from CustomDPOTrainer: logits/chosen and logits/rejected are means over scored tokens,
+    not over every position. treg/reg_loss is logged: L_reg, a mean over pairs, before alpha and the
+    weight.
 
     Args:
         base: llamafactory.train.dpo.trainer.CustomDPOTrainer, or a subclass.
-        token_rewards: an annotated file; rewards are found by the token ids of a sequence. None: alpha must be 0.
-        alpha: >= 0; 0 is the trainer's own loss. tail: tokens at the end of a sequence that may differ from the
-            annotated ones, see `treg.data.TokenRewards`.
+        token_rewards: an annotated file; rewards are found by the token ids of a sequence. None:
+            alpha must be 0.
+        alpha: >= 0; 0 is the trainer's own loss. tail: tokens at the end of a sequence that may
+            differ from the annotated ones, see `treg.rewards.lookup.TokenRewards`.
     Raises:
-        TypeError: a class without CustomDPOTrainer's methods. ValueError: a bad alpha; in training: a head that cannot
-        be read, a sequence that was not annotated.
+        TypeError: a class without CustomDPOTrainer's methods. ValueError: a bad alpha; in training:
+        a head that cannot be read, a sequence that was not annotated.
     """
     for name, expected in INTERFACE.items():
         found = parameters_of(base, name)
         if found != expected:
-            raise TypeError(f"base: expected LLaMA-Factory's CustomDPOTrainer with {name}({', '.join(expected)}), "
-                            f"got {base.__name__} with {found}")  # fmt: skip
+            raise TypeError(
+                f"base: expected LLaMA-Factory's CustomDPOTrainer with {name}({', '.join(expected)}), "
+                f"got {base.__name__} with {found}"
+            )
     source = rewards_source(token_rewards, alpha, tail)
 
     class TRegDPOTrainer(base):
@@ -115,7 +136,9 @@ def make_trainer(
                 "rejected_logps": rejected,
                 "chosen_logits": logits[0],  # their mean is all that is read of them
                 "rejected_logits": logits[1],
-                "chosen_logps_avg": chosen if self.loss_type in AVERAGED else chosen / length.chunk(2)[0],
+                "chosen_logps_avg": chosen
+                if self.loss_type in AVERAGED
+                else chosen / length.chunk(2)[0],
             }
 
         def compute_preference_loss(self, policy_chosen_logps, *logps):
@@ -131,17 +154,24 @@ def make_trainer(
 
         def get_batch_loss_metrics(self, model, batch, train_eval="train"):
             loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval)
-            (term, reg), self._treg_seen, self._treg_term = self._treg_term or (None, None), None, None
-            return (loss, metrics) if term is None else (loss + term, metrics | {"treg/reg_loss": reg})
+            (term, reg), self._treg_seen, self._treg_term = (
+                self._treg_term or (None, None),
+                None,
+                None,
+            )
+            return (
+                (loss, metrics) if term is None else (loss + term, metrics | {"treg/reg_loss": reg})
+            )
 
     return TRegDPOTrainer
 
 
 def _pair_weights(scored: Tensor, ld_alpha: float | None) -> Tensor:
-    """[2B, T-1] float32: 1 at scored tokens, ld_alpha at those beyond the length of the shorter one of their pair.
+    """[2B, T-1] float32: 1 at scored tokens, ld_alpha at those beyond the length of the shorter one
+    of their pair.
 
-    Length-desensitised DPO, arXiv 2409.06411. Differs: as in LLaMA-Factory, lengths count places from the first scored
-    one, whether those between are scored or not.
+    Length-desensitised DPO, arXiv 2409.06411. Differs: as in LLaMA-Factory, lengths count places
+    from the first scored one, whether those between are scored or not.
     """
     if ld_alpha is None:
         return scored.float()
@@ -161,5 +191,7 @@ def _trainer_module() -> Any:
         ) from error
     if not FIRST <= Version(version) < BEFORE:
         fix = "install one of these, or make the class with make_trainer, which checks its methods only"
-        raise RuntimeError(f"llamafactory: expected a version >= {FIRST} and < {BEFORE}, got {version}; {fix}")
+        raise RuntimeError(
+            f"llamafactory: expected a version >= {FIRST} and < {BEFORE}, got {version}; {fix}"
+        )
     return module

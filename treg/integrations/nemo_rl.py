@@ -22,28 +22,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treg.data import TokenRewards
-from treg.regularizer import token_regularizer
+from treg.losses.regularizer import token_regularizer
+from treg.rewards.lookup import TokenRewards
 
 # NeMo-RL cuts the newline after the last turn, and may end it with the end-of-sequence token
 TAIL = 1
 
 
 class TRegLossFn:
-    """NeMo-RL's DPOLossFn plus `treg.regularizer.token_regularizer`.
+    """NeMo-RL's DPOLossFn plus `treg.losses.regularizer.token_regularizer`.
 
         L = DPOLossFn + R       R = -alpha * sum_t c_t rhat_t lp_t,   c_t = | d L_pref / d lp_t |
 
-    L_pref is DPOLossFn without its sft loss, weighted and normalised (by global_valid_seqs / 2) as there. Everything
-    else (loss_type, input_type, metric_normalizations, ...) is the attribute of the DPOLossFn inside.
+    L_pref is DPOLossFn without its sft loss, weighted and normalised (by global_valid_seqs / 2) as
+    there. Everything else (loss_type, input_type, metric_normalizations, ...) is the attribute of
+    the DPOLossFn inside.
 
     Args:
-        cfg: as of DPOLossFn, a mapping or an object; read here are treg_alpha (0.25), treg_token_rewards (an annotated
-            file; None: the batch has a column `token_rewards`, [B, S], rhat of the token at each place) and treg_tail
-            (1; see `treg.data.TokenRewards`).
+        cfg: as of DPOLossFn, a mapping or an object; read here are treg_alpha (0.25),
+            treg_token_rewards (an annotated file; None: the batch has a column `token_rewards`, [B,
+            S], rhat of the token at each place) and treg_tail (1; see
+            `treg.rewards.lookup.TokenRewards`).
         args, kwargs: the other arguments of DPOLossFn.
     Raises:
-        ImportError: NeMo-RL is not installed. ValueError: an alpha < 0; when called: sequences without rewards.
+        ImportError: NeMo-RL is not installed. ValueError: an alpha < 0; when called: sequences
+            without rewards.
     """
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any):
@@ -51,7 +54,8 @@ class TRegLossFn:
         self.alpha, path = option("treg_alpha", 0.25), option("treg_token_rewards", None)
         if not self.alpha >= 0:
             raise ValueError(f"treg_alpha: expected a number >= 0, got {self.alpha!r}")
-        # workers have other working directories; the file is read by each of them, not sent with every step
+        # workers have other working directories; the file is read by each of them, not sent with
+        # every step
         self.file = None if path is None else (str(Path(path).resolve()), option("treg_tail", TAIL))
         if self.file is not None:
             _token_rewards(*self.file)
@@ -64,19 +68,32 @@ class TRegLossFn:
             raise AttributeError(name)
         return getattr(self.base, name)
 
-    def __call__(self, next_token_logprobs: Tensor, data: Mapping[str, Tensor], global_valid_seqs: Tensor,
-                 global_valid_toks: Tensor | None, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-        """The loss and DPOLossFn's metrics with `treg_loss`, R; without gradients (validation) DPOLossFn's own.
+    def __call__(
+        self,
+        next_token_logprobs: Tensor,
+        data: Mapping[str, Tensor],
+        global_valid_seqs: Tensor,
+        global_valid_toks: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss and DPOLossFn's metrics with `treg_loss`, R; without gradients (validation)
+        DPOLossFn's own.
 
-        Args: next_token_logprobs [B, S-1]; of data [B, S] input_ids, token_mask, reference_policy_logprobs, and [B]
-            sample_mask, input_lengths; chosen and rejected in turn. A sequence that sample_mask leaves out needs no
-            rewards.
+        Args: next_token_logprobs [B, S-1]; of data [B, S] input_ids, token_mask,
+            reference_policy_logprobs, and [B] sample_mask, input_lengths; chosen and rejected in
+            turn. A sequence that sample_mask leaves out needs no rewards.
         """
-        inputs = {"data": data, "global_valid_seqs": global_valid_seqs, "global_valid_toks": global_valid_toks} | kwargs
+        inputs = {
+            "data": data,
+            "global_valid_seqs": global_valid_seqs,
+            "global_valid_toks": global_valid_toks,
+        } | kwargs
         loss, metrics = self.base(next_token_logprobs, **inputs)
         if not loss.requires_grad or not self.alpha:
             return loss, metrics
-        objective = self.preference(next_token_logprobs, **inputs)[0] if self.base.sft_loss_weight else loss
+        objective = (
+            self.preference(next_token_logprobs, **inputs)[0] if self.base.sft_loss_weight else loss
+        )
         rewards = self._rewards(data)[:, 1:].to(next_token_logprobs.device)
         term = token_regularizer(objective, next_token_logprobs, rewards, self.alpha)
         loss = loss + term
@@ -88,16 +105,24 @@ class TRegLossFn:
         if "token_rewards" in data:
             rewards = data["token_rewards"]
             if rewards.shape != ids.shape:
-                raise ValueError(f"token_rewards: expected the shape of input_ids {list(ids.shape)}, "
-                                 f"got {list(rewards.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"token_rewards: expected the shape of input_ids {list(ids.shape)}, "
+                    f"got {list(rewards.shape)}"
+                )
             return rewards
         if self.file is None:
             fix = "set dpo.treg_token_rewards to an annotated file, or add the column token_rewards [B, S]"
-            raise ValueError(f"token_rewards: expected rewards of the batch's tokens, got none; {fix}")
-        valid = data["sample_mask"] > 0  # NeMo-RL cuts examples that are too long to a few tokens, and masks them
+            raise ValueError(
+                f"token_rewards: expected rewards of the batch's tokens, got none; {fix}"
+            )
+        valid = (
+            data["sample_mask"] > 0
+        )  # NeMo-RL cuts examples that are too long to a few tokens, and masks them
         rewards = torch.zeros(ids.shape, device=ids.device)
         if bool(valid.any()):
-            mask = torch.arange(ids.shape[1], device=ids.device) < data["input_lengths"][valid, None]
+            mask = (
+                torch.arange(ids.shape[1], device=ids.device) < data["input_lengths"][valid, None]
+            )
             rewards[valid] = _token_rewards(*self.file)(ids[valid], mask)
         return rewards
 
@@ -111,5 +136,7 @@ def _dpo_loss_fn() -> type:
     try:
         from nemo_rl.algorithms.loss.loss_functions import DPOLossFn
     except ImportError as error:
-        raise ImportError(f"nemo_rl: expected NeMo-RL, with nemo_rl.algorithms.loss: {error}") from error
+        raise ImportError(
+            f"nemo_rl: expected NeMo-RL, with nemo_rl.algorithms.loss: {error}"
+        ) from error
     return DPOLossFn

@@ -1,15 +1,18 @@
-"""ms-swift's DPO with T-REG, and with log-probs from treg's head in place of logits. A plugin file, say treg_plugin.py:
+"""ms-swift's DPO with T-REG, and with log-probs from treg's head in place of logits. A plugin file,
+say treg_plugin.py:
 
     from treg.integrations.swift import patch
 
     patch("annotated.parquet", alpha=0.25)
 
-and then `swift rlhf --rlhf_type dpo --external_plugins treg_plugin.py ...`, which imports it in every process; padded,
-`--padding_free` or `--packing`. In Python: `make_trainer(swift.rlhf_trainers.DPOTrainer, "annotated.parquet")`.
+and then `swift rlhf --rlhf_type dpo --external_plugins treg_plugin.py ...`, which imports it in
+every process; padded, `--padding_free` or `--packing`. In Python:
+`make_trainer(swift.rlhf_trainers.DPOTrainer, "annotated.parquet")`.
 
-Token rewards and ms-swift's `loss_scale`: `loss_scale_of_rewards`, `token_weights_of_loss_scale`. What ms-swift has no
-place for: rewards in a plugged-in SFT loss (`loss_map`), which sees no prompt to find them by, and in a LossScale
-plugin, which sees text and not tokens. Read against ms-swift 4.0.4, 4.4.2, 4.5.3 and 4.6.0, and run against 4.6.0.
+Token rewards and ms-swift's `loss_scale`: `loss_scale_of_rewards`, `token_weights_of_loss_scale`.
+What ms-swift has no place for: rewards in a plugged-in SFT loss (`loss_map`), which sees no prompt
+to find them by, and in a LossScale plugin, which sees text and not tokens. Read against ms-swift
+4.0.4, 4.4.2, 4.5.3 and 4.6.0, and run against 4.6.0.
 
 B pairs; S sequences of padded length T, or S = 1 row of all sequences one after the other.
 """
@@ -25,11 +28,11 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from treg.data import TokenRewards
 from treg.heads import install_head
+from treg.heads.logprobs import token_logprobs
 from treg.integrations.common import parameters_of, rewards_source
-from treg.modeling import token_logprobs
-from treg.regularizer import token_regularizer
+from treg.losses.regularizer import token_regularizer
+from treg.rewards.lookup import TokenRewards
 
 FIRST, BEFORE = Version("4.0"), Version("5")
 OWN = "swift.rlhf_trainers.DPOTrainer"
@@ -44,19 +47,26 @@ TRegDPOTrainer: type | None = None  # what `patch` made, and ms-swift looks up h
 
 
 def patch(
-    token_rewards: str | Path | TokenRewards | None, *, alpha: float = 0.25, tail: int = 0, loss_scale: bool = False
+    token_rewards: str | Path | TokenRewards | None,
+    *,
+    alpha: float = 0.25,
+    tail: int = 0,
+    loss_scale: bool = False,
 ) -> None:
     """From now on ms-swift's TrainerFactory names T-REG's trainer for `--rlhf_type dpo`.
 
     Args: as of `make_trainer`. A second call takes the place of the first; `unpatch` undoes it.
     Raises:
-        ImportError: ms-swift is not installed. RuntimeError: a version of it that has not been read.
+        ImportError: ms-swift is not installed. RuntimeError: a version of it that has not been
+            read.
     """
     global TRegDPOTrainer
     factory = _factory()
     from swift.rlhf_trainers import DPOTrainer
 
-    TRegDPOTrainer = make_trainer(DPOTrainer, token_rewards, alpha=alpha, tail=tail, loss_scale=loss_scale)
+    TRegDPOTrainer = make_trainer(
+        DPOTrainer, token_rewards, alpha=alpha, tail=tail, loss_scale=loss_scale
+    )
     factory.TRAINER_MAPPING["dpo"] = f"{__name__}.{TRegDPOTrainer.__name__}"
 
 
@@ -75,37 +85,42 @@ def make_trainer(
     tail: int = 0,
     loss_scale: bool = False,
 ) -> type:
-    """A subclass of ms-swift's DPOTrainer whose loss is DPOTrainer's own plus R, without its logits.
+    """A subclass of ms-swift's DPOTrainer whose loss is DPOTrainer's own plus R, without its
+    logits.
 
-        R = -alpha * sum_t c_t rhat_t lp_t,   c_t = | d L / d lp_t |      (see `treg.regularizer.token_regularizer`)
+        R = -alpha * sum_t c_t rhat_t lp_t,   c_t = | d L / d lp_t |      (see `treg.losses.regularizer.token_regularizer`)
 
-    L is the preference loss: loss_type (one or several), label_smoothing, ld_alpha and f_divergence_type as they are
-    set. The likelihood terms (rpo_alpha, loss_type sft) have no part in c_t. Evaluation, which has no gradients,
-    reports DPOTrainer's own loss. treg/reg_loss is logged: -beta sum_t rhat_t lp_t, a mean over pairs, before alpha and
-    the weight.
+    L is the preference loss: loss_type (one or several), label_smoothing, ld_alpha and
+    f_divergence_type as they are set. The likelihood terms (rpo_alpha, loss_type sft) have no part
+    in c_t. Evaluation, which has no gradients, reports DPOTrainer's own loss. treg/reg_loss is
+    logged: -beta sum_t rhat_t lp_t, a mean over pairs, before alpha and the weight.
 
-    Where concatenated_forward calls the model it gets, in the place of logits, the log-prob and the mean logit of each
-    place, made inside the model's forward; get_per_token_logps, which would take them from logits, hands them on. All
-    else is DPOTrainer's. use_logits_to_keep has no effect: only scored tokens go through the head anyway.
+    Where concatenated_forward calls the model it gets, in the place of logits, the log-prob and the
+    mean logit of each place, made inside the model's forward; get_per_token_logps, which would take
+    them from logits, hands them on. All else is DPOTrainer's. use_logits_to_keep has no effect:
+    only scored tokens go through the head anyway.
 
     Args:
         base: swift.rlhf_trainers.DPOTrainer, or a subclass.
-        token_rewards: an annotated file; rewards are found by the token ids of a sequence. None: alpha must be 0.
-        alpha: >= 0; 0 is the trainer's own loss. tail: tokens at the end of a sequence that may differ from the
-            annotated ones, see `treg.data.TokenRewards`.
-        loss_scale: weigh each token's log-prob, of policy and reference, by the template's loss_scale (u_t in the
-            margin, see `treg.losses.treg_loss`). DPOTrainer itself takes no notice of it; so a batch that has one is
-            refused otherwise.
+        token_rewards: an annotated file; rewards are found by the token ids of a sequence. None:
+            alpha must be 0.
+        alpha: >= 0; 0 is the trainer's own loss. tail: tokens at the end of a sequence that may
+            differ from the annotated ones, see `treg.rewards.lookup.TokenRewards`.
+        loss_scale: weigh each token's log-prob, of policy and reference, by the template's
+            loss_scale (u_t in the margin, see `treg.losses.treg_loss`). DPOTrainer itself takes no
+            notice of it; so a batch that has one is refused otherwise.
     Raises:
-        TypeError: a class without DPOTrainer's methods. ValueError: a bad alpha; what cannot be served: multimodal and
-        encoder-decoder models, sequence parallelism, router_aux_loss_coef > 0; in training: a sequence that was not
-        annotated.
+        TypeError: a class without DPOTrainer's methods. ValueError: a bad alpha; what cannot be
+        served: multimodal and encoder-decoder models, sequence parallelism, router_aux_loss_coef >
+        0; in training: a sequence that was not annotated.
     """
     for name, expected in INTERFACE.items():
         found = parameters_of(base, name)
         if found[: len(expected)] != expected:
-            raise TypeError(f"base: expected ms-swift's DPOTrainer with {name}({', '.join(expected)}, ...), "
-                            f"got {base.__name__} with {found}")  # fmt: skip
+            raise TypeError(
+                f"base: expected ms-swift's DPOTrainer with {name}({', '.join(expected)}, ...), "
+                f"got {base.__name__} with {found}"
+            )
     source = rewards_source(token_rewards, alpha, tail)
 
     class TRegDPOTrainer(base):
@@ -123,7 +138,9 @@ def make_trainer(
                 ("router_aux_loss_coef > 0", getattr(self, "aux_loss_enabled", False)),
             ):
                 if found:
-                    raise ValueError(f"expected a text model on its own, got {what}, which T-REG cannot serve here")
+                    raise ValueError(
+                        f"expected a text model on its own, got {what}, which T-REG cannot serve here"
+                    )
             self._treg_seen: Any = None  # of the policy's last forward
 
         def get_use_logits_to_keep(self, *args, **kwargs):
@@ -138,7 +155,9 @@ def make_trainer(
                 seen.append(found.logprobs)
                 logps = found.logprobs if weights is None else found.logprobs * weights
                 # at place t what predicts token t + 1, as labels rolled by -1 have it
-                return SimpleNamespace(logits=F.pad(torch.stack([logps, found.mean_logit], -1), (0, 0, 0, 1)))
+                return SimpleNamespace(
+                    logits=F.pad(torch.stack([logps, found.mean_logit], -1), (0, 0, 0, 1))
+                )
 
             output = super().concatenated_forward(scores, batch, is_ref_model)
             if not is_ref_model:
@@ -171,12 +190,14 @@ def make_trainer(
 
 
 def loss_scale_of_rewards(token_rewards: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    """The `loss_scale` of a batch for ms-swift's SFT loss, sum_t u_t (-lp_t): u_t = 1 + alpha * rhat_t.
+    """The `loss_scale` of a batch for ms-swift's SFT loss, sum_t u_t (-lp_t): u_t = 1 + alpha *
+    rhat_t.
 
     Like labels, it is not shifted: ms-swift's trainer rolls it by -1 itself, beside the labels.
 
     Args:
-        token_rewards: [S, T], rhat of the token at each place, as `treg.data.TokenRewards` gives it.
+        token_rewards: [S, T], rhat of the token at each place, as
+            `treg.rewards.lookup.TokenRewards` gives it.
         labels: [S, T] int64, -100 where not scored. alpha: >= 0.
     Returns:
         [S, T] float32, 0 where not scored.
@@ -189,12 +210,16 @@ def loss_scale_of_rewards(token_rewards: Tensor, labels: Tensor, alpha: float) -
         )
     scale = torch.where(labels == -100, 0.0, 1 + alpha * token_rewards.float())
     if not bool((scale >= 0).all()):
-        raise ValueError(f"alpha: expected 1 + alpha * rhat >= 0 at every token, got {scale.min()} for alpha={alpha}")
+        raise ValueError(
+            f"alpha: expected 1 + alpha * rhat >= 0 at every token, got {scale.min()} for alpha={alpha}"
+        )
     return scale
 
 
 def token_weights_of_loss_scale(loss_scale: Tensor) -> Tensor:
-    """u_t of `treg.losses.treg_loss`, aligned with `treg.modeling.token_logprobs`: [S, T] as in a batch -> [S, T-1]."""
+    """u_t of `treg.losses.treg_loss`, aligned with `treg.heads.logprobs.token_logprobs`: [S, T] as
+    in a batch -> [S, T-1].
+    """
     return loss_scale[:, 1:]
 
 
@@ -202,7 +227,9 @@ def _weights(batch: dict, *, wanted: bool) -> Tensor | None:
     scale = batch.get("loss_scale")
     if scale is not None and not wanted:
         fix = "give patch loss_scale=True to weigh log-probs by it, or train with --is_binary_loss_scale true"
-        raise ValueError(f"loss_scale: expected none, as ms-swift's DPO does not use it, got a tensor; {fix}")
+        raise ValueError(
+            f"loss_scale: expected none, as ms-swift's DPO does not use it, got a tensor; {fix}"
+        )
     return None if scale is None else token_weights_of_loss_scale(scale)
 
 
@@ -223,8 +250,12 @@ def _factory() -> Any:
         version = importlib.metadata.version("ms-swift")
         from swift.trainers.trainer_factory import TrainerFactory
     except ImportError as error:
-        raise ImportError(f"swift: expected ms-swift to be installed (pip install ms-swift): {error}") from error
+        raise ImportError(
+            f"swift: expected ms-swift to be installed (pip install ms-swift): {error}"
+        ) from error
     if not FIRST <= Version(version) < BEFORE:
         fix = "install one of these, or make the class with make_trainer, which checks its methods only"
-        raise RuntimeError(f"swift: expected ms-swift >= {FIRST} and < {BEFORE}, got {version}; {fix}")
+        raise RuntimeError(
+            f"swift: expected ms-swift >= {FIRST} and < {BEFORE}, got {version}; {fix}"
+        )
     return TrainerFactory

@@ -1,4 +1,5 @@
-"""verl: treg's log-probs and entropies in the place of its fused head, and T-REG's token rewards as its rewards.
+"""verl: treg's log-probs and entropies in the place of its fused head, and T-REG's token rewards as
+its rewards.
 
 A module that verl imports in each of its workers, say treg_verl.py on their PYTHONPATH:
 
@@ -10,9 +11,10 @@ A module that verl imports in each of its workers, say treg_verl.py on their PYT
 and on the command line of verl.trainer.main_ppo:
 
     actor_rollout_ref.model.external_lib=treg_verl
-    reward.reward_manager.source=importlib reward.reward_manager.module.path=pkg://treg.integrations.verl
-    reward.reward_manager.name=TRegRewardManager
-    +reward.reward_kwargs.treg.model=REFERENCE +reward.reward_kwargs.treg.alpha=0.1
+    reward.reward_manager.source=importlib
+    reward.reward_manager.module.path=pkg://treg.integrations.verl
+    reward.reward_manager.name=TRegRewardManager +reward.reward_kwargs.treg.model=REFERENCE
+    +reward.reward_kwargs.treg.alpha=0.1
 
 Written against verl 0.9.1, whose kernel's signature is the same on its main branch of August 2026.
 
@@ -34,10 +36,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from treg.data import Pair, Preference, TokenRewards
+from treg.data import Pair, Preference
 from treg.ops import VocabShard, linear_logprobs
 from treg.rewards import ContrastivePrompts, contrastive_rewards
-from treg.scorer import Scorer, content_length
+from treg.rewards.lookup import TokenRewards
+from treg.rewards.scorer import Scorer, content_length
 
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
 SIGNATURE = ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]
@@ -46,17 +49,21 @@ ENTROPY_BYTES = 256 << 20  # temporaries of the gradient of entropies
 
 
 def install_op() -> None:
-    """Put `linear_cross_entropy` where verl looks its own up: in its module, and in those that have imported it.
+    """Put `linear_cross_entropy` where verl looks its own up: in its module, and in those that have
+    imported it.
 
     Raises:
-        ImportError: verl is not installed, or has no such kernel. RuntimeError: a version with another signature.
+        ImportError: verl is not installed, or has no such kernel. RuntimeError: a version with
+            another signature.
     """
     kernel = _import(KERNEL)
     function = getattr(kernel, "LinearCrossEntropy", None)
     found = list(inspect.signature(function.forward).parameters)[1:] if function else None
     if found != SIGNATURE:
-        raise RuntimeError(f"verl: expected linear_cross_entropy({', '.join(SIGNATURE)}), as of verl 0.9, got {found} "
-                           f"in version {_version()}")  # fmt: skip
+        raise RuntimeError(
+            f"verl: expected linear_cross_entropy({', '.join(SIGNATURE)}), as of verl 0.9, got {found} "
+            f"in version {_version()}"
+        )
     original = kernel.linear_cross_entropy
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is original:
@@ -71,20 +78,23 @@ def linear_cross_entropy(
     reduction: str | None = "none",
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's fused head by treg: log-probs of labels and entropies, both with exact gradients, without [N, V] logits.
+    """verl's fused head by treg: log-probs of labels and entropies, both with exact gradients,
+    without [N, V] logits.
 
         z = h W^T / temperature     lp = z[y] - lse z     H = -sum_v p_v log p_v,   dH/dz_v = -p_v (log p_v + H)
 
-    The gradient through H (entropy_coeff) costs two more matrix products a row and a third to make the logits again,
-    and nothing where it is 0 throughout. Any D is fine; verl's kernel wants a multiple of 128.
+    The gradient through H (entropy_coeff) costs two more matrix products a row and a third to make
+    the logits again, and nothing where it is 0 throughout. Any D is fine; verl's kernel wants a
+    multiple of 128.
 
     Args:
-        hidden: [N, D], or [..., D] with labels [...]. weight: [V, D]; with a group, this process' V / size rows.
+        hidden: [N, D], or [..., D] with labels [...]. weight: [V, D]; with a group, this process' V
+            / size rows.
         labels: int64, already rolled. -100: log-prob and entropy 0, which verl leaves undefined.
         reduction: of the log-probs: "none", "sum" or "mean".
-        dist_process_group: over which the vocabulary is split evenly, or None. As in verl, each process then gets all
-            log-probs and a share of the gradient of hidden, and the gradient is the sum over the group, which Megatron
-            takes with sequence_parallel=True.
+        dist_process_group: over which the vocabulary is split evenly, or None. As in verl, each
+            process then gets all log-probs and a share of the gradient of hidden, and the gradient
+            is the sum over the group, which Megatron takes with sequence_parallel=True.
     Returns:
         log-probs [N] (or a scalar) and entropies [N], float32, nats; flat, whatever hidden's shape.
     Raises:
@@ -100,14 +110,26 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     # the gradient of entropies makes the same logits again: neither may be rounded
-    exact = {"logits_dtype": torch.float32} if (device, hidden.dtype) == ("cpu", torch.bfloat16) else {}
-    rows, shard, size = hidden, None, 1 if dist_process_group is None else dist.get_world_size(dist_process_group)
+    exact = (
+        {"logits_dtype": torch.float32} if (device, hidden.dtype) == ("cpu", torch.bfloat16) else {}
+    )
+    rows, shard, size = (
+        hidden,
+        None,
+        1 if dist_process_group is None else dist.get_world_size(dist_process_group),
+    )
     if size > 1:
         shard, rows = VocabShard.even(weight, dist_process_group), hidden.view_as(hidden)
         if rows.requires_grad:
             rows.register_hook(lambda grad: grad / size)  # which the op has summed over the group
     found = linear_logprobs(
-        rows, weight, labels, temperature=temperature, outputs=("lse", "entropy"), shard=shard, **exact
+        rows,
+        weight,
+        labels,
+        temperature=temperature,
+        outputs=("lse", "entropy"),
+        shard=shard,
+        **exact,
     )
     entropy = _Entropy.apply(hidden, weight, labels, found.lse, found.entropy, temperature)
     return REDUCTIONS[reduction](found.logprobs), entropy
@@ -136,14 +158,29 @@ class _Entropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for i in range(0, hidden.shape[0], step):
                 rows = slice(i, i + step)
-                logp = _logits(hidden[rows], weight, lse.dtype).div_(ctx.temperature).sub_(lse[rows, None])
-                slope = logp.exp().mul_(logp.add_(entropy[rows, None])).mul_(-grad[rows, None] / ctx.temperature)
+                logp = (
+                    _logits(hidden[rows], weight, lse.dtype)
+                    .div_(ctx.temperature)
+                    .sub_(lse[rows, None])
+                )
+                slope = (
+                    logp.exp()
+                    .mul_(logp.add_(entropy[rows, None]))
+                    .mul_(-grad[rows, None] / ctx.temperature)
+                )
                 slope = slope.to(weight.dtype)
                 if dhidden is not None:
                     dhidden[rows] = slope @ weight
                 if dweight is not None:
                     dweight += slope.T @ hidden[rows]
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
+        return (
+            dhidden,
+            None if dweight is None else dweight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,16 +193,20 @@ def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def install_token_scores() -> None:
     """Let the scores of `TRegRewardManager` through where verl scores responses as they come.
 
-    verl's agent loop takes one number for a response and puts it at its last token; with this it takes a list, one
-    number for each token. Where verl scores whole batches, `TRegRewardManager.assemble_rm_scores` is all it needs.
+    verl's agent loop takes one number for a response and puts it at its last token; with this it
+    takes a list, one number for each token. Where verl scores whole batches,
+    `TRegRewardManager.assemble_rm_scores` is all it needs.
 
     Raises:
-        ImportError: verl is not installed. RuntimeError: a version whose AgentLoopOutput has no as_dict.
+        ImportError: verl is not installed. RuntimeError: a version whose AgentLoopOutput has no
+            as_dict.
     """
     output_type = _import("verl.experimental.agent_loop.agent_loop").AgentLoopOutput
     original = getattr(output_type, "as_dict", None)
     if original is None:
-        raise RuntimeError(f"verl: expected AgentLoopOutput.as_dict, as of verl 0.9, got version {_version()}")
+        raise RuntimeError(
+            f"verl: expected AgentLoopOutput.as_dict, as of verl 0.9, got version {_version()}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         scores = self.reward_score
@@ -182,9 +223,10 @@ def install_token_scores() -> None:
 class RewardOptions:
     """What stands under reward.reward_kwargs.treg in verl's configuration.
 
-    alpha: >= 0. model: a causal LM with the policy's tokenizer, which judges responses; or annotated: a file of
-    `treg annotate`, where the responses are not the policy's own, and tail (see `treg.data.TokenRewards`).
-    base: the reward manager that gives the score of a response. device, tokens_per_batch: of the model.
+    alpha: >= 0. model: a causal LM with the policy's tokenizer, which judges responses; or
+    annotated: a file of `treg annotate`, where the responses are not the policy's own, and tail
+    (see `treg.rewards.lookup.TokenRewards`). base: the reward manager that gives the score of a
+    response. device, tokens_per_batch: of the model.
     """
 
     alpha: float = 0.1
@@ -197,7 +239,9 @@ class RewardOptions:
 
     def __post_init__(self):
         if not self.alpha >= 0:
-            raise ValueError(f"reward_kwargs.treg.alpha: expected a number >= 0, got {self.alpha!r}")
+            raise ValueError(
+                f"reward_kwargs.treg.alpha: expected a number >= 0, got {self.alpha!r}"
+            )
         if (self.model is None) == (self.annotated is None):
             raise ValueError(
                 "reward_kwargs.treg: expected a model that judges responses, or an annotated file, got "
@@ -210,7 +254,9 @@ class RewardOptions:
         given = dict(config.reward.get("reward_kwargs", {}).get("treg", {}))
         known = list(inspect.signature(cls).parameters)
         if unknown := given.keys() - set(known):
-            raise ValueError(f"reward_kwargs.treg: expected keys among {known}, got {sorted(unknown)}")
+            raise ValueError(
+                f"reward_kwargs.treg: expected keys among {known}, got {sorted(unknown)}"
+            )
         return cls(**given)
 
 
@@ -219,41 +265,61 @@ class TRegRewardManager:
 
         r_t = alpha * rhat_t + [t is the last token] * score(y)
 
-    rhat_t, in [-0.5, 0.5], is what `treg annotate` gives: how much likelier token t is in a better rewriting of the
-    response than in a worse one, by the model; 0 for what ends the response.
+    rhat_t, in [-0.5, 0.5], is what `treg annotate` gives: how much likelier token t is in a better
+    rewriting of the response than in a worse one, by the model; 0 for what ends the response.
 
-    GAE and REINFORCE++ take r_t as it is. GRPO, RLOO and whatever else sums the rewards of a response see
-    score + alpha * sum_t rhat_t: longer responses then weigh more, and no token is told from another.
+    GAE and REINFORCE++ take r_t as it is. GRPO, RLOO and whatever else sums the rewards of a
+    response see score + alpha * sum_t rhat_t: longer responses then weigh more, and no token is
+    told from another.
 
-    The interface is RewardManagerBase's of verl 0.9. Each of reward.num_workers processes loads the model once, when
-    the first response comes; they have a GPU only if Ray gives them one. reward_extra_info gains sequence_score and
-    token_reward, the two sums.
+    The interface is RewardManagerBase's of verl 0.9. Each of reward.num_workers processes loads the
+    model once, when the first response comes; they have a GPU only if Ray gives them one.
+    reward_extra_info gains sequence_score and token_reward, the two sums.
 
     Raises:
-        ValueError: options, several turns, images, a response without rewards or too long for the model.
+        ValueError: options, several turns, images, a response without rewards or too long for the
+            model.
     """
 
-    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, reward_router_address: str | None = None,
-                 reward_model_tokenizer: Any = None):  # fmt: skip
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        compute_score: Any,
+        reward_router_address: str | None = None,
+        reward_model_tokenizer: Any = None,
+    ):
         self.options, self.tokenizer = RewardOptions.of(config), tokenizer
         managers = _import("verl.experimental.reward_loop.reward_manager")
         self.base = managers.get_reward_manager_cls(self.options.base)(
-            config=config, tokenizer=tokenizer, compute_score=compute_score,
-            reward_router_address=reward_router_address, reward_model_tokenizer=reward_model_tokenizer,
-        )  # fmt: skip
-        self.template_kwargs = dict(config.get("data", {}).get("apply_chat_template_kwargs", None) or {})
+            config=config,
+            tokenizer=tokenizer,
+            compute_score=compute_score,
+            reward_router_address=reward_router_address,
+            reward_model_tokenizer=reward_model_tokenizer,
+        )
+        self.template_kwargs = dict(
+            config.get("data", {}).get("apply_chat_template_kwargs", None) or {}
+        )
         self.lock = threading.Lock()
         self.source: Any = None  # a Scorer or TokenRewards, once there is something to score
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """data: DataProto of one trajectory. reward_score: a list, r_t of each token of its last response."""
+        """data: DataProto of one trajectory. reward_score: a list, r_t of each token of its last
+        response.
+        """
         found = await self.base.run_single(data)
-        rewards = await asyncio.get_running_loop().run_in_executor(None, self.token_rewards, data[-1:][0])
+        rewards = await asyncio.get_running_loop().run_in_executor(
+            None, self.token_rewards, data[-1:][0]
+        )
         score = float(found["reward_score"])
         scores = self.options.alpha * rewards
         scores[-1] += score
         sums = {"sequence_score": score, "token_reward": float(rewards.sum())}
-        return {"reward_score": scores.tolist(), "reward_extra_info": {**found.get("reward_extra_info", {}), **sums}}
+        return {
+            "reward_score": scores.tolist(),
+            "reward_extra_info": {**found.get("reward_extra_info", {}), **sums},
+        }
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: Sequence[Sequence[float]]) -> Tensor:
@@ -271,10 +337,14 @@ class TRegRewardManager:
         if not len(response):
             raise ValueError("responses: expected at least one token, got an empty response")
         if (item.non_tensor_batch.get("__num_turns__") or 0) > 2:
-            raise ValueError("__num_turns__: expected a single answer, got several turns; what tools say has no reward")
+            raise ValueError(
+                "__num_turns__: expected a single answer, got several turns; what tools say has no reward"
+            )
         with self.lock:  # verl scores many responses at once
             if self.options.annotated is not None:
-                self.source = self.source or TokenRewards(self.options.annotated, tail=self.options.tail)
+                self.source = self.source or TokenRewards(
+                    self.options.annotated, tail=self.options.tail
+                )
                 return self.source(torch.cat([prompt, response])[None])[0, len(prompt) :]
             pair = self._pair(item.non_tensor_batch.get("raw_prompt"), prompt, response)
             if self.source is None:
@@ -284,7 +354,9 @@ class TRegRewardManager:
 
     def _pair(self, messages: Any, prompt: Tensor, response: Tensor) -> Pair:
         messages = None if messages is None else list(messages)
-        if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+        if not messages or not all(
+            isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages
+        ):
             raise ValueError(f"raw_prompt: expected messages of text, got {str(messages)[:200]}")
         answer = [{"role": "assistant", "content": ""}]  # a truncated pair is read from its ids
         row = Preference(messages, answer, answer, template_kwargs=self.template_kwargs)
@@ -296,16 +368,23 @@ class TRegRewardManager:
 
         device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype="auto").to(device)
-        return Scorer(model, self.tokenizer, ContrastivePrompts(), tokens_per_batch=self.options.tokens_per_batch,
-                      share_prefix=True)  # fmt: skip
+        return Scorer(
+            model,
+            self.tokenizer,
+            ContrastivePrompts(),
+            tokens_per_batch=self.options.tokens_per_batch,
+            share_prefix=True,
+        )
 
     def _judged(self, scorer: Scorer, pair: Pair) -> Tensor:
         ids = pair.chosen_ids.tolist()
         contexts = scorer.requests(pair, "chosen")
         need = max(map(len, contexts)) + len(ids) - 1
         if need > scorer.longest:
-            raise ValueError(f"responses: expected requests of up to {scorer.longest} tokens, the model's positions, "
-                             f"got {need}; lower data.max_response_length")  # fmt: skip
+            raise ValueError(
+                f"responses: expected requests of up to {scorer.longest} tokens, the model's positions, "
+                f"got {need}; lower data.max_response_length"
+            )
         ((better, worse),) = scorer.judge([(*contexts, ids)])
         rewards = contrastive_rewards(better, worse).float()
         rewards[content_length(ids, self.tokenizer) :] = 0.0
@@ -316,7 +395,9 @@ def _sequence(item: Any) -> tuple[Tensor, Tensor]:
     """Ids of prompt [P] and response [R] of a DataProtoItem, without padding."""
     prompt, response = item.batch["prompts"].cpu(), item.batch["responses"].cpu()
     lengths = [item.non_tensor_batch.get(name) for name in ("prompt_len", "response_len")]
-    if None not in lengths:  # of the agent loop, whose mask does not tell where padding lies between the two
+    if (
+        None not in lengths
+    ):  # of the agent loop, whose mask does not tell where padding lies between the two
         return prompt[: int(lengths[0])], response[: int(lengths[1])]
     mask = item.batch["attention_mask"].cpu().bool()
     return prompt[mask[: len(prompt)]], response[mask[len(prompt) :]]
@@ -325,7 +406,9 @@ def _sequence(item: Any) -> tuple[Tensor, Tensor]:
 def _checked(scores: Sequence[float], length: int) -> Tensor:
     if not isinstance(scores, list) or len(scores) != length:
         got = f"{len(scores)} scores" if isinstance(scores, list) else type(scores).__name__
-        raise ValueError(f"reward_score: expected a list of {length} scores, one for each token, got {got}")
+        raise ValueError(
+            f"reward_score: expected a list of {length} scores, one for each token, got {got}"
+        )
     return torch.tensor(scores, dtype=torch.float32)
 
 

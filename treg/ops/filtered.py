@@ -1,13 +1,16 @@
-"""The backward of a head without the tiles of the logits' gradient that are below filter_eps: 1 + 3 rho products.
+"""The backward of a head without the tiles of the logits' gradient that are below filter_eps: 1 + 3
+rho products.
 
-The forward leaves, beside the norm, the largest z of each block of columns and row (`block_tops`). With the
-coefficients coef_t = d L / d lp_t known, tile (i, j) of 128 rows by 128 columns is inactive if
+The forward leaves, beside the norm, the largest z of each block of columns and row (`block_tops`).
+With the coefficients coef_t = d L / d lp_t known, tile (i, j) of 128 rows by 128 columns is
+inactive if
 
     max_{t in i, scored} |coef_t| * exp(top_t[j] - lse_t) < filter_eps * max_t |coef_t|
 
-and no row of i with a coefficient has its target in j. Inactive tiles add nothing to any gradient; the others are
-computed as ever. rho is the share of active tiles: the coefficients enter, so pairs that a loss is done with cost
-nothing. filter_eps = 0 keeps every tile. What is left out has one sign, so this is approximate and never the default.
+and no row of i with a coefficient has its target in j. Inactive tiles add nothing to any gradient;
+the others are computed as ever. rho is the share of active tiles: the coefficients enter, so pairs
+that a loss is done with cost nothing. filter_eps = 0 keeps every tile. What is left out has one
+sign, so this is approximate and never the default.
 """
 
 import math
@@ -35,7 +38,8 @@ class Gradients(NamedTuple):
 def block_tops(z: Tensor, target: Tensor, width: int) -> Tensor:
     """Largest z of each block of `width` columns without the target's column, [n, ceil(V / width)].
 
-    Args: z [n, V], changed meanwhile; target [n, 1] int64 in [0, V). A block of a target alone has -inf.
+    Args: z [n, V], changed meanwhile; target [n, 1] int64 in [0, V). A block of a target alone has
+    -inf.
     """
     held = z.gather(1, target)
     z.scatter_(1, target, -math.inf)
@@ -48,31 +52,54 @@ def block_tops(z: Tensor, target: Tensor, width: int) -> Tensor:
 
 
 def check_filter(tiles, eps: float, budget: int) -> None:
-    """ValueError for an eps that is no share, and where the budget does not hold one row of tiles."""
+    """ValueError for an eps that is no share, and where the budget does not hold one row of
+    tiles.
+    """
     if not 0.0 <= eps < 1.0:
         raise ValueError(f"filter_eps: expected a number in [0, 1), got {eps}")
     if isinstance(tiles, TritonTiles) and budget < (least := TILE * _slab_row_bytes(tiles)):
         V = tiles.head.weight.shape[0]
-        raise ValueError(f"memory_budget: filter_eps needs at least {least} bytes ({TILE} rows at V={V}), got {budget}")
+        raise ValueError(
+            f"memory_budget: filter_eps needs at least {least} bytes ({TILE} rows at V={V}), got {budget}"
+        )
 
 
 def filtered_rows(
-    tiles, hidden: Tensor, target: Tensor, rows: Tensor | None, norm: Tensor, coef: Tensor, tops: Tensor, width: int,
-    eps: float, budget: int, needs: tuple[bool, bool, bool],
-) -> tuple[Gradients, Tensor]:  # fmt: skip
-    """Gradients of sum_t coef_t lp_t over the rows listed from their active tiles, and rho, a 0-dim float32 tensor.
+    tiles,
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    norm: Tensor,
+    coef: Tensor,
+    tops: Tensor,
+    width: int,
+    eps: float,
+    budget: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Gradients, Tensor]:
+    """Gradients of sum_t coef_t lp_t over the rows listed from their active tiles, and rho, a 0-dim
+    float32 tensor.
 
     Args:
-        norm: [N], as `tiles.forward` gives it; tops: [N, ceil(V / width)] float32, in the same unit, as `block_tops`;
-            width: a multiple of 128. coef: [N]. Rows make tiles in the order in which they are listed.
+        norm: [N], as `tiles.forward` gives it; tops: [N, ceil(V / width)] float32, in the same
+            unit, as `block_tops`; width: a multiple of 128. coef: [N]. Rows make tiles in the order
+            in which they are listed.
         eps, budget: what `check_filter` accepts. needs: of hidden, weight, bias.
     """
     scored = target != tiles.head.ignore_index
-    coef = torch.where(scored, coef, 0.0).to(norm.dtype)  # whatever a loss leaves at the others, NaN even
+    coef = torch.where(scored, coef, 0.0).to(
+        norm.dtype
+    )  # whatever a loss leaves at the others, NaN even
     work = _by_triton if isinstance(tiles, TritonTiles) else _by_torch
     with without_autocast(hidden):
-        grads, active = work(tiles, hidden, target, rows, norm, coef, tops, width, eps, budget, needs)
-    share = torch.cat([a.flatten() for a in active]).float().mean() if active else torch.zeros((), device=hidden.device)
+        grads, active = work(
+            tiles, hidden, target, rows, norm, coef, tops, width, eps, budget, needs
+        )
+    share = (
+        torch.cat([a.flatten() for a in active]).float().mean()
+        if active
+        else torch.zeros((), device=hidden.device)
+    )
     return grads, share
 
 
@@ -94,7 +121,9 @@ def _by_triton(tiles, hidden, target, rows, norm, coef, tops, width, eps, budget
     N, V = hidden.shape[0], weight.shape[0]
     count = N if rows is None else rows.shape[0]
     step = budget // _slab_row_bytes(tiles) // TILE * TILE
-    grads = _empty(hidden, head, needs, weight.dtype if 0 < count <= step else tiles.compute, tiles.compute)
+    grads = _empty(
+        hidden, head, needs, weight.dtype if 0 < count <= step else tiles.compute, tiles.compute
+    )
     if count == 0:
         return _zeroed(grads), []
     dhidden, dweight, dbias = grads
@@ -106,18 +135,32 @@ def _by_triton(tiles, hidden, target, rows, norm, coef, tops, width, eps, budget
             h, y, n, c = hidden[r], target[r], norm[r], coef[r]
             found.append(active_tiles(tops[r], width, n, c, y, threshold, V))
             out = None if dhidden is None else dhidden[r] if rows is None else torch.empty_like(h)
-            filtered_gradients(h, weight, y, bias, scalars, n, c, found[-1], slab, out, dweight, dbias,
-                               add=len(found) > 1)  # fmt: skip
+            filtered_gradients(
+                h,
+                weight,
+                y,
+                bias,
+                scalars,
+                n,
+                c,
+                found[-1],
+                slab,
+                out,
+                dweight,
+                dbias,
+                add=len(found) > 1,
+            )
             if rows is not None and out is not None:
                 dhidden[r] = out
     return grads, found
 
 
 def _by_torch(tiles, hidden, target, rows, norm, coef, tops, width, eps, budget, needs):
-    """Row tile by row tile: each run of its active columns is a head of its own, and so are rows with a coefficient.
+    """Row tile by row tile: each run of its active columns is a head of its own, and so are rows
+    with a coefficient.
 
-    Their numbers are looked at: a GPU would be waited for. Temporaries are those of `PIECE` columns, whatever the
-    budget: less than a forward takes.
+    Their numbers are looked at: a GPU would be waited for. Temporaries are those of `PIECE`
+    columns, whatever the budget: less than a forward takes.
     """
     head: Head = tiles.head
     N, V = hidden.shape[0], head.weight.shape[0]
@@ -147,7 +190,13 @@ def _by_torch(tiles, hidden, target, rows, norm, coef, tops, width, eps, budget,
     return grads, found
 
 
-def _empty(hidden: Tensor, head: Head, needs: tuple[bool, bool, bool], dweight: torch.dtype, dbias: torch.dtype):
+def _empty(
+    hidden: Tensor,
+    head: Head,
+    needs: tuple[bool, bool, bool],
+    dweight: torch.dtype,
+    dbias: torch.dtype,
+):
     """Gradients not yet written, of these dtypes."""
     return Gradients(
         hidden.new_zeros(hidden.shape) if needs[0] else None,
@@ -163,8 +212,12 @@ def _zeroed(grads: "Gradients") -> "Gradients":
     return grads
 
 
-def _active(tops: Tensor, width: int, norm: Tensor, coef: Tensor, target: Tensor, threshold: Tensor, V: int) -> Tensor:
-    """The active column tiles of rows with a coefficient, [ceil(V / TILE)] bool. NaN anywhere keeps a tile."""
+def _active(
+    tops: Tensor, width: int, norm: Tensor, coef: Tensor, target: Tensor, threshold: Tensor, V: int
+) -> Tensor:
+    """The active column tiles of rows with a coefficient, [ceil(V / TILE)] bool. NaN anywhere keeps
+    a tile.
+    """
     small = coef.abs().unsqueeze(1) * torch.exp(tops - norm.unsqueeze(1)) < threshold
     active = ~(small.all(0) & (threshold > 0.0)).repeat_interleave(width // TILE)[: -(-V // TILE)]
     active[target[(target >= 0) & (target < V)] // TILE] = True

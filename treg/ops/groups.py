@@ -1,10 +1,12 @@
-"""Pairs through a head, group by group: log-probs, loss and gradients of batches of any size within a budget.
+"""Pairs through a head, group by group: log-probs, loss and gradients of batches of any size within
+a budget.
 
     stash      pairs whose tiles fit into the budget together: keep the unscaled gradient E of all their rows;
                then v_t = coef_t * factor_t, dhidden = v * (E W), dweight += E^T (v * h)                   any objective
     scale      one pair longer than that, coef_t = w * s_t with s_t known beforehand: add up D = E^T (s * factor * h)
                over its tiles, then dweight += w * D                                  objectives with pair_scalar
-    recompute  one pair longer than that, anything else: log-probs first, then each tile again (a fourth GEMM)
+    recompute  one pair longer than that, anything else: log-probs first, then each tile again (a
+    fourth GEMM)
 
 Which, is decided on the host from lengths alone.
 """
@@ -44,7 +46,9 @@ class Pairs:
     token_weights: Tensor | None  # [N]
     starts: Tensor  # [2B+1] on hidden's device
     rows: Tensor | None  # the rows that are scored, in order; None: all
-    lengths: list[int] | None  # rows of each sequence, after `rows`; None where only the device knows
+    lengths: (
+        list[int] | None
+    )  # rows of each sequence, after `rows`; None where only the device knows
     options: LossOptions
     outputs: tuple[str, ...] = ()  # statistics of each token, as in `linear_logprobs`
 
@@ -81,7 +85,9 @@ def plan(pairs: Pairs, tiles, budget: int) -> list[Group]:
 
 
 class Work:
-    """The groups of one call: loss, log-probs and statistics, and the gradients of sum_b loss_b, group by group."""
+    """The groups of one call: loss, log-probs and statistics, and the gradients of sum_b loss_b,
+    group by group.
+    """
 
     def __init__(self, pairs: Pairs, tiles, budget: int, needs: tuple[bool, bool, bool]):
         self.pairs, self.tiles, self.budget = pairs, tiles, budget
@@ -89,13 +95,17 @@ class Work:
         self.found = empty_rows(pairs.hidden, tiles, ("logprobs", *pairs.outputs))
         self.coef = torch.zeros_like(self.found["logprobs"])
         self.loss, self.stats = empty_results(pairs.count, self.coef)
-        self.weight_scale = self.coef.new_ones(())  # of dweight and dbias, where one pair makes all of them
+        self.weight_scale = self.coef.new_ones(
+            ()
+        )  # of dweight and dbias, where one pair makes all of them
         self.starts = None if pairs.lengths is None else [0, *itertools.accumulate(pairs.lengths)]
         self._buffer: Tensor | None = None
         self._apart: HeadGradients | None = None
 
     def run_at_once(self, stash: Tensor, scale: Tensor) -> None:
-        """Fill the stash of the rows that are scored, and coef_t * factor_t: both gradients follow from them."""
+        """Fill the stash of the rows that are scored, and coef_t * factor_t: both gradients follow
+        from them.
+        """
         at = 0
         for r in chunks(self.pairs.rows, self.pairs.hidden.shape[0], self.tiles.max_rows):
             n = _length(r)
@@ -108,14 +118,19 @@ class Work:
     def run_groups(self) -> None:
         """Gradients of the sum, group by group."""
         self.groups = plan(self.pairs, self.tiles, self.budget)
-        self.grads = HeadGradients(self.pairs.hidden, self.tiles, self.needs, complete=self.pairs.rows is None)
+        self.grads = HeadGradients(
+            self.pairs.hidden, self.tiles, self.needs, complete=self.pairs.rows is None
+        )
         for group in self.groups:
             rows = self._rows(group)
-            {"stash": self._stash, "scale": self._scale, "recompute": self._recompute}[group.mode](group, rows)
+            {"stash": self._stash, "scale": self._scale, "recompute": self._recompute}[group.mode](
+                group, rows
+            )
         self.grads.finish()
         self.tiles.release()
 
-    # -- the three ways -----------------------------------------------------------------------------------------
+    # -- the three ways
+    # -----------------------------------------------------------------------------------------
 
     def _stash(self, group: Group, rows: Rows) -> None:
         self._apart = None  # the stash may take all of the budget
@@ -131,10 +146,13 @@ class Work:
         self.grads.add(stash, rows, coef * factor)
 
     def _scale(self, group: Group, rows: Rows) -> None:
-        # the first pair's sums are scaled in place; a later one's are kept apart until its w is known
+        # the first pair's sums are scaled in place; a later one's are kept apart until its w is
+        # known
         total, apart = self.grads, not self.grads.empty
         reserved = total.dweight.nbytes if apart and total.dweight is not None else 0
-        step = tile_step(self.tiles, self.budget, stash=True, outputs=self.pairs.outputs, reserved=reserved)
+        step = tile_step(
+            self.tiles, self.budget, stash=True, outputs=self.pairs.outputs, reserved=reserved
+        )
         if self._buffer is not None and self._buffer.shape[0] > step:
             self._buffer = None  # a larger tile of an earlier group
         sums = self._sums_apart() if apart else total
@@ -172,20 +190,25 @@ class Work:
             self.tiles.gradient(pairs.hidden[r], target, norm[r], self.coef[r], out)
             self.grads.add(out, r, scored_scale(target, self.tiles.head.ignore_index))
 
-    # -- pieces -------------------------------------------------------------------------------------------------
+    # -- pieces
+    # -------------------------------------------------------------------------------------------------
 
     def _rows(self, group: Group) -> Rows:
         """Rows of a group: its chosen sequences, then its rejected ones."""
         B = self.pairs.count
         if self.starts is None:
             return slice(0, self.pairs.hidden.shape[0])
-        spans = tuple(slice(self.starts[i + group.first], self.starts[i + group.last]) for i in (0, B))
+        spans = tuple(
+            slice(self.starts[i + group.first], self.starts[i + group.last]) for i in (0, B)
+        )
         if self.pairs.rows is None:
             return spans
         return torch.cat([self.pairs.rows[s] for s in spans])
 
     def _forward(self, rows: slice | Tensor, stash: Tensor | None = None) -> dict[str, Tensor]:
-        got = self.tiles.forward(self.pairs.hidden[rows], self.pairs.target[rows], self.pairs.outputs, stash)
+        got = self.tiles.forward(
+            self.pairs.hidden[rows], self.pairs.target[rows], self.pairs.outputs, stash
+        )
         for name, x in self.found.items():
             x[rows] = got[name]
         return got
@@ -194,13 +217,26 @@ class Work:
         """Loss, statistics and coefficients of a group whose log-probs are there."""
         pairs = self.pairs
         write_objective(
-            self.tiles.impl, self.found["logprobs"], pairs.target,
-            pairs.token_rewards, pairs.ref_logps, pairs.token_weights, pairs.starts, group.first,
-            group.last - group.first, pairs.options, self.loss, self.stats, self.coef, self.tiles.head.ignore_index,
-        )  # fmt: skip
+            self.tiles.impl,
+            self.found["logprobs"],
+            pairs.target,
+            pairs.token_rewards,
+            pairs.ref_logps,
+            pairs.token_weights,
+            pairs.starts,
+            group.first,
+            group.last - group.first,
+            pairs.options,
+            self.loss,
+            self.stats,
+            self.coef,
+            self.tiles.head.ignore_index,
+        )
 
     def _known_coefficients(self, group: Group, rows: Rows) -> Tensor:
-        """d L / d lp_t / w:  -beta * (u_t + alpha * rhat_t) chosen, beta * (u_t - alpha * rhat_t) rejected."""
+        """d L / d lp_t / w:  -beta * (u_t + alpha * rhat_t) chosen, beta * (u_t - alpha * rhat_t)
+        rejected.
+        """
         pairs, o = self.pairs, self.pairs.options
         n, chosen = _length(rows), pairs.lengths[group.first]
 
@@ -210,12 +246,16 @@ class Work:
         scored = of(pairs.target) != self.tiles.head.ignore_index
         sign = self.coef.new_ones(n)
         sign[chosen:] = -1.0
-        weight = sign if pairs.token_weights is None else sign * of(pairs.token_weights).to(sign.dtype)
+        weight = (
+            sign if pairs.token_weights is None else sign * of(pairs.token_weights).to(sign.dtype)
+        )
         if o.alpha:
             weight = weight + o.alpha * of(pairs.token_rewards).to(sign.dtype)
         if o.objective.length_normalised:
             counts = [scored[:chosen].sum(), scored[chosen:].sum()]
-            weight = weight / torch.cat([c.expand(m) for c, m in zip(counts, (chosen, n - chosen), strict=True)])
+            weight = weight / torch.cat(
+                [c.expand(m) for c, m in zip(counts, (chosen, n - chosen), strict=True)]
+            )
         return torch.where(scored, -o.beta * weight, 0.0).to(sign.dtype)
 
     def _sums_apart(self) -> HeadGradients:
@@ -244,6 +284,8 @@ def split(rows: Rows, step: int) -> Iterator[slice | Tensor]:
     """At most `step` of the rows at a time, in order."""
     for part in rows if isinstance(rows, tuple) else (rows,):
         if isinstance(part, slice):
-            yield from (slice(a, min(a + step, part.stop)) for a in range(part.start, part.stop, step))
+            yield from (
+                slice(a, min(a + step, part.stop)) for a in range(part.start, part.stop, step)
+            )
         else:
             yield from chunks(part, part.shape[0], step)

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from treg.ops.gemm import add_transposed, times_weight, widened
 
-Rows = slice | Tensor | tuple[slice, ...]  # some of N rows: a range, their numbers, or several ranges
+Rows = (
+    slice | Tensor | tuple[slice, ...]
+)  # some of N rows: a range, their numbers, or several ranges
 
-IGNORED, ABSENT = -1, -2  # targets of a part of the vocabulary: not scored; scored, and in another part
+IGNORED, ABSENT = (
+    -1,
+    -2,
+)  # targets of a part of the vocabulary: not scored; scored, and in another part
 
 # temporaries of an op, in bytes, unless the caller says otherwise
 DEFAULT_BUDGET = {"cpu": 384 << 20}
@@ -21,7 +26,8 @@ DEFAULT_BUDGET_GPU = 1 << 30
 LEAST_BUDGET = {"cpu": 96 << 20}
 LEAST_BUDGET_GPU = 192 << 20
 
-# rows whose logits cost as much as a pass of the backward over [V, D], which reads the weight and adds to its sums
+# rows whose logits cost as much as a pass of the backward over [V, D], which reads the weight and
+# adds to its sums
 PASS_ROWS = {"cpu": 32}
 PASS_ROWS_GPU = 512
 
@@ -52,7 +58,11 @@ class Head:
 def without_autocast(x: Tensor):
     """A context in which products keep the dtypes they are given."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else contextlib.nullcontext()
+    )
 
 
 def budget_of(memory_budget: int | str | None, device: torch.device) -> int:
@@ -65,32 +75,44 @@ def pass_rows(device: torch.device) -> int:
     return PASS_ROWS.get(device.type, PASS_ROWS_GPU)
 
 
-def tile_rows(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = (), reserved: int = 0) -> int:
-    """Rows of one tile within budget bytes, of which `reserved` are taken; 0 where not one row fits."""
-    return max(0, budget - reserved - tiles.fixed_bytes) // tiles.row_bytes(stash=stash, outputs=outputs)
+def tile_rows(
+    tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = (), reserved: int = 0
+) -> int:
+    """Rows of one tile within budget bytes, of which `reserved` are taken; 0 where not one row
+    fits.
+    """
+    return max(0, budget - reserved - tiles.fixed_bytes) // tiles.row_bytes(
+        stash=stash, outputs=outputs
+    )
 
 
 def tile_step(tiles, budget: int, **kwargs) -> int:
-    """Rows of each tile of a longer run: what the budget holds (`check_budget`: at least one), as far as it helps."""
+    """Rows of each tile of a longer run: what the budget holds (`check_budget`: at least one), as
+    far as it helps.
+    """
     return max(1, min(tiles.max_rows, tile_rows(tiles, budget, **kwargs)))
 
 
 def check_budget(tiles, budget: int, *, stash: bool, outputs: tuple[str, ...] = ()) -> None:
-    """ValueError where the budget does not hold a tile of one row, without a stash and (if needed) with one."""
+    """ValueError where the budget does not hold a tile of one row, without a stash and (if needed)
+    with one.
+    """
     sizes = [tiles.row_bytes(stash=False, outputs=outputs)]
     if stash:
         sizes.append(tiles.row_bytes(stash=True, outputs=outputs))
     least = tiles.fixed_bytes + max(sizes)
     if budget < least:
         V = tiles.head.weight.shape[0]
-        raise ValueError(f"memory_budget: expected at least {least} bytes (one row at V={V}), got {budget}")
+        raise ValueError(
+            f"memory_budget: expected at least {least} bytes (one row at V={V}), got {budget}"
+        )
 
 
 def sees_values(x: Tensor) -> bool:
     """Whether a tensor's values may be looked at: not while a CUDA graph is captured.
 
-    Elsewhere a GPU is waited for, once in the forward and once in the backward: what that costs is far less than the
-    products of prompts and padding.
+    Elsewhere a GPU is waited for, once in the forward and once in the backward: what that costs is
+    far less than the products of prompts and padding.
     """
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -104,7 +126,9 @@ def scored_rows(target: Tensor, ignore_index: int) -> Tensor | None:
 
 
 def check_same_rows(rows: Tensor | None, left_out: Tensor) -> None:
-    """RuntimeError where a backward finds other rows than its forward, which noted whether some were left out."""
+    """RuntimeError where a backward finds other rows than its forward, which noted whether some
+    were left out.
+    """
     if (rows is not None) != bool(left_out):
         raise RuntimeError(
             "target: expected forward and backward both inside the capture of a CUDA graph, or both outside, got one "
@@ -113,7 +137,9 @@ def check_same_rows(rows: Tensor | None, left_out: Tensor) -> None:
 
 
 def local_target(target: Tensor, start: int, count: int, ignore_index: int) -> Tensor:
-    """Targets as a part of the vocabulary numbers them, start..start+count-1: else ABSENT; IGNORED where not scored."""
+    """Targets as a part of the vocabulary numbers them, start..start+count-1: else ABSENT; IGNORED
+    where not scored.
+    """
     here = (target >= start) & (target < start + count)
     return torch.where(here, target - start, ABSENT).masked_fill_(target == ignore_index, IGNORED)
 
@@ -122,7 +148,10 @@ def part_of(tiles, columns: slice):
     """The same tiles for a part of the vocabulary, whose targets are `local_target`'s."""
     head = tiles.head
     bias = None if head.bias is None else head.bias[columns]
-    return type(tiles)(replace(head, weight=head.weight[columns], bias=bias, ignore_index=IGNORED), tiles.logits_dtype)
+    return type(tiles)(
+        replace(head, weight=head.weight[columns], bias=bias, ignore_index=IGNORED),
+        tiles.logits_dtype,
+    )
 
 
 def on_device(x: Tensor):
@@ -143,7 +172,9 @@ def pieces(rows: Rows, n: int) -> Iterator[tuple[slice, slice | Tensor]]:
 def chunks(
     rows: Tensor | None, n: int, step: int, *, start: int = 0, stop: int | None = None
 ) -> Iterator[slice | Tensor]:
-    """Successive selections of at most `step` of n rows, or of the rows listed; from the start-th to the stop-th."""
+    """Successive selections of at most `step` of n rows, or of the rows listed; from the start-th
+    to the stop-th.
+    """
     stop = stop if stop is not None else n if rows is None else rows.shape[0]
     for i in range(start, stop, max(1, step)):
         piece = slice(i, min(i + step, stop))
@@ -151,29 +182,49 @@ def chunks(
 
 
 def empty_rows(hidden: Tensor, tiles, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Zeros [N] for what `forward` of the tiles gives of each row, by name; "tops" has a number a block of columns."""
+    """Zeros [N] for what `forward` of the tiles gives of each row, by name; "tops" has a number a
+    block of columns.
+    """
     dtypes = {"is_top1": torch.bool}
     blocks = {"tops": (-(-tiles.head.weight.shape[0] // tiles.top_width),)}
-    return {n: hidden.new_zeros(hidden.shape[0], *blocks.get(n, ()), dtype=dtypes.get(n, tiles.compute)) for n in names}
+    return {
+        n: hidden.new_zeros(hidden.shape[0], *blocks.get(n, ()), dtype=dtypes.get(n, tiles.compute))
+        for n in names
+    }
 
 
 class HeadGradients:
     """dhidden, dweight and dbias, added up tile by tile.
 
-    dhidden is kept without its row factors (`row_scale`, [N]), which are multiplied in once, at the end, together with
-    the upstream gradient. dweight and dbias are float32 sums unless a single tile makes them at once.
+    dhidden is kept without its row factors (`row_scale`, [N]), which are multiplied in once, at the
+    end, together with the upstream gradient. dweight and dbias are float32 sums unless a single
+    tile makes them at once.
     """
 
-    def __init__(self, hidden: Tensor, tiles, needs: tuple[bool, bool, bool], *, complete: bool, single: bool = False):
-        """complete: every row of hidden [N, D] will be added (else the others stay 0). single: by one tile."""
+    def __init__(
+        self,
+        hidden: Tensor,
+        tiles,
+        needs: tuple[bool, bool, bool],
+        *,
+        complete: bool,
+        single: bool = False,
+    ):
+        """complete: every row of hidden [N, D] will be added (else the others stay 0). single: by
+        one tile.
+        """
         self.hidden, self.head, self.columns = hidden, tiles.head, tiles.scaled_columns
         need_hidden, need_weight, need_bias = needs
         weight, bias = self.head.weight, self.head.bias
         make = hidden.new_empty if complete else hidden.new_zeros
         self.dhidden = make(hidden.shape) if need_hidden else None
         self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=tiles.compute)
-        sums = weight.dtype if single and not widened(weight.dtype, weight.device) else tiles.compute
-        self.dweight = torch.empty(weight.shape, dtype=sums, device=weight.device) if need_weight else None
+        sums = (
+            weight.dtype if single and not widened(weight.dtype, weight.device) else tiles.compute
+        )
+        self.dweight = (
+            torch.empty(weight.shape, dtype=sums, device=weight.device) if need_weight else None
+        )
         self.dbias = torch.empty_like(bias, dtype=tiles.compute) if need_bias else None
         self.empty = True
 
@@ -190,7 +241,12 @@ class HeadGradients:
         if self.dweight is not None:
             for first in range(0, self.hidden.shape[1], self.columns):
                 columns = slice(first, first + self.columns)
-                add_transposed(self.dweight[:, columns], tile, self._scaled(rows, n, scale, columns), first=self.empty)
+                add_transposed(
+                    self.dweight[:, columns],
+                    tile,
+                    self._scaled(rows, n, scale, columns),
+                    first=self.empty,
+                )
         if self.dbias is not None:
             ones = tile.new_ones(n) if scale is None else scale.to(tile.dtype)
             add_transposed(self.dbias.unsqueeze(-1), tile, ones.unsqueeze(-1), first=self.empty)

@@ -1,7 +1,8 @@
-"""The preference loss of pairs and its coefficients, d sum_b loss_b / d lp_t, in one Triton launch or in plain PyTorch.
+"""The preference loss of pairs and its coefficients, d sum_b loss_b / d lp_t, in one Triton launch
+or in plain PyTorch.
 
-The formulas stand in `treg_kernels.objective`; both implementations compute in float64, without autograd. Inputs have
-been checked by the caller.
+The formulas stand in `treg_kernels.objective`; both implementations compute in float64, without
+autograd. Inputs have been checked by the caller.
 """
 
 from dataclasses import asdict
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from treg.losses import LossOptions
+from treg.losses.segments import segment_sum
 from treg.ops.head import on_device
 from treg.ops.slopes import slopes
 from treg.results import PairLoss
-from treg.segments import segment_sum
 
 # the rows of `stats`
 STATS = (
@@ -38,31 +39,60 @@ def write_objective(
     coef: Tensor,
     ignore_index: int = -100,
 ) -> None:
-    """Write what belongs to pairs first..first+count-1 of B; nothing else is changed, and nothing waits for the device.
+    """Write what belongs to pairs first..first+count-1 of B; nothing else is changed, and nothing
+    waits for the device.
 
     Args:
-        logps, token_rewards, token_weights: [N] floating, contiguous, or None. ref_logps: [N] or [2B], or None.
-        target: [N] integer (scored where not ignore_index), bool (scored where True), or None. Log-probs of pairs that
-            are not asked for need not be there yet.
+        logps, token_rewards, token_weights: [N] floating, contiguous, or None. ref_logps: [N] or
+            [2B], or None.
+        target: [N] integer (scored where not ignore_index), bool (scored where True), or None.
+            Log-probs of pairs that are not asked for need not be there yet.
         starts: [2B+1] on logps' device, see `row_starts`.
         loss, stats: [B] and [len(STATS), B], see `empty_results`. coef: [N].
     """
     if impl == "torch":
-        _write_torch(logps, target, token_rewards, ref_logps, token_weights, starts, first, count, options,
-                     loss, stats, coef, ignore_index)  # fmt: skip
+        _write_torch(
+            logps,
+            target,
+            token_rewards,
+            ref_logps,
+            token_weights,
+            starts,
+            first,
+            count,
+            options,
+            loss,
+            stats,
+            coef,
+            ignore_index,
+        )
         return
     from treg_kernels.objective import pair_objective as launch
 
     with on_device(logps):
         launch(
-            logps, target, token_rewards, ref_logps, token_weights, starts, first, count, loss, stats, coef,
-            **asdict(options), length_normalised=options.objective.length_normalised, nll=options.objective.nll,
+            logps,
+            target,
+            token_rewards,
+            ref_logps,
+            token_weights,
+            starts,
+            first,
+            count,
+            loss,
+            stats,
+            coef,
+            **asdict(options),
+            length_normalised=options.objective.length_normalised,
+            nll=options.objective.nll,
             ignore_index=ignore_index,
-        )  # fmt: skip
+        )
 
 
 def row_starts(logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[2B+1] on logps' device: the first row of each sequence of logps.reshape(-1); padded if cu_seqlens is None."""
+    """[2B+1] on logps' device: the first row of each sequence of logps.reshape(-1); padded if
+    cu_seqlens is None.
+    """
     if cu_seqlens is not None:
         return cu_seqlens.to(logps.device, non_blocking=True)
     sequences, length = logps.shape
@@ -80,15 +110,36 @@ def results(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
     return PairLoss(loss, *stats[:5].unbind(), weights)
 
 
-def new_objective(logps, token_rewards, ref_logps, token_weights, target, cu_seqlens, options, impl, ignore_index=-100):
+def new_objective(
+    logps,
+    token_rewards,
+    ref_logps,
+    token_weights,
+    target,
+    cu_seqlens,
+    options,
+    impl,
+    ignore_index=-100,
+):
     """loss, stats and coef of padded or packed tensors with any strides."""
     starts = row_starts(logps, cu_seqlens)
     loss, stats = empty_results(pairs_of(logps, cu_seqlens), logps)
     coef = torch.empty_like(logps, memory_format=torch.contiguous_format)
-    flat = [None if x is None else x.detach().reshape(-1).contiguous()
-            for x in (logps, target, token_rewards, ref_logps, token_weights)]  # fmt: skip
+    flat = [
+        None if x is None else x.detach().reshape(-1).contiguous()
+        for x in (logps, target, token_rewards, ref_logps, token_weights)
+    ]
     write_objective(
-        impl, *flat, starts.contiguous(), 0, loss.shape[0], options, loss, stats, coef.view(-1), ignore_index
+        impl,
+        *flat,
+        starts.contiguous(),
+        0,
+        loss.shape[0],
+        options,
+        loss,
+        stats,
+        coef.view(-1),
+        ignore_index,
     )
     return loss, stats, coef
 
@@ -99,13 +150,26 @@ def pairs_of(logps: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def sequence_of_row(starts: Tensor, rows: int) -> Tensor:
     """[rows] int64."""
-    return torch.searchsorted(starts[1:].long(), torch.arange(rows, device=starts.device), right=True)
+    return torch.searchsorted(
+        starts[1:].long(), torch.arange(rows, device=starts.device), right=True
+    )
 
 
 def _write_torch(
-    logps, target, token_rewards, ref_logps, token_weights, starts, first, count, options, loss, stats, coef,
+    logps,
+    target,
+    token_rewards,
+    ref_logps,
+    token_weights,
+    starts,
+    first,
+    count,
+    options,
+    loss,
+    stats,
+    coef,
     ignore_index,
-) -> None:  # fmt: skip
+) -> None:
     """The kernel in PyTorch: computes all pairs, keeps those asked for."""
     objective, beta, alpha = options.objective, options.beta, options.alpha
     if target is None:

@@ -1,8 +1,9 @@
-"""The pair loss of a trainable head as an operator, `treg::treg_loss`, and its backward: three GEMMs a row.
+"""The pair loss of a trainable head as an operator, `treg::treg_loss`, and its backward: three
+GEMMs a row.
 
-The coefficient of a token, d L / d lp_t, is known only when its whole pair has been through the head. So that no tile
-is computed twice, a batch whose stash fits into the budget keeps it until the backward; others take their gradients in
-the forward, group by group (`treg.ops.groups`).
+The coefficient of a token, d L / d lp_t, is known only when its whole pair has been through the
+head. So that no tile is computed twice, a batch whose stash fits into the budget keeps it until the
+backward; others take their gradients in the forward, group by group (`treg.ops.groups`).
 """
 
 import itertools
@@ -32,28 +33,59 @@ from treg.results import PairLoss
 
 
 def run_pairs(
-    impl: str, head: Head, logits_dtype: torch.dtype | None, hidden: Tensor, target: Tensor,
-    token_rewards: Tensor | None, ref_logps: Tensor | None, token_weights: Tensor | None,
-    cu_seqlens: Tensor | None, count: int, options: LossOptions,
-    outputs: tuple[str, ...], budget: int,
-) -> tuple[Tensor, PairLoss, dict[str, Tensor]]:  # fmt: skip
-    """The sum of the pairs' losses, their unreduced results, and log-probs and statistics of each token, [N].
+    impl: str,
+    head: Head,
+    logits_dtype: torch.dtype | None,
+    hidden: Tensor,
+    target: Tensor,
+    token_rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    count: int,
+    options: LossOptions,
+    outputs: tuple[str, ...],
+    budget: int,
+) -> tuple[Tensor, PairLoss, dict[str, Tensor]]:
+    """The sum of the pairs' losses, their unreduced results, and log-probs and statistics of each
+    token, [N].
 
-    hidden [N, D], the others [N], ref_logps [N] or [2B]; padded sequences of equal length where cu_seqlens is None,
-    2B = count in all. Only the sum carries a gradient, in hidden, weight and bias.
+    hidden [N, D], the others [N], ref_logps [N] or [2B]; padded sequences of equal length where
+    cu_seqlens is None, 2B = count in all. Only the sum carries a gradient, in hidden, weight and
+    bias.
     """
     needs = [x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
     total, loss, stats, logprobs, *statistics = _pair_loss(
-        hidden, head.weight, head.bias, target, token_rewards, ref_logps, token_weights, cu_seqlens, count,
-        *astuple(options), head.logit_scale, head.softcap, head.temperature, head.ignore_index,
-        impl, logits_dtype, budget, *needs, ",".join(outputs),
-    )[: 4 + len(OUTPUTS)]  # fmt: skip
-    found = {"logprobs": logprobs} | {n: x for n, x in zip(OUTPUTS, statistics, strict=True) if n in outputs}
+        hidden,
+        head.weight,
+        head.bias,
+        target,
+        token_rewards,
+        ref_logps,
+        token_weights,
+        cu_seqlens,
+        count,
+        *astuple(options),
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
+        head.ignore_index,
+        impl,
+        logits_dtype,
+        budget,
+        *needs,
+        ",".join(outputs),
+    )[: 4 + len(OUTPUTS)]
+    found = {"logprobs": logprobs} | {
+        n: x for n, x in zip(OUTPUTS, statistics, strict=True) if n in outputs
+    }
     return total, results(loss, stats, options), found
 
 
 def _layout(target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index: int):
-    """The rows that are scored (None: all), and how many of them each sequence has, as far as the host can know."""
+    """The rows that are scored (None: all), and how many of them each sequence has, as far as the
+    host can know.
+    """
     n = target.shape[0]
     if cu_seqlens is None:
         ends = [i * (n // count) for i in range(count + 1)]
@@ -70,26 +102,76 @@ def _layout(target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index:
 
 @torch.library.custom_op("treg::treg_loss", mutates_args=(), tags=LOOKS)
 def _pair_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_rewards: Tensor | None,
-    ref_logps: Tensor | None, token_weights: Tensor | None, cu_seqlens: Tensor | None, count: int,
-    loss_type: str, beta: float, alpha: float, gamma: float, label_smoothing: float, weighting: str,
-    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int,
-    impl: str, logits_dtype: torch.dtype | None, budget: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool, outputs: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    token_rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    count: int,
+    loss_type: str,
+    beta: float,
+    alpha: float,
+    gamma: float,
+    label_smoothing: float,
+    weighting: str,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    impl: str,
+    logits_dtype: torch.dtype | None,
+    budget: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    outputs: str,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor,
-]:  # fmt: skip
-    """sum_b loss_b, loss [B], stats [len(STATS), B], log-probs, OUTPUTS; the gradients of the sum and what scales them,
-    dhidden, its row_scale [N], dweight, dbias, the scale of both []; or stash [N, V] and scale [N], from which they
-    follow, of as many rows as are scored; whether rows were left out. What is not asked for is empty."""
-    tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
+    """sum_b loss_b, loss [B], stats [len(STATS), B], log-probs, OUTPUTS; the gradients of the sum
+    and what scales them,
+    dhidden, its row_scale [N], dweight, dbias, the scale of both []; or stash [N, V] and scale [N],
+    from which they follow, of as many rows as are scored; whether rows were left out. What is not
+    asked for is empty."""
+    tiles = make_tiles(
+        impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype
+    )
     names = names_of(outputs)
     check_budget(tiles, budget, stash=True, outputs=names)
     options = LossOptions(loss_type, beta, alpha, gamma, label_smoothing, weighting)
     rows, lengths = _layout(target, cu_seqlens, count, ignore_index)
     starts = row_starts(target.view(count, -1) if cu_seqlens is None else target, cu_seqlens)
-    pairs = Pairs(hidden, target, token_rewards, ref_logps, token_weights, starts, rows, lengths, options, names)
+    pairs = Pairs(
+        hidden,
+        target,
+        token_rewards,
+        ref_logps,
+        token_weights,
+        starts,
+        rows,
+        lengths,
+        options,
+        names,
+    )
     work = Work(pairs, tiles, budget, (need_hidden, need_weight, need_bias))
     stash, scale = _stash(tiles, hidden, budget, names)
     gradients = (None,) * 5
@@ -101,14 +183,49 @@ def _pair_loss(
         gradients = (g.dhidden, g.row_scale, g.dweight, g.dbias, work.weight_scale)
     found = (*(work.found.get(n) for n in ("logprobs", *OUTPUTS)), *gradients)
     found = (hidden.new_empty(0) if x is None else x for x in found)
-    return work.loss.sum(), work.loss, work.stats, *found, stash, scale, torch.tensor(rows is not None)
+    return (
+        work.loss.sum(),
+        work.loss,
+        work.stats,
+        *found,
+        stash,
+        scale,
+        torch.tensor(rows is not None),
+    )
 
 
 @_pair_loss.register_fake
-def _(hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_seqlens, count, loss_type, beta, alpha,
-      gamma, label_smoothing, weighting, logit_scale, softcap, temperature, ignore_index, impl, logits_dtype, budget,
-      need_hidden, need_weight, need_bias, outputs):  # fmt: skip
-    tiles = make_tiles(impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype)
+def _(
+    hidden,
+    weight,
+    bias,
+    target,
+    token_rewards,
+    ref_logps,
+    token_weights,
+    cu_seqlens,
+    count,
+    loss_type,
+    beta,
+    alpha,
+    gamma,
+    label_smoothing,
+    weighting,
+    logit_scale,
+    softcap,
+    temperature,
+    ignore_index,
+    impl,
+    logits_dtype,
+    budget,
+    need_hidden,
+    need_weight,
+    need_bias,
+    outputs,
+):
+    tiles = make_tiles(
+        impl, Head(weight, bias, logit_scale, softcap, temperature, ignore_index), logits_dtype
+    )
     names = names_of(outputs)
     stash, scale = _stash(tiles, hidden, budget, names)
     in_groups = stash.numel() == 0
@@ -118,12 +235,16 @@ def _(hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_
 
     row = like(target)
     loss, stats = empty_results(count // 2, row)
-    statistics = (like(target, n in names, torch.bool if n == "is_top1" else tiles.compute) for n in OUTPUTS)
+    statistics = (
+        like(target, n in names, torch.bool if n == "is_top1" else tiles.compute) for n in OUTPUTS
+    )
     gradients = (
-        like(hidden, in_groups and need_hidden, hidden.dtype), like(target, in_groups),
-        like(weight, in_groups and need_weight), like(bias, in_groups and need_bias),
+        like(hidden, in_groups and need_hidden, hidden.dtype),
+        like(target, in_groups),
+        like(weight, in_groups and need_weight),
+        like(bias, in_groups and need_bias),
         like(row.new_empty(()), in_groups),
-    )  # fmt: skip
+    )
     left_out = torch.empty((), dtype=torch.bool, device="cpu")
     return row.new_empty(()), loss, stats, row, *statistics, *gradients, stash, scale, left_out
 
@@ -137,40 +258,97 @@ def _stash(tiles, hidden: Tensor, budget: int, outputs: tuple[str, ...]) -> tupl
     """Room for the stash [N, V] and scale [N] of all rows, or for none."""
     rows = hidden.shape[0] if fits_at_once(tiles, hidden.shape[0], budget, outputs) else 0
     V = tiles.head.weight.shape[0]
-    return hidden.new_empty(rows, V, dtype=tiles.stash_dtype), hidden.new_empty(rows, dtype=tiles.compute)
+    return hidden.new_empty(rows, V, dtype=tiles.stash_dtype), hidden.new_empty(
+        rows, dtype=tiles.compute
+    )
 
 
 @torch.library.custom_op("treg::treg_loss_grad", mutates_args=(), tags=LOOKS)
 def _gradients(
-    upstream: Tensor, dhidden: Tensor, row_scale: Tensor, dweight: Tensor, dbias: Tensor, weight_scale: Tensor,
-    stash: Tensor, scale: Tensor, left_out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    ignore_index: int, impl: str, logits_dtype: torch.dtype | None,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients times upstream [], rounded once to the dtypes of what they belong to; empty where not needed."""
+    upstream: Tensor,
+    dhidden: Tensor,
+    row_scale: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight_scale: Tensor,
+    stash: Tensor,
+    scale: Tensor,
+    left_out: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    impl: str,
+    logits_dtype: torch.dtype | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients times upstream [], rounded once to the dtypes of what they belong to; empty
+    where not needed.
+    """
     factor = upstream * weight_scale
     if stash.numel():
         rows = scored_rows(target, ignore_index)
         check_same_rows(rows, left_out)
-        n, needs = hidden.shape[0] if rows is None else rows.shape[0], (need_hidden, need_weight, need_bias)
+        n, needs = (
+            hidden.shape[0] if rows is None else rows.shape[0],
+            (need_hidden, need_weight, need_bias),
+        )
         tiles = make_tiles(impl, Head(weight, bias, ignore_index=ignore_index), logits_dtype)
         grads = HeadGradients(hidden, tiles, needs, complete=rows is None, single=True)
         with without_autocast(hidden):
-            grads.add(stash[:n], slice(0, n) if rows is None else rows, coefficients(upstream, scale[:n]))
-        dhidden, row_scale, dweight, dbias = grads.dhidden, grads.row_scale, grads.dweight, grads.dbias
+            grads.add(
+                stash[:n], slice(0, n) if rows is None else rows, coefficients(upstream, scale[:n])
+            )
+        dhidden, row_scale, dweight, dbias = (
+            grads.dhidden,
+            grads.row_scale,
+            grads.dweight,
+            grads.dbias,
+        )
         factor = None
     rest = ((dweight, need_weight, weight), (dbias, need_bias, bias))
     return (
-        scaled_to(dhidden, (row_scale if factor is None else row_scale * upstream).unsqueeze(-1), hidden.dtype)
-        if need_hidden else hidden.new_empty(0),
-        *((x.to(like.dtype) if factor is None else scaled_to(x, factor, like.dtype)) if needed else hidden.new_empty(0)
-          for x, needed, like in rest),
-    )  # fmt: skip
+        scaled_to(
+            dhidden,
+            (row_scale if factor is None else row_scale * upstream).unsqueeze(-1),
+            hidden.dtype,
+        )
+        if need_hidden
+        else hidden.new_empty(0),
+        *(
+            (x.to(like.dtype) if factor is None else scaled_to(x, factor, like.dtype))
+            if needed
+            else hidden.new_empty(0)
+            for x, needed, like in rest
+        ),
+    )
 
 
 @_gradients.register_fake
-def _(upstream, dhidden, row_scale, dweight, dbias, weight_scale, stash, scale, left_out, hidden, weight, bias, target,
-      ignore_index, impl, logits_dtype, need_hidden, need_weight, need_bias):  # fmt: skip
+def _(
+    upstream,
+    dhidden,
+    row_scale,
+    dweight,
+    dbias,
+    weight_scale,
+    stash,
+    scale,
+    left_out,
+    hidden,
+    weight,
+    bias,
+    target,
+    ignore_index,
+    impl,
+    logits_dtype,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
     found = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
     return tuple(x.new_empty(x.shape) if needed else hidden.new_empty(0) for x, needed in found)
 

@@ -1,7 +1,9 @@
-"""d base / d rho of every objective in closed form: `treg.losses.reward_gradient` where autograd is off.
+"""d base / d rho of every objective in closed form: `treg.losses.reward_gradient` where autograd is
+off.
 
 Inside an operator under torch.compile neither torch.autograd nor torch.func can differentiate.
-m = rho_w - rho_l - gamma (0 but for simpo); eps is the label smoothing. In Triton: `treg_kernels.bases`.
+m = rho_w - rho_l - gamma (0 but for simpo); eps is the label smoothing. In Triton:
+`treg_kernels.bases`.
 """
 
 import math
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, sigmoid
 
-from treg.losses import DISCOPOP_TAU, LossOptions
+from treg.losses import LossOptions
+from treg.losses.objectives import DISCOPOP_TAU
 
 
 def slopes(rho_w: Tensor, rho_l: Tensor, o: LossOptions) -> tuple[Tensor, Tensor]:
@@ -75,9 +78,13 @@ def _sppo_hard(rho_w: Tensor, rho_l: Tensor, o: LossOptions) -> tuple[Tensor, Te
 
 
 def _orpo(rho_w: Tensor, rho_l: Tensor, o: LossOptions) -> tuple[Tensor, Tensor]:
-    """odds(x) = x - log(1 - exp x), clamped at x = -1e-12; d odds / d x = 1 / (1 - exp x), 0 beyond."""
+    """odds(x) = x - log(1 - exp x), clamped at x = -1e-12; d odds / d x = 1 / (1 - exp x), 0
+    beyond.
+    """
     x_w, x_l = (rho / o.beta for rho in (rho_w, rho_l))
-    odds_w, odds_l = (x - torch.log(-torch.expm1(x)) for x in (x_w.clamp(max=-1e-12), x_l.clamp(max=-1e-12)))
+    odds_w, odds_l = (
+        x - torch.log(-torch.expm1(x)) for x in (x_w.clamp(max=-1e-12), x_l.clamp(max=-1e-12))
+    )
     rate_w, rate_l = (torch.where(x > -1e-12, 0.0, -1 / torch.expm1(x)) for x in (x_w, x_l))
     wrong = sigmoid(odds_l - odds_w)
     return -wrong * rate_w, wrong * rate_l

@@ -1,7 +1,9 @@
-"""The torch implementation of a head on a tile of rows: the CPU path, and the portable one on any device.
+"""The torch implementation of a head on a tile of rows: the CPU path, and the portable one on any
+device.
 
-A tile's logits [n, V] come from one GEMM; what follows runs over a few rows at a time, in place, in float32, so that
-it stays in cache. Exact float32 logits are the rule; `logits_dtype` says where they are not.
+A tile's logits [n, V] come from one GEMM; what follows runs over a few rows at a time, in place, in
+float32, so that it stays in cache. Exact float32 logits are the rule; `logits_dtype` says where
+they are not.
 """
 
 import torch
@@ -11,7 +13,9 @@ from treg.ops.filtered import block_tops
 from treg.ops.gemm import logits_into, slab_bytes, slab_rows
 from treg.ops.head import Head, empty_rows, sees_values
 
-BLOCK = {"cpu": 1 << 20}  # elements that the row passes work on at a time: 4 MiB in float32 stay in a CPU's cache;
+BLOCK = {
+    "cpu": 1 << 20
+}  # elements that the row passes work on at a time: 4 MiB in float32 stay in a CPU's cache;
 BLOCK_GPU = 1 << 24  # on a GPU each pass is a launch
 PASS_BUFFERS = 4  # such blocks alive at once, at most
 
@@ -35,14 +39,17 @@ class TorchTiles:
         self._block = BLOCK.get(weight.device.type, BLOCK_GPU)
         self._logits: Tensor | None = None
 
-    # -- sizes, in bytes ----------------------------------------------------------------------------------------
+    # -- sizes, in bytes
+    # ----------------------------------------------------------------------------------------
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
         """Temporaries per row of a tile, a stash included."""
         V, D = self.head.weight.shape
         tile = V * self.logits_dtype.itemsize if not stash or self._upcast else 0
         _, products = slab_bytes(D, self.stash_dtype, self.head.weight.device)
-        return tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize + products
+        return (
+            tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize + products
+        )
 
     def column_bytes(self, rows: int) -> int:
         """Temporaries per word of a tile of so many rows that has a part of the vocabulary."""
@@ -71,15 +78,20 @@ class TorchTiles:
         """Logits are wider than the weight and the stash: they have a buffer of their own."""
         return self.logits_dtype != self.head.weight.dtype
 
-    # -- work ---------------------------------------------------------------------------------------------------
+    # -- work
+    # ---------------------------------------------------------------------------------------------------
 
     def forward(
-        self, hidden: Tensor, target: Tensor, outputs: tuple[str, ...] = (), stash: Tensor | None = None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        outputs: tuple[str, ...] = (),
+        stash: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Log-probs and statistics of n rows; with a stash [n, V], d lp / d a = factor * stash.
 
-        Args: hidden [n, D], target [n]. Returns: {"logprobs", "norm", *outputs}, beside a stash "factor"; each [n].
-        norm is what `gradient` takes.
+        Args: hidden [n, D], target [n]. Returns: {"logprobs", "norm", *outputs}, beside a stash
+        "factor"; each [n]. norm is what `gradient` takes.
         """
         n = hidden.shape[0]
         scored = target != self.head.ignore_index
@@ -98,11 +110,14 @@ class TorchTiles:
             if "is_top1" in outputs:
                 found["is_top1"][rows] = z_y >= top
             p = torch.softmax(z, 1, out=z)
-            # the largest probability is exp(top - lse), never small: the log-sum costs no second pass
+            # the largest probability is exp(top - lse), never small: the log-sum costs no second
+            # pass
             log_top = p.amax(1).log()
             lse = top - log_top
             found["norm"][rows] = lse
-            found["logprobs"][rows] = (z_y - top) + log_top  # not z_y - lse, whose rounding is that of lse
+            found["logprobs"][rows] = (
+                z_y - top
+            ) + log_top  # not z_y - lse, whose rounding is that of lse
             if "lse" in outputs:
                 found["lse"][rows] = lse
             if "entropy" in outputs:
@@ -122,10 +137,13 @@ class TorchTiles:
                 found[name] = x & scored if x.dtype == torch.bool else x.masked_fill_(~scored, 0.0)
         return found
 
-    def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
+    def gradient(
+        self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor
+    ) -> None:
         """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and norm [n] from `forward`.
 
-        A negative target other than ignore_index is in none of these columns: the row gets -coef * scale * p alone.
+        A negative target other than ignore_index is in none of these columns: the row gets -coef *
+            scale * p alone.
         """
         scored = target != self.head.ignore_index
         hidden = self._cleaned(hidden, scored)
@@ -153,7 +171,9 @@ class TorchTiles:
         return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
     def _matmul(self, hidden: Tensor, out: Tensor | None) -> Tensor:
-        """hidden W^T [n, V] in logits_dtype: into out where the dtypes agree, else into a buffer that is kept."""
+        """hidden W^T [n, V] in logits_dtype: into out where the dtypes agree, else into a buffer
+        that is kept.
+        """
         weight, n = self.head.weight, hidden.shape[0]
         if out is None or self._upcast:
             if self._logits is None or self._logits.shape[0] < n:
@@ -164,7 +184,9 @@ class TorchTiles:
         return out
 
     def _transform(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z, in place where logits are of the compute dtype, and the slope 1 - tanh^2 of a softcap."""
+        """z, in place where logits are of the compute dtype, and the slope 1 - tanh^2 of a
+        softcap.
+        """
         head = self.head
         z = logits.to(self.compute)
         if head.bias is not None:

@@ -1,4 +1,6 @@
-"""The Triton implementation of a head on a tile of rows: what `torch_tiles` does, with logits kept in registers."""
+"""The Triton implementation of a head on a tile of rows: what `torch_tiles` does, with logits kept
+in registers.
+"""
 
 import torch
 from torch import Tensor
@@ -28,8 +30,13 @@ class TritonTiles:
         shape = head.weight.dtype, *head.weight.shape, addressable(head.weight)
         with on_device(head.weight):
             self._columns = part_columns(head.weight)
-            # the largest tile of the forward first: its width is that of "tops", whatever the number of rows
-            self._tiles = [tile for kind in configs.KINDS for _, tile in reversed(configs.tiles_for(kind, *shape))]
+            # the largest tile of the forward first: its width is that of "tops", whatever the
+            # number of rows
+            self._tiles = [
+                tile
+                for kind in configs.KINDS
+                for _, tile in reversed(configs.tiles_for(kind, *shape))
+            ]
         self._vendor_bytes = configs.SLAB_BYTES if any(tile.vendor for tile in self._tiles) else 0
 
     @property
@@ -39,14 +46,21 @@ class TritonTiles:
 
     @property
     def fixed_bytes(self) -> int:
-        """Temporaries that do not depend on the rows of a tile; most only where the interpreter runs on a CPU."""
+        """Temporaries that do not depend on the rows of a tile; most only where the interpreter
+        runs on a CPU.
+        """
         weight = self.head.weight
         return slab_bytes(weight.shape[1], weight.dtype, weight.device)[0] + self._vendor_bytes
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
-        """Temporaries per row of a tile, a stash included. Partial results are gone when hidden's copy is made."""
+        """Temporaries per row of a tile, a stash included. Partial results are gone when hidden's
+        copy is made.
+        """
         V = self.head.weight.shape[0]
-        held = max(4 * self._columns * (2 + len(outputs)), stash * self.scaled_columns * self.stash_dtype.itemsize)
+        held = max(
+            4 * self._columns * (2 + len(outputs)),
+            stash * self.scaled_columns * self.stash_dtype.itemsize,
+        )
         return held + stash * V * self.stash_dtype.itemsize + self._gathered_bytes + 64
 
     def column_bytes(self, rows: int) -> int:
@@ -60,37 +74,62 @@ class TritonTiles:
 
     @property
     def scaled_columns(self) -> int:
-        """Columns of hidden whose scaled copy is made at a time: about as large as the partial results of the row."""
+        """Columns of hidden whose scaled copy is made at a time: about as large as the partial
+        results of the row.
+        """
         D, size = self.head.weight.shape[1], self.stash_dtype.itemsize
         most = max(512, 8 * self._columns // size)
         return -(-D // (-(-D // most) * 128)) * 128  # equal parts, of whole cache lines
 
     @property
     def _gathered_bytes(self) -> int:
-        """Rows that are listed by number, where ignored ones are left out, are copied: a few D beside V, on a GPU not
+        """Rows that are listed by number, where ignored ones are left out, are copied: a few D
+        beside V, on a GPU not
         counted, so that whole batches without ignored rows fill the budget."""
         D = self.head.weight.shape[1]
         return 0 if self.head.weight.is_cuda else 3 * D * self.stash_dtype.itemsize
 
     def forward(
-        self, hidden: Tensor, target: Tensor, outputs: tuple[str, ...] = (), stash: Tensor | None = None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        outputs: tuple[str, ...] = (),
+        stash: Tensor | None = None,
     ) -> dict[str, Tensor]:
         from treg_kernels import logprob_forward
 
         with on_device(self.head.weight):
             return logprob_forward(
-                hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index,
-                outputs, stash, logits_into, self._tiles[0] if "tops" in outputs else None,
-            )  # fmt: skip
+                hidden,
+                self.head.weight,
+                target,
+                self._bias,
+                self._scalars,
+                self.head.ignore_index,
+                outputs,
+                stash,
+                logits_into,
+                self._tiles[0] if "tops" in outputs else None,
+            )
 
-    def gradient(self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor) -> None:
+    def gradient(
+        self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor
+    ) -> None:
         from treg_kernels import logits_gradient
 
         with on_device(self.head.weight):
             logits_gradient(
-                hidden, self.head.weight, target, self._bias, self._scalars, self.head.ignore_index, norm, coef, out,
+                hidden,
+                self.head.weight,
+                target,
+                self._bias,
+                self._scalars,
+                self.head.ignore_index,
+                norm,
+                coef,
+                out,
                 logits_into,
-            )  # fmt: skip
+            )
 
     def release(self) -> None:
         """Nothing is kept between tiles."""

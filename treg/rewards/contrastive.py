@@ -1,9 +1,11 @@
-"""T-REG's token rewards: a model judges each token of a response by two opposite requests to rewrite it.
+"""T-REG's token rewards: a model judges each token of a response by two opposite requests to
+rewrite it.
 
     rhat_t = sigmoid( log p(y_t | better, y_<t) - log p(y_t | worse, y_<t) ) - 0.5      in [-0.5, 0.5]
 
-`better` and `worse` are the same conversation, response included, followed by a request to rewrite the response so that
-it is better, or worse. A token that only the worse rewriting would contain gets a negative reward.
+`better` and `worse` are the same conversation, response included, followed by a request to rewrite
+the response so that it is better, or worse. A token that only the worse rewriting would contain
+gets a negative reward.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from treg.files import read_yaml
 
-# better and worse differ in their last sentence only, so that what precedes it is computed once for both
+# better and worse differ in their last sentence only, so that what precedes it is computed once for
+# both
 INSTRUCTION = """\
 Here is a conversation that ends with an answer of the assistant.
 
@@ -41,14 +44,16 @@ PREFILL = "<answer>\n"
 class ContrastivePrompts:
     """The two requests that judge a response.
 
-    instruction: a Jinja template of the user turn; it sees `messages` (the conversation, the response last; each with
-        `role` and `content`) and `better` (True or False).
+    instruction: a Jinja template of the user turn; it sees `messages` (the conversation, the
+        response last; each with `role` and `content`) and `better` (True or False).
     prefill: how the assistant's turn begins before the response is scored as the rewritten answer.
 
-    Paper: T-REG, arXiv 2412.02685, section 3.1: both prompts show the conversation, name the aspects (helpfulness,
-    correctness, coherence, verbosity) and a format with start and end markers.
-    Differs: the wording is our own. The paper does not say how the prompts meet a chat template, nor whether the start
-    marker precedes the scored tokens: here the instruction is a user turn and the marker is prefilled.
+    Paper: T-REG, arXiv 2412.02685, section 3.1: both prompts show the conversation, name the
+    aspects (helpfulness, correctness, coherence, verbosity) and a format with start and end
+    markers.
+    Differs: the wording is our own. The paper does not say how the prompts meet a chat template,
+    nor whether the start marker precedes the scored tokens: here the instruction is a user turn and
+    the marker is prefilled.
     """
 
     instruction: str = INSTRUCTION
@@ -61,7 +66,9 @@ class ContrastivePrompts:
         probe = [{"role": "user", "content": "\x00q"}, {"role": "assistant", "content": "\x00a"}]
         better, worse = self.render(probe, better=True), self.render(probe, better=False)
         if better == worse:
-            raise ValueError("instruction: expected a template that depends on `better`, got the same text for both")
+            raise ValueError(
+                "instruction: expected a template that depends on `better`, got the same text for both"
+            )
         if "\x00a" not in better or "\x00a" not in worse:
             raise ValueError(
                 "instruction: expected a template that shows the response, the last of `messages`, to both requests"
@@ -71,9 +78,15 @@ class ContrastivePrompts:
     def load(cls, path: str | Path) -> "ContrastivePrompts":
         """From a YAML file with the keys `instruction` and, optionally, `prefill`."""
         values = read_yaml(path)
-        if not isinstance(values, dict) or "instruction" not in values or values.keys() - {"instruction", "prefill"}:
+        if (
+            not isinstance(values, dict)
+            or "instruction" not in values
+            or values.keys() - {"instruction", "prefill"}
+        ):
             got = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"{path}: expected the keys 'instruction' and, optionally, 'prefill', got {got}")
+            raise ValueError(
+                f"{path}: expected the keys 'instruction' and, optionally, 'prefill', got {got}"
+            )
         return cls(**values)
 
     @cached_property
@@ -95,9 +108,11 @@ def contrastive_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
     """rhat = sigmoid(better - worse) - 0.5, in [-0.5, 0.5].   T-REG, arXiv 2412.02685 Eq. 3.
 
     Args:
-        better_logps, worse_logps: of one shape, floating, nats: log-probs of the same tokens after the two requests.
+        better_logps, worse_logps: of one shape, floating, nats: log-probs of the same tokens after
+            the two requests.
     Returns:
-        Like better_logps; detached. Computed as tanh((better - worse) / 2) / 2, which keeps small differences.
+        Like better_logps; detached. Computed as tanh((better - worse) / 2) / 2, which keeps small
+        differences.
     """
     if better_logps.shape != worse_logps.shape:
         raise ValueError(

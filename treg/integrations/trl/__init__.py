@@ -1,10 +1,12 @@
-"""T-REG in TRL's DPOTrainer, and treg's log-probs under any TRL trainer that computes them in chunks.
+"""T-REG in TRL's DPOTrainer, and treg's log-probs under any TRL trainer that computes them in
+chunks.
 
     TRegDPOTrainer            TRL's own loss (any loss_type, or several), metrics, evaluation and reference, on
                               log-probs of treg, plus the T-REG regularizer
     patch_chunked_logprobs    one function of TRL swapped: DPO, KTO, SFT, GRPO, RLOO as they are
 
-For TRL >= 1.15, which computes log-probs inside the model's forward; earlier versions have other hooks.
+For TRL >= 1.15, which computes log-probs inside the model's forward; earlier versions have other
+hooks.
 """
 
 import importlib.metadata
@@ -14,7 +16,9 @@ from packaging.version import Version
 MINIMUM = "1.15"
 _installed = importlib.metadata.version("trl")
 if Version(_installed) < Version(MINIMUM):
-    raise ImportError(f"trl: expected >= {MINIMUM}, got {_installed}; upgrade it, or use treg.trainer.TRegTrainer")
+    raise ImportError(
+        f"trl: expected >= {MINIMUM}, got {_installed}; upgrade it, or use treg.trainer.TRegTrainer"
+    )
 
 from treg.integrations.trl.patch import patch_chunked_logprobs  # noqa: E402
 from treg.integrations.trl.trainer import TRegDPOConfig, TRegDPOTrainer  # noqa: E402

@@ -15,7 +15,8 @@ from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, is_annotated, read_anno
 
 @dataclass
 class RewardCollator:
-    """TRL's batch, and token_rewards [2B, T] float32 beside input_ids: of the token at each place, 0 in the prompt.
+    """TRL's batch, and token_rewards [2B, T] float32 beside input_ids: of the token at each place,
+    0 in the prompt.
 
     Raises:
         ValueError: a batch whose ids are not those that the rewards belong to.
@@ -31,14 +32,20 @@ class RewardCollator:
         if self.max_length is None:
             cut = slice(None)
         else:
-            cut = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+            cut = (
+                slice(self.max_length)
+                if self.truncation_mode == "keep_start"
+                else slice(-self.max_length, None)
+            )
         ids = batch["input_ids"]
         rewards = torch.zeros(ids.shape)
         for row, (example, side) in enumerate(rows):
             prompt, completion = list(example["prompt_ids"]), list(example[f"{side}_ids"])
             values = [0.0] * len(prompt) + list(example[f"{side}_token_rewards"])
             expected = torch.tensor((prompt + completion)[cut])
-            if len(values) != len(prompt) + len(completion) or not torch.equal(ids[row, : len(expected)], expected):
+            if len(values) != len(prompt) + len(completion) or not torch.equal(
+                ids[row, : len(expected)], expected
+            ):
                 raise ValueError(
                     f"{side}_token_rewards: expected one a token of {side}_ids and a collator that pads on the right, "
                     f"got {len(values) - len(prompt)} rewards, {len(completion)} ids"
@@ -72,7 +79,9 @@ def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
         if not Path(source).exists():
             raise FileNotFoundError(f"{name}: no such file: {source}")
         fix = f"treg annotate --model MODEL --data {source} --output annotated.parquet"
-        raise ValueError(f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}; run {fix}")
+        raise ValueError(
+            f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}; run {fix}"
+        )
     examples, files[str(source)] = read_annotated(source)
     return Dataset.from_list(examples)
 
@@ -80,8 +89,8 @@ def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
 def prepared(dataset: Any, name: str, args: Any) -> Any:
     """A dataset with token ids, as TRL's own preparation leaves it. args: the trainer's.
 
-    Reference log-probs that it has are sums over whole completions: dropped where ld_alpha weighs tokens within the
-    sums, refused for a sequence that would be cut.
+    Reference log-probs that it has are sums over whole completions: dropped where ld_alpha weighs
+    tokens within the sums, refused for a sequence that would be cut.
     """
     summed = set(REF_COLUMNS) <= columns_of(dataset)
     if summed and args.ld_alpha is not None:

@@ -1,4 +1,6 @@
-"""TRL's chunked log-probs by `treg.ops.linear_logprobs`: one function of TRL swapped, nothing else."""
+"""TRL's chunked log-probs by `treg.ops.linear_logprobs`: one function of TRL swapped, nothing
+else.
+"""
 
 import importlib.metadata
 import inspect
@@ -12,20 +14,35 @@ from torch import Tensor
 from treg.ops import linear_logprobs
 
 # TRL's names of the statistics -> treg's
-STATISTICS = {"entropy": "entropy", "mean_logits": "mean_logit", "is_top1": "is_top1",
-              "log_sum_sq_probs": "log_sum_sq_probs"}  # fmt: skip
+STATISTICS = {
+    "entropy": "entropy",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+}
 KERNEL = "_ChunkedLogProbFunction"
-ARGUMENTS = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
-             "logit_scale", "outputs"]  # fmt: skip
+ARGUMENTS = [
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+]
 
 
 def patch_chunked_logprobs(memory_budget: int | None = None) -> Callable[[], None]:
-    """Let every TRL trainer of this process compute its chunked log-probs with `treg.ops.linear_logprobs`.
+    """Let every TRL trainer of this process compute its chunked log-probs with
+    `treg.ops.linear_logprobs`.
 
-    Values and gradients are TRL's within rounding, closer to exact with 16-bit models on a GPU, where TRL rounds
-    logits. Heads are read as TRL reads them: for those that it misreads, use TRegDPOTrainer.
-    Differs: entropy carries no gradient, and asking for it raises (GRPO's entropy_coef); a token that ties with the
-    most likely one counts as is_top1.
+    Values and gradients are TRL's within rounding, closer to exact with 16-bit models on a GPU,
+    where TRL rounds logits. Heads are read as TRL reads them: for those that it misreads, use
+    TRegDPOTrainer.
+    Differs: entropy carries no gradient, and asking for it raises (GRPO's entropy_coef); a token
+    that ties with the most likely one counts as is_top1.
 
     Args:
         memory_budget: bytes of temporaries, see `treg.ops.linear_logprobs`.
@@ -59,17 +76,36 @@ class _Chunked:
     def undo(self) -> None:
         setattr(trl.trainer.utils, KERNEL, self.original)
 
-    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-              chunk_size: int, final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
-              outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")):  # fmt: skip
-        """[N, D], [V, D], [V], [N] -> log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1, each [N] or None."""
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ):
+        """[N, D], [V, D], [V], [N] -> log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1,
+        each [N] or None.
+        """
         if hasattr(weight, "ds_shape"):
-            raise RuntimeError("patch_chunked_logprobs: expected whole weights, got ZeRO-3's; use TRegDPOTrainer")
+            raise RuntimeError(
+                "patch_chunked_logprobs: expected whole weights, got ZeRO-3's; use TRegDPOTrainer"
+            )
         found = linear_logprobs(
-            hidden, weight.to(hidden.dtype), targets, bias=bias, logit_scale=logit_scale,
-            softcap=final_logit_softcapping, temperature=temperature, memory_budget=self.memory_budget,
+            hidden,
+            weight.to(hidden.dtype),
+            targets,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=final_logit_softcapping,
+            temperature=temperature,
+            memory_budget=self.memory_budget,
             outputs=tuple(STATISTICS[name] for name in outputs if name in STATISTICS),
-        )  # fmt: skip
+        )
         logps, entropy = found.logprobs, found.entropy
         if entropy is not None and logps.requires_grad:
             logps, entropy = _WithoutGradient.apply(logps, entropy)

@@ -1,0 +1,451 @@
+"""The command line: what it refuses, what the commands leave behind, and that a stopped run goes
+on.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import treg
+from treg.cli import main
+from treg.data.annotated import read_annotated
+from treg.files import locked
+
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model, preferences of which two cannot be used, and held-out ones."""
+    path = tmp_path_factory.mktemp("cli")
+    tokenizer = tiny.tiny_tokenizer()
+    tiny.tiny_llama(len(tokenizer)).save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    rows = [
+        {
+            "prompt": f"what is {i} + {i}?",
+            "chosen": f"the answer is {2 * i}.",
+            "rejected": f"the sun said {i}",
+        }
+        for i in range(ROWS)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (path / "prefs.jsonl").write_text(
+        "\n".join([*lines, "{broken", json.dumps(rows[0] | {"chosen": ""})]) + "\n"
+    )
+    (path / "held-out.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    return path
+
+
+def train_options(folder: Path, out: Path, **more) -> list[str]:
+    options = {
+        "model": folder / "model",
+        "data": folder / "prefs.jsonl",
+        "output_dir": out,
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | more
+    return ["train", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def test_usage(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "treg annotate" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"treg {treg.__version__}\n"
+    assert main(["anotate"]) == 2
+    assert "did you mean 'annotate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["annotate", "train", "inspect", "doctor", "demo"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(f"usage: treg {command}") and "--config" in text
+    assert command != "train" or (
+        "--beta" in text and "--fsdp" not in text and "--help_all" in text
+    )
+
+
+def test_help_all(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help_all"])
+    assert "--fsdp" in capsys.readouterr().out
+
+
+REFUSED = {
+    "unknown option": ("annotate --modle x", "unknown option --modle; did you mean '--model'?"),
+    "no such data": (
+        "annotate --model {model} --data no.jsonl --output a.parquet",
+        "data: no such file: no.jsonl",
+    ),
+    "not parquet": (
+        "annotate --model {model} --data {data} --output a.json",
+        "output: expected a path that ends in",
+    ),
+    "dtype": (
+        "annotate --model {model} --data {data} --output a.parquet --dtype int8",
+        "dtype: expected auto",
+    ),
+    "max_length": (
+        "annotate --model {model} --data {data} --output a.parquet --max_length 1",
+        "max_length: expected",
+    ),
+    "prompts": (
+        "annotate --model {model} --data {data} --output a.parquet --prompts {yaml}",
+        "expected the keys",
+    ),
+    "strict": (
+        "annotate --model {model} --data {data} --output a.parquet --strict",
+        ":25: broken JSON",
+    ),
+    "loss": (
+        "train --model {model} --data {data} --output_dir o --loss_type dop",
+        "did you mean 'dpo'?",
+    ),
+    "beta": ("train --model {model} --data {data} --output_dir o --beta -1", "beta: expected"),
+    "budget": (
+        "train --model {model} --data {data} --output_dir o --token_budget 9",
+        "token_budget: expected None",
+    ),
+    "no yaml key": (
+        "train --config {yaml}",
+        "unknown option 'lerning_rate'; did you mean 'learning_rate'?",
+    ),
+    "yaml value": ("train --config {bad}", "learning_rate: could not convert"),
+    "no such model": (
+        "annotate --model ./nope --data {data} --output a.parquet",
+        "model: no such folder: ./nope",
+    ),
+    "limit": (
+        "annotate --model {model} --data {data} --output a.parquet --limit 0",
+        "limit: expected a positive",
+    ),
+    "yaml list": ("train --config {list}", "data: expected one value, got ['x']"),
+    "eval_data": (
+        "train --model {model} --data {data} --output_dir o --eval_data {data}",
+        "expected --eval_strategy",
+    ),
+    "liger": (
+        "train --model {model} --data {data} --output_dir o --use_liger_kernel",
+        "use_liger_kernel: expected a GPU",
+    ),
+    "raw to inspect": (
+        "inspect --data {data} --model {model}",
+        "expected a parquet file written by `treg annotate`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, folder, tmp_path, monkeypatch, capsys):
+    command, message = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    Path("keys.yaml").write_text("lerning_rate: 1e-4\n")
+    Path("value.yaml").write_text("learning_rate: fast\n")
+    Path("list.yaml").write_text("data: [x]\n")
+    files = {
+        "model": folder / "model",
+        "data": folder / "prefs.jsonl",
+        "yaml": "keys.yaml",
+        "bad": "value.yaml",
+        "list": "list.yaml",
+    }
+    assert main(command.format(**files).split()) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError])
+def test_a_fault_beneath_shows_where_it_is(kind, folder, tmp_path, monkeypatch, capsys):
+    """Of an error that another library raises, the message alone would not tell a user what went
+    wrong.
+    """
+
+    def tokenizer(*_, **__):
+        return json.loads("{") if kind is ValueError else len(3)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", tokenizer)
+    options = ["--data", str(folder / "prefs.jsonl"), "--output", str(tmp_path / "a.parquet")]
+    assert main(["annotate", "--model", str(folder / "model"), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and "in run" in error
+    assert error.splitlines()[-1].startswith(
+        f"treg annotate: error: {'Expecting' if kind is ValueError else 'object'}"
+    )
+
+
+def test_an_argument_that_transformers_refuses(folder, tmp_path, capsys):
+    assert main(train_options(folder, tmp_path / "o", warmup_steps=-1)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("treg train: error: ") and "warmup_steps" in error
+
+
+def test_what_argparse_refuses(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["annotate", "--model", "x"])
+    assert stop.value.code == 2 and "--data, --output" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__.partition("+")[0] in text and "self-test      ok" in text
+
+
+def test_doctor_sees_wrong_numbers(monkeypatch, capsys):
+    from treg.cli import doctor
+
+    right = doctor.fused_treg_loss
+    monkeypatch.setattr(
+        doctor, "fused_treg_loss", lambda *a, **k: right(*a, **k | {"beta": 0.1001})
+    )
+    assert main(["doctor"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_from_a_file_to_a_page(folder, tmp_path, capsys):
+    """Raw rows in; annotated pairs, a trained model, its card and curves, and a page out."""
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "learning_rate: 1e-3\nlogging_steps: 1\npacking: true\nmax_steps: 99\neval_strategy: steps\n"
+        "eval_steps: 2\nreport_to: none\nuse_cpu: true\ndisable_tqdm: true\n"
+    )
+    command = [
+        "train",
+        "--config",
+        config,
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "prefs.jsonl",
+        "--eval_data",
+        folder / "held-out.jsonl",
+        "--output_dir",
+        out,
+        "--max_steps",
+        4,
+    ]
+    assert main([str(x) for x in command]) == 0
+    text = capsys.readouterr().out
+    assert f"{ROWS} of {ROWS + 2} rows kept" in text and "dropped 1: broken JSON" in text
+    examples, meta = read_annotated(out / "annotated.parquet")
+    assert len(examples) == ROWS and meta["report"]["dropped"] == {
+        "broken JSON": 1,
+        "empty completion": 1,
+    }
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 4  # the command line wins
+    assert any("eval_rewards/margins" in x for x in state["log_history"])
+    card = (out / "README.md").read_text()
+    assert "2412.02685" in card and str(folder / "model") in card
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    before = load_file(folder / "model" / "model.safetensors")
+    assert any(not torch.equal(before[k], v) for k, v in weights(out).items())
+
+    command = [
+        "inspect",
+        "--data",
+        out / "annotated.parquet",
+        "--model",
+        out,
+        "--output",
+        page,
+        "--limit",
+        3,
+        "--curves",
+        tmp_path / "c.png",
+        "--terminal",
+    ]
+    assert main([str(x) for x in command]) == 0
+    html = page.read_text()
+    assert "prefs.jsonl:3" in html and "prefs.jsonl:4" not in html and "data:image/png" in html
+    assert "the answer is 0." in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "c.png").exists()
+
+
+def test_plain_objective_needs_no_annotation(folder, tmp_path):
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, alpha=0.0, max_steps=2)) == 0
+    assert not list(out.glob("*.parquet")) and weights(out)
+
+
+def test_plain_objective_reads_the_rows_that_were_asked_for(folder, tmp_path, capsys):
+    options = train_options(folder, tmp_path / "out", alpha=0.0, max_steps=1, limit=3)
+    assert main(options) == 0
+    assert "3 of 3 rows kept" in capsys.readouterr().out
+    assert (
+        main(train_options(folder, tmp_path / "strict", alpha=0.0, max_steps=1, strict=True)) == 2
+    )
+    assert ":25: broken JSON" in capsys.readouterr().err
+
+
+def test_limit_is_for_raw_rows(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        main(train_options(folder, out, max_steps=1, limit=4, logging_steps=10)) == 0
+    )  # nothing logged, no curves
+    assert (
+        not (out / "curves.png").exists() and len(read_annotated(out / "annotated.parquet")[0]) == 4
+    )
+    page = tmp_path / "page.html"
+    command = ["inspect", "--data", out / "annotated.parquet", "--model", out, "--output", page]
+    assert main([str(x) for x in command]) == 0 and page.exists()
+    again = train_options(folder, tmp_path / "again", data=out / "annotated.parquet", max_steps=1)
+    assert main([*again, "--limit", "2"]) == 2
+    assert "limit: expected none with annotated data" in capsys.readouterr().err
+    assert main(again) == 0
+
+
+def test_the_three_commands(folder, tmp_path, capsys):
+    """annotate, train, inspect, with the options that they need alone; a file is refused where it
+    does not fit.
+    """
+    annotated, out, page = tmp_path / "a.parquet", tmp_path / "out", tmp_path / "page.html"
+    data, model = str(folder / "prefs.jsonl"), str(folder / "model")
+    assert main(["annotate", "--model", model, "--data", data, "--output", str(annotated)]) == 0
+    train = train_options(folder, out, data=annotated, max_steps=2)
+    assert main(train) == 0
+    inspect = ["inspect", "--data", str(annotated), "--model", str(out), "--output", str(page)]
+    assert main(inspect) == 0 and "implicit" in page.read_text()
+    capsys.readouterr()
+    assert main(train_options(folder, tmp_path / "b", data=annotated, max_length=12)) == 2
+    assert "max_length: expected at least" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "annotate",
+                "--model",
+                model,
+                "--data",
+                str(annotated),
+                "--output",
+                str(tmp_path / "c.parquet"),
+            ]
+        )
+        == 2
+    )
+    assert "which is annotated already" in capsys.readouterr().err
+    tiny.tiny_tokenizer(crossing=True).save_pretrained(tmp_path / "other")
+    assert main([*inspect, "--tokenizer", str(tmp_path / "other")]) == 2
+    assert "was annotated with another tokenizer" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, max_steps=2)) == 0
+    before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    assert main(train_options(folder, out, max_steps=2)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+
+
+def test_two_runs_in_one_folder(folder, tmp_path, capsys):
+    with locked(tmp_path / "out"):
+        assert main(train_options(folder, tmp_path / "out", max_steps=2)) == 2
+    assert "another run is at work on it" in capsys.readouterr().err
+    assert main(train_options(folder, tmp_path / "out", max_steps=2)) == 0
+
+
+def test_adapters_are_no_start(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        main(train_options(folder, out, use_peft=True, lora_target_modules="q_proj", max_steps=1))
+        == 0
+    )
+    assert main(train_options(folder, tmp_path / "more", model=out, max_steps=1)) == 2
+    assert "holds adapters; merge them" in capsys.readouterr().err
+
+
+def test_another_reference(folder, tmp_path):
+    """It annotates, and is not needed after that."""
+    tokenizer = tiny.tiny_tokenizer()
+    tiny.tiny_llama(len(tokenizer), initializer_range=0.2).save_pretrained(tmp_path / "reference")
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, max_steps=1, ref_model=tmp_path / "reference")) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert abs(next(x["rewards/chosen"] for x in log if "loss" in x)) > 0.01
+
+
+def test_mixed_precision_sees_the_same_reference(folder, tmp_path):
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, max_steps=1, bf16=True)) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    # batches are cut differently, so bfloat16 rounds a little differently
+    assert abs(next(x["rewards/margins"] for x in log if "loss" in x)) < 0.02
+
+
+def test_lora(folder, tmp_path):
+    out = tmp_path / "out"
+    assert (
+        main(train_options(folder, out, use_peft=True, lora_target_modules="q_proj", max_steps=2))
+        == 0
+    )
+    adapters = load_file(out / "adapter_model.safetensors")
+    assert adapters and all("q_proj.lora" in name for name in adapters)
+
+
+def start(options: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "treg", *options],
+        env=tiny.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_killed_training_goes_on(folder, tmp_path):
+    """SIGKILL after the first checkpoint, the same command again: the weights of a run that was
+    never stopped.
+    """
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(train_options(folder, whole, max_steps=40)) == 0
+    process = start(train_options(folder, stopped, max_steps=40))
+    deadline = time.monotonic() + 300
+    while (
+        not (stopped / "checkpoint-2" / "trainer_state.json").exists()
+        and time.monotonic() < deadline
+    ):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (stopped / "model.safetensors").exists(), "it ended before it was killed"
+
+    assert (
+        main(train_options(folder, stopped, max_steps=40, learning_rate=2e-3)) == 2
+    )  # not the same run
+    process = start(train_options(folder, stopped, max_steps=40))
+    text, _ = process.communicate()
+    assert process.returncode == 0 and "going on from" in text, text
+    assert (stopped / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
+    logs = [
+        json.loads((x / "trainer_state.json").read_text())["log_history"] for x in (whole, stopped)
+    ]
+    assert [x["num_tokens"] for x in logs[0] if "loss" in x] == [
+        x["num_tokens"] for x in logs[1] if "loss" in x
+    ]

@@ -1,0 +1,51 @@
+"""Log-probs of a model without its logits, against its logits."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tiny import tiny_llama
+
+from treg.heads import install_head
+from treg.heads.logprobs import token_logprobs
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(50, (3, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    labels = ids.masked_fill((mask == 0) | (torch.arange(7) < 2), -100)
+    return ids, mask, labels
+
+
+@pytest.mark.parametrize("nothing", [False, True], ids=["some scored", "none scored"])
+def test_values_and_gradients(nothing):
+    model, (ids, mask, labels) = tiny_llama(50).double(), batch()
+    labels = torch.full_like(labels, -100) if nothing else labels
+    install_head(model)
+    found = token_logprobs(model, labels, input_ids=ids, attention_mask=mask, outputs=("entropy",))
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    scored = labels[:, 1:] != -100
+    expected = logits.gather(-1, ids[:, 1:, None])[..., 0] * scored
+    entropy = -(logits.exp() * logits).sum(-1) * scored
+    torch.testing.assert_close(found.logprobs, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-10, atol=1e-10)
+    weights = torch.arange(1.0, 7.0).double()
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((found.logprobs * weights).sum(), parameters),
+        torch.autograd.grad((expected * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_labels_of_another_shape():
+    model, (ids, _, labels) = tiny_llama(50), batch()
+    install_head(model)
+    with pytest.raises(
+        ValueError, match=r"labels: .* input_ids \[3, 7\], not shifted, got \[3, 6\]"
+    ):
+        token_logprobs(model, labels[:, 1:], input_ids=ids)

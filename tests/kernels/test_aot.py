@@ -1,0 +1,162 @@
+"""What the compiler makes of every kernel, without a device: legality, registers, tensor cores; see
+aot_worker.py.
+"""
+
+import functools
+import json
+
+import aot_report
+import pytest
+import triton
+from aot_code import contents_of, instructions
+from aot_report import ARCHS
+
+pytestmark = pytest.mark.aot
+GEMMS = {"_tile_kernel", "_gradient_kernel", "_active_gradient_kernel", "_product_kernel"}
+KERNELS = GEMMS | {
+    "_offset_kernel",
+    "_combine_kernel",
+    "_active_kernel",
+    "_list_kernel",
+    "_pair_kernel",
+}
+DESCRIPTORS = ("sm90", "sm100")  # architectures with a copy engine
+# Bytes that a thread may spill; 0 where nothing is said. The largest tiles' sums take half of its
+# 255 registers. A softcap's tanh and the statistics then find too few, once a tile, outside the
+# loop over D (tested on sm90):
+OPTIONS_SPILL = {"sm80": 40, "sm90": 480, "sm100": 300}
+# Rows that no descriptor can address need a pointer for each element or two:
+UNALIGNED_SPILL = {"sm80": 40, "sm90": 60, "sm100": 700}
+
+
+@functools.cache
+def rows(arch: str) -> list[dict]:
+    """In the form of the record: through JSON."""
+    return json.loads(aot_report.to_text(aot_report.compiled(arch)))["rows"]
+
+
+def label(row: dict) -> str:
+    return f"{row['kernel']} {row['block']} ({row['case']})"
+
+
+def products(arch: str) -> list[dict]:
+    """The kernels of 16-bit matrix products."""
+    return [
+        r
+        for r in rows(arch)
+        if r["kernel"] in GEMMS and "float32" not in r["case"] and r.get("source") != "logits"
+    ]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles_and_fits(arch):
+    assert {r["kernel"] for r in rows(arch)} == KERNELS
+    too_large = [label(r) for r in rows(arch) if not r["fits"]]
+    assert not too_large, f"more shared memory than {arch} has: {too_large}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_spills(arch):
+    def most(row):
+        allowed = {"all options": OPTIONS_SPILL, "unaligned": UNALIGNED_SPILL}
+        return max(
+            (bound.get(arch, 0) for word, bound in allowed.items() if word in row["case"]),
+            default=0,
+        )
+
+    spills = {label(r): r["spill_bytes"] for r in rows(arch) if r["spill_bytes"] > most(r)}
+    assert not spills, spills
+
+
+def test_no_spill_within_the_loop_over_the_hidden_size():
+    inside = [r for r in products("sm90") if "unaligned" not in r["case"]]
+    assert inside and all(r["loop"]["matrix"] > 0 and r["loop"]["local"] == 0 for r in inside)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_16_bit_products_run_on_tensor_cores(arch):
+    assert {r["kernel"] for r in products(arch)} == GEMMS
+    without = [label(r) for r in products(arch) if r["matrix"] == 0]
+    assert not without, f"no tensor-core instruction on {arch}: {without}"
+
+
+@pytest.mark.parametrize("arch", DESCRIPTORS)
+def test_the_copy_engine_reads_what_it_can_address(arch):
+    found = [r for r in products(arch) if "source" in r]
+    assert {r["source"] for r in found} == {"descriptors", "pointers"}
+    for r in found:
+        aligned = "unaligned" not in r["case"]
+        assert (r["source"] == "descriptors") == aligned == (r["tma_loads"] > 0), label(r)
+        writes = r["case"].startswith(("stash", "gradient"))
+        assert (r["tma_stores"] > 0) == (aligned and writes), label(r)
+
+
+@pytest.mark.parametrize("arch", sorted(set(ARCHS) - set(DESCRIPTORS) - {"gfx942"}))
+def test_without_a_copy_engine_aligned_rows_are_copied_asynchronously(arch):
+    for r in products(arch):
+        if "unaligned" not in r["case"]:
+            assert r["async_copies"] > 0 and r["tma_loads"] == 0, label(r)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_as_many_blocks_a_multiprocessor_as_programs_are_launched(arch):
+    tiled = [r for r in rows(arch) if "programs" in r]
+    assert tiled and any(r["programs"] for r in tiled) == (arch in DESCRIPTORS)
+    for r in tiled:
+        assert r["blocks_per_sm"] >= max(1, r["programs"]), label(r)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_atomics(arch):
+    """Atomics would make the same inputs give different bits."""
+    assert not [label(r) for r in rows(arch) if r["atomics"]]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_record_is_what_is_compiled(arch):
+    """A change of a kernel comes with its record: python benchmarks/aot_report.py."""
+    record = aot_report.recorded(arch)
+    if record["triton"] != triton.__version__:
+        pytest.skip(f"the record is of Triton {record['triton']}, this is {triton.__version__}")
+    now = {(r["case"], r["kernel"], i): r for i, r in enumerate(rows(arch))}
+    then = {(r["case"], r["kernel"], i): r for i, r in enumerate(record["rows"])}
+    assert now.keys() == then.keys(), "run python benchmarks/aot_report.py"
+    assert now == then, "run python benchmarks/aot_report.py"
+
+
+def test_the_tables_are_those_of_the_records():
+    reports = [aot_report.recorded(arch) for arch in ARCHS]
+    assert (aot_report.OUT / "README.md").read_text() == aot_report.readme(reports)
+
+
+SASS = """
+        /*0000*/                   S2R R7, SR_TID.X ;
+        /*0010*/              @!P1 BRA 0x60 ;
+        /*0020*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR24], R24 ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/               @P5 BRA 0x20 ;
+        /*0060*/               @P3 BRA 0xa0 ;
+        /*0070*/                   STL [R1], R2 ;
+        /*0080*/                   FADD R0, R1, R2 ;
+        /*0090*/                   BRA 0xd0 ;
+        /*00a0*/                   FADD R0, R1, R2 ;
+        /*00b0*/                   FADD R0, R1, R2 ;
+        /*00b8*/                   FADD R0, R1, R2 ;
+        /*00c0*/              @!P0 ATOMG.E.ADD PT, R2, desc[UR4][R2.64], R5 ;
+        /*00d0*/               @P2 BRA 0x10 ;
+        /*00e0*/                   EXIT ;
+        /*00f0*/                   BRA 0xf0;
+        /*0100*/                   NOP;
+"""
+
+
+def test_reading_machine_code():
+    found = contents_of(instructions(SASS), sides=True)
+    loop = {"instructions": 4, "matrix": 1, "tma_loads": 1, "barriers": 1, "local": 0}
+    assert {key: found["loop"][key] for key in loop} == loop
+    assert (found["instructions"], found["local"], found["atomics"]) == (17, 1, 1)
+    assert (found["plain_epilogue"], found["full_epilogue"]) == (3, 4)
+    without_else = SASS.replace("BRA 0xd0 ;", "FADD R0, R1, R2 ;")
+    assert "plain_epilogue" not in contents_of(instructions(without_else), sides=True)
+    assert "loop" not in contents_of(instructions(SASS.replace("HGMMA", "FFMA")), sides=True)

@@ -1,0 +1,202 @@
+"""Every way of cutting [N, V] into tiles gives the same numbers: shapes, copy engine or not, the
+vendor's product.
+"""
+
+import json
+
+import pytest
+import torch
+import triton
+from helpers import DEVICE, GPU, error
+
+from treg.ops import reference
+from treg.ops.gemm import logits_into, split_product
+from treg.ops.head import Head
+from treg.ops.logprobs import make_tiles
+from treg_kernels import configs, logits_gradient, logprob_forward
+from treg_kernels.configs import FLOAT32, ROWS, TILES, Tile
+from treg_kernels.forward import part_columns
+from treg_kernels.launch import addressable, contiguous_rows
+from treg_kernels.tiles import Scalars
+
+pytestmark = pytest.mark.gpu if GPU else pytest.mark.interp
+
+# on a GPU those that tuning may choose, in the interpreter one of each kind
+CANDIDATES = (
+    (*configs.CANDIDATES[configs.architecture()], ROWS)
+    if GPU
+    else (
+        *TILES["interpreter"],
+        Tile(32, 64, 16, 4, 1, programs=2),
+        Tile(64, 256, 64, 4, 1, descriptors=True),
+        Tile(16, 128, 32, 4, 1),
+        Tile(8, 128, 64, 4, 1, vendor=True),
+        ROWS,
+    )
+)
+STATISTICS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "tops")
+
+
+def dense(hidden, weight, target, bias, softcap):
+    h, w = (x.double().requires_grad_() for x in (hidden, weight))
+    names = STATISTICS[:-1]
+    out = reference.linear_logprobs(h, w, target, bias=bias, softcap=softcap, outputs=names)
+    return h, w, out
+
+
+@pytest.mark.parametrize(
+    ("softcap", "strided"), [(None, False), (20.0, True)], ids=["plain", "softcap, strided"]
+)
+@pytest.mark.parametrize("rows", [1, 150])
+@pytest.mark.parametrize("tile", CANDIDATES, ids=str)
+def test_every_tile(tile, rows, softcap, strided, monkeypatch):
+    """All three kernels against float64; the vendor's product in several slabs."""
+    monkeypatch.setattr(configs, "SLAB_BYTES", 4 * rows * 2 * tile.v)
+    V, D = 517, 48
+    bias = torch.randn(V, device=DEVICE) if softcap else None
+    weight = torch.randn(V, D + strided, device=DEVICE).mul_(0.3).bfloat16()[:, :D]
+    target = torch.randint(0, V, (rows,), device=DEVICE)
+    hidden = (torch.randn(rows, D, device=DEVICE) + weight[target]).bfloat16()
+    if strided:
+        hidden = hidden.T.contiguous().T
+    target[1::5] = -100
+    scalars, coef = Scalars.of(1.0, softcap, 1.0), torch.randn(rows, device=DEVICE)
+    coef[::7] = 0.0
+    h, w, exact = dense(hidden, weight, target, bias, softcap)
+    gradients = torch.autograd.grad((exact.logprobs * coef).sum(), (h, w))
+
+    head = (hidden, weight, target, bias, scalars, -100)
+    stash = torch.full((rows, V), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    out = torch.full_like(stash, float("nan"))
+    plain = logprob_forward(*head, STATISTICS, None, logits_into, tile)
+    found = logprob_forward(*head, (), stash, logits_into, tile)
+    logits_gradient(*head, found["norm"], coef, out, logits_into, tile)
+
+    for values in (plain, found):
+        assert error(values["logprobs"], exact.logprobs) < 3e-6
+    for name in STATISTICS[:-1]:
+        got, want = plain[name], getattr(exact, name)
+        assert torch.equal(got, want) if got.dtype == torch.bool else error(got, want) < 2e-5, name
+    scale = (found["factor"] * coef).unsqueeze(1).double()
+    for dhidden, dweight in (
+        (scale * (stash.double() @ weight.double()), stash.double().T @ (scale * hidden.double())),
+        (out.double() @ weight.double(), out.double().T @ hidden.double()),
+    ):
+        assert error(dhidden, gradients[0]) < 3e-3 and error(dweight, gradients[1]) < 3e-3
+
+    z2 = (hidden.double() @ weight.double().T + (0.0 if bias is None else bias)) * scalars.scale2
+    if softcap:
+        z2 = scalars.cap2 * torch.tanh(z2 / scalars.cap2)
+    kept = (target != -100).nonzero().squeeze(1)
+    z2[kept, target[kept]] = -torch.inf
+    tops = torch.stack([part.amax(1) for part in z2.split(tile.v, dim=1)], 1)
+    assert error(plain["tops"][kept], tops[kept]) < 1e-5
+
+
+def test_a_measured_tile_is_taken(monkeypatch, tmp_path):
+    """For its device, kernel, dtype and head, up to its number of rows and above the last."""
+    rows = [
+        {
+            "device": "a",
+            "kind": "stash",
+            "dtype": "bfloat16",
+            "vocab": 500,
+            "hidden": 64,
+            "rows": n,
+            "tile": Tile(n, 256, 64, 8, 3)._asdict(),
+        }
+        for n in (512, 64)
+    ]
+    monkeypatch.setattr(configs, "_device_name", lambda: "a")
+    monkeypatch.setattr(configs.resources, "files", lambda package: tmp_path)
+    (tmp_path / configs.MEASURED).write_text(json.dumps(rows))
+    configs._measured.cache_clear()
+    try:
+        found = [
+            configs.tile_for("stash", torch.bfloat16, n, 500, 64).n for n in (1, 64, 65, 512, 4000)
+        ]
+        assert found == [64, 64, 512, 512, 512]
+        default = configs.tile_for("forward", torch.bfloat16, 4000, 500, 64)
+        assert default == TILES[configs.architecture()][1]
+        assert configs.tile_for("stash", torch.bfloat16, 4000, 501, 64) == default
+        assert configs.tile_for("stash", torch.float32, 4000, 500, 64) == FLOAT32
+    finally:
+        configs._measured.cache_clear()
+
+
+def test_every_tile_that_may_be_chosen_is_a_multiple_of_128_wide():
+    """filter_eps counts in blocks of 128 columns."""
+    measured = [tile for tiles in configs._measured().values() for _, tile in tiles]
+    tables = [
+        tile for table in (TILES, configs.CANDIDATES) for tiles in table.values() for tile in tiles
+    ]
+    assert len(tables) > 20
+    assert [tile for tile in (*tables, *measured, FLOAT32, ROWS) if tile.v % 128] == []
+
+
+def test_rows_that_no_descriptor_can_address(monkeypatch):
+    """A transposed or odd weight takes the tiles of pointers; hidden states are copied where that
+    helps.
+    """
+    monkeypatch.setattr(configs, "architecture", lambda: "sm90")
+    weight = torch.zeros(512, 64, dtype=torch.bfloat16)
+    for w, expected in (
+        (weight, "sm90"),
+        (weight.T.contiguous().T, "sm80"),
+        (weight[:, :63], "sm90"),
+        (weight[:, 1:], "sm80"),
+        (weight[:, ::2], "sm80"),
+        (weight[:, :60].contiguous(), "sm80"),
+    ):
+        found = configs.tile_for("stash", w.dtype, 4000, *w.shape, addressable(w))
+        assert found == TILES[expected][1]
+        assert part_columns(w) == 512 // found.v
+    strided = torch.zeros(64, 40).bfloat16().T
+    assert not addressable(strided) and addressable(contiguous_rows(strided))
+    odd = torch.zeros(40, 63).bfloat16()
+    assert contiguous_rows(odd) is odd and contiguous_rows(weight) is weight
+
+
+@pytest.mark.parametrize(
+    "arch, key",
+    [
+        (80, "sm80"),
+        (86, "sm80"),
+        (89, "sm80"),
+        (90, "sm90"),
+        (100, "sm100"),
+        (103, "sm100"),
+        (120, "sm80"),
+    ],
+)
+def test_architectures(arch, key, monkeypatch):
+    monkeypatch.setattr(configs, "INTERPRET", False)
+    assert configs.architecture(triton.backends.compiler.GPUTarget("cuda", arch, 32)) == key
+    assert configs.architecture(triton.backends.compiler.GPUTarget("hip", "gfx942", 64)) == "amd"
+
+
+def test_the_vendors_slab_is_in_the_budget(monkeypatch):
+    """A tile that reads finished logits takes a slab of them, and so many rows that it holds one
+    column of tiles.
+    """
+    head = Head(torch.empty(5000, 64, dtype=torch.bfloat16, device=DEVICE))
+    without = make_tiles("triton", head, None)
+    monkeypatch.setattr(configs, "tiles_for", lambda kind, *rest: [(1 << 20, ROWS)])
+    tiles = make_tiles("triton", head, None)
+    assert tiles.fixed_bytes == without.fixed_bytes + configs.SLAB_BYTES
+    assert tiles.max_rows * ROWS.v * 4 == configs.SLAB_BYTES
+    assert (
+        ROWS.slab_columns(tiles.max_rows) == ROWS.v
+        and ROWS.slab_columns(1) == configs.SLAB_BYTES // 4
+    )
+
+
+def test_products_over_parts_of_the_vocabulary_add_up():
+    tile, weight = (
+        torch.randn(5, 60, device=DEVICE).bfloat16(),
+        torch.randn(60, 7, device=DEVICE).bfloat16(),
+    )
+    parts = split_product(tile, weight, 4)
+    assert parts.dtype == torch.float32 and parts.shape == (4, 5, 7)
+    assert error(parts[1], tile[:, 15:30].double() @ weight[15:30].double()) < 1e-6
+    assert error(parts.sum(0), tile.double() @ weight.double()) < 1e-6

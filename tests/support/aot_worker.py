@@ -1,0 +1,319 @@
+"""Compile every kernel for one architecture without a device, through the real launchers; print one
+JSON row each.
+
+    python tests/aot_worker.py sm90
+
+A process of its own: it must not run under Triton's interpreter. A stand-in driver takes the
+launches, so that Triton specialises the real arguments, compiles what a device would run, checks
+shared memory, and runs nothing. The tensors have the shapes of a real head and are never touched,
+so they take no memory.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from aot_code import LIMITS, contents, resources
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ROWS, VOCAB, HIDDEN = 4096, 128256, 4096  # Llama-3 8B
+ODD_VOCAB = 50257  # rows of [N, V] are not aligned
+TILED = ("_tile_kernel", "_gradient_kernel")
+
+
+def target_of(arch: str) -> GPUTarget:
+    return (
+        GPUTarget("cuda", int(arch[2:]), 32)
+        if arch.startswith("sm")
+        else GPUTarget("hip", arch, 64)
+    )
+
+
+class FakeDriver:
+    """Enough of a driver for `kernel[grid](cpu tensors)`."""
+
+    def __init__(self, arch: str):
+        self.target, self.arch = target_of(arch), arch
+        self.utils = self
+
+    def launcher_cls(self, src, metadata):
+        return lambda *args, **kwargs: None
+
+    def get_device_properties(self, device):
+        return {
+            "max_shared_mem": LIMITS[self.arch].block_shared,
+            "max_num_regs": 65536,
+            "multiprocessor_count": 132,
+            "warpSize": self.target.warp_size,
+        }
+
+    def load_binary(self, name, binary, shared, device):
+        return None, None, 0, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+    def is_active(self):
+        return True
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def fake_device(arch: str):
+    before = driver._active
+    driver.set_active(FakeDriver(arch))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def scalars_of(options: bool):
+    from treg_kernels.tiles import Scalars
+
+    return Scalars.of(1.0, 30.0, 0.7) if options else Scalars.of(1.0, None, 1.0)
+
+
+def run_head(
+    kind: str,
+    dtype: torch.dtype,
+    rows=ROWS,
+    vocab=VOCAB,
+    padding=0,
+    options=False,
+    statistics=False,
+    tile=None,
+):
+    """One of configs.KINDS; options: bias, softcap and temperature; padding: elements between two
+    rows.
+    """
+    import treg_kernels as K
+    from treg_kernels.forward import STATISTICS
+
+    hidden = torch.empty(rows, HIDDEN + padding, dtype=dtype)[:, :HIDDEN]
+    weight = torch.empty(vocab, HIDDEN + padding, dtype=dtype)[:, :HIDDEN]
+    target, row = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    out = None if kind == "forward" else torch.empty(rows, vocab, dtype=dtype)
+    head = (
+        hidden,
+        weight,
+        target,
+        torch.empty(vocab, dtype=dtype) if options else None,
+        scalars_of(options),
+        -100,
+    )
+    rest = {"product": lambda *operands: None, "tile": tile}
+    if kind == "gradient":
+        K.logits_gradient(*head, row, row, out, **rest)
+    else:
+        K.logprob_forward(*head, STATISTICS if statistics else (), out, **rest)
+
+
+def head_cases(arch: str) -> Iterator[tuple[str, Callable]]:
+    """Name and launch of the forward, with and without a stash, and of the gradient: rows, options,
+    layouts, dtypes.
+    """
+    from treg_kernels import configs
+
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    few, unaligned, options = {"rows": 64}, {"padding": 1, "vocab": ODD_VOCAB}, {"options": True}
+    everything, vendor = {**options, "statistics": True}, {"tile": configs.ROWS}
+    cases = [
+        *((kind, bf16, "", {}) for kind in configs.KINDS),
+        ("stash", bf16, "64 rows", few),
+        ("stash", bf16, "unaligned", unaligned),
+        ("forward", bf16, "all options and statistics", everything),
+        ("stash", bf16, "all options", options),
+        ("gradient", bf16, "all options", options),
+        ("forward", bf16, "vendor's product", vendor),
+        ("gradient", bf16, "vendor's product", vendor),
+        ("forward", f16, "", {}),
+        ("forward", f32, "all options and statistics", everything),
+        ("stash", f32, "", {}),
+        ("gradient", f32, "", {}),
+    ]
+    if arch == "sm90":
+        cases += [
+            ("forward", bf16, "64 rows", few),
+            ("gradient", bf16, "64 rows", few),
+            ("forward", bf16, "all options", options),
+            ("gradient", bf16, "unaligned", unaligned),
+            ("stash", bf16, "vendor's product, all options and statistics", vendor | everything),
+        ]
+    for kind, dtype, name, what in cases:
+        words = ", ".join(filter(None, (kind, str(dtype).removeprefix("torch."), name)))
+        yield words, functools.partial(run_head, kind, dtype, **what)
+
+
+def run_filtered(dtype: torch.dtype, options: bool, *, add: bool):
+    """The gradient of active tiles alone, of 256 columns for each of the forward's partial
+    results.
+    """
+    from treg_kernels import active, filtered
+
+    hidden, weight = torch.empty(ROWS, HIDDEN, dtype=dtype), torch.empty(VOCAB, HIDDEN, dtype=dtype)
+    target, row = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
+    tops = torch.empty(ROWS, -(-VOCAB // 256))
+    kept = active.active_tiles(tops, 256, row, row, target, torch.empty(()), VOCAB)
+    slab = torch.empty(filtered.slab_shape(ROWS, VOCAB), dtype=dtype)
+    wide = torch.float32 if add else dtype
+    filtered.filtered_gradients(
+        hidden,
+        weight,
+        target,
+        torch.empty(VOCAB, dtype=dtype) if options else None,
+        scalars_of(options),
+        row,
+        row,
+        kept,
+        slab,
+        torch.empty_like(hidden),
+        torch.empty(VOCAB, HIDDEN, dtype=wide),
+        torch.empty(VOCAB, dtype=wide) if options else None,
+        add=add,
+    )
+
+
+def filtered_cases() -> Iterator[tuple[str, Callable]]:
+    for name, dtype, options in (
+        ("bfloat16", torch.bfloat16, False),
+        ("bfloat16, all options, added up", torch.bfloat16, True),
+        ("float32, all options, added up", torch.float32, True),
+    ):
+        yield f"filtered, {name}", functools.partial(run_filtered, dtype, options, add=options)
+
+
+def run_objective(name: str, dtype: torch.dtype, everything: bool):
+    from treg_kernels.objective import pair_objective
+
+    row, stats = torch.zeros(64, dtype=dtype), torch.zeros(9, 4, dtype=dtype)
+    if everything:
+        tokens = (
+            row,
+            torch.zeros(64, dtype=torch.int64),
+            row,
+            row,
+            row,
+            torch.zeros(9, dtype=torch.int32),
+        )
+    else:
+        tokens = (
+            row,
+            torch.zeros(64, dtype=torch.bool),
+            None,
+            None,
+            None,
+            torch.zeros(9, dtype=torch.int64),
+        )
+    pair_objective(
+        *tokens,
+        1,
+        2,
+        stats[0].clone(),
+        stats,
+        row,
+        loss_type=name,
+        beta=0.1,
+        alpha=0.25,
+        gamma=0.0,
+        label_smoothing=0.1,
+        weighting="gradient" if everything else "static",
+        length_normalised=everything,
+        nll=everything,
+    )
+
+
+def objective_cases() -> Iterator[tuple[str, Callable]]:
+    """Two with all options, and DPO with none; test_objective.py compiles the others."""
+    for name in ("dpo", "orpo"):
+        yield (
+            f"objective {name}, float32, all options",
+            functools.partial(run_objective, name, torch.float32, True),
+        )
+    yield (
+        "objective dpo, float64, no options",
+        functools.partial(run_objective, "dpo", torch.float64, False),
+    )
+
+
+def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, CompiledKernel]]:
+    """Launch everything; each kernel that no earlier case has compiled."""
+    from treg_kernels import active, backward, filtered, forward, objective
+
+    found = [
+        f
+        for module in (forward, backward, objective, active, filtered)
+        for f in vars(module).values()
+    ]
+    functions = list(dict.fromkeys(f for f in found if isinstance(f, JITFunction)))
+    seen = set()
+    for case, launch in cases:
+        for function in functions:
+            function.device_caches.clear()
+        launch()
+        for function in functions:
+            for cache in function.device_caches.values():
+                for kernel in cache[0].values():
+                    if kernel.hash not in seen:
+                        seen.add(kernel.hash)
+                        yield case, kernel
+
+
+def row_of(case: str, kernel: CompiledKernel, arch: str) -> dict:
+    """A row of the report."""
+    from treg_kernels import configs
+
+    name, meta = kernel.src.fn.__name__, kernel.metadata
+    values = {kernel.src.fn.arg_names[at[0]]: value for at, value in kernel.src.constants.items()}
+    block = [
+        value for key, value in values.items() if key.startswith("BLOCK") and isinstance(value, int)
+    ]
+    row = {
+        "case": case,
+        "kernel": name,
+        "block": "x".join(map(str, block)),
+        "warps": meta.num_warps,
+        "stages": meta.num_stages,
+        **resources(kernel, arch),
+    }
+    if name in TILED:
+        tiles = [
+            *configs.TILES[configs.architecture()],
+            *configs.TILES["sm80"],
+            configs.FLOAT32,
+            configs.ROWS,
+        ]
+        row["programs"] = next(
+            t.programs for t in tiles if t[:5] == (*block, meta.num_warps, meta.num_stages)
+        )
+        row["source"] = values["SOURCE"]
+    if arch == "sm90" and row["matrix"]:
+        row |= contents(kernel.asm["cubin"], sides=name in TILED)
+    return row
+
+
+def rows_of(arch: str) -> list[dict]:
+    with fake_device(arch):
+        cases = [*head_cases(arch), *filtered_cases(), *objective_cases()]
+        return [row_of(case, kernel, arch) for case, kernel in compiled(cases)]
+
+
+if __name__ == "__main__":
+    json.dump(rows_of(sys.argv[1]), sys.stdout)

@@ -1,0 +1,96 @@
+"""Tokenizers and models small enough to be built in code, and where the real data lies."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEXT = """\
+Once upon a time there was a little fox who lived in a wood. The fox asked the old owl: what is better, the sun or the
+moon? The owl said that the answer is 42. "Rewrite the answer of the assistant," said the user, "and keep it short."
+Here is a conversation: the system says hello, the assistant answers, the user is happy. 3 + 4 = 7; f(x) = x - 1.
+"""
+END, PAD = "<|im_end|>", "<|pad|>"
+CHATML = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% if style is defined %}<|im_start|>style\n{{ style }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(chat: bool = True, *, crossing: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 400 tokens. chat: with the template CHATML. crossing: its merges cross the
+    bounds of words.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not crossing)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        show_progress=False,
+        special_tokens=[PAD, END, "<|im_start|>"],
+    )
+    bpe.train_from_iterator(TEXT.splitlines() * 4, trainer)
+    return wrapped(bpe, CHATML if chat else None)
+
+
+def wrapped(tokenizer: Tokenizer, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=chat_template,
+    )
+
+
+def tiny_llama(vocab: int, **config: Any) -> LlamaForCausalLM:
+    """Random weights, large enough that log-probs differ by whole nats. The same at every call."""
+    config = (
+        dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            initializer_range=0.3,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        | config
+    )
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **config)).eval())
+
+
+def seeded(make, seed: int = 0):
+    """What make() gives when the random state is that of the seed."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports this checkout and the modules beside the tests; one thread."""
+    support = Path(__file__).resolve().parent
+    root = support.parents[1]
+    paths = [root, root / "kernels", support, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def shared_data(*parts: str) -> Path:
+    """A path below the real data: $TREG_TEST_DATA, or shared/data beside the repository. Skips
+    where there is none.
+    """
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
+    path = Path(os.environ.get("TREG_TEST_DATA") or default, *parts)
+    if not path.exists():
+        pytest.skip("real data not present")
+    return path

@@ -1,0 +1,67 @@
+"""What several commands need: models, tokenizers, options of annotation, a word to the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from treg.cli.options import JudgeOptions
+from treg.data import EncodeOptions
+from treg.rewards import ContrastivePrompts
+from treg.rewards.annotate import AnnotateOptions, process_state
+
+
+def _check_folder(path: str) -> None:
+    """A path that is no folder would be looked up on the hub, and what the hub says of it is no
+    help.
+    """
+    if (
+        not Path(path).is_dir()
+        and (path.count("/") != 1 or path.startswith(("/", ".", "~")))
+        and "/" in path
+    ):
+        raise ValueError(f"model: no such folder: {path}")
+
+
+def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
+    _check_folder(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(
+    path: str, dtype: str, device: Any = None, attn_implementation: str | None = None
+) -> Any:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    _check_folder(path)
+    more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more)
+    return model if device is None else model.to(device)
+
+
+def annotate_options(
+    judge: JudgeOptions, max_length: int | None, per_token: bool
+) -> AnnotateOptions:
+    prompts = (
+        ContrastivePrompts() if judge.prompts is None else ContrastivePrompts.load(judge.prompts)
+    )
+    return AnnotateOptions(
+        EncodeOptions(max_length),
+        prompts,
+        judge.tokens_per_batch,
+        per_token,
+        not judge.no_share_prefix,
+    )
+
+
+def drawable(history: list[dict[str, Any]]) -> bool:
+    return any("loss" in x or "eval_loss" in x for x in history)
+
+
+def say(*parts: Any) -> None:
+    """To the terminal, once under several processes."""
+    if process_state().is_main_process:
+        print(*parts, sep="\n")

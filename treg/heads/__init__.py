@@ -1,0 +1,5 @@
+"""How a Hugging Face model is read: its head, and the log-probs of its tokens without logits."""
+
+from treg.heads.spec import HeadSpec, check_sequences, install_head, resolve_head, run_head
+
+__all__ = ["HeadSpec", "check_sequences", "install_head", "resolve_head", "run_head"]

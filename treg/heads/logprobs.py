@@ -1,0 +1,66 @@
+"""Per-token log-probs of a Hugging Face causal LM, without its logits: what a trainer's loss starts
+from.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from treg.heads import run_head
+from treg.ops import linear_logprobs
+from treg.results import LinearLogprobs
+
+
+def token_logprobs(
+    model: nn.Module,
+    labels: Tensor,
+    *,
+    outputs: tuple[str, ...] = (),
+    memory_budget: int | None = None,
+    **inputs,
+) -> LinearLogprobs:
+    """log p(labels[s, t+1] | tokens up to t) of a model that `treg.heads.install_head` has read.
+
+    Everything runs inside the model's own forward, so that what wraps it (DDP, FSDP, DeepSpeed,
+    PEFT, accelerate) sees a forward like any other. Only scored positions go through the head: 1
+    matrix product a row without a gradient, 2 with a frozen head, 3 to 4 with a trainable one
+    (`treg.ops.linear_logprobs`).
+
+    Args:
+        model: the causal LM, wrapped or not.
+        labels: [S, T] int64, not shifted: labels[s, t] is the token at t, -100 where it is not
+            scored. The first token of a row is never scored.
+        outputs: statistics of each token, see `linear_logprobs`.
+        memory_budget: bytes of temporaries, see `linear_logprobs`.
+        inputs: of the model's forward: input_ids [S, T], attention_mask, position_ids, ...
+    Returns:
+        LinearLogprobs of shape [S, T-1], 0 where not scored.
+    Raises:
+        ValueError: labels of another shape than input_ids; a model without an installed head.
+    """
+    ids = inputs.get("input_ids")
+    if ids is not None and ids.shape != labels.shape:
+        raise ValueError(
+            f"labels: expected the shape of input_ids {list(ids.shape)}, not shifted, got {list(labels.shape)}"
+        )
+    target = labels[:, 1:]
+    scored = target != -100
+
+    def head_fn(hidden: Tensor, operands: dict) -> LinearLogprobs:
+        # virtual tokens of prompt-learning adapters stand before the sequence
+        rows = hidden[:, -labels.shape[1] :][:, :-1][scored.to(hidden.device)]
+        y = target[scored].to(hidden.device)
+        found = linear_logprobs(
+            rows, target=y, outputs=outputs, memory_budget=memory_budget, **operands
+        )
+        return LinearLogprobs(
+            *(None if x is None else _spread(x, scored.to(x.device)) for x in found)
+        )
+
+    return run_head(model, head_fn, **inputs)
+
+
+def _spread(x: Tensor, scored: Tensor) -> Tensor:
+    """x [N] at the places that are scored, 0 elsewhere; without any scored one still a function of
+    x.
+    """
+    return torch.zeros(scored.shape, dtype=x.dtype, device=x.device).masked_scatter(scored, x)

@@ -1,0 +1,75 @@
+"""What a trainer logs of preference pairs: sums over a batch on the device, means over all
+processes when asked for.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treg.results import TRegLoss
+
+
+class PairMetrics:
+    """Sums and counts by name, of one process. Nothing waits for the device until `means`."""
+
+    def __init__(self):
+        self.sums: dict[str, tuple[Any, Any]] = {}
+
+    def record(
+        self,
+        result: TRegLoss,
+        lengths: np.ndarray,
+        rewards: Tensor | None,
+        ref_logps: Tensor | None,
+    ) -> None:
+        """Add a batch: lengths [2B] tokens of each sequence, rewards [N], ref_logps [2B] or [N];
+        chosen first.
+        """
+        rho_w, rho_l = result.chosen_rewards, result.rejected_rewards
+        for name, x in (
+            ("rewards/chosen", rho_w),
+            ("rewards/rejected", rho_l),
+            ("rewards/accuracies", rho_w > rho_l),
+            ("rewards/margins", rho_w - rho_l),
+            ("logps/chosen", result.chosen_logps),
+            ("logps/rejected", result.rejected_logps),
+            ("treg/reg_loss", result.reg_loss),
+            ("treg/weight", result.weights),
+        ):
+            self.add(name, x)
+        chosen = int(lengths[: len(lengths) // 2].sum())
+        if rewards is not None:
+            self.add("treg/reward_chosen", rewards[:chosen])
+            self.add("treg/reward_rejected", rewards[chosen:])
+            if ref_logps is not None and ref_logps.shape == result.token_logps.shape:
+                ratio = result.token_logps - ref_logps
+                counted = (rewards != 0) & (ratio != 0)
+                self.add("treg/alignment", counted & ((rewards > 0) == (ratio > 0)), counted.sum())
+        if result.entropy is not None:
+            self.add("entropy", result.entropy)
+            self.add("mean_token_accuracy", result.is_top1)
+            self.add("logits/chosen", result.mean_logit[:chosen])
+            self.add("logits/rejected", result.mean_logit[chosen:])
+
+    def add(self, name: str, x: Tensor, count: Tensor | None = None) -> None:
+        """Add the elements of x, or as many as count says."""
+        total, n = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (
+            total + x.detach().sum(dtype=torch.float64),
+            n + (x.numel() if count is None else count),
+        )
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Means since the last call, over all processes, which must have added the same names."""
+        sums, self.sums = self.sums, {}
+        if not sums:
+            return {}
+        flat = [
+            torch.as_tensor(x, dtype=torch.float64, device=accelerator.device)
+            for pair in sums.values()
+            for x in pair
+        ]
+        totals = accelerator.reduce(torch.stack(flat), "sum").view(-1, 2).tolist()
+        return {name: total / n for name, (total, n) in zip(sums, totals, strict=True) if n}
