@@ -1,5 +1,7 @@
-"""Preferences as token ids: through the chat template, split at the longest common token prefix,
-truncated.
+"""Preferences as token ids: rendered, split into prompt and completions, truncated.
+
+The completions start where the tokens of prompt and completion cease to agree with those of the
+prompt alone.
 """
 
 import itertools
@@ -15,8 +17,9 @@ from treg.data.rows import Messages, Preference, common_prefix, parse_row, read_
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference as token ids, int32. A sequence is prompt_ids followed by chosen_ids or
-    rejected_ids.
+    """A preference as token ids, int32.
+
+    A sequence is prompt_ids followed by chosen_ids or by rejected_ids.
     """
 
     prompt_ids: np.ndarray
@@ -24,21 +27,23 @@ class Pair:
     rejected_ids: np.ndarray
     row: Preference
     index: int  # of the row in its source, counting rows that were dropped
-    truncated: bool = False
+    truncated: bool = False  # whether max_length cut a completion
 
     @property
     def example(self) -> dict[str, np.ndarray]:
-        """What `PairCollator` needs of it."""
+        """What `PairCollator` needs of a pair."""
         return {name: getattr(self, name) for name in ID_COLUMNS}
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """max_length: tokens of prompt and completion together; a completion keeps its start, a prompt
-    must fit whole.
+    """How rows become token ids.
 
-    chat: whether text without roles becomes messages (see `parse_row`); None: if the tokenizer has
-    a chat template.
+    Args:
+        max_length: >= 2, tokens of prompt and completion together, or None. A completion keeps its
+            start; a prompt must fit whole.
+        chat: whether text without roles becomes messages (see `parse_row`). None: it does if the
+            tokenizer has a chat template.
     """
 
     max_length: int | None = 1024
@@ -77,14 +82,19 @@ def load_pairs(
         raise ValueError(
             f"data: expected rows of text or messages, got {source}, which is annotated already"
         )
-    chat = tokenizer.chat_template is not None if options.chat is None else options.chat
-    report, pairs = Report(strict), []
-    for i, (where, row) in enumerate(itertools.islice(read_rows(source, split), limit)):
+    chat = options.chat
+    if chat is None:
+        chat = tokenizer.chat_template is not None
+    report = Report(strict)
+    pairs = []
+    rows = itertools.islice(read_rows(source, split), limit)
+    for index, (where, row) in enumerate(rows):
         report.seen += 1
         try:
             if isinstance(row, RowProblem):
                 raise row
-            pair = encode(parse_row(row, where, chat=chat), tokenizer, options.max_length, i)
+            preference = parse_row(row, where, chat=chat)
+            pair = encode(preference, tokenizer, options.max_length, index)
         except RowProblem as problem:
             report.problem(problem)
             continue
@@ -103,35 +113,44 @@ def encode(row: Preference, tokenizer: Any, max_length: int | None = None, index
     alone (with the template's generation prompt) cease to agree, so that no token is shared between
     a prompt and a completion. Plain text gets the tokenizer's special tokens, and its
     end-of-sequence token at the end.
+
+    Args:
+        max_length: as in `EncodeOptions`. index: of the row in its source, kept in the pair.
     Raises:
         RowProblem: the row cannot be used. ValueError: the tokenizer cannot serve such rows.
     """
     try:
-        prompt, chosen, rejected = (
-            _chat_ids(row, tokenizer) if row.chat else _text_ids(row, tokenizer)
-        )
+        if row.chat:
+            prompt, chosen, rejected = _chat_ids(row, tokenizer)
+        else:
+            prompt, chosen, rejected = _text_ids(row, tokenizer)
     except UnicodeEncodeError as error:
         raise RowProblem("broken text", str(error), row.where) from None
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-    if not start:
+    if start == 0:
         raise RowProblem("empty prompt", "the prompt and the completions share no token", row.where)
-    longest = max(len(chosen), len(rejected))
+
+    truncated = False
     if max_length is not None:
         if start >= max_length:
             raise RowProblem(
                 "prompt too long", f"{start} tokens, max_length is {max_length}", row.where
             )
+        truncated = max(len(chosen), len(rejected)) > max_length
         chosen, rejected = chosen[:max_length], rejected[:max_length]
     if len(chosen) == start or len(rejected) == start:
         raise RowProblem("empty completion", "no token after the prompt", row.where)
     if chosen == rejected:
-        raise RowProblem(
-            "identical completions", "after truncation" if longest > len(chosen) else "", row.where
-        )
-    ids = (
-        np.asarray(x, dtype=np.int32) for x in (chosen[:start], chosen[start:], rejected[start:])
+        detail = "after truncation" if truncated else ""
+        raise RowProblem("identical completions", detail, row.where)
+    return Pair(
+        prompt_ids=np.asarray(chosen[:start], dtype=np.int32),
+        chosen_ids=np.asarray(chosen[start:], dtype=np.int32),
+        rejected_ids=np.asarray(rejected[start:], dtype=np.int32),
+        row=row,
+        index=index,
+        truncated=truncated,
     )
-    return Pair(*ids, row, index, max_length is not None and longest > max_length)
 
 
 def prompt_text(
@@ -149,41 +168,73 @@ def prompt_text(
     )
 
 
-def _chat_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
+def _chat_ids(row: Preference, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """Ids of prompt, prompt + chosen and prompt + rejected through the chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"chat_template: {row.where} holds messages, and the tokenizer has no chat template to render them; give "
-            "one with chat_template, or use a tokenizer of a chat model"
+            f"chat_template: {row.where} holds messages, and the tokenizer has no chat template to "
+            "render them; give one with chat_template, or use a tokenizer of a chat model"
         )
     try:
-        texts = [prompt_text(tokenizer, row.prompt, row.tools, row.template_kwargs)]
-        for completion in (row.chosen, row.rejected):
-            messages = [*row.prompt, *completion]
-            texts.append(
-                tokenizer.apply_chat_template(
-                    messages, tools=row.tools, tokenize=False, **row.template_kwargs
-                )
-            )
+        prompt = _messages(row.prompt)
+        prompt_alone = prompt_text(tokenizer, prompt, row.tools, row.template_kwargs)
+        with_chosen = _dialogue_text(tokenizer, [*prompt, *_messages(row.chosen)], row)
+        with_rejected = _dialogue_text(tokenizer, [*prompt, *_messages(row.rejected)], row)
     except Exception as error:  # a template is a program: it raises anything
         raise RowProblem("chat template", f"{type(error).__name__}: {error}", row.where) from None
-    return [_ids(tokenizer, text, add_special_tokens=False) for text in texts]
+    # the template has written the special tokens already
+    return (
+        _ids(tokenizer, prompt_alone, add_special_tokens=False),
+        _ids(tokenizer, with_chosen, add_special_tokens=False),
+        _ids(tokenizer, with_rejected, add_special_tokens=False),
+    )
 
 
-def _text_ids(row: Preference, tokenizer: Any) -> list[list[int]]:
-    eos = tokenizer.eos_token_id
-    if eos is None:
+def _dialogue_text(tokenizer: Any, messages: Messages, row: Preference) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tools=row.tools, tokenize=False, **row.template_kwargs
+    )
+
+
+def _text_ids(row: Preference, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """Ids of prompt, prompt + chosen and prompt + rejected of plain text."""
+    if tokenizer.eos_token_id is None:
         raise ValueError(
             "tokenizer: expected one with an end-of-sequence token for rows of plain text, got none"
         )
-    prompt, *full = (
-        _ids(tokenizer, text)
-        for text in (row.prompt, row.prompt + row.chosen, row.prompt + row.rejected)
+    prompt = _text(row.prompt)
+    return (
+        _ids(tokenizer, prompt),
+        _ended(tokenizer, _ids(tokenizer, prompt + _text(row.chosen))),
+        _ended(tokenizer, _ids(tokenizer, prompt + _text(row.rejected))),
     )
-    return [prompt, *(ids if ids[-1:] == [eos] else [*ids, eos] for ids in full)]
+
+
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Ids with the end-of-sequence token at the end, which some tokenizers add by themselves."""
+    eos = tokenizer.eos_token_id
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _messages(value: Messages | str) -> Messages:
+    if isinstance(value, str):
+        raise TypeError("expected messages beside a prompt of messages, got text")
+    return value
+
+
+def _text(value: Messages | str) -> str:
+    if not isinstance(value, str):
+        raise TypeError("expected text beside a prompt of text, got messages")
+    return value
 
 
 def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    text.encode()  # UnicodeEncodeError for a lone surrogate, of which tokenizers say nothing of use
-    return tokenizer(text, verbose=False, **options)[
-        "input_ids"
-    ]  # quiet about lengths: max_length is seen to later
+    """Token ids of a text.
+
+    Raises:
+        UnicodeEncodeError: the text holds half of a surrogate pair, of which tokenizers say
+            nothing of use.
+    """
+    text.encode()
+    # verbose=False: no warning about lengths, which max_length sees to later
+    return tokenizer(text, verbose=False, **options)["input_ids"]

@@ -1,16 +1,22 @@
-"""Rows of preferences, in every form in which people keep them, as one form: `Preference`.
+"""Rows of preferences, in every form in which people keep them, read into one form: `Preference`.
+
+A row is one of
 
     {prompt, chosen, rejected}          text, or lists of messages {role, content}
-    {chosen, rejected}                  whole dialogues that share their beginning: messages, text with the turns
-                                        "\\n\\nHuman:" and "\\n\\nAssistant:" (HH), or plain text
-    {conversations, chosen, rejected}   ShareGPT: {from, value}; `messages` is read like `conversations`
-    tools, chat_template_kwargs         go on to the chat template
+    {chosen, rejected}                  whole dialogues that begin alike: messages, or text with
+                                        the turns "\\n\\nHuman:" and "\\n\\nAssistant:" (HH), or
+                                        plain text
+    {conversations, chosen, rejected}   ShareGPT: {from, value}; also under the name `messages`
 
-from .jsonl, .json, .parquet (.jsonl and .json also as .gz), a folder of these or of
-`datasets.save_to_disk`, a dataset object, a list of dicts, or a name on the hub.
+and may have `tools` and `chat_template_kwargs`, which go on to the chat template.
+
+Rows come from files (.jsonl, .ndjson, .json, .parquet; .jsonl and .json also as .gz), from a
+folder of these or of `datasets.save_to_disk`, from a dataset object, a list of dicts, or a name on
+the hub.
 """
 
 import gzip
+import io
 import json
 import re
 import zlib
@@ -22,6 +28,10 @@ from typing import Any
 from treg.data.report import RowProblem
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".parquet")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PARQUET_BATCH = 256  # rows that are held in memory at once
+PROMPT_COLUMNS = ("prompt", "conversations", "messages")  # the first one that a row has
+COMPLETION_COLUMNS = ("chosen", "rejected")
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call"), "assistant"),
@@ -29,7 +39,11 @@ SHAREGPT_ROLES = {
     "system": "system",
 }
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ANSWER = "\n\nAssistant:"
+KINDS = {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}
+
 Messages = list[dict[str, Any]]
+Located = tuple[str, dict | RowProblem]  # where a row is, and the row or why it cannot be read
 
 
 @dataclass(frozen=True)
@@ -48,28 +62,22 @@ class Preference:
         return not isinstance(self.prompt, str)
 
 
-def read_rows(source: Any, split: str = "train") -> Iterator[tuple[str, dict | RowProblem]]:
-    """(where, row) of every row of a source; where is "file:line" or "row i". A row that cannot be
-    read is a problem.
+# -- from a source to its rows
+
+
+def read_rows(source: Any, split: str = "train") -> Iterator[Located]:
+    """Every row of a source together with where it is: "file:line", "file:row i" or "row i".
+
+    A row that cannot be read comes as the RowProblem that says why.
 
     Args:
         source: a path, a hub name, a `datasets` dataset (or dict of them), or an iterable of dicts.
         split: of a hub name, a saved dataset dict, or a dict of datasets.
     Raises:
-        ValueError, FileNotFoundError: the source as a whole cannot be read.
+        ValueError, FileNotFoundError, TypeError: the source as a whole cannot be read.
     """
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_dir():
-            return _folder(path, split)
-        if path.is_file():
-            return _file(path)
-        name = str(source)
-        if name.endswith(SUFFIXES) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"data: no such file: {name}")
-        import datasets
-
-        return _records(datasets.load_dataset(name, split=split), f"{name}[{split}]:")
+        return _read_path(source, split)
     if isinstance(source, dict):
         if split not in source:
             raise ValueError(f"split: expected one of {sorted(source)}, got {split!r}")
@@ -78,21 +86,32 @@ def read_rows(source: Any, split: str = "train") -> Iterator[tuple[str, dict | R
         raise TypeError(
             f"data: expected a path, a dataset or an iterable of rows, got {type(source).__name__}"
         )
-    return _records(source, "row ")
+    return _located(source, "row ")
 
 
-def _records(rows: Iterable, prefix: str) -> Iterator[tuple[str, dict | RowProblem]]:
-    for i, row in enumerate(rows):
-        yield f"{prefix}{i}", row if isinstance(row, dict) else _not_a_row(row, f"{prefix}{i}")
+def _read_path(source: str | Path, split: str) -> Iterator[Located]:
+    """The rows of a folder, of a file, or of a dataset on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, split)
+    if path.is_file():
+        return _read_file(path)
+    name = str(source)
+    if not _may_be_on_the_hub(name):
+        raise FileNotFoundError(f"data: no such file: {name}")
+    import datasets
+
+    return _located(datasets.load_dataset(name, split=split), f"{name}[{split}]:")
 
 
-def _not_a_row(value: Any, where: str) -> RowProblem:
-    return RowProblem(
-        "not an object", f"expected an object with columns, got {type(value).__name__}", where
-    )
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether a name has the form "owner/dataset" and cannot be meant as a file."""
+    is_local = name.endswith(SUFFIXES) or name.startswith((".", "/", "~"))
+    return name.count("/") == 1 and not is_local
 
 
-def _folder(path: Path, split: str) -> Iterator[tuple[str, dict | RowProblem]]:
+def _read_folder(path: Path, split: str) -> Iterator[Located]:
+    """The rows of a saved dataset, or of every data file in a folder, in the order of names."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         import datasets
 
@@ -104,98 +123,127 @@ def _folder(path: Path, split: str) -> Iterator[tuple[str, dict | RowProblem]]:
             f"data: expected files ending in {', '.join(SUFFIXES)} in {path}, found none"
         )
     for file in files:
-        yield from _file(file)
+        yield from _read_file(file)
 
 
-def _file(path: Path) -> Iterator[tuple[str, dict | RowProblem]]:
+def _read_file(path: Path) -> Iterator[Located]:
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
-        return _parquet(path)
+        return _read_parquet(path)
     if name.endswith(".json"):
-        return _json(path)
+        return _read_json(path)
     if name.endswith((".jsonl", ".ndjson")):
-        return _lines(path)
+        return _read_json_lines(path)
     raise ValueError(f"data: expected a file ending in {', '.join(SUFFIXES)}, got {path}")
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict | RowProblem]]:
+def _read_parquet(path: Path) -> Iterator[Located]:
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=256) for row in _values(batch))
-            for i, row in enumerate(rows):
+            for i, row in enumerate(_rows_of_parquet(file)):
                 where = f"{path}:row {i}"
-                yield (
-                    where,
-                    RowProblem(row.reason, row.detail, where)
-                    if isinstance(row, RowProblem)
-                    else row,
-                )
+                if isinstance(row, RowProblem):
+                    row = RowProblem(row.reason, row.detail, where)
+                yield where, row
     except (OSError, pyarrow.lib.ArrowException) as error:
         raise ValueError(f"{path}: expected a parquet file, got: {error}") from error
 
 
-def _values(batch: Any) -> list[dict | RowProblem]:
-    """The rows of an Arrow batch; one whose text is no UTF-8 is a problem."""
+def _rows_of_parquet(file: Any) -> Iterator[dict | RowProblem]:
+    for batch in file.iter_batches(batch_size=PARQUET_BATCH):
+        yield from _rows_of_batch(batch)
+
+
+def _rows_of_batch(batch: Any) -> list[dict | RowProblem]:
+    """The rows of an Arrow batch. A row whose text is not UTF-8 is a problem."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
             return [RowProblem("broken text", str(error))]
-        return [row for i in range(batch.num_rows) for row in _values(batch.slice(i, 1))]
+    # one row is broken: read them one at a time to find out which
+    rows = []
+    for i in range(batch.num_rows):
+        rows += _rows_of_batch(batch.slice(i, 1))
+    return rows
 
 
-def _loads(text: str | bytes) -> Any:
+def _read_json(path: Path) -> Iterator[Located]:
+    try:
+        with _open(path) as file:
+            text = file.read().removeprefix(BYTE_ORDER_MARK)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    try:
+        rows = _parse_json(text)
+    except ValueError as error:
+        if text.lstrip().startswith(b"["):
+            raise ValueError(f"{path}: broken JSON: {error}") from error
+        yield from _read_json_lines(path)  # JSON lines under the name .json are common
+        return
+    if isinstance(rows, dict):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
+    yield from _located(rows, f"{path}:row ")
+
+
+def _read_json_lines(path: Path) -> Iterator[Located]:
+    """A row a line. What is wrong with one line does not stop the others; broken gzip does."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _row_of_line(line, where)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        where = f"{path}:{number + 1}"
+        yield where, RowProblem("broken gzip", str(error), where)
+
+
+def _row_of_line(line: bytes, where: str) -> dict | RowProblem:
+    try:
+        row = _parse_json(line)
+    except ValueError as error:
+        return RowProblem("broken JSON", str(error), where)
+    return _row_or_problem(row, where)
+
+
+def _located(rows: Iterable, prefix: str) -> Iterator[Located]:
+    """Rows that are numbered from 0."""
+    for i, row in enumerate(rows):
+        where = f"{prefix}{i}"
+        yield where, _row_or_problem(row, where)
+
+
+def _row_or_problem(row: Any, where: str) -> dict | RowProblem:
+    if isinstance(row, dict):
+        return row
+    found = type(row).__name__
+    return RowProblem("not an object", f"expected an object with columns, got {found}", where)
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rb")
+    return open(path, "rb")
+
+
+def _parse_json(text: str | bytes) -> Any:
+    """`json.loads`, with a ValueError for what is nested too deeply as well."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict | RowProblem]]:
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not line.strip():
-                    continue
-                try:
-                    row = _loads(line)
-                except ValueError as error:
-                    yield where, RowProblem("broken JSON", str(error), where)
-                    continue
-                yield where, row if isinstance(row, dict) else _not_a_row(row, where)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        where = f"{path}:{number + 1}"
-        yield where, RowProblem("broken gzip", str(error), where)
-
-
-def _json(path: Path) -> Iterator[tuple[str, dict | RowProblem]]:
-    try:
-        with _open(path) as file:
-            text = file.read().removeprefix(b"\xef\xbb\xbf")
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    try:
-        rows = _loads(text)
-    except ValueError as error:
-        if text.lstrip().startswith(b"["):
-            raise ValueError(f"{path}: broken JSON: {error}") from error
-        yield from _lines(path)  # JSON lines under the name .json are common
-        return
-    if isinstance(rows, dict):
-        rows = [rows]
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
-    yield from _records(rows, f"{path}:row ")
+# -- from a row to a Preference
 
 
 def parse_row(row: dict, where: str = "", *, chat: bool) -> Preference:
@@ -208,75 +256,102 @@ def parse_row(row: dict, where: str = "", *, chat: bool) -> Preference:
         RowProblem: the row cannot be used.
     """
     try:
-        return _parse(row, where, chat)
+        return _parse_row(row, where, chat)
     except RowProblem as problem:
         raise RowProblem(problem.reason, problem.detail, where) from None
     except RecursionError:
         raise RowProblem("nested too deeply", where=where) from None
 
 
-def _parse(row: dict, where: str, chat: bool) -> Preference:
-    for name in ("chosen", "rejected"):
+def _parse_row(row: dict, where: str, chat: bool) -> Preference:
+    for name in COMPLETION_COLUMNS:
         if row.get(name) is None:
-            raise RowProblem(
-                f"no column {name!r}", f"the columns are {', '.join(map(str, row)) or 'none'}"
-            )
-    chosen, rejected = row["chosen"], row["rejected"]
+            columns = ", ".join(map(str, row)) or "none"
+            raise RowProblem(f"no column {name!r}", f"the columns are {columns}")
+    prompt, chosen, rejected = _prompt_of(row), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowProblem("mixed types", f"chosen is {_kind(chosen)}, rejected is {_kind(rejected)}")
-    prompt = next(
-        (row[k] for k in ("prompt", "conversations", "messages") if row.get(k) is not None), None
-    )
 
     if isinstance(chosen, str) and (prompt is None or isinstance(prompt, str)):
-        if prompt is None:
-            prompt, chosen, rejected = _split_dialogues(chosen, rejected)
-        if chat:
-            turns = _hh_messages(prompt)
-            prompt, chosen, rejected = (
-                turns,
-                *([_turn("assistant", x.strip())] for x in (chosen, rejected)),
-            )
+        prompt, chosen, rejected = _parse_texts(prompt, chosen, rejected, chat)
     else:
-        chosen, rejected = (
-            _messages("chosen", chosen, "assistant"),
-            _messages("rejected", rejected, "assistant"),
-        )
-        prompt = [] if prompt is None else _messages("prompt", prompt, "user")
-        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected)
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if not text_of(value).strip() and not (
-            isinstance(value, list) and any(m.get("tool_calls") for m in value)
-        ):
+        prompt, chosen, rejected = _parse_messages(prompt, chosen, rejected)
+    _check_usable(prompt, chosen, rejected)
+
+    tools = _decoded("tools", row.get("tools"))
+    kwargs = _decoded("chat_template_kwargs", row.get("chat_template_kwargs")) or {}
+    if not isinstance(kwargs, dict):
+        raise RowProblem("mixed types", f"chat_template_kwargs is {_kind(kwargs)}")
+    return Preference(prompt, chosen, rejected, where, tools or None, _without_none(kwargs))
+
+
+def _prompt_of(row: dict) -> Any:
+    """What the first prompt column that is there holds; None where there is none."""
+    for name in PROMPT_COLUMNS:
+        if row.get(name) is not None:
+            return row[name]
+    return None
+
+
+def _parse_texts(
+    prompt: str | None, chosen: str, rejected: str, chat: bool
+) -> tuple[Messages | str, Messages | str, Messages | str]:
+    """Prompt and completions of a row of plain text, as text or (chat) as messages."""
+    if prompt is None:
+        prompt, chosen, rejected = _split_dialogues(chosen, rejected)
+    if not chat:
+        return prompt, chosen, rejected
+    return (
+        _hh_messages(prompt),
+        [_turn("assistant", chosen.strip())],
+        [_turn("assistant", rejected.strip())],
+    )
+
+
+def _parse_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+    """Prompt and completions of a row in which at least one is no plain text."""
+    chosen = _as_messages("chosen", chosen, "assistant")
+    rejected = _as_messages("rejected", rejected, "assistant")
+    prompt = [] if prompt is None else _as_messages("prompt", prompt, "user")
+    return _split_messages(prompt, chosen, rejected)
+
+
+def _check_usable(prompt: Messages | str, chosen: Messages | str, rejected: Messages | str) -> None:
+    """RowProblem where there is nothing to prefer: an empty or equal completion, no prompt."""
+    for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        if not text_of(completion).strip() and not _has_tool_calls(completion):
             raise RowProblem("empty completion", name)
     if chosen == rejected:
         raise RowProblem("identical completions")
     if not prompt:
         raise RowProblem("empty prompt")
-    tools, kwargs = (_decoded(name, row.get(name)) for name in ("tools", "chat_template_kwargs"))
-    if not isinstance(kwargs or {}, dict):
-        raise RowProblem("mixed types", f"chat_template_kwargs is {_kind(kwargs)}")
-    return Preference(prompt, chosen, rejected, where, tools or None, _without_none(kwargs or {}))
+
+
+def _has_tool_calls(completion: Messages | str) -> bool:
+    if isinstance(completion, str):
+        return False
+    return any(message.get("tool_calls") for message in completion)
 
 
 def text_of(value: Messages | str) -> str:
     """The text of a completion or a prompt, for people and for prompts."""
-    return (
-        value if isinstance(value, str) else "\n".join(str(m.get("content") or "") for m in value)
-    )
+    if isinstance(value, str):
+        return value
+    return "\n".join(str(message.get("content") or "") for message in value)
 
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
     """How many elements both begin with; a and b are lists or strings."""
-    n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return shorter
+    return next(i for i in range(shorter) if a[i] != b[i])
 
 
 def _kind(value: Any) -> str:
+    """What a value is, in the words of a message to people."""
     name = type(value).__name__
-    return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}.get(
-        name, name
-    )
+    return KINDS.get(name, name)
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:
@@ -290,111 +365,137 @@ def _decoded(name: str, value: Any) -> Any:
     if not value.strip():
         return None
     try:
-        return _loads(value)
+        return _parse_json(value)
     except ValueError as error:
         raise RowProblem("broken JSON", f"in column {name!r}: {error}") from None
 
 
 def _without_none(value: Any) -> Any:
-    """Parquet fills the keys that only other rows have with None."""
+    """A value without the keys that are None: parquet adds the keys of other rows that way."""
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
 
 
-def _messages(name: str, value: Any, role: str) -> Messages:
-    """Text, one message or a list of messages, in the form {role, content} or {from, value}, as
-    {role, content}.
-    """
+# -- messages
+
+
+def _as_messages(name: str, value: Any, role: str) -> Messages:
+    """Text (as one turn of `role`), one message, or a list of messages, as {role, content}."""
     if isinstance(value, str):
         return [_turn(role, value)]
-    value = [value] if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
         raise RowProblem("mixed types", f"{name} is {_kind(value)}, expected text or messages")
-    found = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise RowProblem("mixed types", f"{name}[{i}] is {_kind(message)}, expected a message")
-        message = _without_none(message)
-        if "role" not in message and "from" in message:
-            given = message.pop("from")
-            if not isinstance(given, str) or given not in SHAREGPT_ROLES:
-                raise RowProblem("unknown role", f"{name}[{i}] is from {given!r}")
-            message = {
-                "role": SHAREGPT_ROLES[given],
-                "content": message.pop("value", ""),
-                **message,
-            }
-        if not isinstance(message.get("role"), str):
-            raise RowProblem(
-                "no role", f"{name}[{i}] has the keys {', '.join(map(str, message)) or 'none'}"
-            )
-        content = message.get("content", "")
-        if isinstance(content, list):
-            if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-                raise RowProblem("not text", f"{name}[{i}] has content that is no text")
-            content = "".join(p["text"] for p in content)
-        if not isinstance(content, str):
-            raise RowProblem("mixed types", f"the content of {name}[{i}] is {_kind(content)}")
-        if message["role"] == "system" and not content.strip():
-            continue  # an empty system turn would replace a template's own
-        found.append({**message, "content": content})
-    return found
+    messages = []
+    for i, given in enumerate(value):
+        message = _as_message(f"{name}[{i}]", given)
+        # an empty system turn would replace the one that a template has of its own
+        if message["role"] != "system" or message["content"].strip():
+            messages.append(message)
+    return messages
+
+
+def _as_message(name: str, message: Any) -> dict[str, Any]:
+    """One message of the form {role, content} or {from, value}, as {role, content}."""
+    if not isinstance(message, dict):
+        raise RowProblem("mixed types", f"{name} is {_kind(message)}, expected a message")
+    message = _without_none(message)
+    if "role" not in message and "from" in message:
+        message = _from_sharegpt(name, message)
+    if not isinstance(message.get("role"), str):
+        keys = ", ".join(map(str, message)) or "none"
+        raise RowProblem("no role", f"{name} has the keys {keys}")
+    content = message.get("content", "")
+    if isinstance(content, list):
+        content = _text_of_parts(name, content)
+    if not isinstance(content, str):
+        raise RowProblem("mixed types", f"the content of {name} is {_kind(content)}")
+    return {**message, "content": content}
+
+
+def _from_sharegpt(name: str, message: dict[str, Any]) -> dict[str, Any]:
+    """{from, value} as {role, content}; the other keys stay."""
+    others = dict(message)
+    speaker = others.pop("from")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise RowProblem("unknown role", f"{name} is from {speaker!r}")
+    content = others.pop("value", "")
+    return {"role": SHAREGPT_ROLES[speaker], "content": content, **others}
+
+
+def _text_of_parts(name: str, parts: list) -> str:
+    """Content that is a list of parts {type: "text", text}, as one text."""
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise RowProblem("not text", f"{name} has content that is no text")
+    return "".join(part["text"] for part in parts)
+
+
+# -- where the prompt ends
 
 
 def _split_messages(
     prompt: Messages, chosen: Messages, rejected: Messages
 ) -> tuple[Messages, Messages, Messages]:
-    """The prompt, and what each completion has beyond it."""
-    n = len(prompt)
-    if prompt and chosen[:n] == prompt and rejected[:n] == prompt:
-        chosen, rejected = chosen[n:], rejected[n:]  # the prompt is given twice
-    elif not prompt:
-        same = common_prefix(chosen, rejected)
-        if same == min(
-            len(chosen), len(rejected)
-        ):  # one dialogue is the beginning of the other, or they are one
-            same = max(0, same - 1)
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if value and value[0]["role"] != "assistant":
+    """The prompt, and what each completion has beyond it.
+
+    Without a prompt it is the messages that both dialogues begin with.
+    """
+    if prompt:
+        length = len(prompt)
+        if chosen[:length] == prompt and rejected[:length] == prompt:
+            # the completions are whole dialogues, which repeat the prompt
+            chosen, rejected = chosen[length:], rejected[length:]
+    else:
+        length = common_prefix(chosen, rejected)
+        if length == min(len(chosen), len(rejected)):
+            # one dialogue is the beginning of the other, or they are one: leave it a last turn
+            length = max(0, length - 1)
+        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        if completion and completion[0]["role"] != "assistant":
             # a differing user turn: the two dialogues answer different questions
-            raise RowProblem(
-                "prompts differ", f"{name} goes on with a turn of {value[0]['role']!r}"
-            )
+            role = completion[0]["role"]
+            raise RowProblem("prompts differ", f"{name} goes on with a turn of {role!r}")
     return prompt, chosen, rejected
 
 
 def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Whole dialogues as text: up to the last "Assistant:" of an HH dialogue, else the longest
-    common beginning.
+    """Prompt and completions of two dialogues as text.
+
+    The prompt goes up to the last "Assistant:" of an HH dialogue; of any other text it is the
+    longest common beginning that does not end in the middle of a word.
     """
-    marker = "\n\nAssistant:"
-    if marker in chosen and marker in rejected:
-        at = [x.rindex(marker) + len(marker) for x in (chosen, rejected)]
-        if chosen[: at[0]] != rejected[: at[1]]:
+    if HH_ANSWER in chosen and HH_ANSWER in rejected:
+        end_chosen = chosen.rindex(HH_ANSWER) + len(HH_ANSWER)
+        end_rejected = rejected.rindex(HH_ANSWER) + len(HH_ANSWER)
+        prompt = chosen[:end_chosen]
+        if prompt != rejected[:end_rejected]:
             raise RowProblem(
                 "prompts differ", "the dialogues differ before their last 'Assistant:'"
             )
-        return chosen[: at[0]], chosen[at[0] :], rejected[at[1] :]
+        return prompt, chosen[end_chosen:], rejected[end_rejected:]
     same = common_prefix(chosen, rejected)
-    same = max(
-        chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same), 0
-    )  # not in the middle of a word
-    if not same and chosen != rejected:
+    end = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same), 0)
+    if end == 0 and chosen != rejected:
         raise RowProblem(
             "prompts differ", "no column 'prompt', and the two texts share no beginning"
         )
-    return chosen[:same], chosen[same:], rejected[same:]
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _hh_messages(prompt: str) -> Messages:
     """The turns of an HH dialogue; any other text is one turn of the user."""
-    parts = HH_TURN.split(prompt)
-    if len(parts) < 3 or parts[0].strip():
+    before, *parts = HH_TURN.split(prompt)
+    if not parts or before.strip():
         return [_turn("user", prompt)] if prompt else []
-    said = zip(parts[1::2], parts[2::2], strict=True)
-    turns = [_turn(SHAREGPT_ROLES[who.lower()], text.strip()) for who, text in said]
+    turns = []
+    for speaker, text in zip(parts[::2], parts[1::2], strict=True):
+        turns.append(_turn(SHAREGPT_ROLES[speaker.lower()], text.strip()))
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
         turns.pop()  # the turn that the completion fills
     return turns
