@@ -3,15 +3,26 @@
 Every op of `treg.ops` and every objective of `treg.losses` is tested against this file, which
 shares no code with them. It holds [N, V] logits and loops over pairs: it is the oracle and the
 baseline, not a way to train.
+
+N rows, D hidden size, V vocabulary, B pairs, S = 2B sequences (the B chosen ones first), T padded
+length. y_t is the target of row t, lp_t its log-prob.
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from treg.results import LinearLogprobs, TRegLoss
+
+LENGTH_NORMALISED = ("simpo", "ipo", "orpo")  # means over tokens in place of sums
+WITH_LIKELIHOOD = ("orpo", "cpo")  # the chosen answer's mean negative log-likelihood is added
+OF_BOTH_REWARDS = ("nca_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard", "orpo")
+
+
+# -- the head
 
 
 def linear_logprobs(
@@ -31,31 +42,58 @@ def linear_logprobs(
     Shapes and meaning as in `treg.ops.linear_logprobs`. 16-bit logits are rounded once by the
     matmul, then float32.
     """
-    scored = target != ignore_index
-    y = torch.where(scored, target, 0).unsqueeze(-1)
+    is_scored = target != ignore_index
+    y = torch.where(is_scored, target, 0).unsqueeze(-1)
+
+    z = _logits(hidden, weight, bias, logit_scale, softcap, temperature)
+    log_p = z.log_softmax(-1)
+    logprobs = log_p.gather(-1, y).squeeze(-1)
+
+    statistics = {}
+    for name in outputs:
+        value = _statistic(name, z, log_p, y).detach()
+        statistics[name] = torch.where(is_scored, value, torch.zeros_like(value))
+    return LinearLogprobs(
+        torch.where(is_scored, logprobs, torch.zeros_like(logprobs)), **statistics
+    )
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """z [..., V], float32 or float64."""
     z = hidden @ weight.T
-    z = z if z.dtype == torch.float64 else z.float()
+    if z.dtype != torch.float64:
+        z = z.float()
     if bias is not None:
         z = z + bias.to(z.dtype)
     z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-    logp = z.log_softmax(-1)
-    zero = z.new_zeros(())
-    extra = {
-        "lse": lambda: z.logsumexp(-1),
-        "entropy": lambda: torch.special.entr(logp.exp()).sum(-1),
-        "mean_logit": lambda: z.mean(-1),
-        "is_top1": lambda: z.gather(-1, y).squeeze(-1) >= z.amax(-1),
-        "log_sum_sq_probs": lambda: (2 * logp).logsumexp(-1),
-    }
-    found = {name: extra[name]().detach() for name in outputs}
-    found = {
-        n: x & scored if x.dtype == torch.bool else torch.where(scored, x, zero)
-        for n, x in found.items()
-    }
-    return LinearLogprobs(torch.where(scored, logp.gather(-1, y).squeeze(-1), zero), **found)
+    return z / temperature
+
+
+def _statistic(name: str, z: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
+    """One of `outputs`, for every row."""
+    if name == "lse":
+        return z.logsumexp(-1)
+    if name == "entropy":
+        return torch.special.entr(log_p.exp()).sum(-1)  # entr(p) = -p log p
+    if name == "mean_logit":
+        return z.mean(-1)
+    if name == "is_top1":
+        return z.gather(-1, y).squeeze(-1) >= z.amax(-1)
+    if name == "log_sum_sq_probs":
+        return (2 * log_p).logsumexp(-1)
+    raise ValueError(f"outputs: unknown {name!r}")
+
+
+# -- the loss of pairs
 
 
 def fused_treg_loss(
@@ -77,110 +115,174 @@ def fused_treg_loss(
     reduction: str = "mean",
     **head,
 ) -> TRegLoss:
-    """T-REG (arXiv 2412.02685, Eq. 1-3) over any base objective, pair by pair; arguments as in
-    `treg.ops`.
+    """T-REG (arXiv 2412.02685, Eq. 1-3) over any base objective, pair by pair.
+
+        rho_s   = beta * sum_t u_t (lp_t - ref_t)              implicit reward of a sequence
+        L_reg,s = -sum_t beta * rhat_t * lp_t                  regularizer of a sequence
+        w_s     = |d base / d rho_s|, a constant; 1 with weighting="static"
+        L       = base(rho_w, rho_l) + alpha * (w_w * L_reg,w + w_l * L_reg,l)
+
+    Sums become means for the length-normalised objectives; orpo and cpo add the chosen answer's
+    mean negative log-likelihood. Arguments as in `treg.ops.fused_treg_loss`.
     """
     scores = linear_logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
-    logps = scores.logprobs
-    if cu_seqlens is None:
-        rows = [
-            torch.nonzero(t != ignore_index).flatten() + i * target.shape[1]
-            for i, t in enumerate(target)
-        ]
-    else:
-        ends = cu_seqlens.tolist()
-        rows = [
-            a + torch.nonzero(target[a:b] != ignore_index).flatten()
-            for a, b in itertools.pairwise(ends)
-        ]
-    lp, count = logps.flatten(), len(rows) // 2
+    lp = scores.logprobs.flatten()
+    rows = _scored_rows(target, cu_seqlens, ignore_index)
+    pairs = len(rows) // 2
 
-    def of(x: Tensor, s: int) -> Tensor:
-        return x.flatten()[rows[s]].to(lp.dtype)
+    ref, ref_sum = _reference(ref_logps, target, lp, len(rows))
+    u = _numbers_or(1.0, token_weights, lp)
+    rhat = _numbers_or(0.0, token_rewards, lp)
 
-    per_token_ref = ref_logps is not None and ref_logps.shape == target.shape
-    mean = loss_type in ("simpo", "ipo", "orpo")
-    sums, rho, reg = [], [], []
-    for s in range(2 * count):
-        x = of(lp, s)
-        sums.append(x.sum())
-        d = x - of(ref_logps, s) if per_token_ref else x
-        u = torch.ones_like(x) if token_weights is None else of(token_weights, s)
-        r = (u * d).sum()
-        if ref_logps is not None and not per_token_ref:
-            r = r - ref_logps[s].to(x.dtype)
-        rho.append(beta * r / (len(x) if mean else 1))
-        rhat = torch.zeros_like(x) if token_rewards is None else of(token_rewards, s)
-        reg.append(-(beta * rhat * x).sum() / (len(x) if mean else 1))
+    sums, rho, reg = [], [], []  # of each sequence
+    for s, r in enumerate(rows):
+        lp_s = lp[r]
+        norm = len(lp_s) if loss_type in LENGTH_NORMALISED else 1
+        sums.append(lp_s.sum())
+        rho.append(beta * ((u[r] * (lp_s - ref[r])).sum() - ref_sum[s]) / norm)
+        reg.append(-(beta * rhat[r] * lp_s).sum() / norm)
 
-    losses, weights = [], []
-    for b in range(count):
-        w, l = b, count + b
-        base, grads = _base(loss_type, rho[w], rho[l], beta, gamma, label_smoothing)
-        if weighting == "static":
-            grads = [1.0, 1.0]
-        weights.append([abs(float(g)) for g in grads])
-        loss = base + alpha * (weights[b][0] * reg[w] + weights[b][1] * reg[l])
-        if loss_type in ("orpo", "cpo"):
-            loss = loss - of(lp, w).mean()
+    def base(rho_w: Tensor, rho_l: Tensor) -> Tensor:
+        return _base(loss_type, rho_w, rho_l, beta, gamma, label_smoothing)
+
+    losses, weights_w, weights_l = [], [], []  # of each pair
+    for b in range(pairs):
+        w, l = b, pairs + b  # the pair's winner and loser among the sequences
+        weight_w, weight_l = 1.0, 1.0
+        if weighting != "static":
+            slope_w, slope_l = _slopes(base, rho[w], rho[l])
+            weight_w, weight_l = abs(slope_w), abs(slope_l)
+        loss = base(rho[w], rho[l]) + alpha * (weight_w * reg[w] + weight_l * reg[l])
+        if loss_type in WITH_LIKELIHOOD:
+            loss = loss - lp[rows[w]].mean()
         losses.append(loss)
+        weights_w.append(weight_w)
+        weights_l.append(weight_l)
 
-    loss = torch.stack(losses)
-    loss = {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
-    ws = torch.tensor(weights, dtype=lp.dtype, device=lp.device)
-    two = loss_type in ("nca_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard", "orpo")
+    # an objective of rho_w - rho_l alone has one weight a pair, the others one a sequence
+    weights = weights_w + weights_l if loss_type in OF_BOTH_REWARDS else weights_w
     sums, rho, reg = (torch.stack(x).detach() for x in (sums, rho, reg))
     return TRegLoss(
-        loss,
-        sums[:count],
-        sums[count:],
-        rho[:count],
-        rho[count:],
-        reg[:count] + reg[count:],
-        ws.T.flatten() if two else ws[:, 0],
-        logps.detach(),
+        _reduced(torch.stack(losses), reduction),
+        sums[:pairs],
+        sums[pairs:],
+        rho[:pairs],
+        rho[pairs:],
+        reg[:pairs] + reg[pairs:],
+        torch.tensor(weights, dtype=lp.dtype, device=lp.device),
+        scores.logprobs.detach(),
         *scores[1:],
     )
 
 
-def _base(loss_type, rho_w, rho_l, beta, gamma, eps):
-    """The objective of one pair, and its gradient with respect to the two implicit rewards."""
-    w, l = rho_w.detach().double().requires_grad_(), rho_l.detach().double().requires_grad_()
+def _scored_rows(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> list[Tensor]:
+    """The numbers of the scored rows of each sequence, among target.flatten()."""
+    if cu_seqlens is None:
+        sequences, length = target.shape
+        ends = [s * length for s in range(sequences + 1)]
+    else:
+        ends = cu_seqlens.tolist()
+    is_scored = target.flatten() != ignore_index
+    return [
+        first + torch.nonzero(is_scored[first:last]).flatten()
+        for first, last in itertools.pairwise(ends)
+    ]
+
+
+def _reference(
+    ref_logps: Tensor | None, target: Tensor, lp: Tensor, sequences: int
+) -> tuple[Tensor, Tensor]:
+    """Reference log-probs of each row [N] and, of each sequence [2B], the sum that goes with them.
+
+    They are given either per token or as sums; what is not given is 0.
+    """
+    no_rows, no_sums = torch.zeros_like(lp), lp.new_zeros(sequences)
+    if ref_logps is None:
+        return no_rows, no_sums
+    if ref_logps.shape == target.shape:
+        return ref_logps.flatten().to(lp.dtype), no_sums
+    return no_rows, ref_logps.to(lp.dtype)
+
+
+def _numbers_or(default: float, given: Tensor | None, lp: Tensor) -> Tensor:
+    """A number a row [N], in lp's dtype."""
+    if given is None:
+        return torch.full_like(lp, default)
+    return given.flatten().to(lp.dtype)
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "mean":
+        return losses.mean()
+    raise ValueError(f"reduction: unknown {reduction!r}")
+
+
+# -- the objectives
+
+
+def _slopes(
+    base: Callable[[Tensor, Tensor], Tensor], rho_w: Tensor, rho_l: Tensor
+) -> tuple[float, float]:
+    """d base / d rho_w and d base / d rho_l, by autograd in float64."""
+    w = rho_w.detach().double().requires_grad_()
+    l = rho_l.detach().double().requires_grad_()
     with torch.enable_grad():
-        grads = torch.autograd.grad(_formula(loss_type, w, l, beta, gamma, eps), (w, l))
-    return _formula(loss_type, rho_w, rho_l, beta, gamma, eps), grads
+        slope_w, slope_l = torch.autograd.grad(base(w, l), (w, l))
+    return float(slope_w), float(slope_l)
 
 
-def _formula(loss_type, w, l, beta, gamma, eps):
-    ls, sig, m = F.logsigmoid, torch.sigmoid, w - l
+def _base(
+    loss_type: str, rho_w: Tensor, rho_l: Tensor, beta: float, gamma: float, eps: float
+) -> Tensor:
+    """The objective of one pair; eps is the label smoothing. Papers: `docs/methods.md`."""
+    if loss_type in OF_BOTH_REWARDS:
+        return _of_both_rewards(loss_type, rho_w, rho_l, beta)
+    return _of_margin(loss_type, rho_w - rho_l, beta, gamma, eps)
+
+
+def _of_margin(loss_type: str, m: Tensor, beta: float, gamma: float, eps: float) -> Tensor:
+    """Objectives of the margin m = rho_w - rho_l alone."""
+    logsigmoid, sigmoid = F.logsigmoid, torch.sigmoid
     if loss_type in ("dpo", "sigmoid", "cpo"):
-        return -(1 - eps) * ls(m) - eps * ls(-m)
+        return -(1 - eps) * logsigmoid(m) - eps * logsigmoid(-m)
     if loss_type == "simpo":
-        return -(1 - eps) * ls(m - gamma) - eps * ls(gamma - m)
+        return -(1 - eps) * logsigmoid(m - gamma) - eps * logsigmoid(gamma - m)
     if loss_type == "ipo":
         return (m / beta - 1 / (2 * beta)) ** 2
     if loss_type == "hinge":
         return F.relu(1 - m)
     if loss_type == "robust":
-        return (-(1 - eps) * ls(m) + eps * ls(-m)) / (1 - 2 * eps)
+        return (-(1 - eps) * logsigmoid(m) + eps * logsigmoid(-m)) / (1 - 2 * eps)
     if loss_type == "exo_pair":
-        p = torch.stack([sig(m), sig(-m)])
+        p = torch.stack([sigmoid(m), sigmoid(-m)])
         q = torch.tensor([1 - eps, eps], dtype=p.dtype, device=p.device)
         return (p * (p / q).log()).sum()
-    if loss_type == "nca_pair":
-        return -ls(w) - 0.5 * ls(-w) - 0.5 * ls(-l)
-    if loss_type == "bco_pair":
-        return -ls(w) - ls(-l)
-    if loss_type == "apo_zero":
-        return (1 - sig(w)) + sig(l)
-    if loss_type == "apo_down":
-        return sig(w) + 1 - sig(w - l)
-    if loss_type == "sppo_hard":
-        return (w / beta - 0.5 / beta) ** 2 + (l / beta + 0.5 / beta) ** 2
     if loss_type == "discopop":
-        gate = sig(m / 0.05)
-        return -ls(m) * (1 - gate) + torch.exp(-m) * gate
+        gate = sigmoid(m / 0.05)
+        return -logsigmoid(m) * (1 - gate) + torch.exp(-m) * gate
+    raise ValueError(f"loss_type: unknown {loss_type!r}")
+
+
+def _of_both_rewards(loss_type: str, rho_w: Tensor, rho_l: Tensor, beta: float) -> Tensor:
+    """Objectives of the two rewards of a pair."""
+    logsigmoid, sigmoid = F.logsigmoid, torch.sigmoid
+    if loss_type == "nca_pair":
+        return -logsigmoid(rho_w) - 0.5 * logsigmoid(-rho_w) - 0.5 * logsigmoid(-rho_l)
+    if loss_type == "bco_pair":
+        return -logsigmoid(rho_w) - logsigmoid(-rho_l)
+    if loss_type == "apo_zero":
+        return (1 - sigmoid(rho_w)) + sigmoid(rho_l)
+    if loss_type == "apo_down":
+        return sigmoid(rho_w) + 1 - sigmoid(rho_w - rho_l)
+    if loss_type == "sppo_hard":
+        return (rho_w / beta - 0.5 / beta) ** 2 + (rho_l / beta + 0.5 / beta) ** 2
     if loss_type == "orpo":
-        p, q = torch.exp(w / beta), torch.exp(l / beta)
-        return -beta * ls(torch.log(p / (1 - p)) - torch.log(q / (1 - q)))
+        p_w, p_l = torch.exp(rho_w / beta), torch.exp(rho_l / beta)
+        log_odds_w = torch.log(p_w / (1 - p_w))
+        log_odds_l = torch.log(p_l / (1 - p_l))
+        return -beta * logsigmoid(log_odds_w - log_odds_l)
     raise ValueError(f"loss_type: unknown {loss_type!r}")
