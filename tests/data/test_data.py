@@ -58,7 +58,6 @@ def dumped(*rows):
 
 
 # -- rows
-# -------------------------------------------------------------------------------------------------------------
 
 CHAT_FORMS = {
     "text": (
@@ -435,8 +434,12 @@ def test_template_that_raises(trouble):
 
 def test_roles_in_the_wrong_order():
     tokenizer = tiny_tokenizer()
-    alternate = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}"
-    tokenizer.chat_template = alternate + "{% endif %}{% endfor %}" + CHATML
+    alternate = (
+        "{% for m in messages %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer.chat_template = alternate + CHATML
     bad = {"prompt": [usr("q"), usr("r")], "chosen": [bot("x")], "rejected": [bot("y")]}
     _, report = load_pairs([GOOD, bad], tokenizer)
     assert report.examples == {"chat template": ["row 1: chat template: TemplateError: order"]}
@@ -478,7 +481,6 @@ def test_rows_of_another_type_in_an_iterable():
 
 
 # -- sources
-# ----------------------------------------------------------------------------------------------------------
 
 ROWS = [{**GOOD, "prompt": f"{i} + {i}?"} for i in range(3)]
 LINES = dumped(*ROWS)
@@ -681,7 +683,6 @@ def test_other_sources_that_cannot_be_read(tmp_path):
 
 
 # -- token ids
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_chat_ids():
@@ -854,7 +855,6 @@ def test_any_text(prompt, chosen, rejected, max_length, tokenizer):
 
 
 # -- packs and batches
-# ------------------------------------------------------------------------------------------------
 
 
 def example(rng, i=0, longest=30, **columns):
@@ -1052,7 +1052,6 @@ def test_first_pairs(per_token):
 
 
 # -- real data
-# --------------------------------------------------------------------------------------------------------
 
 
 def qwen(**options):

@@ -689,7 +689,6 @@ def test_without_the_change_it_is_accepted(fn, make):
 
 
 # -- accepted although it looks odd
-# -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("garbage", [NAN, INF, -1.0])
@@ -770,7 +769,6 @@ def test_rewards_may_be_left_out_without_the_regularizer():
 
 
 # -- conditions around the call
-# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -872,9 +870,10 @@ TRITON_ON_CPU = """
 import torch, treg
 hidden, weight = torch.zeros(4, 1, 3), torch.zeros(7, 3)
 target = torch.zeros(4, 1, dtype=torch.int64)
+inputs = hidden, weight, target
 for call in (
-    lambda: treg.linear_logprobs(hidden, weight, target, impl="triton"),
-    lambda: treg.fused_treg_loss(hidden, weight, target, torch.zeros(4, 1), torch.zeros(4), impl="triton"),
+    lambda: treg.linear_logprobs(*inputs, impl="triton"),
+    lambda: treg.fused_treg_loss(*inputs, torch.zeros(4, 1), torch.zeros(4), impl="triton"),
 ):
     try:
         call()
@@ -893,7 +892,10 @@ def test_triton_on_cpu_tensors_without_its_interpreter():
         [sys.executable, "-c", TRITON_ON_CPU], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    message = "impl: expected 'torch' for tensors on cpu ('triton' needs a GPU, or its interpreter), got 'triton'"
+    message = (
+        "impl: expected 'torch' for tensors on cpu ('triton' needs a GPU, or its interpreter), "
+        "got 'triton'"
+    )
     assert done.stdout.splitlines() == [message] * 2
 
 
@@ -907,7 +909,6 @@ def test_triton_where_it_is_not_installed(monkeypatch):
 
 
 # -- the debug switch
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

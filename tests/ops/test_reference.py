@@ -135,8 +135,9 @@ def test_float64_loss():
 
 
 # -- a pair
-# ------------------------------------------------------------------------------------------------------- W = ((0), (1)): hidden x makes the log-prob of token 1 equal -log(1 + e^-x). With x = -log 3 it is log(1/4), with
-# x = log 3 log(3/4), with x = 0 log(1/2).
+#
+# W = ((0), (1)): hidden x makes the log-prob of token 1 equal -log(1 + e^-x). With x = -log 3 it is
+# log(1/4), with x = log 3 it is log(3/4), with x = 0 it is log(1/2).
 
 WEIGHT_OF_PAIR = torch.tensor([[0.0], [1.0]], **F64)
 LOG3 = math.log(3)
@@ -158,9 +159,11 @@ def pair():
 def test_treg_by_hand(packed, reduction):
     """beta 1, alpha 0.5.
 
-    rho_w = log(3/4 * 1/2) - log(1/4) = log(3/2)        rho_l = log(1/4 * 3/4 * 1/2) - log(1/8) = log(3/4)
+    rho_w = log(3/4 * 1/2) - log(1/4) = log(3/2)
+    rho_l = log(1/4 * 3/4 * 1/2) - log(1/8) = log(3/4)
     m = log 2, -log sigmoid(m) = log(3/2), w = sigmoid(-m) = 1/3
-    L_reg(y_w) = -(log(3/4) - log(1/2) / 2) / 2          L_reg(y_l) = -(log(1/4) - log(1/2)) / 2
+    L_reg(y_w) = -(log(3/4) - log(1/2) / 2) / 2
+    L_reg(y_l) = -(log(1/4) - log(1/2)) / 2
     """
     hidden, cu_seqlens, target, rewards, ref = pair()
     options = {"beta": 1.0, "alpha": 0.5, "reduction": reduction}

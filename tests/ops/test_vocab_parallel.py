@@ -219,23 +219,50 @@ def test_impossible_targets_give_nan_not_a_number(ranks):
 
 REFUSED = {
     "outputs": r"outputs: .*log_sum_sq_probs.*with a shard, got \['is_top1'\]",
-    "negative target": r"target: expected values >= 0 or ignore_index=-100, got -2 at index \[2\]",
-    "target on no rank": r"target: expected ids that one rank holds, got (10|15) at row 2, which 0 ranks hold.*shard",
-    "overlap": r"shard: expected the ranks' rows one after the other, from 0 on, got \[\(0, 5\), \(0, 5\)",
-    "gap": r"shard: expected the ranks' rows one after the other, from 0 on, got \[\(0, 5\), \(6, 11\)",
-    "other targets": r"target: expected the same rows on every rank.*row 1.*weight\.full_tensor\(\)",
+    "negative target": (
+        r"target: expected values >= 0 or ignore_index=-100, got -2 at index \[2\]"
+    ),
+    "target on no rank": (
+        r"target: expected ids that one rank holds, got (10|15) at row 2, "
+        r"which 0 ranks hold.*shard"
+    ),
+    "overlap": (
+        r"shard: expected the ranks' rows one after the other, from 0 on, "
+        r"got \[\(0, 5\), \(0, 5\)"
+    ),
+    "gap": (
+        r"shard: expected the ranks' rows one after the other, from 0 on, "
+        r"got \[\(0, 5\), \(6, 11\)"
+    ),
+    "other targets": (
+        r"target: expected the same rows on every rank.*row 1.*weight\.full_tensor\(\)"
+    ),
     "shard": r"shard: expected a VocabShard or None, got int",
     "start": r"start: expected an int >= 0, got -1",
     "group": r"group: expected a ProcessGroup .*, got 'world'",
     "foreign group": r"group: expected a ProcessGroup that this process is in",
-    "Shard(1)": r"weight: expected .*Replicate\(\), or Shard\(0\) .*got .*Shard\(dim=1\).*full_tensor",
+    "Shard(1)": (
+        r"weight: expected .*Replicate\(\), or Shard\(0\) .*"
+        r"got .*Shard\(dim=1\).*full_tensor"
+    ),
     "Partial": r"weight: expected .*got .*Partial.*weight\.full_tensor\(\)",
-    "two dimensions": r"weight: expected .*one dimension, got .*mesh of 2 dimensions; pass .*shard=VocabShard",
-    "hidden": r"hidden: expected .*Replicate\(\), got .*Shard\(dim=0\).*hidden\.full_tensor\(\)$",
+    "two dimensions": (
+        r"weight: expected .*one dimension, got .*mesh of 2 dimensions; "
+        r"pass .*shard=VocabShard"
+    ),
+    "hidden": (r"hidden: expected .*Replicate\(\), got .*Shard\(dim=0\).*hidden\.full_tensor\(\)$"),
     "shard and DTensor": r"shard: expected None beside a DTensor",
-    "bias alone": r"bias: expected a plain tensor, or a DTensor with the mesh and placements of weight",
-    "empty part": r"weight: expected a DTensor of parts of 2 rows, .*not empty, got \[4, 3\] over 3 ranks",
-    "other parts": r"weight: expected a DTensor of parts of .* pass weight\.to_local\(\) and shard=VocabShard",
+    "bias alone": (
+        r"bias: expected a plain tensor, or a DTensor with the mesh and placements of weight"
+    ),
+    "empty part": (
+        r"weight: expected a DTensor of parts of 2 rows, .*not empty, "
+        r"got \[4, 3\] over 3 ranks"
+    ),
+    "other parts": (
+        r"weight: expected a DTensor of parts of .* "
+        r"pass weight\.to_local\(\) and shard=VocabShard"
+    ),
 }
 
 
