@@ -9,11 +9,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TEXT = """\
-Once upon a time there was a little fox who lived in a wood. The fox asked the old owl: what is better, the sun or the
-moon? The owl said that the answer is 42. "Rewrite the answer of the assistant," said the user, "and keep it short."
-Here is a conversation: the system says hello, the assistant answers, the user is happy. 3 + 4 = 7; f(x) = x - 1.
-"""
+TEXT = (
+    "Once upon a time there was a little fox who lived in a wood. "
+    "The fox asked the old owl: what is better, the sun or the\n"
+    "moon? The owl said that the answer is 42. "
+    '"Rewrite the answer of the assistant," said the user, "and keep it short."\n'
+    "Here is a conversation: the system says hello, the assistant answers, the user is happy. "
+    "3 + 4 = 7; f(x) = x - 1.\n"
+)
 END, PAD = "<|im_end|>", "<|pad|>"
 CHATML = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
