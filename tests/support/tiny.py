@@ -1,11 +1,10 @@
 """Tokenizers and models small enough to be built in code, and where the real data lies."""
 
-import os
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from surroundings import environment as environment
+from surroundings import shared_data as shared_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,22 +77,3 @@ def seeded(make, seed: int = 0):
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return make()
-
-
-def environment() -> dict[str, str]:
-    """Of a process that imports this checkout and the modules beside the tests; one thread."""
-    support = Path(__file__).resolve().parent
-    root = support.parents[1]
-    paths = [root, root / "kernels", support, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-
-
-def shared_data(*parts: str) -> Path:
-    """A path below the real data: $TREG_TEST_DATA, or shared/data beside the repository. Skips
-    where there is none.
-    """
-    default = Path(__file__).resolve().parents[3] / "shared" / "data"
-    path = Path(os.environ.get("TREG_TEST_DATA") or default, *parts)
-    if not path.exists():
-        pytest.skip("real data not present")
-    return path
