@@ -1,4 +1,5 @@
-# PYTHON, VENV, PIP_ARGS, PYTEST_ARGS, BENCH_ARGS and DEMO_ARGS can be given on the command line or in the environment.
+# PYTHON, VENV, PIP_ARGS, PYTEST_ARGS, BENCH_ARGS and DEMO_ARGS can be given on the command line or
+# in the environment.
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. PIP_ARGS="--find-links DIR" for a folder of CPU builds of torch
@@ -9,18 +10,25 @@ DEMO_ARGS ?=
 
 PY := $(VENV)/bin/python
 # one constraints file in every install: a later one never moves what an earlier one chose
-INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+INSTALL := $(PY) $(PIP_INSTALL) --constraint constraints.txt
 CORE := $(VENV)/.installed-core
 TRAIN := $(VENV)/.installed-train
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
+# the lower bounds of pyproject.toml, in an environment of their own
+OLDEST_PY := $(VENV)-oldest/bin/python
+OLDEST := $(VENV)-oldest/.installed
+OLDEST_TESTS := tests/losses tests/ops tests/kernels/test_interpreter.py
+
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo step test bench gpu report lint types wheel clean
+.PHONY: help demo step check static quick test test-oldest coverage bench gpu report lint types wheel clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(TRAIN) ## annotate, train DPO and T-REG, check, on a small world of known truth; DEMO_ARGS are passed on
 	@$(PY) -m treg demo $(DEMO_ARGS)
@@ -28,8 +36,21 @@ demo: $(TRAIN) ## annotate, train DPO and T-REG, check, on a small world of know
 step: $(CORE) ## one optimizer step on a toy head, fused and dense (needs torch, triton and numpy only)
 	@$(PY) examples/one_step.py
 
-test: $(DEV) ## the tests, two files at a time; PYTEST_ARGS="-k name" and the like are passed on
-	@$(PY) -m pytest -q -n 2 --dist loadfile tests $(PYTEST_ARGS)
+check: static quick ## what a commit must pass: static checks and the quick tests
+
+static: lint types ## ruff, the layout of the code, pyright
+
+quick: $(DEV) ## the tests that are not marked slow or aot; PYTEST_ARGS are passed on
+	@$(PYTEST) tests -m "not slow and not aot" $(PYTEST_ARGS)
+
+test: $(DEV) ## all tests, two files at a time; PYTEST_ARGS="-k name" and the like are passed on
+	@$(PYTEST) tests $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST) ## the tests of losses and ops on the oldest torch and triton (downloads gigabytes)
+	@$(OLDEST_PY) -m pytest -q -n 2 --dist loadfile $(OLDEST_TESTS) -m "not aot" $(PYTEST_ARGS)
+
+coverage: $(DEV) ## all tests, and which lines and branches they miss
+	@$(PYTEST) tests --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 bench: $(BENCH) ## the benchmarks; BENCH_ARGS are passed on
 	@$(PY) -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
@@ -40,10 +61,11 @@ gpu: $(BENCH) ## everything that a GPU can tell, in slices of nine minutes; agai
 report: $(BENCH) $(TRAIN) ## tables and pictures of what is in benchmarks/results
 	@$(PY) benchmarks/report.py
 
-lint: $(DEV) ## ruff
-	@$(PY) -m ruff check .
+lint: $(DEV) ## ruff, and whether the code is laid out as ruff does
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check .
 
-types: $(DEV) ## pyright
+types: $(DEV) ## pyright on treg/ without integrations/
 	@$(PY) -m pyright --pythonpath $(PY)
 
 wheel: $(DEV) ## sdist and wheel into dist/
@@ -73,6 +95,14 @@ $(TRAIN): $(CORE)
 $(DEV): $(TRAIN)
 	@echo "installing the test dependencies into $(VENV)"
 	@$(INSTALL) --no-build-isolation --editable '.[train,dev]'
+	@touch $@
+
+$(OLDEST): pyproject.toml constraints-oldest.txt
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest $(OLDEST_PY)
+	@echo "installing the oldest versions into $(VENV)-oldest"
+	@$(OLDEST_PY) $(PIP_INSTALL) --constraint constraints-oldest.txt setuptools wheel
+	@$(OLDEST_PY) $(PIP_INSTALL) --constraint constraints-oldest.txt --no-build-isolation \
+	  --editable . pytest pytest-xdist hypothesis
 	@touch $@
 
 $(BENCH): $(CORE)

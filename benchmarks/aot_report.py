@@ -3,9 +3,9 @@ results/aot.
 
     python benchmarks/aot_report.py [sm90 ...]
 
-`<arch>.json`: a row for each kernel that a case of tests/aot_worker.py compiles first, of one
-Triton version. `README.md`: the same as tables. Nothing here is a time: what is compiled has run
-nowhere.
+`<arch>.json`: a row for each kernel that a case of tests/support/aot_worker.py compiles
+first, of one Triton version. `README.md`: the same as tables. Nothing here is a time: what is
+compiled has run nowhere.
 """
 
 import json
@@ -38,22 +38,28 @@ EPILOGUES = {"plain_epilogue": "plain", "full_epilogue": "full"}
 
 HEAD = """# What the compiler makes of the kernels
 
-Written by `python benchmarks/aot_report.py` with Triton {version}; `tests/test_aot.py` holds it to what is compiled.
-Head: N = 4096, D = 4096, V = 128256; "unaligned": rows of 4097 elements, V = 50257. All options: bias, softcap and
-temperature. A kernel that an earlier case has compiled is not listed again.
+Written by `python benchmarks/aot_report.py` with Triton {version};
+`tests/kernels/test_aot.py` holds it to what is compiled.
+Head: N = 4096, D = 4096, V = 128256; "unaligned": rows of 4097 elements, V = 50257.
+All options: bias, softcap and temperature.
+A kernel that an earlier case has compiled is not listed again.
 
-- block: BLOCK_N x BLOCK_V x BLOCK_D of the tile kernels, in the order of their declaration elsewhere.
+- block: BLOCK_N x BLOCK_V x BLOCK_D of the tile kernels, in the order of their declaration
+  elsewhere.
 - regs, spilled: registers and bytes of local memory of a thread. shared: bytes of a block.
 - blocks/SM: what registers, shared memory and warps let a multiprocessor hold at once.
-- matrix: HGMMA (sm90), tcgen05 (sm100), mma.sync (sm80, sm120), MFMA (gfx942) instructions; TMA: copies by descriptor
-  (UTMALDG, UTMASTG); async: copies by pointer into shared memory (LDGSTS).
+- matrix: HGMMA (sm90), tcgen05 (sm100), mma.sync (sm80, sm120), MFMA (gfx942) instructions;
+  TMA: copies by descriptor (UTMALDG, UTMASTG); async: copies by pointer into shared memory
+  (LDGSTS).
 
-Not known without a GPU: any time, and so whether a spill outside the loop over D, a barrier or a tile's shape costs
-anything; how much of the copies the products hide; clock and power; what the caches keep.
+Not known without a GPU: any time, and so whether a spill outside the loop over D, a barrier or a
+tile's shape costs anything; how much of the copies the products hide; clock and power; what the
+caches keep.
 """
 
-LOOPS = """One step of the loop over D, in instructions of a thread. Then what follows it, in all and for each element
-of the thread's share of a tile: plain, where all rows are scored and have their target elsewhere; full, in other tiles.
+LOOPS = """One step of the loop over D, in instructions of a thread. Then what follows it, in all
+and for each element of the thread's share of a tile: plain, where all rows are scored and have
+their target elsewhere; full, in other tiles.
 """
 
 
@@ -61,15 +67,13 @@ def compiled(arch: str) -> dict:
     """The report of an architecture, in a process without Triton's interpreter and without a
     GPU.
     """
-    tests = HERE.parent / "tests"
+    worker = HERE.parent / "tests" / "support" / "aot_worker.py"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(
         [*(p for p in sys.path if p), str(HERE.parent / "kernels"), str(HERE.parent)]
     )
     env["CUDA_VISIBLE_DEVICES"] = ""  # tiles measured on a device here are not what is asked for
-    done = subprocess.run(
-        [sys.executable, tests / "aot_worker.py", arch], capture_output=True, text=True, env=env
-    )
+    done = subprocess.run([sys.executable, worker, arch], capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise RuntimeError(f"{arch}: {done.stderr[-3000:]}")
     return {"arch": arch, "triton": triton.__version__, "rows": json.loads(done.stdout)}
@@ -82,7 +86,8 @@ def recorded(arch: str) -> dict:
 def to_text(report: dict) -> str:
     """A row a line."""
     rows = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
-    return f'{{\n "arch": "{report["arch"]}",\n "triton": "{report["triton"]}",\n "rows": [\n{rows}\n ]\n}}\n'
+    head = f' "arch": "{report["arch"]}",\n "triton": "{report["triton"]}",\n "rows": [\n'
+    return "{\n" + head + rows + "\n ]\n}\n"
 
 
 def elements(row: dict) -> float:
@@ -151,8 +156,9 @@ def remarks(report: dict) -> list[str]:
         where = {None: "", 0: ", none of it in the loop over D"}.get(
             inside, f", {inside} accesses in each step over D"
         )
+        kernel = row["kernel"].strip("_")
         found.append(
-            f"{row['case']}: `{row['kernel'].strip('_')}` spills {row['spill_bytes']} bytes a thread{where}."
+            f"{row['case']}: `{kernel}` spills {row['spill_bytes']} bytes a thread{where}."
         )
     if not spills:
         found.append("Nothing spills.")
@@ -160,15 +166,17 @@ def remarks(report: dict) -> list[str]:
     shortest = min((row["loop"]["instructions"] for row in loops), default=0)
     for row in loops:
         if (length := row["loop"]["instructions"]) > 2 * shortest:
+            kernel = row["kernel"].strip("_")
             found.append(
-                f"{row['case']}: `{row['kernel'].strip('_')}` {row['block']} has {length} instructions in each step of "
-                f"its loop, against {shortest} where descriptors make the addresses."
+                f"{row['case']}: `{kernel}` {row['block']} has {length} instructions in each step "
+                f"of its loop, against {shortest} where descriptors make the addresses."
             )
     twice = Counter((row["case"], row["kernel"]) for row in rows if "source" in row)
     for (case, kernel), times in twice.items():
         if times > 1:
             found.append(
-                f"{case}: `{kernel.strip('_')}` is compiled {times} times, by how its pointers are aligned."
+                f"{case}: `{kernel.strip('_')}` is compiled {times} times, "
+                "by how its pointers are aligned."
             )
     full = sum(row["registers"] >= 255 for row in rows)
     found.append(f"Kernels with 255 registers or more: {full} of {len(rows)}.")

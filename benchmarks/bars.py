@@ -150,9 +150,8 @@ def main() -> None:
         for name, seconds in result["median_seconds"].items():
             print(f"  {name:<45} {seconds:6.2f} s (best {result['best_seconds'][name]:.2f})")
         for name, x in result["ratios"].items():
-            print(
-                f"  {name:<45} {x['ratio']:6.2f}   (a round: {x['least']:.2f} to {x['greatest']:.2f})"
-            )
+            spread = f"(a round: {x['least']:.2f} to {x['greatest']:.2f})"
+            print(f"  {name:<45} {x['ratio']:6.2f}   {spread}")
     print("\npeak extra memory, fp32")
     for name, held in found["memory"]["peak_extra_bytes"].items():
         print(f"  {name:<45} " + ("not known" if held is None else f"{held / 2**20:6.0f} MiB"))

@@ -1,8 +1,10 @@
 """A DPO training step in TRL: its own, with its chunked log-probs swapped for treg's, and with
 T-REG.
 
-    python benchmarks/bench_trl.py [--rounds 15] [--out benchmarks/results/cpu/trl.json]     the record, in turns
-    pytest benchmarks/bench_trl.py --benchmark-only                                          a look at it
+The record, in turns, and a look at it:
+
+    python benchmarks/bench_trl.py [--rounds 15] [--out benchmarks/results/cpu/trl.json]
+    pytest benchmarks/bench_trl.py --benchmark-only
 
 A Llama of two layers, D 256, V 32000, float32; 4 pairs, prompts of 64 tokens, completions of 32 to
 224; the reference runs in every step. On a CPU TRL's own head runs all positions, which the swapped

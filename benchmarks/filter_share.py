@@ -5,15 +5,16 @@ hidden states.
 
 FOLDER holds lm/tinystories-656k, prefs/ultrafeedback_train.jsonl and the tokenizer tok/qwen2.5.
 
-models     a DPO batch of each model: before any training (all pairs weigh 1/2) and after some steps (they do not).
+models     a DPO batch of each model: before any training (all pairs weigh 1/2) and after some
+           steps (they do not).
            entries: the share of single (token, word) whose |coef| p reaches eps or that are
            targets, which is the least that any choice of tiles could take; row_blocks: of (token,
            128 words) with one such, the least that tiles of one row could. Errors are those of the
            gradient, in the 2-norm, against eps = 0.
-targets    the share of tiles that hold a target of the real text under a large vocabulary. Such tiles are always
-           active: below it no model and no eps can come.
+targets    the share of tiles that hold a target of the real text under a large vocabulary. Such
+           tiles are always active: below it no model and no eps can come.
 synthetic  time of a step with peaked logits that no model made: it shows what a share costs, not
-which share to expect.
+           which share to expect.
 
 Both models are small, and so are their vocabularies (887 and 2048): a tile of 128 columns is a
 seventh or a sixteenth of the vocabulary, and a word in the mean is as likely as 2**-10. The shares

@@ -39,15 +39,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 STAGES = ("environment", "tests", "sanitizer", "tiles", "cells")
 TESTS = (
-    "gpu",
-    "tiles",
-    "linear_logprobs",
-    "fused",
-    "compile",
-    "objective",
-    "filtered",
-    "bad_input",
-    "vocab_parallel",
+    "ops/test_gpu.py",
+    "ops/test_tiles.py",
+    "ops/test_linear_logprobs.py",
+    "ops/test_fused.py",
+    "ops/test_compile.py",
+    "losses/test_objective.py",
+    "ops/test_filtered.py",
+    "ops/test_bad_input.py",
+    "ops/test_vocab_parallel.py",
 )
 SILENCE = 180.0  # seconds without a word after which a worker hangs
 ENOUGH = 60.0  # seconds that a step must have to be begun
@@ -162,8 +162,9 @@ def surroundings() -> dict[str, str]:
 def commands(folder: Path) -> Iterator[tuple[str, str, list[str], dict[str, str]]]:
     """(stage, step, command, environment) of what is a command of its own."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    for name in TESTS:
-        yield "tests", f"tests: {name}", [*pytest, f"tests/test_{name}.py"], {}
+    for path in TESTS:
+        name = Path(path).stem.removeprefix("test_")
+        yield "tests", f"tests: {name}", [*pytest, f"tests/{path}"], {}
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
         yield (
@@ -271,9 +272,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"excluded: {name}: {why}")
     wanted = [case.name for case in cells(args.tiny)]
     have = [name for name in wanted if record.has("cells", name, args.renew)]
-    print(
-        f"\n{gpu_bars.table(record.data['cells'])}\n\n{len(have)} of {len(wanted)} cells; record: {record.path}"
-    )
+    print(f"\n{gpu_bars.table(record.data['cells'])}\n")
+    print(f"{len(have)} of {len(wanted)} cells; record: {record.path}")
     return 0 if len(have) == len(wanted) else 3
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from treg.ops import reference
 
 # -- errors
-# ------------------------------------------------------------------------------------------------------
 
 GATED_ROWS = (
     2048 if DEVICE == "cuda" else 1 << 30
@@ -135,13 +134,12 @@ def checked_errors(name: str, case: Case) -> dict[str, float]:
         for what in found.keys() & {"logprobs", "dhidden", "dweight"}:
             rounding = torch.finfo(torch.float32 if what == "logprobs" else case.dtype).eps / 2
             allowed = 2 * (dense[what] + rounding)
-            message = f"{name}, {case.name}: {what} has a relative error of {found[what]:.2e} > {allowed:.2e}"
-            assert found[what] <= allowed, message
+            message = f"{what} has a relative error of {found[what]:.2e} > {allowed:.2e}"
+            assert found[what] <= allowed, f"{name}, {case.name}: {message}"
     return found
 
 
 # -- memory
-# ------------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
@@ -176,7 +174,6 @@ def _resident(field: str) -> int:
 
 
 # -- time
-# --------------------------------------------------------------------------------------------------------
 
 
 class Alternation:
@@ -239,7 +236,6 @@ def synchronize() -> None:
 
 
 # -- surroundings
-# ------------------------------------------------------------------------------------------------
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 GPU_PACKAGES = ("quack-kernels", "verl", "nvidia-cutlass-dsl", "apache-tvm-ffi")

@@ -94,7 +94,6 @@ def scored_only(logps: Tensor, b: Batch) -> Tensor:
 
 
 # -- this project
-# ------------------------------------------------------------------------------------------------
 
 
 def treg_fused(b: Batch, **options) -> tuple[Tensor, Tensor]:
@@ -129,7 +128,6 @@ def treg_logprobs(b: Batch) -> Tensor:
 
 
 # -- dense PyTorch: 3 products and [N, V] logits
-# ------------------------------------------------------------------
 
 
 def dense_log_softmax(b: Batch) -> Tensor:

@@ -68,13 +68,14 @@ def cpu_part(found: dict) -> str:
     held = {k: f"{x / 2**20:.0f}" for k, x in found["memory"]["peak_extra_bytes"].items()}
     torch = env["versions"]["torch"].partition("+")[0]
     about = f"""On a CPU, {env["cores"]} cores of an {env["device"]}, torch {torch}, medians of
-        {found["time"]["fp32"]["rounds"]} rounds in turn: T-REG forward and backward with a trainable head, {TIMED.rows}
-        scored tokens ({TIMED.pairs} pairs of 2 x {TIMED.length}), D {TIMED.hidden}, V {TIMED.vocab}.
-        `python benchmarks/bars.py`; the record, with the ratios' spread, is `benchmarks/results/cpu/bars.json`."""
+        {found["time"]["fp32"]["rounds"]} rounds in turn: T-REG forward and backward with a
+        trainable head, {TIMED.rows} scored tokens ({TIMED.pairs} pairs of 2 x {TIMED.length}),
+        D {TIMED.hidden}, V {TIMED.vocab}. `python benchmarks/bars.py`; the record, with the ratios'
+        spread, is `benchmarks/results/cpu/bars.json`."""
     memory = f"""Extra peak memory, float32, {shape.rows} tokens, D {shape.hidden}, V {shape.vocab}:
-        treg {held["treg_fused"]} MiB, dense {held["dense_log_softmax"]} (log_softmax) or {held["dense_logsumexp"]} MiB
-        (logsumexp); with twice and four times the tokens treg takes {held["treg_fused, 2 N"]} and
-        {held["treg_fused, 4 N"]} MiB."""
+        treg {held["treg_fused"]} MiB, dense {held["dense_log_softmax"]} (log_softmax) or
+        {held["dense_logsumexp"]} MiB (logsumexp); with twice and four times the tokens treg takes
+        {held["treg_fused, 2 N"]} and {held["treg_fused, 4 N"]} MiB."""
     lines = ["| seconds | float32 | bfloat16 |", "|---|---|---|", *rows]
     return "\n\n".join([_paragraph(about), "\n".join(lines), _paragraph(memory)])
 
@@ -87,9 +88,10 @@ def _paragraph(text: str) -> str:
 
 def gpu_part(records: dict[str, dict]) -> str:
     if not records:
-        return _paragraph("""On a GPU: not measured yet. `python benchmarks/gpu_run.py` measures, in slices that end in
-            time, this project beside TRL, Liger, QuACK, cut-cross-entropy, verl, PyTorch and bare matrix products;
-            `benchmarks/roofline.py` says what to expect, `benchmarks/NOTES.md` what came.""")
+        return _paragraph("""On a GPU: not measured yet. `python benchmarks/gpu_run.py` measures,
+            in slices that end in time, this project beside TRL, Liger, QuACK, cut-cross-entropy,
+            verl, PyTorch and bare matrix products; `benchmarks/roofline.py` says what
+            to expect, `benchmarks/NOTES.md` what came.""")
     parts = []
     for slug, record in records.items():
         env = record["stages"].get("environment", {})
@@ -102,8 +104,9 @@ def gpu_part(records: dict[str, dict]) -> str:
                 f"TFLOP/s and a copy {ceilings['copy_gb_per_s']:.0f} GB/s"
             )
         )
-        text = f"""On one {about.get("device", slug)}{reached}, torch {about.get("versions", {}).get("torch", "?")}:
-            times over times, all methods of a cell in turn, cool (idle before each call) and hot (back to back), and
+        torch = about.get("versions", {}).get("torch", "?")
+        text = f"""On one {about.get("device", slug)}{reached}, torch {torch}: times over times, all
+            methods of a cell in turn, cool (idle before each call) and hot (back to back), and
             errors against float64. All cells: `benchmarks/results/{slug}/report.md`."""
         parts += [_paragraph(text), gpu_bars.table(record["cells"])]
     return "\n\n".join(parts)
@@ -213,9 +216,8 @@ def main() -> int:
         plots.gpu(cells, RESULTS / slug)
         print(f"{slug}\n\n{gpu_bars.table(record['cells'])}\n")
     if not records:
-        print(
-            f"no GPU has been measured{' (there is one here: gpu_run.py)' if DEVICE == 'cuda' else ''}\n"
-        )
+        hint = " (there is one here: gpu_run.py)" if DEVICE == "cuda" else ""
+        print(f"no GPU has been measured{hint}\n")
         print(gpu_bars.table({}))
     return 0
 

@@ -1,36 +1,43 @@
 """How long each scheme should take on an H200: a model to hold measurements against, not a
 measurement.
 
-    python benchmarks/roofline.py          writes results/predicted-h200.json: milliseconds, cool and hot
+    python benchmarks/roofline.py
+
+writes results/predicted-h200.json: milliseconds, cool and hot.
 
 Units: seconds, bytes, FLOP. N rows, D hidden, V vocabulary, rows C at a time, W = 2 V D bytes of
 weight.
 
-    product(m, n, k)  = max(2 m n k / R, (2 m k + 2 k n + out) / B)            out: 2 m n, or what it says
-    R                 = 790e12 FLOP/s cool, 700e12 hot (cuBLAS); 680e12 and 640e12 for a product in Triton
+    product(m, n, k)  = max(2 m n k / R, (2 m k + 2 k n + out) / B)
+                      out: 2 m n, or what it says
+    R                 = 790e12 FLOP/s cool, 700e12 hot (cuBLAS); 680e12 and 640e12 for a product in
+                      Triton
     B                 = 4.3e12 bytes/s, read and written
     pass over x bytes = x / B;  adding a product's result to sums in float32 = 0.5 * 8 m n / B, half
-    of it hidden
+                      of it hidden
     launch            = 4e-6 s of idleness each
 
-    gemm_k            k products of [N, D] x [D, V], [N, V] x [V, D], [V, N] x [N, D], N <= 16384 at a time
-    treg_fused        groups of whole pairs, C = budget / (2 V + 8 V / 256) rows at most: a Triton product that writes E
-                      (2 C V), E W, E^T h, 4 C D for scaled rows, and 4 N D in the end. One group:
-                      dweight is written once. Several: added in float32 from the second on, and 6 V
-                          D in the end to round
-      smallest        forward, then 192 MiB / 2 N columns at a time: the Triton product again, two products, dhidden
-                      added in float32; in the end 6 N D
-      frozen          Triton product and E W, 4 N D          forward: Triton product that writes 8 N V / 256
-    treg_logprobs     trainable: C - t rows kept, t = sqrt(512 (N - C)); the others computed again, t at a time: a
-                      fourth product of theirs
-    trl_chunked       tiles of 4096 x 32768, 4 products; a tile is read (2 N V) for the sums, read and written (4 N V)
-                      for the gradient; dhidden, dweight added in float32; in the end 6 V D + 6 N D.
-                      frozen: no dweight
+    gemm_k            k products of [N, D] x [D, V], [N, V] x [V, D], [V, N] x [N, D], N <= 16384 at
+                      a time
+    treg_fused        groups of whole pairs, C = budget / (2 V + 8 V / 256) rows at most: a Triton
+                      product that writes E (2 C V), E W, E^T h, 4 C D for scaled rows, and 4 N D in
+                      the end. One group: dweight is written once. Several: added in float32 from
+                      the second on, and 6 V D in the end to round
+      smallest        forward, then 192 MiB / 2 N columns at a time: the Triton product again, two
+                      products, dhidden added in float32; in the end 6 N D
+      frozen          Triton product and E W, 4 N D
+      forward         Triton product that writes 8 N V / 256
+    treg_logprobs     trainable: C - t rows kept, t = sqrt(512 (N - C)); the others computed again,
+                      t at a time: a fourth product of theirs
+    trl_chunked       tiles of 4096 x 32768, 4 products; a tile is read (2 N V) for the sums, read
+                      and written (4 N V) for the gradient; dhidden, dweight added in float32; in
+                      the end 6 V D + 6 N D. frozen: no dweight
     liger_scaled_ce   4 products, dweight added in bfloat16 (4 V D) every 1024 rows
     liger_dpo         3 products over all rows, 20 N V, per pair 8 V D for a bfloat16 dweight
     liger_mean_ce     C = next power of 2 of N D / V; 3 products, 6 N V, per chunk 8 V D
     quack_mean_ce     C = 4096; 3 products, 4 N V, dweight added in float32, 6 V D
-    verl              forward in Triton; backward slabs of 9504 tokens: Triton, two products, dhidden added in bfloat16
+    verl              forward in Triton; backward slabs of 9504 tokens: Triton, two products,
+                      dhidden added in bfloat16
     dense_log_softmax 3 products, 34 N V        dense_compiled: 3 products, 10 N V
     torch_linear_cross_entropy    4 products, 20 N V, dweight added once per 4096 rows
 

@@ -3,12 +3,12 @@ import of Triton.
 """
 
 import os
+from pathlib import Path
 
 import torch
 
-torch.set_num_threads(
-    1
-)  # tensors of a few thousand elements: more threads cost more than they give
+# tensors of a few thousand elements: more threads cost more than they give
+torch.set_num_threads(1)
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,25 +26,45 @@ def _seed():
     torch.manual_seed(0)
 
 
+def poison(x: torch.Tensor) -> torch.Tensor:
+    """Fill with what no result may hold: NaN, the largest integer, True."""
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        x.detach().fill_(float("nan"))
+    elif x.dtype == torch.bool:
+        x.fill_(True)
+    else:
+        x.fill_(torch.iinfo(x.dtype).max)
+    return x
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Uninitialised memory is NaN (a huge number in integer tensors), so that an unwritten output
-    is seen.
+    """Memory that nobody has written yet is poisoned, so that a result which was never written, or
+    was read too early, is seen.
     """
 
-    def poison(make):
+    def poisoning(make):
         def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            if x.dtype.is_floating_point:
-                x.fill_(float("nan"))
-            elif x.dtype == torch.bool:
-                x.fill_(True)
-            return x
+            return poison(make(*args, **kwargs))
 
         return made
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    makers = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    makers += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
+    for owner, name in makers:
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+# Tests of code that allocates its own results.
+POISONED = tuple(Path(__file__).parent / name for name in ("ops", "losses", "kernels"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_by_default(request):
+    """In these folders every test runs with poisoned memory, unless it is marked `unpoisoned`."""
+    inside = any(request.path.is_relative_to(folder) for folder in POISONED)
+    if inside and request.node.get_closest_marker("unpoisoned") is None:
+        request.getfixturevalue("poisoned")
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ def test_trl_dpo(tmp_path):
 )
 def test_liger_swap(hide, tmp_path):
     """With and without Liger; its loss is treg's without the regularizer."""
-    code = f"{hide}import runpy; runpy.run_path({str(EXAMPLES / 'liger_swap.py')!r}, run_name='__main__')"
+    script = str(EXAMPLES / "liger_swap.py")
+    code = f"{hide}import runpy; runpy.run_path({script!r}, run_name='__main__')"
     lines = [
         line
         for line in run([sys.executable, "-c", code], tmp_path).splitlines()

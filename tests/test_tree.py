@@ -1,22 +1,30 @@
-"""Holds the tree: who may import whom, what importing costs, what a wheel contains."""
+"""Holds the tree: who may import whom, rooms and arrows, and what no library file may hold.
+
+A room is a folder or a single file directly under treg/, or kernels/, or benchmarks/. An arrow is
+one room importing another where no longer way implies it.
+"""
 
 import ast
+import functools
 import graphlib
 import importlib.util
+import io
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES = 350
+MAX_LINES = 500  # of a file
+MAX_ROOMS = 20
+MAX_ARROWS = 60
+MAX_ROOM_IMPORTS = 60  # pairs of rooms, arrows or not, without what the package itself gathers
+MAX_TOKENS = 9.0  # names, operators and numbers in a line of treg/ that has any, on average
 
 # What a module, or a package and all below it, may import besides the standard library; the longest
 # key wins. "*": anything without a private name in it. A module that no key covers is a finding:
@@ -26,9 +34,13 @@ MAY_IMPORT = {
     "treg_kernels": {"treg_kernels", "torch", "triton"},
     "treg.checks": {"treg_kernels", "torch"},
     "treg.results": {"torch"},
+    "treg.operators": {"torch"},
     "treg.files": {"yaml"},
     "treg.losses": {"treg.losses", "treg.checks", "treg.results", "torch"},
-    "treg.ops": {"treg.ops", "treg.checks", "treg.losses", "treg.results", "treg_kernels", "torch"},
+    "treg.ops": {
+        *("treg.ops", "treg.checks", "treg.losses", "treg.operators", "treg.results"),
+        *("treg_kernels", "torch"),
+    },
     "treg.ops.reference": {"treg.results", "torch"},
     "treg.heads": {"treg.heads", "treg.ops", "treg.results", "torch", "transformers"},
     "treg.data": {"treg.data", "treg.files", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
@@ -51,17 +63,9 @@ MAY_IMPORT = {
         *("torch", "numpy", "tokenizers", "safetensors", *HUGGING_FACE),
     },
     "treg.cli": {
-        *(
-            "treg",
-            "treg.cli",
-            "treg.checks",
-            "treg.data",
-            "treg.demo",
-            "treg.files",
-            "treg.losses",
-            "treg.ops",
-        ),
-        *("treg.rewards", "treg.trainer", "treg.viz", "torch", "peft", *HUGGING_FACE),
+        *("treg", "treg.cli", "treg.checks", "treg.data", "treg.demo", "treg.files"),
+        *("treg.losses", "treg.ops", "treg.rewards", "treg.trainer", "treg.viz"),
+        *("torch", "peft", *HUGGING_FACE),
     },
     "treg.__main__": {"treg.cli"},
     "treg.integrations": {"*"},
@@ -69,21 +73,31 @@ MAY_IMPORT = {
 }
 # The package itself only gathers public names.
 MAY_IMPORT["treg"] = MAY_IMPORT.keys() - {
-    "treg_kernels",
-    "treg.cli",
-    "treg.demo",
-    "treg.__main__",
-    "treg.integrations",
+    *("treg_kernels", "treg.cli", "treg.demo", "treg.__main__", "treg.integrations"),
 }
+
+
+@functools.cache
+def syntax(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def python_files(root: Path, *folders: str) -> list[Path]:
+    return [file for folder in folders for file in sorted((root / folder).rglob("*.py"))]
 
 
 def modules(root: Path) -> dict[str, Path]:
     """Dotted name -> file of every library module under root."""
+    return named_files(root, "treg") | named_files(root / "kernels", "treg_kernels")
+
+
+def named_files(source: Path, package: str) -> dict[str, Path]:
     found = {}
-    for source, package in ((root, "treg"), (root / "kernels", "treg_kernels")):
-        for file in sorted((source / package).rglob("*.py")):
-            parts = file.relative_to(source).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    for file in python_files(source, package):
+        parts = file.relative_to(source).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        found[".".join(parts)] = file
     return found
 
 
@@ -92,34 +106,36 @@ def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
     full, others' root.
     """
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text())):
-        targets = []
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            targets = [f"{base}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            function = (
-                node.func.attr
-                if isinstance(node.func, ast.Attribute)
-                else getattr(node.func, "id", "")
-            )
-            if function in ("import_module", "__import__"):
-                targets = [importlib.util.resolve_name(str(node.args[0].value), package)]
-        for target in targets:
+    for node in ast.walk(syntax(file.read_text())):
+        for target in targets(node, package):
             top = target.partition(".")[0]
+            parent = target.rpartition(".")[0]
             if top not in ("treg", "treg_kernels"):
                 yield top
-                continue
-            # `from module import name`: the module is meant, unless the name is a module itself. A
-            # module that does not exist is kept as written, so that it is judged by its row.
-            parent = target.rpartition(".")[0]
-            yield (
-                parent
-                if target not in known and parent in known and isinstance(node, ast.ImportFrom)
-                else target
-            )
+            elif isinstance(node, ast.ImportFrom) and target not in known and parent in known:
+                # `from module import name`: the module is meant, unless the name is a module itself
+                yield parent
+            else:
+                # a module that does not exist is kept as written, so that it is judged by its row
+                yield target
+
+
+def targets(node: ast.AST, package: str) -> list[str]:
+    """The dotted names that a node of the syntax tree imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if not isinstance(node, ast.Call) or not node.args:
+        return []
+    if isinstance(node.func, ast.Attribute):
+        function = node.func.attr
+    else:
+        function = getattr(node.func, "id", "")
+    if function in ("import_module", "__import__") and isinstance(node.args[0], ast.Constant):
+        return [importlib.util.resolve_name(str(node.args[0].value), package)]
+    return []
 
 
 def row_of(name: str) -> set[str] | None:
@@ -158,6 +174,10 @@ def cycles(root: Path) -> list[str]:
         name: sorted((known.keys() & imports(name, file, known)) - {name})
         for name, file in known.items()
     }
+    return circle(graph)
+
+
+def circle(graph: dict) -> list[str]:
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -165,15 +185,72 @@ def cycles(root: Path) -> list[str]:
     return []
 
 
+def room_of(name: str) -> str:
+    """treg.ops of treg.ops.head; treg, treg_kernels and benchmarks are rooms themselves."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "treg" else parts[0]
+
+
+def rooms(root: Path) -> dict[str, list[str]]:
+    """Room -> the rooms that it imports, sorted."""
+    known = modules(root)
+    files = known | named_files(root, "benchmarks")
+    graph: dict[str, set[str]] = {room_of(name): set() for name in files}
+    for name, file in files.items():
+        graph[room_of(name)] |= {room_of(target) for target in imports(name, file, known)}
+    return {room: sorted((imported & graph.keys()) - {room}) for room, imported in graph.items()}
+
+
+def arrows(graph: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """The imports that no longer way implies."""
+    reached: dict[str, set[str]] = {}
+    for room in graphlib.TopologicalSorter(graph).static_order():
+        reached[room] = set(graph[room])
+        for imported in graph[room]:
+            reached[room] |= reached[imported]
+    found = []
+    for room, imported in graph.items():
+        for target in imported:
+            if not any(target in reached[other] for other in imported):
+                found.append((room, target))
+    return found
+
+
+def circles_of_rooms(root: Path) -> list[str]:
+    return circle(rooms(root))
+
+
+def too_many_rooms(root: Path) -> list[str]:
+    found = sorted(rooms(root))
+    return [f"{len(found)} rooms: {', '.join(found)}"] if len(found) > MAX_ROOMS else []
+
+
+def too_many_arrows(root: Path) -> list[str]:
+    graph = rooms(root)
+    if circle(graph):
+        return []  # a finding of another rule
+    found = arrows(graph)
+    return [f"{len(found)} arrows: {found}"] if len(found) > MAX_ARROWS else []
+
+
+def too_many_room_imports(root: Path) -> list[str]:
+    """A way that is implied is coupling all the same. The package itself only gathers names."""
+    graph = rooms(root)
+    graph.pop("treg", None)
+    count = sum(len(set(imported) - {"treg"}) for imported in graph.values())
+    return [f"{count} imports between rooms"] if count > MAX_ROOM_IMPORTS else []
+
+
 def environment_reads(root: Path) -> list[str]:
     names = {"environ", "environb", "getenv", "getenvb"}
     found = []
     for name, file in modules(root).items():
-        for node in ast.walk(ast.parse(file.read_text())):
-            used = (
-                {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
-            )
-            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+        for node in ast.walk(syntax(file.read_text())):
+            used = set()
+            if isinstance(node, ast.ImportFrom):
+                used = {alias.name for alias in node.names}
+            elif isinstance(node, ast.Attribute):
+                used = {node.attr}
             found += [f"{name} uses {word}" for word in used & names]
     return found
 
@@ -181,6 +258,41 @@ def environment_reads(root: Path) -> list[str]:
 def long_files(root: Path) -> list[str]:
     lengths = {name: len(file.read_text().splitlines()) for name, file in modules(root).items()}
     return [f"{name} has {length} lines" for name, length in lengths.items() if length > MAX_LINES]
+
+
+def dense_lines(root: Path) -> list[str]:
+    """More code in a line than the eye takes in, on average over treg/."""
+    tokens = lines = 0
+    for file in python_files(root, "treg"):
+        counted = tokens_of_lines(file.read_text())
+        tokens += sum(counted.values())
+        lines += len(counted)
+    if lines == 0 or tokens / lines <= MAX_TOKENS:
+        return []
+    return [f"{tokens / lines:.2f} code tokens a line"]
+
+
+def tokens_of_lines(text: str) -> dict[int, int]:
+    """Names, operators and numbers of each line that has any."""
+    counted: dict[int, int] = {}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER):
+            line = token.start[0]
+            counted[line] = counted.get(line, 0) + 1
+    return counted
+
+
+def formatter_skips(root: Path) -> list[str]:
+    """The formatter lays out all but the kernels, whose argument lists are tables."""
+    found = []
+    for file in python_files(root, "treg", "tests", "benchmarks", "examples"):
+        text = file.read_text()
+        if "fmt:" not in text:
+            continue
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT and re.search(r"#\s*fmt:\s*(skip|off)", token.string):
+                found.append(f"{file.relative_to(root)}:{token.start[0]}: {token.string}")
+    return found
 
 
 def kernels_package(root: Path) -> list[str]:
@@ -207,7 +319,20 @@ def machine_paths(root: Path) -> list[str]:
     ]
 
 
-RULES = [wrong_direction, cycles, environment_reads, long_files, kernels_package, machine_paths]
+RULES = [
+    wrong_direction,
+    cycles,
+    circles_of_rooms,
+    too_many_rooms,
+    too_many_arrows,
+    too_many_room_imports,
+    environment_reads,
+    long_files,
+    dense_lines,
+    formatter_skips,
+    kernels_package,
+    machine_paths,
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -216,6 +341,14 @@ def test_tree_keeps(rule):
     assert rule(ROOT) == []
 
 
+# files by path, for the rules that count
+EIGHT_TO_EIGHT = {f"treg/to{i}.py": "" for i in range(8)} | {
+    f"treg/from{i}.py": "\n".join(f"import treg.to{j}" for j in range(8)) for i in range(8)
+}
+EACH_THE_FOLLOWING = {
+    f"treg/room{i:02}.py": "\n".join(f"import treg.room{j:02}" for j in range(i + 1, 12))
+    for i in range(12)
+}
 OFFENDERS = [
     (
         wrong_direction,
@@ -289,7 +422,28 @@ OFFENDERS = [
         "treg_kernels.a uses getenv",
         {"kernels/treg_kernels/a.py": "import os as o\no.getenv('A')"},
     ),
-    (long_files, "treg.ops.a has 351 lines", {"treg/ops/a.py": "\n" * 351}),
+    (
+        circles_of_rooms,
+        "treg.ops <- treg.viz <- treg.ops",
+        {"treg/ops/a.py": "from treg.viz import b", "treg/viz/b.py": "import treg.ops"},
+    ),
+    (too_many_rooms, "21 rooms: treg, ", {f"treg/room{i}.py": "" for i in range(17)}),
+    # each of 8 rooms imports each of 8 others: 64 ways, and no other way there
+    (too_many_arrows, "64 arrows: [('treg.from0', 'treg.to0')", EIGHT_TO_EIGHT),
+    # 12 rooms, each of which imports all that follow: 66 imports and 11 arrows
+    (too_many_room_imports, "66 imports between rooms", EACH_THE_FOLLOWING),
+    (long_files, "treg.ops.a has 501 lines", {"treg/ops/a.py": "\n" * 501}),
+    (dense_lines, "9.50 code tokens a line", {"treg/ops/a.py": "a, b = c * d, 2\nf(a, b, c, 1)"}),
+    (
+        formatter_skips,
+        "treg/ops/a.py:1: # fmt: skip",
+        {"treg/ops/a.py": "x = [1,2]  # fmt: skip", "kernels/treg_kernels/a.py": "# fmt: off"},
+    ),
+    (
+        formatter_skips,
+        "tests/test_a.py:1: # fmt: off",
+        {"tests/test_a.py": "# fmt: off\nx = [1,2]"},
+    ),
     (kernels_package, "kernels/__init__.py", {"kernels/__init__.py": ""}),
     (
         machine_paths,
@@ -312,168 +466,62 @@ def test_rule_catches(rule, finding, files, tmp_path):
     assert finding in found
 
 
-# Runs in a fresh interpreter. An access counts if the nearest frame outside os and its mapping base
-# is library code.
-IMPORT_PROBE = """
-import json, os, sys
-from pathlib import Path
-from collections.abc import MutableMapping
-
-root = Path(sys.argv[1])
-library = tuple(str(root / folder) + os.sep for folder in ("treg", "kernels"))
-reads = []
-
-def note(key):
-    frame = sys._getframe(2)
-    while frame and frame.f_globals.get("__name__") in ("os", "_collections_abc", "collections.abc"):
-        frame = frame.f_back
-    if frame and os.path.realpath(frame.f_code.co_filename).startswith(library):
-        reads.append(str(key))
-
-class Recorder(MutableMapping):
-    def __init__(self, inner): self.inner = inner
-    def __getitem__(self, key): note(key); return self.inner[key]
-    def __contains__(self, key): note(key); return key in self.inner
-    def __iter__(self): note("all names"); return iter(self.inner)
-    def __len__(self): note("their number"); return len(self.inner)
-    def __setitem__(self, key, value): self.inner[key] = value
-    def __delitem__(self, key): del self.inner[key]
-    def copy(self): note("a copy"); return dict(self.inner)
-
-os.environ, os.environb = Recorder(os.environ), Recorder(os.environb)
-import treg
-assert os.path.realpath(treg.__file__).startswith(library), treg.__file__
-heavy = [name for name in ("triton", "transformers") if name in sys.modules]
-print(json.dumps({"heavy": heavy, "reads": reads}))
-"""
+RUFF_LIMITS = {
+    "E501": "x = 1  # " + "long " * 20,
+    "C901": "def f(x):\n" + "".join(f"    if x == {i}:\n        x += 1\n" for i in range(12)),
+    "PLR0913": f"def f({', '.join(f'a{i}' for i in range(11))}):\n    pass\n",
+}
 
 
-def fresh_python(
-    arguments: list[str], cwd: Path, paths: list[Path]
-) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
+def ruff(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("ruff")
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "ruff", "check", "--no-cache", *arguments],
+        cwd=ROOT,
+        input=text,
+        capture_output=True,
+        text=True,
     )
 
 
-def import_treg(root: Path, cwd: Path) -> dict[str, list[str]]:
-    done = fresh_python(["-c", IMPORT_PROBE, str(root.resolve())], cwd, [root, root / "kernels"])
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.parametrize("rule", RUFF_LIMITS)
+def test_linter_limits_the_length_of_lines_complexity_and_parameters(rule):
+    """At most 100 characters, a complexity of 12, 10 parameters."""
+    path = ("--stdin-filename", "treg/planted.py", "--output-format", "concise", "-")
+    found = ruff(*path, text=RUFF_LIMITS[rule])
+    assert found.returncode == 1, found.stderr
+    assert f" {rule} " in found.stdout
 
 
-def test_import_loads_nothing_heavy_and_reads_no_environment(tmp_path):
-    assert import_treg(ROOT, tmp_path) == {"heavy": [], "reads": []}
+def idle_exemptions(exempt: dict[str, list[str]]) -> list[str]:
+    """The rows of per-file-ignores that ignore nothing."""
+    broken: dict[str, set[str]] = {}
+    for rule in {rule for rules in exempt.values() for rule in rules}:
+        everything = ("--config", "lint.per-file-ignores = {}", "--output-format", "json", ".")
+        found = json.loads(ruff("--select", rule, *everything).stdout)
+        broken[rule] = {str(Path(x["filename"]).relative_to(ROOT)) for x in found}
+    idle = []
+    for pattern, rules in exempt.items():
+        files = {str(file.relative_to(ROOT)) for file in ROOT.glob(pattern)}
+        idle += [f"{pattern}: {rule}" for rule in rules if not files & broken[rule]]
+    return idle
 
 
-def test_import_probe_catches(tmp_path):
-    (tmp_path / "treg").mkdir()
-    (tmp_path / "triton.py").touch()
-    (tmp_path / "treg" / "__init__.py").write_text(
-        "import os, triton\nfrom os import environ\n"
-        "os.getenv('A'), os.environ.get('B'), 'C' in environ, environ.setdefault('D', ''), list(environ)\n"
-    )
-    seen = import_treg(tmp_path, tmp_path)
-    assert seen["heavy"] == ["triton"]
-    assert {"A", "B", "C", "D", "all names"} <= set(seen["reads"])
+def test_no_file_is_exempt_from_a_limit_that_it_keeps():
+    """The list of exemptions gets shorter with the code."""
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert idle_exemptions(settings["tool"]["ruff"]["lint"]["per-file-ignores"]) == []
 
 
-def fake_hub_kernels(folder: Path) -> Path:
-    """A distribution named `kernels`, of a version this transformers accepts, with any name it may
-    import.
-    """
-    location = importlib.util.find_spec("transformers").submodule_search_locations[0]
-    text = (Path(location) / "utils" / "import_utils.py").read_text()
-    version = re.search(r'KERNELS_MIN_VERSION = "([\d.]+)"', text).group(1)
-    (folder / "kernels").mkdir(parents=True)
-    (folder / "kernels" / "__init__.py").write_text(
-        "class Anything:\n"
-        "    def __init__(self, *args, **kwargs): pass\n"
-        "    def __call__(self, decorated): return decorated\n"
-        "def __getattr__(name):\n"
-        "    if name.startswith('__'): raise AttributeError(name)\n"
-        "    return Anything\n"
-    )
-    info = folder / f"kernels-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
-    (info / "RECORD").write_text(
-        f"kernels/__init__.py,,\n{info.name}/METADATA,,\n{info.name}/RECORD,,\n"
-    )
-    return folder
-
-
-def import_trainer(root: Path, stub: Path) -> subprocess.CompletedProcess[str]:
-    """As in a checkout: the repository root comes first on sys.path, ahead of the installed
-    packages.
-    """
-    code = (
-        "import transformers; from transformers import Trainer; from transformers.utils import is_kernels_available\n"
-        "import kernels; print(is_kernels_available(), kernels.__file__)"
-    )
-    return fresh_python(["-c", code], root, [stub])
-
-
-def test_transformers_imports_beside_our_kernels_folder(tmp_path):
-    pytest.importorskip("transformers")
-    assert (ROOT / "kernels" / "treg_kernels").is_dir()
-    stub = fake_hub_kernels(tmp_path / "stub")
-    done = import_trainer(ROOT, stub)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", str(stub / "kernels" / "__init__.py")]
-
-
-def test_kernels_package_would_break_transformers(tmp_path):
-    """The reason for the rule, and the proof that the test above can fail."""
-    pytest.importorskip("transformers")
-    ours = tmp_path / "checkout" / "kernels" / "__init__.py"
-    ours.parent.mkdir(parents=True)
-    ours.touch()
-    done = import_trainer(tmp_path / "checkout", fake_hub_kernels(tmp_path / "stub"))
-    assert done.returncode != 0
-    assert "cannot import name" in done.stderr and str(ours) in done.stderr
-
-
-def test_wheel_holds_the_library_and_nothing_else(tmp_path):
-    if not all(importlib.util.find_spec(tool) for tool in ("pip", "setuptools")):
-        pytest.skip("needs pip and setuptools in this environment")
-    source = tmp_path / "source"
-    source.mkdir()  # a copy: a build leaves files in its source tree
-    for name in ("pyproject.toml", "setup.cfg", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("treg", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tests", "benchmarks", "treg_notes"):  # packages that a loose pattern would take
-        (source / name).mkdir()
-        (source / name / "__init__.py").touch()
-    (source / "README.md").touch()
-    expected = {str(file.relative_to(source)) for file in (source / "treg").rglob("*.py")}
-    expected |= {
-        str(file.relative_to(source / "kernels")) for file in (source / "kernels").rglob("*.py")
+def test_an_idle_exemption_is_found():
+    exempt = {
+        "kernels/treg_kernels/*.py": ["PLR0913", "C901"],
+        "treg/results.py": ["PLR0913"],
+        "treg/no_such_file.py": ["C901"],
     }
-
-    build = [
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--wheel-dir",
-        "out",
-        "./source",
+    assert idle_exemptions(exempt) == [
+        "kernels/treg_kernels/*.py: C901",
+        "treg/results.py: PLR0913",
+        "treg/no_such_file.py: C901",
     ]
-    done = fresh_python(build, tmp_path, [])
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "out").glob("treg-*.whl")
-    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    data = {
-        "treg/viz/page.html.jinja",
-        "treg/demo/model/model.safetensors",
-        "treg/demo/model/tokenizer.json",
-    }
-    assert {"treg/__init__.py", "treg_kernels/__init__.py", *data} <= set(names)
-    assert {name for name in names if name.endswith(".py")} == expected
-    assert {name.partition("/")[0] for name in names} == {"treg", "treg_kernels"}

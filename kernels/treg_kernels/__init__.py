@@ -2,7 +2,8 @@
 
 tiles.py     device helpers: tile order, one logits tile, the logit transform
 configs.py   the tile shapes that are tried
-forward.py   log-prob, lse and statistics; optionally the unscaled gradient of the logits (the stash)
+forward.py   log-prob, lse and statistics; optionally the stash, the unscaled
+             gradient of the logits
 backward.py  the gradient of the logits for a known coefficient per token
 """
 

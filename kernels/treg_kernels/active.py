@@ -4,7 +4,7 @@ on the device.
 Tile (i, j) is TILE_N rows by TILE_V columns. With top_t[j] the largest z2 of row t in the block of
 columns that holds tile j, the target left out, it is inactive if for every row t of i
 
-    |coef_t| * 2**(top_t[j] - norm_t) < threshold          and          coef_t = 0 or y_t is not in j
+    |coef_t| * 2**(top_t[j] - norm_t) < threshold    and    coef_t = 0 or y_t is not in j
 
 NaN anywhere keeps a tile.
 """
@@ -20,7 +20,8 @@ TILE_V = 128
 @triton.jit
 def _active_kernel(
     tops_ptr, norm_ptr, coef_ptr, target_ptr, threshold_ptr, active_ptr,
-    N, blocks, tiles_v, TILE_N: tl.constexpr, TILE_V: tl.constexpr, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr,
+    N, blocks, tiles_v, TILE_N: tl.constexpr, TILE_V: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     tile_n = tl.program_id(0).to(tl.int64)
     offs_n = tile_n * TILE_N + tl.arange(0, TILE_N)
@@ -64,9 +65,14 @@ def tiles_of(N: int, V: int) -> tuple[int, int]:
 
 
 def active_tiles(
-    tops: torch.Tensor, width: int, norm: torch.Tensor, coef: torch.Tensor, target: torch.Tensor,
-    threshold: torch.Tensor, V: int,
-) -> torch.Tensor:  # fmt: skip
+    tops: torch.Tensor,
+    width: int,
+    norm: torch.Tensor,
+    coef: torch.Tensor,
+    target: torch.Tensor,
+    threshold: torch.Tensor,
+    V: int,
+) -> torch.Tensor:
     """The tiles to compute, [tiles_n, tiles_v] bool.
 
     Args:

@@ -1,7 +1,8 @@
 """Gradient of the logits, when the coefficient of every token is known: the logits tile is computed
 again.
 
-    d L / d a_t[v] = coef_t * scale * slope * ( 1{v = y_t} - 2**(z2 - lse2_t) ),   coef_t = d L / d lp_t
+    d L / d a_t[v] = coef_t * scale * slope * ( 1{v = y_t} - 2**(z2 - lse2_t) )
+    coef_t = d L / d lp_t
 
 Written in the weight's dtype as a [N, V] slab; the two products that follow, dhidden = G W and
 dweight = G^T h, are plain GEMMs. A row with target ignore_index, and one with coef 0, is 0. A
@@ -20,7 +21,8 @@ from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transf
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
 def _gradient_kernel(
-    hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, lse2_ptr, coef_ptr, out,
+    hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, lse2_ptr,
+    coef_ptr, out,
     N, V, D, ignore_index, first_v, stride_out, scale, scale2, cap_scale, cap2,
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,7 +45,8 @@ def _gradient_kernel(
         depth = tl.where(tl.max(active.to(tl.int32), axis=0) > 0, D, 0)
         a = logits_tile(
             hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
-            stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, SOURCE,
+            stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+            SOURCE,
         )  # fmt: skip
         z2, slope = transform(a, scale2, cap_scale, cap2)
         lse2 = tl.load(lse2_ptr + offs_n, mask=mask_n & active, other=0.0)

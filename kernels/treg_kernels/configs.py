@@ -75,29 +75,35 @@ ROWS = Tile(8, 1024, 64, 8, 1, vendor=True)  # over finished logits: few rows, m
 # aligned spills little (32 bytes a thread, on sm120) without options and statistics
 CANDIDATES = {
     "sm80": (
-        Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 32, 16, 3),
+        Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 32, 16, 3),
         Tile(128, 256, 32, 8, 3), Tile(256, 128, 32, 8, 3), Tile(64, 256, 32, 8, 3),
         Tile(64, 128, 64, 4, 3),
     ),
     "sm90": tuple(
         Tile(*shape, descriptors=True, programs=programs, registers=registers)
         for *shape, programs, registers in (
-            (128, 256, 64, 8, 3, 0, None), (128, 256, 32, 8, 4, 1, None), (256, 128, 64, 8, 3, 1, None),
-            (128, 128, 64, 8, 4, 1, None), (128, 128, 128, 8, 3, 1, None), (128, 128, 64, 4, 3, 2, None),
+            (128, 256, 64, 8, 3, 0, None), (128, 256, 32, 8, 4, 1, None),
+            (256, 128, 64, 8, 3, 1, None),
+            (128, 128, 64, 8, 4, 1, None), (128, 128, 128, 8, 3, 1, None),
+            (128, 128, 64, 4, 3, 2, None),
             # two blocks a multiprocessor, so that one's products hide the other's epilogue
             (128, 128, 64, 8, 3, 2, 128), (128, 128, 64, 8, 2, 2, 128),
-            (64, 256, 64, 8, 3, 1, None), (64, 256, 64, 4, 4, 1, None), (64, 128, 64, 4, 4, 2, None),
+            (64, 256, 64, 8, 3, 1, None), (64, 256, 64, 4, 4, 1, None),
+            (64, 128, 64, 4, 4, 2, None),
         )
     ),
     "sm100": tuple(
         Tile(*shape, descriptors=True, programs=programs)
         for *shape, programs in (
-            (256, 128, 64, 8, 3, 0), (128, 128, 64, 4, 4, 1), (128, 128, 64, 8, 4, 1), (128, 128, 128, 8, 3, 1),
+            (256, 128, 64, 8, 3, 0), (128, 128, 64, 4, 4, 1), (128, 128, 64, 8, 4, 1),
+            (128, 128, 128, 8, 3, 1),
             (64, 256, 64, 8, 3, 1), (64, 128, 64, 4, 4, 2),
         )
     ),
     "amd": (
-        Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 4, 2), Tile(128, 128, 64, 4, 2), Tile(256, 128, 32, 8, 2),
+        Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 4, 2), Tile(128, 128, 64, 4, 2),
+        Tile(256, 128, 32, 8, 2),
         Tile(256, 128, 64, 8, 2), Tile(128, 256, 32, 8, 2), Tile(64, 128, 64, 4, 2),
     ),
     "interpreter": (),

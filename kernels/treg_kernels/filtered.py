@@ -1,8 +1,11 @@
 """The gradient of a head from the active tiles of the logits alone: 1 + 3 rho products, rho the
 share of active tiles.
 
-    G_ij = coef * scale * slope * ( 1{v = y} - 2**(z2 - norm) )         as in backward.py, its logits computed again
-    dhidden_i = sum_{j active} G_ij W_j         dweight_j = sum_{i active} G_ij^T h_i         dbias_j likewise
+    G_ij = coef * scale * slope * ( 1{v = y} - 2**(z2 - norm) )
+    dhidden_i = sum_{j active} G_ij W_j
+    dweight_j = sum_{i active} G_ij^T h_i         dbias_j likewise
+
+The logits are computed again, as in backward.py.
 
 G is rounded to the weight's dtype in a slab that is whole tiles wide and high; inactive tiles of it
 are neither written nor read. Both products are one kernel: a program has one block of the result,
@@ -188,9 +191,15 @@ def filtered_gradients(
 
 
 def _product(
-    slab: torch.Tensor, active: torch.Tensor, right: torch.Tensor, coef: torch.Tensor | None, out: torch.Tensor,
-    config: dict[str, int], *, add: bool,
-) -> None:  # fmt: skip
+    slab: torch.Tensor,
+    active: torch.Tensor,
+    right: torch.Tensor,
+    coef: torch.Tensor | None,
+    out: torch.Tensor,
+    config: dict[str, int],
+    *,
+    add: bool,
+) -> None:
     """out [M, D] (+)= slab[:M] right over the active tiles of slab, right [K, D]."""
     (M, D), (lines, items) = out.shape, active.shape
     listed, count, order = active_lists(active)

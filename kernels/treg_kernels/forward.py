@@ -7,7 +7,7 @@ Each tile leaves, per row, its offset k (the rounded-up maximum of z2) and s = s
 k); the target is kept out of s and its z2 stored by the one tile that holds it. A second kernel
 adds the tiles up:
 
-    A    = K + log2 sum_j s_j 2**(k_j - K),  K = max_j k_j        log2-sum of everything but the target
+    A    = K + log2 sum_j s_j 2**(k_j - K),  K = max_j k_j   log2-sum of everything but the target
     lp   = -ln 2 * softplus2(A - z2_y),      softplus2(x) = log2(1 + 2**x)
 
 so lp <= 0 always, and keeps its relative accuracy when the target is nearly certain.
@@ -79,7 +79,8 @@ def _offset(top, offset_ptr, offs_n, mask_n):
 
 @triton.jit
 def _plain_epilogue(
-    z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part, stride_stash,
+    z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
+    stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """k, s, top and the stash of a tile in which every entry counts: a third of the operations of
@@ -101,7 +102,8 @@ def _plain_epilogue(
 
 @triton.jit
 def _full_epilogue(
-    z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+    z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr,
+    z_ptr, ee_ptr,
     tile_n, tile_v, N, V, stride_part, stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +146,8 @@ def _full_epilogue(
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
 def _tile_kernel(
-    hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, offset_ptr, stash, target_z2_ptr,
+    hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, offset_ptr,
+    stash, target_z2_ptr,
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
     N, V, D, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
@@ -168,7 +171,8 @@ def _tile_kernel(
         depth = tl.where(tl.max(scored.to(tl.int32), axis=0) > 0, D, 0)
         a = logits_tile(
             hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
-            stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, SOURCE,
+            stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+            SOURCE,
         )  # fmt: skip
         z2, slope = transform(a, scale2, cap_scale, cap2)
         plain = nothing_else
@@ -176,12 +180,14 @@ def _tile_kernel(
             plain = uniform(tile_v, target, scored, V, BLOCK_V)
         if plain:
             _plain_epilogue(
-                z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
+                z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V,
+                stride_part,
                 stride_stash, STORE, BLOCK_N, BLOCK_V,
             )  # fmt: skip
         else:
             _full_epilogue(
-                z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr,
+                z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr,
+                ez_ptr, z_ptr,
                 ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash, STORE, BLOCK_N, BLOCK_V,
             )  # fmt: skip
 
@@ -189,7 +195,8 @@ def _tile_kernel(
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _combine_kernel(
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, target_ptr, target_z2_ptr, stash_ptr,
-    logprob_ptr, lse2_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr, log_sum_sq_ptr,
+    logprob_ptr, lse2_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr,
+    log_sum_sq_ptr,
     N, V, stride_part, ignore_index, scale, cap2,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -352,7 +359,8 @@ def logprob_forward(
         offset = row()
         _offset_kernel[(triton.cdiv(N, 4),)](
             hidden, weight, bias, target, offset, N, V, D, *hidden.stride(), *weight.stride(),
-            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=4, BLOCK_D=min(1024, triton.next_power_of_2(D)),
+            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=4,
+            BLOCK_D=min(1024, triton.next_power_of_2(D)),
         )  # fmt: skip
     tops = part("is_top1" in outputs or "tops" in outputs)
     parts = (
@@ -369,15 +377,18 @@ def logprob_forward(
         here = [None if x is None else x[:, slab.first // tile.v :] for x in parts]
         out, store = (None, "pointers") if stash is None else target_matrix(tile, slab, stash)
         _tile_kernel[slab.grid](
-            *slab.operands, None if bias is None else bias[slab.first :], target, offset, out, target_z2, *here,
+            *slab.operands, None if bias is None else bias[slab.first :], target, offset, out,
+            target_z2, *here,
             N, slab.columns, D, ignore_index, slab.first, columns, V,
-            scalars.scale2, scalars.cap_scale, scalars.cap2, **slab.constants, STORE=store, **slab.options,
+            scalars.scale2, scalars.cap_scale, scalars.cap2, **slab.constants, STORE=store,
+            **slab.options,
         )  # fmt: skip
     rest = ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")
     block_j = triton.next_power_of_2(columns)
     block_r = max(1, min(16, 2048 // block_j))
     _combine_kernel[(triton.cdiv(N, block_r),)](
-        *parts, target, target_z2, stash, found["logprobs"], found["norm"], *(found.get(n) for n in rest),
+        *parts, target, target_z2, stash, found["logprobs"], found["norm"],
+        *(found.get(n) for n in rest),
         N, V, columns, ignore_index, scalars.scale, scalars.cap2,
         WIDTH=tile.v, BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=2048 // block_r,
     )  # fmt: skip

@@ -104,9 +104,12 @@ def _store_coefficients(
 # `first` differs from group to group: no kernel of its own for 1 or for multiples of 16
 @triton.jit(do_not_specialize=["B", "N", "first"])
 def _pair_kernel(
-    logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, starts_ptr, loss_ptr, stats_ptr, coef_ptr,
-    B, N, first, ignore_index, beta: tl.float64, alpha: tl.float64, gamma: tl.float64, eps: tl.float64,
-    BASE: tl.constexpr, REF_PER_TOKEN: tl.constexpr, LENGTH_NORMALISED: tl.constexpr, NLL: tl.constexpr,
+    logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, starts_ptr, loss_ptr, stats_ptr,
+    coef_ptr,
+    B, N, first, ignore_index, beta: tl.float64, alpha: tl.float64, gamma: tl.float64,
+    eps: tl.float64,
+    BASE: tl.constexpr, REF_PER_TOKEN: tl.constexpr, LENGTH_NORMALISED: tl.constexpr,
+    NLL: tl.constexpr,
     STATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pair: its sums, its loss and statistics, the coefficient of each of its tokens."""
@@ -115,11 +118,13 @@ def _pair_kernel(
     start_w, end_w = _span(starts_ptr, chosen, N)
     start_l, end_l = _span(starts_ptr, rejected, N)
     count_w, total_w, ratio_w, rewarded_w = _sums(
-        logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, chosen, start_w, end_w, ignore_index,
+        logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, chosen, start_w, end_w,
+        ignore_index,
         REF_PER_TOKEN, BLOCK,
     )  # fmt: skip
     count_l, total_l, ratio_l, rewarded_l = _sums(
-        logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, rejected, start_l, end_l, ignore_index,
+        logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, rejected, start_l, end_l,
+        ignore_index,
         REF_PER_TOKEN, BLOCK,
     )  # fmt: skip
 
@@ -216,8 +221,10 @@ def pair_objective(
         return
     _pair_kernel[(count,)](
         logps, target, token_rewards, ref_logps, token_weights, starts, loss, stats, coef,
-        loss.shape[0], logps.shape[0], first, 0 if target is not None and target.dtype == torch.bool else ignore_index,
+        loss.shape[0], logps.shape[0], first,
+        0 if target is not None and target.dtype == torch.bool else ignore_index,
         float(beta), float(alpha), float(gamma), float(label_smoothing), BASE=BASES[loss_type],
         REF_PER_TOKEN=ref_logps is not None and ref_logps.shape == logps.shape,
-        LENGTH_NORMALISED=length_normalised, NLL=nll, STATIC=weighting == "static", BLOCK=BLOCK, num_warps=8,
+        LENGTH_NORMALISED=length_normalised, NLL=nll, STATIC=weighting == "static", BLOCK=BLOCK,
+        num_warps=8,
     )  # fmt: skip

@@ -5,7 +5,8 @@ Base 2 throughout: z2 = z * log2(e), so that exp(z) = 2**z2 is one instruction.
 
     z2       = a * scale2                                       a = hidden . weight + bias
     z2       = cap2 * tanh(a * cap_scale)                       with a softcap
-    dz / da  = scale                                            (without), scale * (1 - tanh^2) (with)
+    dz / da  = scale                                            without a softcap
+    dz / da  = scale * (1 - tanh^2)                             with a softcap
 
 """
 
@@ -50,7 +51,8 @@ def tile_of(index, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: 
 def logits_tile(
     hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SOURCE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCE: tl.constexpr,
 ):  # fmt: skip
     """hidden[rows] . weight[columns] + bias[columns] of a tile in float32, [BLOCK_N, BLOCK_V].
 

@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import bench_loss_head
 import gpu_bars
@@ -39,7 +40,6 @@ REAL = replace(CASE, mask="realistic", pairs=2, length=480)
 
 
 # -- cells
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_matrix_holds_every_cell_once_and_the_bars_first():
@@ -101,7 +101,6 @@ def test_missing_package_is_named():
 
 
 # -- gates
-# -------------------------------------------------------------------------------------------------------
 
 
 def exact(case: Case, loss: str) -> dict[str, torch.Tensor]:
@@ -228,7 +227,6 @@ def test_playback_shows_what_was_measured():
 
 
 # -- the runner
-# --------------------------------------------------------------------------------------------------
 
 ARGS = Namespace(tiny=True, renew=False, seconds=100.0)
 
@@ -250,6 +248,11 @@ def three(monkeypatch):
     cases = [tiny(case) for case in gpu_cases()[:3]]
     monkeypatch.setattr(gpu_run, "cells", lambda small: cases)
     return [case.name for case in cases]
+
+
+def test_runner_knows_where_the_tests_are():
+    tests = Path(gpu_run.ROOT) / "tests"
+    assert [path for path in gpu_run.TESTS if not (tests / path).is_file()] == []
 
 
 def run(record, worker, seconds=100.0):
@@ -350,7 +353,6 @@ def test_slices_of_the_whole_script(tmp_path, monkeypatch, three, capsys):
 
 
 # -- bars, report, prediction
-# ------------------------------------------------------------------------------------
 
 BAR = gpu_bars.Bar("x", "cell", "treg_fused", ("a", "b"), 0.8)
 

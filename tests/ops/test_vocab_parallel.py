@@ -11,7 +11,7 @@ import pytest
 import torch
 import vocab_parallel_worker as worker
 from helpers import EPS, assert_within_budget, check_against_reference, error
-from tiny import environment
+from surroundings import environment
 from vocab_parallel_worker import CALLS, FAR, SIZES, N, case_of, only, upstream
 
 from treg import linear_logprobs

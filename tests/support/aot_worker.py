@@ -1,7 +1,7 @@
 """Compile every kernel for one architecture without a device, through the real launchers; print one
 JSON row each.
 
-    python tests/aot_worker.py sm90
+    python tests/support/aot_worker.py sm90
 
 A process of its own: it must not run under Triton's interpreter. A stand-in driver takes the
 launches, so that Triton specialises the real arguments, compiles what a device would run, checks

@@ -1,7 +1,8 @@
 """Two steps of both trainers, for test_sharded.py; under FSDP2 where the environment is that of
 accelerate's launcher.
 
-[ACCELERATE_USE_FSDP=true ...] torchrun --nproc_per_node N tests/fsdp_worker.py ANNOTATED DIR BATCH
+[ACCELERATE_USE_FSDP=true ...] torchrun --nproc_per_node N \\
+    tests/support/fsdp_worker.py ANNOTATED DIR BATCH
 
 accelerate leaves FSDP out on a CPU; the state is told here that it is there, and all else is
 accelerate's own.

@@ -1,7 +1,7 @@
 """bfloat16 in Triton's interpreter, which holds it as uint16 and computes on the bits.
 
 Every operation that the kernels use is routed through float32 and rounded to nearest even, as the
-hardware does. `tests/test_interpreter.py` fails if this is missing or has stopped working.
+hardware does. `tests/kernels/test_interpreter.py` fails if this is missing or has stopped working.
 """
 
 import numpy as np

@@ -1,6 +1,8 @@
 """Gradients of a tiny model under DDP and FSDP2, for test_sharded.py.
 
-torchrun --nproc_per_node 2 tests/sharded_worker.py DIR     writes DIR/<layout>.pt: loss, log-probs of pair 0, gradients
+torchrun --nproc_per_node 2 tests/support/sharded_worker.py DIR
+
+writes DIR/<layout>.pt: loss, log-probs of pair 0, gradients.
 """
 
 import faulthandler

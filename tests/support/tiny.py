@@ -1,19 +1,21 @@
 """Tokenizers and models small enough to be built in code, and where the real data lies."""
 
-import os
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from surroundings import environment as environment
+from surroundings import shared_data as shared_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TEXT = """\
-Once upon a time there was a little fox who lived in a wood. The fox asked the old owl: what is better, the sun or the
-moon? The owl said that the answer is 42. "Rewrite the answer of the assistant," said the user, "and keep it short."
-Here is a conversation: the system says hello, the assistant answers, the user is happy. 3 + 4 = 7; f(x) = x - 1.
-"""
+TEXT = (
+    "Once upon a time there was a little fox who lived in a wood. "
+    "The fox asked the old owl: what is better, the sun or the\n"
+    "moon? The owl said that the answer is 42. "
+    '"Rewrite the answer of the assistant," said the user, "and keep it short."\n'
+    "Here is a conversation: the system says hello, the assistant answers, the user is happy. "
+    "3 + 4 = 7; f(x) = x - 1.\n"
+)
 END, PAD = "<|im_end|>", "<|pad|>"
 CHATML = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -75,22 +77,3 @@ def seeded(make, seed: int = 0):
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return make()
-
-
-def environment() -> dict[str, str]:
-    """Of a process that imports this checkout and the modules beside the tests; one thread."""
-    support = Path(__file__).resolve().parent
-    root = support.parents[1]
-    paths = [root, root / "kernels", support, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-
-
-def shared_data(*parts: str) -> Path:
-    """A path below the real data: $TREG_TEST_DATA, or shared/data beside the repository. Skips
-    where there is none.
-    """
-    default = Path(__file__).resolve().parents[3] / "shared" / "data"
-    path = Path(os.environ.get("TREG_TEST_DATA") or default, *parts)
-    if not path.exists():
-        pytest.skip("real data not present")
-    return path

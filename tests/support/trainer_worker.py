@@ -1,7 +1,9 @@
 """Tiny trainings, shared by test_trainer.py and the processes that it starts.
 
-python tests/trainer_worker.py killed DIR WHEN: dies of SIGKILL; "step:5" after that step, "save:4"
-while saving it torchrun --nproc_per_node 2 tests/trainer_worker.py ddp DIR
+python tests/support/trainer_worker.py killed DIR WHEN
+torchrun --nproc_per_node 2 tests/support/trainer_worker.py ddp DIR
+
+The first dies of SIGKILL: WHEN is "step:5" for after that step, or "save:4" for while saving it.
 """
 
 import faulthandler

@@ -1,7 +1,7 @@
 """Calls of a vocabulary-parallel head, shared by test_vocab_parallel.py and the processes that it
 starts.
 
-TRITON_INTERPRET=1 torchrun --nproc_per_node R tests/vocab_parallel_worker.py DIR
+TRITON_INTERPRET=1 torchrun --nproc_per_node R tests/support/vocab_parallel_worker.py DIR
 
 Each rank leaves what it got in DIR/R-rank.pt. Tensors are on the CPU, on a machine with a GPU too.
 """
