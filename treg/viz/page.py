@@ -67,7 +67,7 @@ def write_page(
     listed = []
     for row in rows:
         snippet = " ".join(row["prompt"][start:].split())[:200]
-        listed.append(row | {"snippet": snippet})
+        listed.append({"lowest": None} | row | {"snippet": snippet})
 
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     html = (
