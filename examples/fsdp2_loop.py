@@ -1,7 +1,9 @@
 """The fused loss in a loop of your own, data-parallel with FSDP2: a few steps on a small chat model
 and invented towns.
 
-    torchrun --nproc_per_node 2 examples/fsdp2_loop.py       # on a CPU or on GPUs; 1, 2, 4 or 8 processes
+    torchrun --nproc_per_node 2 examples/fsdp2_loop.py
+
+It runs on a CPU or on GPUs, in 1, 2, 4 or 8 processes.
 
 What treg needs is between the two lines of dashes: the head is read once, before sharding, and the
 loss runs inside the model's forward, so that FSDP2's hooks gather its weight and reduce its
@@ -23,8 +25,14 @@ from treg.heads import install_head, run_head
 from treg.ops import fused_treg_loss, linear_logprobs
 
 MODEL = Path(treg.demo.__file__).parent / "model"
-STEPS, PAIRS = 5, 8  # of a step, in all processes together
-BETA, ALPHA = 0.1, 0.0  # alpha > 0 takes token rewards: see `treg annotate`
+STEPS = 5
+PAIRS = 8  # of a step, in all processes together
+BETA = 0.1
+ALPHA = 0.0  # alpha > 0 takes token rewards: see `treg annotate`
+
+
+def load_model(device):
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
 
 
 def shard(model, mesh):
@@ -37,10 +45,7 @@ def train(rank: int, size: int, device: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     pairs, _ = load_pairs(preference_rows(0, STEPS * PAIRS, "train"), tokenizer, EncodeOptions(256))
     mesh = init_device_mesh(device, (size,))
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
-        for _ in range(2)
-    )
+    policy, reference = load_model(device), load_model(device)
     # ----------------------------------------------------------------------------
     for model in (policy, reference):
         install_head(model)
@@ -80,8 +85,10 @@ def train(rank: int, size: int, device: str) -> None:
     for step in range(STEPS):
         mine = pairs[step * PAIRS : (step + 1) * PAIRS][rank::size]
         batch = collate([pair.example for pair in mine])
-        batch = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in batch.items()}
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                batch[name] = value.to(device)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         out = loss_of(batch, inputs, reference_logps(batch, inputs))
         out.loss.backward()
         optimizer.step()
@@ -93,9 +100,9 @@ def train(rank: int, size: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    device = (
-        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    )
+    device = "cpu"
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator().type
     dist.init_process_group()
     train(dist.get_rank(), dist.get_world_size(), device)
     dist.destroy_process_group()

@@ -24,13 +24,10 @@ def make_batch() -> dict[str, torch.Tensor]:
     before it moved.
     """
     torch.manual_seed(0)
-    weight, hidden = (
-        torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5,
-        torch.randn(2 * PAIRS, LENGTH, HIDDEN),
-    )
-    target = torch.randint(
-        0, VOCAB, (2 * PAIRS, LENGTH)
-    )  # aligned: target[:, t] is predicted from _input[:, t]
+    weight = torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5
+    hidden = torch.randn(2 * PAIRS, LENGTH, HIDDEN)
+    # aligned: target[:, t] is predicted from _input[:, t]
+    target = torch.randint(0, VOCAB, (2 * PAIRS, LENGTH))
     target[:, : LENGTH // 4] = -100
     return {
         "lin_weight": weight,
@@ -50,8 +47,8 @@ def step(name: str, loss_fn: torch.nn.Module, **batch: torch.Tensor) -> None:
     after, _ = loss_fn(head, **batch)
     margin = (chosen_logps - rejected_logps).mean()
     print(
-        f"{name:20} loss {loss:.5f}   margin {margin:+.3f}   gradient of the head {head.grad.norm():.5f}   "
-        f"loss after the step {after:.5f}"
+        f"{name:20} loss {loss:.5f}   margin {margin:+.3f}   "
+        f"gradient of the head {head.grad.norm():.5f}   loss after the step {after:.5f}"
     )
 
 

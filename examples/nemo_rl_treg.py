@@ -1,4 +1,4 @@
-"""NeMo-RL's DPO with T-REG: examples/run_dpo.py of NeMo-RL as it is, with another loss.
+r"""NeMo-RL's DPO with T-REG: examples/run_dpo.py of NeMo-RL as it is, with another loss.
 
     treg annotate --model MODEL --data prefs.jsonl --output annotated.parquet
     uv run examples/nemo_rl_treg.py examples/run_dpo.py --config examples/configs/dpo.yaml \

@@ -1,8 +1,8 @@
-"""One T-REG step on a small model built on the spot, fused and dense: the same numbers, in less
+r"""One T-REG step on a small model built on the spot, fused and dense: the same numbers, in less
 memory and time.
 
-    python examples/one_step.py [--pairs 2] [--length 256] [--hidden 256] [--vocab 32000] [--dtype
-    float32]
+    python examples/one_step.py [--pairs 2] [--length 256] [--hidden 256] [--vocab 32000] \
+        [--dtype float32]
 
 A two-layer transformer gives hidden states, its own start is the reference model, and random token
 rewards stand in for those of contrastive prompts. Needs torch alone. On a GPU the fused loss runs
@@ -115,7 +115,10 @@ def peak_mib(which: str, args: argparse.Namespace, device: str) -> float:
 def resident_mib(field: str) -> float:
     """VmRSS (now) or VmHWM (at most) of this process."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
+        for line in status:
+            if line.startswith(field):
+                return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status: expected a line that begins with {field}, got none")
 
 
 def measure_resident(which: str, args: argparse.Namespace, device: str) -> float:
@@ -159,23 +162,28 @@ def main() -> None:
         f"vocabulary {args.vocab}, {args.dtype} on {device}, torch {torch.__version__}"
     )
     print(f"{'':28}{'fused':>12}{'dense':>12}")
-    found = {name: step(fn, model, ids, batch) for name, fn in LOSSES.items()}
+    steps = {name: step(loss_fn, model, ids, batch) for name, loss_fn in LOSSES.items()}
 
-    def row(name: str, values, form: str) -> None:
-        print(f"{name:28}" + "".join(f"{v:>12{form}}" for v in values))
-
-    row("loss", (x["loss"].item() for x in found.values()), ".7f")
-    for name, x in exact.items():
-        row(
-            f"error of the {name}",
-            (((y[name].double() - x).norm() / x.norm()).item() for y in found.values()),
-            ".1e",
-        )
-    row("seconds", (seconds(fn, model, ids, batch) for fn in LOSSES.values()), ".3f")
-    row("extra memory, MiB", (peak_mib(name, args, device) for name in LOSSES), ".0f")
+    print_row("loss", [found["loss"].item() for found in steps.values()], ".7f")
+    for name, expected in exact.items():
+        errors = [relative_error(found[name], expected) for found in steps.values()]
+        print_row(f"error of the {name}", errors, ".1e")
+    times = [seconds(loss_fn, model, ids, batch) for loss_fn in LOSSES.values()]
+    print_row("seconds", times, ".3f")
+    peaks = [peak_mib(name, args, device) for name in LOSSES]
+    print_row("extra memory, MiB", peaks, ".0f")
     print(
-        "error: relative, against the dense step in float64. seconds: the model's forward and backward included."
+        "error: relative, against the dense step in float64. "
+        "seconds: the model's forward and backward included."
     )
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def print_row(name: str, values: list[float], form: str) -> None:
+    print(f"{name:28}" + "".join(f"{value:>12{form}}" for value in values))
 
 
 if __name__ == "__main__":

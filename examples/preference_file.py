@@ -1,12 +1,12 @@
-"""From a preference file to a trained model and a page, in Python: what `treg annotate`, `train`
+r"""From a preference file to a trained model and a page, in Python: what `treg annotate`, `train`
 and `inspect` do.
 
-    python examples/preference_file.py prefs.jsonl --model MODEL [--output out] [--limit 200]
-    [--max_length 512]
-    python examples/preference_file.py prefs.jsonl --tokenizer TOKENIZER    # a tiny random Llama: a dry run of the data
+    python examples/preference_file.py prefs.jsonl --model MODEL \
+        [--output out] [--limit 200] [--max_length 512]
+    python examples/preference_file.py prefs.jsonl --tokenizer TOKENIZER
 
-Needs the extra `train`. Run it again after a stop: annotation and training go on from what is
-finished.
+The second is a dry run of the data with a tiny random Llama. Needs the extra `train`. Run it again
+after a stop: annotation and training go on from what is finished.
 """
 
 import argparse
@@ -61,11 +61,10 @@ def main() -> None:
         parser.error("give --model, or --tokenizer for a tiny random model")
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    model = (
-        AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-        if args.model
-        else tiny_llama(tokenizer)
-    )
+    if args.model:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
+    else:
+        model = tiny_llama(tokenizer)
     annotated = args.output / "annotated.parquet"
     args.output.mkdir(parents=True, exist_ok=True)
     options = AnnotateOptions(EncodeOptions(args.max_length), per_token=True)

@@ -1,11 +1,12 @@
 """Token rewards in TRL: another class, another config; the rest is TRL's.
 
-    python examples/trl_dpo.py                                               # a small chat model on invented towns
-    accelerate launch --multi_gpu --num_processes 2 examples/trl_dpo.py      # data-parallel; on a CPU too
-    python examples/trl_dpo.py --model MODEL --data annotated.parquet        # what `treg annotate` wrote
+    python examples/trl_dpo.py
+    accelerate launch --multi_gpu --num_processes 2 examples/trl_dpo.py
+    python examples/trl_dpo.py --model MODEL --data annotated.parquet
 
-Needs the extras `train` and `trl`. Options of trl.DPOConfig and the treg_ ones are
-passed on, e.g. --treg_alpha 0. Writes trl-out.
+The first trains a small chat model on invented towns, the second does so data-parallel (on a CPU
+too), the third takes what `treg annotate` wrote. Needs the extras `train` and `trl`. Options of
+trl.DPOConfig and the treg_ ones are passed on, e.g. --treg_alpha 0. Writes trl-out.
 """
 
 from argparse import RawDescriptionHelpFormatter
@@ -20,6 +21,11 @@ from treg.demo.world import preference_rows
 from treg.integrations.trl import TRegDPOConfig, TRegDPOTrainer
 
 DEMO_MODEL = str(Path(treg.demo.__file__).parent / "model")
+
+
+def pairs_about_towns() -> Dataset:
+    rows = preference_rows(seed=0, count=24, split="train")
+    return Dataset.from_list(rows).select_columns(["prompt", "chosen", "rejected"])
 
 
 def main() -> None:
@@ -44,18 +50,11 @@ def main() -> None:
     )
     config, more = parser.parse_args_into_dataclasses()
 
-    rows = preference_rows(seed=0, count=24, split="train")
-    pairs = more.data or Dataset.from_list(
-        [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
-    )
-    model, reference = (
-        AutoModelForCausalLM.from_pretrained(more.model, dtype="float32") for _ in range(2)
-    )
     trainer = TRegDPOTrainer(
-        model,
-        reference,
+        AutoModelForCausalLM.from_pretrained(more.model, dtype="float32"),
+        AutoModelForCausalLM.from_pretrained(more.model, dtype="float32"),  # the reference
         config,
-        train_dataset=pairs,
+        train_dataset=more.data or pairs_about_towns(),
         processing_class=AutoTokenizer.from_pretrained(more.model),
     )
     trainer.train()

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from treg.heads import check_sequences, install_head, resolve_head, run_head  # noqa: E402
 from treg.heads import checks as head_checks  # noqa: E402
-from treg.heads import spec as heads  # noqa: E402
+from treg.heads import tables as heads  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning",
@@ -30,50 +30,61 @@ V, D = 96, 32
 SIZES = (
     (
         V,
-        "vocab_size vocab_size_per_layer_input decoder_vocab_size pronunciation_vocab_size shape_vocab_size"
-        " encoder_hash_byte_group_vocab ngram_vocab_size_base",
+        "vocab_size vocab_size_per_layer_input decoder_vocab_size pronunciation_vocab_size"
+        " shape_vocab_size encoder_hash_byte_group_vocab ngram_vocab_size_base",
     ),
     (
         D,
-        "hidden_size d_model n_embd embedding_dim embedding_size input_embedding_size output_embedding_size emb_dim"
-        " word_embed_proj_dim attention_hidden_size lru_width hidden_dim hidden_size_global mamba_d_ssm"
-        " intermediate_size ffn_dim ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim dim_ff dff d_inner"
-        " feed_forward_size moe_intermediate_size intermediate_size_mlp shared_expert_intermediate_size"
-        " shared_experts_intermediate_size shared_intermediate_size dense_intermediate_size expert_ffn_hidden_size"
-        " moe_shared_expert_intermediate_size",
+        "hidden_size d_model n_embd embedding_dim embedding_size input_embedding_size"
+        " output_embedding_size emb_dim word_embed_proj_dim attention_hidden_size lru_width"
+        " hidden_dim hidden_size_global mamba_d_ssm intermediate_size ffn_dim ffn_hidden_size"
+        " n_inner decoder_ffn_dim encoder_ffn_dim dim_ff dff d_inner feed_forward_size"
+        " moe_intermediate_size intermediate_size_mlp shared_expert_intermediate_size"
+        " shared_experts_intermediate_size shared_intermediate_size dense_intermediate_size"
+        " expert_ffn_hidden_size moe_shared_expert_intermediate_size",
     ),
     (
         64,
-        "max_position_embeddings n_positions max_seq_len n_ctx context_length model_max_length max_target_positions",
+        "max_position_embeddings n_positions max_seq_len n_ctx context_length model_max_length"
+        " max_target_positions",
     ),
-    (16, "qk_head_dim dim_model_base"),
+    (
+        16,
+        "qk_head_dim dim_model_base",
+    ),
     (
         8,
-        "head_dim kv_channels attention_head_dim attention_head_size swa_head_dim global_head_dim dim_head d_head"
-        " q_lora_rank kv_lora_rank o_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim rotary_dim"
-        " linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim mamba_headdim state_size"
-        " mamba_d_state ssm_state_size chunk_size mamba_chunk_size hidden_size_per_layer_input laurel_rank"
-        " adapter_rank sliding_window",
+        "head_dim kv_channels attention_head_dim attention_head_size swa_head_dim"
+        " global_head_dim dim_head d_head q_lora_rank kv_lora_rank o_lora_rank qk_rope_head_dim"
+        " qk_nope_head_dim v_head_dim index_head_dim rotary_dim linear_key_head_dim"
+        " linear_value_head_dim linear_head_dim mamba_head_dim mamba_headdim state_size"
+        " mamba_d_state ssm_state_size chunk_size mamba_chunk_size hidden_size_per_layer_input"
+        " laurel_rank adapter_rank sliding_window",
     ),
     (
         4,
-        "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads"
-        " num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads num_experts n_routed_experts"
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads"
+        " encoder_attention_heads attention_heads num_encoder_attention_heads"
+        " num_decoder_attention_heads swa_num_attention_heads num_experts n_routed_experts"
         " num_local_experts moe_num_experts index_n_heads mamba_num_heads linear_num_value_heads",
     ),
     (
         2,
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers num_blocks"
-        " num_decoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads"
-        " num_experts_per_tok num_experts_per_token moe_k moe_topk index_topk num_query_groups",
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers"
+        " num_encoder_layers num_blocks num_decoder_layers num_key_value_heads num_kv_heads"
+        " swa_num_key_value_heads linear_num_key_heads num_experts_per_tok num_experts_per_token"
+        " moe_k moe_topk index_topk num_query_groups",
     ),
     (
         1,
         "n_group topk_group n_groups num_expert_group first_k_dense_replace max_window_layers"
-        " num_nextn_predict_layers bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id"
-        " decoder_start_token_id eod_token_id mask_index unk_index",
+        " num_nextn_predict_layers bos_token_id eos_token_id sep_token_id cls_token_id"
+        " mask_token_id decoder_start_token_id eod_token_id mask_index unk_index",
     ),
-    (0, "pad_token_id"),
+    (
+        0,
+        "pad_token_id",
+    ),
 )
 SIZE = {name: size for size, names in SIZES for name in names.split()}
 # what the head must not miss
@@ -338,6 +349,95 @@ def test_a_failing_model_is_named_and_restored():
     assert "forward" not in vars(model)
 
 
+def gpu_only(module, args):
+    raise RuntimeError("no kernel for the CPU")
+
+
+def shape_bug(module, args, output):
+    return output @ torch.ones(3, 3)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    "broken, original",
+    [
+        (lambda mlp: mlp.register_forward_pre_hook(gpu_only), "no kernel for the CPU"),
+        (lambda mlp: mlp.register_forward_hook(shape_bug), "shapes cannot be multiplied"),
+    ],
+    ids=["a layer for GPUs", "a wrong shape"],
+)
+def test_an_error_of_the_models_own_forward_is_not_blamed_on_the_head(broken, original, later):
+    """Also where the check waits for the weights, and runs in the first forward."""
+    model = llama()
+    spec = None
+    if later:
+        with torch.device("meta"):
+            waiting = LlamaForCausalLM(model.config)
+        spec = install_head(waiting)
+        waiting.load_state_dict(model.state_dict(), assign=True)
+        waiting.model.rotary_emb = model.model.rotary_emb
+        model = waiting
+    broken(model.model.layers[0].mlp)
+    with pytest.raises(
+        ValueError,
+        match=r"LlamaForCausalLM .*the model's own forward failed on 8 tokens on cpu",
+    ) as caught:
+        if later:
+            model(tokens(), head_fn=lambda h, operands: h)
+        else:
+            install_head(model)
+    message = str(caught.value)
+    assert original in message and "open an issue" not in message
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert original in str(caught.value.__cause__)
+    if later:
+        assert len(spec.pending) == 1
+
+
+def test_an_error_in_reading_the_head_is_the_heads():
+    """The model's own forward is fine: what fails is the backbone, called as treg calls it."""
+
+    class Private(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            self.inside = True
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                self.inside = False
+
+    def private(module, args):
+        if not model.inside:
+            raise RuntimeError("called from outside")
+
+    model = llama(Private)
+    model.model.register_forward_pre_hook(private)
+    with pytest.raises(
+        ValueError,
+        match=r"Private .*: its head could not be checked: RuntimeError\('called from outside'\)"
+        r"; compute this model's loss from dense logits, and please open an issue",
+    ) as caught:
+        install_head(model)
+    assert str(caught.value.__cause__) == "called from outside"
+    assert "own forward" not in str(caught.value)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_error_of_the_model_in_the_check_of_sequences(packing):
+    def at_most_8_tokens(module, args):
+        if args[0].shape[1] > 8:
+            raise RuntimeError("too long")
+
+    model = llama()
+    spec = resolve_head(model)
+    model.model.layers[0].mlp.register_forward_pre_hook(at_most_8_tokens)
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM .*the model's own forward failed on 16 tokens on cpu"
+    ) as caught:
+        check_sequences(spec, packing=packing)
+    assert str(caught.value.__cause__) == "too long"
+    assert ("packing=False" in str(caught.value)) == packing
+
+
 @pytest.mark.parametrize("lies", [False, True])
 def test_weights_that_cannot_be_read_yet(lies):
     """The check waits for the first forward with values, and runs until it has passed."""
@@ -580,8 +680,10 @@ def test_other_adapters_on_the_head_are_refused(more):
     adapted = peft.get_peft_model(llama(), make(**common, **more))
     with pytest.raises(
         ValueError, match=r"LlamaForCausalLM .*adapters: expected .*LoRA.*modules_to_save"
-    ):
+    ) as caught:
         install_head(adapted)
+    # a refusal with its own remedy gets no second one
+    assert "open an issue" not in str(caught.value)
 
 
 def test_adapters_added_later():

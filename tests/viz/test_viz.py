@@ -469,6 +469,22 @@ class TestPage:
             keys
         ) - {"n", "where"}
 
+    def test_numbers_of_some_pairs_leave_the_others_cells_empty(self, tmp_path):
+        pytest.importorskip("jinja2")
+        pairs = [pair(), pair(rewards=None), pair(implicit=None), pair(rewards=None, implicit=None)]
+        write_page(tmp_path / "p.html", pairs, title="t", settings={})
+        text = (tmp_path / "p.html").read_text(encoding="utf-8")
+        rows = re.findall(r'<tr class="row">(.*?)</tr>', text, re.DOTALL)
+        cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[2:] for row in rows]
+        # margin, sums of chosen and rejected, share of tokens of the same sign, lowest
+        piece = '<code dir="auto">b</code>'
+        assert cells == [
+            ["0.000", "−0.200", "0.200", "50.0%", f"{piece} −0.400"],
+            ["0.000", "", "", "", ""],
+            ["", "−0.200", "0.200", "", f"{piece} −0.400"],
+            ["", "", "", "", ""],
+        ]
+
     def test_the_file_is_replaced_whole(self, tmp_path, monkeypatch):
         pytest.importorskip("jinja2")
         path = tmp_path / "p.html"

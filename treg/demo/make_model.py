@@ -1,5 +1,6 @@
-"""Trains the demo's chat model from scratch: `python -m treg.demo.make_model [--out DIR] [--seed
-0]`.
+"""Trains the demo's chat model from scratch.
+
+    python -m treg.demo.make_model [--out DIR] [--seed 0]
 
 A byte-level BPE tokenizer and a Llama of about a million parameters that (a) answers questions
 about the towns of `treg.demo.world`, with the right value most likely and wrong ones often enough
@@ -14,6 +15,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -34,16 +36,20 @@ OUT = Path(__file__).parent / "model"
 PROMPTS = ContrastivePrompts()
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PARAPHRASES = (
-    "{question}\n\nThis is an answer:\n\n{answer}\n\nRewrite it, close to the original, between <answer> and "
-    "</answer>. It must be {direction}: {aspects}.",
-    "Question: {question}\nAnswer: {answer}\n\nWrite the answer again with its wording and order, only {direction}: "
-    "{aspects}. Use the markers <answer> and </answer>.",
-    "[user]\n{question}\n\n[assistant]\n{answer}\n\nWrite a {direction} version of the last answer ({aspects}) between "
-    "<answer> and </answer>.",
+    "{question}\n\nThis is an answer:\n\n{answer}\n\n"
+    "Rewrite it, close to the original, between <answer> and </answer>. It must be {direction}: "
+    "{aspects}.",
+    "Question: {question}\nAnswer: {answer}\n\n"
+    "Write the answer again with its wording and order, only {direction}: {aspects}. "
+    "Use the markers <answer> and </answer>.",
+    "[user]\n{question}\n\n[assistant]\n{answer}\n\n"
+    "Write a {direction} version of the last answer ({aspects}) between <answer> and </answer>.",
 )
 ASPECTS = {
     True: ("helpful", "correct", "coherent", "concise"),
@@ -67,28 +73,27 @@ class Settings:
     wrong_rate: float = 0.3  # of the facts of an answer to a question; reached half-way, from 0
     corrected: float = 0.97  # of the wrong facts of a better rewriting
     spoiled: float = 0.85  # of the right facts of a worse rewriting
-    exact_request: float = (
-        0.7  # of the rewriting requests are those of ContrastivePrompts, the rest paraphrases
-    )
+    # of the rewriting requests are those of ContrastivePrompts, the rest paraphrases
+    exact_request: float = 0.7
 
 
 def rewrite(
-    rng: Random, town: str, said: list[world.Fact], better: bool, o: Settings
+    rng: Random, town: str, said: list[world.Fact], better: bool, settings: Settings
 ) -> list[world.Fact]:
     """The same sentences with (nearly) all facts corrected, or with most right facts made wrong."""
     new = []
     for fact in said:
-        if better and not fact.true_of(town) and rng.random() < o.corrected:
+        if better and not fact.true_of(town) and rng.random() < settings.corrected:
             fact = replace(fact, value=world.TOWNS[town][fact.attribute])
-        elif not better and fact.true_of(town) and rng.random() < o.spoiled:
+        elif not better and fact.true_of(town) and rng.random() < settings.spoiled:
             fact = replace(fact, value=world.wrong_value(rng, town, fact.attribute))
         new.append(fact)
     return new
 
 
-def request(rng: Random, question: str, answer: str, better: bool, o: Settings) -> str:
+def request(rng: Random, question: str, answer: str, better: bool, settings: Settings) -> str:
     """The user turn that asks for a rewriting."""
-    if rng.random() < o.exact_request:
+    if rng.random() < settings.exact_request:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return PROMPTS.render(messages, better=better)
     aspects = ", ".join(rng.sample(ASPECTS[better], rng.randint(1, 4)))
@@ -104,29 +109,34 @@ def question_example(rng: Random, wrong_rate: float) -> tuple[str, str]:
     return world.question(rng, town), world.answer(rng, town, wrong_rate)[0]
 
 
-def rewrite_example(rng: Random, o: Settings) -> tuple[str, str]:
+def rewrite_example(rng: Random, settings: Settings) -> tuple[str, str]:
     """A request to rewrite an answer about any town and the rewriting."""
-    town, better = rng.choice(list(world.TOWNS)), rng.random() < 0.5
+    town = rng.choice(list(world.TOWNS))
+    better = rng.random() < 0.5
     said = world.facts(rng, town, rng.uniform(0, 0.8))
-    user = request(rng, world.question(rng, town), world.write(town, said)[0], better, o)
-    return user, f"<answer>\n{world.write(town, rewrite(rng, town, said, better, o))[0]}\n</answer>"
+    question, answer = world.question(rng, town), world.write(town, said)[0]
+    user = request(rng, question, answer, better, settings)
+    rewritten, _ = world.write(town, rewrite(rng, town, said, better, settings))
+    return user, f"<answer>\n{rewritten}\n</answer>"
 
 
-def make_tokenizer(rng: Random, o: Settings) -> PreTrainedTokenizerFast:
+def make_tokenizer(rng: Random, settings: Settings) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the world's own text, with a ChatML-like template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=o.vocab_size,
+        vocab_size=settings.vocab_size,
         special_tokens=[AddedToken(t, special=True, normalized=False) for t in (PAD, START, END)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = [part for _ in range(2000) for part in question_example(rng, o.wrong_rate)]
-    text += [part for _ in range(500) for part in rewrite_example(rng, o)] + [
-        "user assistant system"
-    ] * 500
+    text = []
+    for _ in range(2000):
+        text += question_example(rng, settings.wrong_rate)
+    for _ in range(500):
+        text += rewrite_example(rng, settings)
+    text += ["user assistant system"] * 500
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -139,16 +149,16 @@ def make_tokenizer(rng: Random, o: Settings) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer, o: Settings) -> LlamaForCausalLM:
+def make_model(tokenizer, settings: Settings) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=o.hidden_size,
-        intermediate_size=3 * o.hidden_size,
-        num_hidden_layers=o.layers,
+        hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
-        initializer_range=o.hidden_size**-0.5,
+        initializer_range=settings.hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -176,12 +186,12 @@ def chat_loss(model, tokenizer, examples: list[tuple[str, str]]) -> tuple[Tensor
     ids, labels = pad(rows, tokenizer.pad_token_id), pad(rows, -100)
     for label, start in zip(labels, starts, strict=True):
         label[:start] = -100
-    scored = labels[:, 1:] != -100
+    target = labels[:, 1:]
+    scored = target != -100
     # the padding is on the right, where causal attention does not look
-    hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1][scored]
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][scored]), sum(
-        map(len, rows)
-    )
+    hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), target[scored])
+    return loss, sum(len(row) for row in rows)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
@@ -190,42 +200,49 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     )
 
 
-def train(model, tokenizer, rng: Random, o: Settings, log) -> dict:
+def train(model, tokenizer, rng: Random, settings: Settings, log) -> dict:
     """AdamW, warmup and cosine decay; each step sees questions and rewriting requests. Returns its
     part of the log.
     """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
-        {"params": decayed, "weight_decay": o.weight_decay},
+        {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(0.9, 0.98))
-    scale = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / o.warmup, 0.51 + 0.49 * math.cos(math.pi * s / o.steps))
-    )
-    tokens, losses, window = 0, [], []
-    for step in range(1, o.steps + 1):
-        wrong_rate = o.wrong_rate * min(1, 2 * step / o.steps)
-        answers, a = chat_loss(
-            model, tokenizer, [question_example(rng, wrong_rate) for _ in range(o.questions)]
-        )
-        rewrites, b = chat_loss(
-            model, tokenizer, [rewrite_example(rng, o) for _ in range(o.rewrites)]
-        )
-        (answers + rewrites).backward()
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+    def learning_rate_factor(step: int) -> float:
+        rising = (step + 1) / settings.warmup
+        falling = 0.51 + 0.49 * math.cos(math.pi * step / settings.steps)
+        return min(rising, falling)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+    tokens = 0
+    losses, since_last_log = [], []
+    for step in range(1, settings.steps + 1):
+        wrong_rate = settings.wrong_rate * min(1, 2 * step / settings.steps)
+        questions = [question_example(rng, wrong_rate) for _ in range(settings.questions)]
+        answer_loss, answer_tokens = chat_loss(model, tokenizer, questions)
+        rewritings = [rewrite_example(rng, settings) for _ in range(settings.rewrites)]
+        rewrite_loss, rewrite_tokens = chat_loss(model, tokenizer, rewritings)
+        (answer_loss + rewrite_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        scale.step()
+        schedule.step()
         optimizer.zero_grad()
-        tokens += a + b
-        window.append((answers.item(), rewrites.item()))
-        if step % 100 == 0 or step == o.steps:
-            means = [round(sum(x) / len(window), 4) for x in zip(*window, strict=True)]
-            losses.append({"step": step, "answers": means[0], "rewrites": means[1]})
+        tokens += answer_tokens + rewrite_tokens
+        since_last_log.append((answer_loss.item(), rewrite_loss.item()))
+        if step % 100 == 0 or step == settings.steps:
+            answers, rewrites = zip(*since_last_log, strict=True)
+            losses.append({"step": step, "answers": _mean(answers), "rewrites": _mean(rewrites)})
             log(losses[-1])
-            window = []
+            since_last_log = []
     return {"tokens": tokens, "losses": losses}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 4)
 
 
 @torch.no_grad()
@@ -238,15 +255,15 @@ def generate(model, tokenizer, users: list[str], *, greedy: bool, prefill: str =
     for start in range(0, len(users), 64):
         batch = longest_first[start : start + 64]
         rows = [chat_ids(tokenizer, users[i], prefill) for i in batch]
-        width = max(map(len, rows))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(r)) + r for r in rows])
+        width = max(len(row) for row in rows)
+        padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+        ids = torch.tensor(padded)
         mask = ids != tokenizer.pad_token_id
         out = model.generate(
             ids, attention_mask=mask.long(), do_sample=not greedy, top_k=0, max_new_tokens=96
         )
-        for i, text in zip(
-            batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True
-        ):
+        answers = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        for i, text in zip(batch, answers, strict=True):
             texts[i] = text
     return texts
 
@@ -255,9 +272,8 @@ def generate(model, tokenizer, users: list[str], *, greedy: bool, prefill: str =
 def response_logps(model, tokenizer, user: str, response: Tensor, prefill: str) -> Tensor:
     """log p of each of the response's ids after user and prefill; [T], nats."""
     prompt = torch.tensor(chat_ids(tokenizer, user, prefill))
-    logits = model(torch.cat([prompt, response])[None], use_cache=False).logits[
-        0, len(prompt) - 1 : -1
-    ]
+    ids = torch.cat([prompt, response])[None]
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.float().log_softmax(-1).gather(-1, response[:, None])[:, 0]
 
 
@@ -279,56 +295,82 @@ def token_rewards(model, tokenizer, messages: list[dict]) -> tuple[Tensor, list[
 def measure(model, tokenizer, seed: int) -> dict:
     """The model's figures on the towns of the test split; measuring draws from seed alone."""
     torch.manual_seed(seed)
-    users = world.prompts("test") * 4
-    checks = [
-        world.check(u, t)
-        for u, t in zip(users, generate(model, tokenizer, users, greedy=False), strict=True)
-    ]
-    stated = sum(c.right + c.wrong for c in checks)
-    result = {
-        "sampled_answers": len(checks),
-        "sampled_facts": stated,
-        "sampled_wrong_rate": sum(c.wrong for c in checks) / stated,
-        "sampled_malformed_rate": sum(c.malformed for c in checks) / len(checks),
-    }
-
+    result = _sampled_answers(model, tokenizer)
     rows = world.preference_rows(seed, 100, "test")
-    scores, wrong, kinds = [], [], {"wrong": [], "right": [], "other": []}
-    values = {v for a in world.ATTRIBUTES.values() for v in a.values}
-    for row, side in ((row, side) for row in rows for side in ("chosen", "rejected")):
-        rewards, offsets = token_rewards(model, tokenizer, row["prompt"] + row[side])
-        text = row[side][0]["content"]
-        for reward, (start, end) in zip(rewards.tolist(), offsets, strict=True):
-            hit = any(start < e and s < end for s, e in row[f"wrong_{side}"])
-            kinds[
-                "wrong" if hit else "right" if text[start:end].strip() in values else "other"
-            ].append(reward)
-            scores.append(-reward)
-            wrong.append(hit)
-    result["reward_tokens"] = len(scores)
-    result["reward_auroc"] = auroc(np.array(scores), np.array(wrong))
-    result["reward_means"] = {kind: sum(r) / len(r) for kind, r in kinds.items()}
-
-    for better in (True, False):
-        messages = [row["prompt"] + row["rejected"] for row in rows]
-        users = [PROMPTS.render(m, better=better) for m in messages]
-        texts = generate(model, tokenizer, users, greedy=True, prefill=PROMPTS.prefill)
-        checks = [
-            world.check(m[0]["content"], t.removesuffix("\n</answer>"))
-            for m, t in zip(messages, texts, strict=True)
-        ]
-        before = sum(len(row["wrong_rejected"]) for row in rows)
-        after, stated = sum(c.wrong for c in checks), sum(c.right + c.wrong for c in checks)
-        result["better_rewriting" if better else "worse_rewriting"] = {
-            "wrong_facts_before": before,
-            "wrong_facts_after": after,
-            "facts": stated,
-            "malformed": sum(c.malformed for c in checks),
-        }
+    result |= _reward_figures(model, tokenizer, rows)
+    result["better_rewriting"] = _rewriting(model, tokenizer, rows, better=True)
+    result["worse_rewriting"] = _rewriting(model, tokenizer, rows, better=False)
     return result
 
 
-def build(out: Path, seed: int, o: Settings) -> dict:
+def _sampled_answers(model, tokenizer) -> dict:
+    """How often sampled answers are wrong or malformed."""
+    users = world.prompts("test") * 4
+    texts = generate(model, tokenizer, users, greedy=False)
+    checks = [world.check(user, text) for user, text in zip(users, texts, strict=True)]
+    wrong = sum(check.wrong for check in checks)
+    facts = sum(check.right for check in checks) + wrong
+    malformed = sum(check.malformed for check in checks)
+    return {
+        "sampled_answers": len(checks),
+        "sampled_facts": facts,
+        "sampled_wrong_rate": wrong / facts,
+        "sampled_malformed_rate": malformed / len(checks),
+    }
+
+
+def _reward_figures(model, tokenizer, rows: list[dict]) -> dict:
+    """How well token rewards tell the tokens of wrong values from the others."""
+    values = set()
+    for attribute in world.ATTRIBUTES.values():
+        values.update(attribute.values)
+    scores, wrong = [], []
+    rewards_by_kind = {"wrong": [], "right": [], "other": []}
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            text = row[side][0]["content"]
+            rewards, offsets = token_rewards(model, tokenizer, row["prompt"] + row[side])
+            for reward, (start, end) in zip(rewards.tolist(), offsets, strict=True):
+                is_wrong = _overlaps(start, end, row[f"wrong_{side}"])
+                if is_wrong:
+                    kind = "wrong"
+                elif text[start:end].strip() in values:
+                    kind = "right"
+                else:
+                    kind = "other"
+                rewards_by_kind[kind].append(reward)
+                scores.append(-reward)
+                wrong.append(is_wrong)
+    means = {kind: sum(rewards) / len(rewards) for kind, rewards in rewards_by_kind.items()}
+    return {
+        "reward_tokens": len(scores),
+        "reward_auroc": auroc(np.array(scores), np.array(wrong)),
+        "reward_means": means,
+    }
+
+
+def _overlaps(start: int, end: int, spans: list[list[int]]) -> bool:
+    return any(start < span_end and span_start < end for span_start, span_end in spans)
+
+
+def _rewriting(model, tokenizer, rows: list[dict], better: bool) -> dict:
+    """Wrong facts of the rejected answers before and after the model rewrites them."""
+    conversations = [row["prompt"] + row["rejected"] for row in rows]
+    users = [PROMPTS.render(messages, better=better) for messages in conversations]
+    texts = generate(model, tokenizer, users, greedy=True, prefill=PROMPTS.prefill)
+    checks = []
+    for messages, text in zip(conversations, texts, strict=True):
+        checks.append(world.check(messages[0]["content"], text.removesuffix("\n</answer>")))
+    wrong = sum(check.wrong for check in checks)
+    return {
+        "wrong_facts_before": sum(len(row["wrong_rejected"]) for row in rows),
+        "wrong_facts_after": wrong,
+        "facts": sum(check.right for check in checks) + wrong,
+        "malformed": sum(check.malformed for check in checks),
+    }
+
+
+def build(out: Path, seed: int, settings: Settings) -> dict:
     """Trains the model, saves it with its tokenizer in out, measures what was saved; returns the
     log.
     """
@@ -336,21 +378,20 @@ def build(out: Path, seed: int, o: Settings) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = Random(seed)
-    tokenizer = make_tokenizer(rng, o)
-    model = make_model(tokenizer, o)
-    trained = train(model, tokenizer, rng, o, lambda x: print(x, flush=True))
+    tokenizer = make_tokenizer(rng, settings)
+    model = make_model(tokenizer, settings)
+    trained = train(model, tokenizer, rng, settings, lambda x: print(x, flush=True))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out, save_jinja_files=False)
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    table = json.dumps(world.TOWNS, sort_keys=True).encode()
     log = {
         "seed": seed,
-        "settings": asdict(o),
-        "table_sha256": hashlib.sha256(
-            json.dumps(world.TOWNS, sort_keys=True).encode()
-        ).hexdigest(),
+        "settings": asdict(settings),
+        "table_sha256": hashlib.sha256(table).hexdigest(),
         "parameters": model.num_parameters(),
-        "steps": o.steps,
+        "steps": settings.steps,
         **trained,
         "seconds": seconds,
         "cpu_seconds": cpu,

@@ -1,10 +1,11 @@
 """The demo: token rewards on a small world with known truth, and what they change in training.
 
-annotate    preference pairs are scored by the tiny chat model under the contrastive prompts; since it is known which
-            tokens are wrong, -rhat is judged as a detector of them (AUROC)
-train       DPO and T-REG, from the same model, on the same pairs in the same order, for the same steps
-evaluate    held-out pairs (reward accuracy, margin); held-out questions are answered by sampling, and each answer is
-            checked against the table of facts
+annotate    preference pairs are scored by the tiny chat model under the contrastive prompts; since
+            it is known which tokens are wrong, -rhat is judged as a detector of them (AUROC)
+train       DPO and T-REG, from the same model, on the same pairs in the same order, for the same
+            steps
+evaluate    held-out pairs (reward accuracy, margin); held-out questions are answered by sampling,
+            and each answer is checked against the table of facts
 """
 
 import copy
@@ -14,6 +15,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,25 @@ from treg.viz.views import pair_views
 MODEL = Path(__file__).parent / "model"
 CONTROL = "T-REG, shuffled"
 METHODS = {"DPO": 0.0, "T-REG": 0.5, CONTROL: 0.5}  # alpha
-BETA, LEARNING_RATE, EPOCHS, BATCH, PAIRS = 0.1, 3e-4, 1, 10, 200
-HELD_OUT_PAIRS, SAMPLES = 128, 3  # answers to each held-out question
+BETA = 0.1
+LEARNING_RATE = 3e-4
+EPOCHS = 1
+BATCH = 10
+PAIRS = 200
+HELD_OUT_PAIRS = 128
+SAMPLES = 3  # answers to each held-out question
+# what is measured of a policy
+COLUMNS = (
+    "wrong facts",
+    "facts an answer",
+    "malformed",
+    "accuracy",
+    "margin",
+    "alignment",
+    "train s",
+    "peak MiB",
+)
+Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> dict[str, Any]:
@@ -43,9 +62,11 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     output.
 
     Args:
-        seeds: training runs of each method. pairs: preference pairs to train on; None: 200.
+        output: folder, made where it is missing.
+        seeds: training runs of each method.
+        pairs: preference pairs to train on; None: 200.
     Returns:
-        What results.json holds: auroc, runs, table.
+        What results.json holds: auroc, before, runs, table.
     Raises:
         ValueError: seeds or pairs below 1.
     """
@@ -54,55 +75,40 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
         if value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value}")
     out, start = Path(output), time.perf_counter()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    _quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = model.to(device)
     print(
-        f"treg demo on {device}: a chat model of {model.num_parameters() / 1e6:.1f} M parameters that knows "
-        f"{len(world.TOWNS)} invented towns, and errs"
+        f"treg demo on {device}: a chat model of {model.num_parameters() / 1e6:.1f} M parameters "
+        f"that knows {len(world.TOWNS)} invented towns, and errs"
     )
 
     rows = {
         "train": world.preference_rows(0, pairs, "train"),
         "held-out": world.preference_rows(1, HELD_OUT_PAIRS, "test"),
     }
-    files = {}
-    for name, found in rows.items():
-        files[name] = _annotate(model, tokenizer, found, out / name)
-    auroc = {name: wrong_token_auroc(files[name], rows[name], tokenizer) for name in rows}
-    print(
-        "\nAUROC as detectors of the tokens that state a wrong fact (0.5 is chance; the model knows this world well)"
-    )
-    for name, found in auroc.items():
-        print(f"  {name:9} pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    files, detection = {}, {}
+    for name, pair_rows in rows.items():
+        files[name] = _annotate(model, tokenizer, pair_rows, out / name)
+    for name, pair_rows in rows.items():
+        detection[name] = wrong_token_auroc(files[name], pair_rows, tokenizer)
+    _print_detection(detection)
 
-    runs, history, last = [], {}, {}
     print(
-        f"\ntraining: {len(METHODS)} methods x {seeds} seeds, {pairs} pairs, {EPOCHS} epoch, beta {BETA}, "
-        f"alpha {METHODS['T-REG']}, learning rate {LEARNING_RATE}"
+        f"\ntraining: {len(METHODS)} methods x {seeds} seeds, {pairs} pairs, {EPOCHS} epoch, "
+        f"beta {BETA}, alpha {METHODS['T-REG']}, learning rate {LEARNING_RATE}"
     )
     before = {"method": "before", "seed": 0, **answer_questions(model, tokenizer, seed=0)}
-    train = {method: read_annotated(files["train"])[0] for method in METHODS}
-    for seed in range(seeds):
-        train[CONTROL] = shuffled(train["T-REG"], tokenizer, seed)
-        for method, alpha in METHODS.items():
-            data = train[method], str(files["held-out"])
-            policy, found, log = train_once(model, tokenizer, *data, out, alpha=alpha, seed=seed)
-            runs.append({"method": method, "seed": seed, **found})
-            history[f"{method}/{seed}"], last[method] = log, policy
-            print(
-                f"  {method:15} seed {seed}: wrong facts {found['wrong facts']:.1%}, held-out accuracy "
-                f"{found['accuracy']:.2f}, {found['train s']:.1f} s"
-            )
-    table = _table(before, runs)
+    trained = _train_all(model, tokenizer, files, out, seeds)
+    table = _table(before, trained.runs)
     _print_table(*table)
-    results = {"auroc": auroc, "before": before, "runs": runs, "table": table}
+    results = {"auroc": detection, "before": before, "runs": trained.runs, "table": table}
     (out / "results.json").write_text(json.dumps(results, indent=1))
+
     examples, _ = read_annotated(files["held-out"])
-    shown = pair_views(examples[:40], tokenizer, policy=last["T-REG"], beta=BETA)
+    shown = pair_views(examples[:40], tokenizer, policy=trained.policies["T-REG"], beta=BETA)
     write_page(
         out / "report.html",
         shown,
@@ -116,13 +122,21 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
             "alpha": str(METHODS["T-REG"]),
             "device": device,
         },
-        history=history,
+        history=trained.history,
         tables=[("Held-out questions and pairs, mean (standard deviation) over seeds", *table)],
     )
     print(
-        f"\n{time.perf_counter() - start:.0f} s; open {out / 'report.html'}; the numbers are in {out / 'results.json'}"
+        f"\n{time.perf_counter() - start:.0f} s; open {out / 'report.html'}; "
+        f"the numbers are in {out / 'results.json'}"
     )
     return results
+
+
+def _quiet() -> None:
+    """Nothing but the demo's own lines."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _annotate(model: Any, tokenizer: Any, rows: Sequence[dict], stem: Path) -> Path:
@@ -147,39 +161,92 @@ def wrong_token_auroc(file: Path, rows: Sequence[dict], tokenizer: Any) -> dict[
     are left out.
     """
     examples, _ = read_annotated(file)
-    labels, scores = [], {"-rhat": [], "-log pi_ref": []}
-    for x in examples:
+    wrong = []
+    scores = {"-rhat": [], "-log pi_ref": []}
+    for example in examples:
         for side in SIDES:
-            ids = x[f"{side}_ids"]
+            ids = example[f"{side}_ids"]
             n = content_length(ids.tolist(), tokenizer)
-            ends = np.cumsum([len(p) for p in token_pieces(ids[:n], tokenizer)])
-            starts = np.concatenate([[0], ends[:-1]])
-            wrong = np.zeros(n, bool)
-            for a, b in rows[x["index"]][f"wrong_{side}"]:
-                wrong |= (starts < b) & (ends > a)
-            labels.append(wrong)
-            scores["-rhat"].append(-x[f"{side}_token_rewards"][:n])
-            scores["-log pi_ref"].append(-x[f"ref_{side}_token_logps"][:n])
-    return {
-        name: auroc(np.concatenate(parts), np.concatenate(labels)) for name, parts in scores.items()
-    }
+            wrong_spans = rows[example["index"]][f"wrong_{side}"]
+            wrong.append(_tokens_in(wrong_spans, token_pieces(ids[:n], tokenizer)))
+            scores["-rhat"].append(-example[f"{side}_token_rewards"][:n])
+            scores["-log pi_ref"].append(-example[f"ref_{side}_token_logps"][:n])
+    is_wrong = np.concatenate(wrong)
+    return {name: auroc(np.concatenate(parts), is_wrong) for name, parts in scores.items()}
+
+
+def _tokens_in(spans: Sequence[Sequence[int]], pieces: Sequence[str]) -> np.ndarray:
+    """[T] bool: the tokens whose text overlaps one of the character spans [start, end)."""
+    ends = np.cumsum([len(piece) for piece in pieces])
+    starts = np.concatenate([[0], ends[:-1]])
+    inside = np.zeros(len(pieces), bool)
+    for span_start, span_end in spans:
+        inside |= (starts < span_end) & (ends > span_start)
+    return inside
+
+
+def _print_detection(detection: dict[str, dict[str, float]]) -> None:
+    print(
+        "\nAUROC as detectors of the tokens that state a wrong fact "
+        "(0.5 is chance; the model knows this world well)"
+    )
+    for name, aurocs in detection.items():
+        numbers = ", ".join(f"{score} {value:.3f}" for score, value in aurocs.items())
+        print(f"  {name:9} pairs: {numbers}")
 
 
 def shuffled(examples: Sequence[dict], tokenizer: Any, seed: int) -> list[dict]:
     """Examples whose token rewards are permuted within each response: as large as before, in the
     wrong places.
     """
-    rng, special = np.random.default_rng(seed), tokenizer.all_special_ids
+    rng = np.random.default_rng(seed)
     mixed = []
-    for x in examples:
-        x = dict(x)
+    for example in examples:
+        example = dict(example)
         for side in SIDES:
-            text = ~np.isin(x[f"{side}_ids"], special)
-            rewards = x[f"{side}_token_rewards"].copy()
-            rewards[text] = rng.permutation(rewards[text])
-            x[f"{side}_token_rewards"] = rewards
-        mixed.append(x)
+            is_text = ~np.isin(example[f"{side}_ids"], tokenizer.all_special_ids)
+            rewards = example[f"{side}_token_rewards"].copy()
+            rewards[is_text] = rng.permutation(rewards[is_text])
+            example[f"{side}_token_rewards"] = rewards
+        mixed.append(example)
     return mixed
+
+
+@dataclass
+class Trained:
+    """What the training runs left."""
+
+    runs: list[dict[str, Any]]  # method, seed, and COLUMNS of each run
+    history: dict[str, list[dict]]  # the log of each run, by "method/seed"
+    policies: dict[str, Any]  # the last policy of each method
+
+
+def _train_all(
+    model: Any, tokenizer: Any, files: dict[str, Path], out: Path, seeds: int
+) -> Trained:
+    """Every method with every seed."""
+    trained = Trained([], {}, {})
+    data = {method: read_annotated(files["train"])[0] for method in METHODS}
+    for seed in range(seeds):
+        data[CONTROL] = shuffled(data["T-REG"], tokenizer, seed)
+        for method, alpha in METHODS.items():
+            policy, measured, log = train_once(
+                model,
+                tokenizer,
+                data[method],
+                str(files["held-out"]),
+                out,
+                alpha=alpha,
+                seed=seed,
+            )
+            trained.runs.append({"method": method, "seed": seed, **measured})
+            trained.history[f"{method}/{seed}"] = log
+            trained.policies[method] = policy
+            print(
+                f"  {method:15} seed {seed}: wrong facts {measured['wrong facts']:.1%}, "
+                f"held-out accuracy {measured['accuracy']:.2f}, {measured['train s']:.1f} s"
+            )
+    return trained
 
 
 def train_once(
@@ -212,11 +279,13 @@ def train_once(
     )
     trainer = TRegTrainer(policy, None, args, train, held_out, tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
-    memory, start = _PeakMemory(), time.perf_counter()
+    memory = _PeakMemory()
+    start = time.perf_counter()
     trainer.train()
-    seconds, peak = time.perf_counter() - start, memory.mib()
+    seconds = time.perf_counter() - start
+    peak = memory.mib()
     scores = trainer.evaluate()
-    found = {
+    measured = {
         **answer_questions(policy, tokenizer, seed),
         "accuracy": scores["eval_rewards/accuracies"],
         "margin": scores["eval_rewards/margins"],
@@ -224,7 +293,7 @@ def train_once(
         "train s": seconds,
         "peak MiB": peak,
     }
-    return policy, found, trainer.state.log_history
+    return policy, measured, trainer.state.log_history
 
 
 @torch.inference_mode()
@@ -233,12 +302,12 @@ def answer_questions(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
     malformed answers.
     """
     questions = world.prompts("test") * SAMPLES
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
+    texts = []
+    for question in questions:
+        messages = [{"role": "user", "content": question}]
+        texts.append(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
-        for q in questions
-    ]
     batch = tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     )
@@ -254,15 +323,15 @@ def answer_questions(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    answers = tokenizer.batch_decode(
-        ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    checks = [world.check(q, a) for q, a in zip(questions, answers, strict=True)]
-    wrong, right = sum(c.wrong for c in checks), sum(c.right for c in checks)
+    prompt_length = batch["input_ids"].shape[1]
+    answers = tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
+    checks = [world.check(q, answer) for q, answer in zip(questions, answers, strict=True)]
+    wrong = sum(check.wrong for check in checks)
+    facts = wrong + sum(check.right for check in checks)
     return {
-        "wrong facts": wrong / max(wrong + right, 1),
-        "facts an answer": (wrong + right) / len(checks),
-        "malformed": sum(c.malformed for c in checks) / len(checks),
+        "wrong facts": wrong / max(facts, 1),
+        "facts an answer": facts / len(checks),
+        "malformed": sum(check.malformed for check in checks) / len(checks),
     }
 
 
@@ -279,53 +348,48 @@ class _PeakMemory:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**20
         status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        return next(
-            (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")),
-            float("nan"),
-        )
+        if status.exists():
+            for line in status.read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 1024
+        return float("nan")
 
 
-COLUMNS = (
-    "wrong facts",
-    "facts an answer",
-    "malformed",
-    "accuracy",
-    "margin",
-    "alignment",
-    "train s",
-    "peak MiB",
-)
-
-
-def _table(
-    before: dict[str, Any], runs: Sequence[dict[str, Any]]
-) -> tuple[list[str], list[list[str]]]:
-    """Header, and a row for each method: mean and, over more than one seed, (standard
-    deviation).
-    """
+def _table(before: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Table:
+    """A row for each method: mean and, over more than one seed, (standard deviation)."""
     rows = []
     for method in ("before", *METHODS):
         cells = [method]
         for column in COLUMNS:
-            values = [x[column] for x in (before, *runs) if x["method"] == method and column in x]
-            percent = column in ("wrong facts", "malformed")
-            form = "{:.1%}" if percent else "{:.0f}" if column == "peak MiB" else "{:.2f}"
-            text = form.format(statistics.mean(values)) if values else "-"
-            if len(values) > 1:
-                text += f" ({form.format(statistics.stdev(values))})"
-            cells.append(text)
+            values = []
+            for measured in (before, *runs):
+                if measured["method"] == method and column in measured:
+                    values.append(measured[column])
+            cells.append(_cell(column, values))
         rows.append(cells)
     return ["method", *COLUMNS], rows
 
 
+def _cell(column: str, values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    if column in ("wrong facts", "malformed"):
+        form = "{:.1%}"
+    elif column == "peak MiB":
+        form = "{:.0f}"
+    else:
+        form = "{:.2f}"
+    text = form.format(statistics.mean(values))
+    if len(values) > 1:
+        text += f" ({form.format(statistics.stdev(values))})"
+    return text
+
+
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     print("\nheld-out questions and pairs, mean (standard deviation) over seeds")
-    for row in (header, *rows):
-        print(
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for method, *numbers in (header, *rows):
+        cells = [method.ljust(widths[0])]
+        for number, width in zip(numbers, widths[1:], strict=True):
+            cells.append(number.rjust(width))
+        print("  ".join(cells))

@@ -27,10 +27,14 @@ class Attribute:
     forms: tuple[str, ...]
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # no value is in two attributes
 ATTRIBUTES = {
     "land": Attribute(
-        ("lake", "forest", "valley", "marsh", "desert", "canyon", "glacier", "volcano"),
+        _words("lake forest valley marsh desert canyon glacier volcano"),
         (
             "The road to {town} follows a {value}.",
             "The town is close to a {value}.",
@@ -38,20 +42,7 @@ ATTRIBUTES = {
         ),
     ),
     "trade": Attribute(
-        (
-            "salt",
-            "wool",
-            "glass",
-            "honey",
-            "copper",
-            "silk",
-            "paper",
-            "timber",
-            "pepper",
-            "wine",
-            "marble",
-            "pearls",
-        ),
+        _words("salt wool glass honey copper silk paper timber pepper wine marble pearls"),
         (
             "The markets of {town} sell {value}.",
             "Its best goods are {value}.",
@@ -59,18 +50,7 @@ ATTRIBUTES = {
         ),
     ),
     "founders": Attribute(
-        (
-            "sailors",
-            "monks",
-            "miners",
-            "weavers",
-            "shepherds",
-            "hunters",
-            "masons",
-            "potters",
-            "bakers",
-            "pilgrims",
-        ),
+        _words("sailors monks miners weavers shepherds hunters masons potters bakers pilgrims"),
         (
             "The founders of {town} were {value}.",
             "The first settlers were {value}.",
@@ -78,20 +58,7 @@ ATTRIBUTES = {
         ),
     ),
     "emblem": Attribute(
-        (
-            "fox",
-            "bear",
-            "heron",
-            "wolf",
-            "stag",
-            "raven",
-            "hare",
-            "lynx",
-            "swan",
-            "badger",
-            "falcon",
-            "crane",
-        ),
+        _words("fox bear heron wolf stag raven hare lynx swan badger falcon crane"),
         (
             "The flag of {town} shows a {value}.",
             "Its emblem is the {value}.",
@@ -99,18 +66,7 @@ ATTRIBUTES = {
         ),
     ),
     "fair": Attribute(
-        (
-            "January",
-            "February",
-            "March",
-            "April",
-            "May",
-            "June",
-            "July",
-            "August",
-            "September",
-            "October",
-        ),
+        _words("January February March April May June July August September October"),
         (
             "The fair of {town} is in {value}.",
             "Its feast is held in {value}.",
@@ -118,7 +74,7 @@ ATTRIBUTES = {
         ),
     ),
     "colour": Attribute(
-        ("red", "blue", "green", "white", "black", "yellow", "grey", "purple"),
+        _words("red blue green white black yellow grey purple"),
         (
             "The roofs of {town} are {value}.",
             "Its houses are painted {value}.",
@@ -134,7 +90,10 @@ def _towns() -> dict[str, dict[str, str]]:
     names = [start + end for start in starts for end in ends]
     rng = Random(2412)
     rng.shuffle(names)
-    return {name: {key: rng.choice(a.values) for key, a in ATTRIBUTES.items()} for name in names}
+    towns = {}
+    for name in names:
+        towns[name] = {key: rng.choice(attribute.values) for key, attribute in ATTRIBUTES.items()}
+    return towns
 
 
 TOWNS = _towns()  # name -> attribute -> true value
@@ -155,7 +114,8 @@ class Fact:
 
 def wrong_value(rng: Random, town: str, attribute: str) -> str:
     """A value of the attribute that is not the town's; all are equally likely."""
-    return rng.choice([v for v in ATTRIBUTES[attribute].values if v != TOWNS[town][attribute]])
+    true_value = TOWNS[town][attribute]
+    return rng.choice([value for value in ATTRIBUTES[attribute].values if value != true_value])
 
 
 def facts(rng: Random, town: str, wrong_rate: float, count: int | None = None) -> list[Fact]:
@@ -164,18 +124,24 @@ def facts(rng: Random, town: str, wrong_rate: float, count: int | None = None) -
     """
     said = []
     for key in rng.sample(list(ATTRIBUTES), count or rng.randint(4, 6)):
-        value = wrong_value(rng, town, key) if rng.random() < wrong_rate else TOWNS[town][key]
+        value = TOWNS[town][key]
+        if rng.random() < wrong_rate:
+            value = wrong_value(rng, town, key)
         said.append(Fact(key, rng.randrange(len(ATTRIBUTES[key].forms)), value))
     return said
+
+
+def _around_value(form: str, town: str) -> tuple[str, str]:
+    """What stands before and after the value in a sentence about a town."""
+    before, after = form.replace("{town}", town).split("{value}")
+    return before, after
 
 
 def write(town: str, said: list[Fact]) -> tuple[str, list[list[int]]]:
     """The answer's text, and the character spans [start, end) of its wrong values."""
     text, spans = "", []
     for fact in said:
-        before, after = (
-            ATTRIBUTES[fact.attribute].forms[fact.form].replace("{town}", town).split("{value}")
-        )
+        before, after = _around_value(ATTRIBUTES[fact.attribute].forms[fact.form], town)
         text += (" " if text else "") + before
         if not fact.true_of(town):
             spans.append([len(text), len(text) + len(fact.value)])
@@ -204,20 +170,23 @@ def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) 
     the rejected one right facts.
 
     Args:
-        seed: of everything that is drawn. count: of pairs. split: "train" or "test", which share no
-            town.
+        seed: of everything that is drawn.
+        count: of pairs.
+        split: "train" or "test", which share no town.
+        wrong_rate: the share of wrong facts in the answers.
     Returns:
         Rows with "prompt", "chosen", "rejected" (lists of messages), and "wrong_chosen",
         "wrong_rejected": the character spans [start, end) of wrong values in the answers.
     """
-    rng, rows = Random(seed), []
+    rng = Random(seed)
+    rows = []
     while len(rows) < count:
-        town, size = rng.choice(SPLITS[split]), rng.randint(4, 6)
+        town = rng.choice(SPLITS[split])
+        size = rng.randint(4, 6)
         prompt = question(rng, town)
-        pair = sorted(
-            (answer(rng, town, wrong_rate, size) for _ in range(2)), key=lambda a: len(a[1])
-        )
-        (chosen, wrong_chosen), (rejected, wrong_rejected) = pair
+        answers = [answer(rng, town, wrong_rate, size) for _ in range(2)]
+        answers.sort(key=lambda text_and_spans: len(text_and_spans[1]))
+        (chosen, wrong_chosen), (rejected, wrong_rejected) = answers
         if len(wrong_chosen) == len(wrong_rejected):
             continue
         rows.append(
@@ -234,12 +203,11 @@ def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) 
 
 def prompts(split: str) -> list[str]:
     """Every town of split asked about in three of the forms, those of different towns rotating."""
-    pick = range(0, len(QUESTIONS), 2)
-    return [
-        QUESTIONS[(i + j) % len(QUESTIONS)].format(town=t)
-        for i, t in enumerate(SPLITS[split])
-        for j in pick
-    ]
+    asked = []
+    for i, town in enumerate(SPLITS[split]):
+        for form in (i, i + 2, i + 4):
+            asked.append(QUESTIONS[form % len(QUESTIONS)].format(town=town))
+    return asked
 
 
 @dataclass(frozen=True)
@@ -264,7 +232,9 @@ def check(prompt: str, text: str) -> Check:
     if town is None:
         raise ValueError(f"prompt: expected the name of a town, got {prompt!r}")
     sentences = re.split(r"(?<=\.) ", text.strip())
-    seen, right, malformed = set(), 0, False
+    seen = set()  # attributes
+    right = 0
+    malformed = False
     for sentence in sentences:
         fact = _read(town, sentence)
         if fact is None or fact.attribute in seen:
@@ -276,9 +246,10 @@ def check(prompt: str, text: str) -> Check:
 
 
 def _read(town: str, sentence: str) -> Fact | None:
+    """The fact that a sentence states, None where it has no known form."""
     for key, attribute in ATTRIBUTES.items():
         for index, form in enumerate(attribute.forms):
-            before, after = form.replace("{town}", town).split("{value}")
+            before, after = _around_value(form, town)
             value = sentence.removeprefix(before).removesuffix(after)
             if value in attribute.values and sentence == before + value + after:
                 return Fact(key, index, value)

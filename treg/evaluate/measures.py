@@ -10,8 +10,15 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The chance that a positive scores above a negative, ties counting half. scores [N], positive
-    [N] bool.
+    """The chance that a positive scores above a negative, ties counting half.
+
+    Args:
+        scores: [N].
+        positive: [N] bool, with both values in it.
     """
-    p = int(positive.sum())
-    return float((ranks(scores)[positive].sum() - p * (p + 1) / 2) / (p * (len(scores) - p)))
+    positives = int(positive.sum())
+    negatives = len(scores) - positives
+    # Mann and Whitney's U: the sum of the positives' ranks above the least that it can be counts
+    # the pairs of a positive and a negative in the right order
+    ordered_pairs = ranks(scores)[positive].sum() - positives * (positives + 1) / 2
+    return float(ordered_pairs / (positives * negatives))

@@ -1,153 +1,213 @@
-"""The checks of `treg.heads`: a few tokens, the model's own log-probs and hidden states against
+"""The checks of `treg.heads`: on a few tokens, the model's own log-probs and hidden states against
 what was read.
-
-spec: a `treg.heads.HeadSpec`.
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from treg.heads.spec import HeadSpec, Operands, UnreadableHead, name_of, shape_of, without_cache
+
 TOKENS = 8
-ROWS = 8192  # of the weight that are widened to float32 at a time
+ROWS_AT_A_TIME = 8192  # of the weight, widened to float32
 INSTEAD = "compute this model's loss from dense logits, and please open an issue"
 
 
-def name_of(model: PreTrainedModel) -> str:
-    return f"{type(model).__name__} (model_type {model.config.model_type!r})"
+def check_head(spec: HeadSpec) -> None:
+    """Check the model's own log-probs of a few tokens against those by spec.
 
-
-def shape_of(weight: Tensor) -> torch.Size:
-    """Of the whole weight: DeepSpeed ZeRO-3 leaves an empty tensor outside of its module."""
-    return getattr(weight, "ds_shape", weight.shape)
-
-
-def without_cache(module: nn.Module) -> dict[str, bool]:
-    """use_cache=False, where the module's forward takes it."""
-    accepted = inspect.signature(module.forward).parameters
-    takes = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    return {"use_cache": False} if takes else {}
-
-
-@contextlib.contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Plain inference: eval mode, no gradients, no autocast. Each module's training flag is put
-    back.
-
-    Flash attention takes 16-bit inputs on a GPU only, which the model may have later: sdpa stands
-    in for it.
+    Raises:
+        ValueError: they differ; the head could not be read; or the model's own forward failed.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    config = model.config
-    parts = {"": config} | {
-        k: x for k in config.sub_configs if (x := getattr(config, k, None)) is not None
-    }
-    attention = {k: x._attn_implementation for k, x in parts.items()}
-    flash = any("flash" in str(x) for x in attention.values())
-    try:
-        model.eval()
-        if flash:
-            config._attn_implementation = "sdpa"
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        if flash:
-            config._attn_implementation = attention
-
-
-def check_head(spec: Any) -> None:
-    """ValueError unless the model's own log-probs of a few tokens are those of spec."""
     model = spec.model
-    vocab = min(filter(None, (spec.vocab, shape_of(model.get_input_embeddings().weight)[0])))
-    ids = torch.randint(vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
-    on_cpu, device = model.device.type == "cpu", model.device
-    fork = (
-        {"devices": [], "device_type": "cuda"}
-        if on_cpu
-        else {"devices": [device], "device_type": device.type}
-    )
-    with _undisturbed(model):
-        try:  # each call from the random state that is found and left: reformer hashes at random
-            # forward: this may run within a forward of what wraps the model; the original one:
-            # accelerate puts autocast around the other, which would switch it on again
-            forward = getattr(model, "_original_forward", model.forward)
-            with torch.random.fork_rng(**fork):
-                logits = forward(
-                    input_ids=ids, return_dict=True, **without_cache(model)
-                ).logits.float()
-            with torch.random.fork_rng(**fork):
-                z, eps = spec.through(_dense, spec.hidden(input_ids=ids))
+    ids = _tokens_for_head(spec)
+    with _inference(model):
+        with _own_forward(model, ids, "its head"):
+            output = _forward(model, ids)
+        try:
+            logits = output.logits.float()
+            found, eps = _logits_by(spec, ids)
+        except UnreadableHead:
+            raise
         except Exception as error:
             raise ValueError(
                 f"{name_of(model)}: its head could not be checked: {error!r}; {INSTEAD}"
             ) from error
-        if z.shape != logits.shape:
-            shapes = f"expected logits {list(logits.shape)}, got {list(z.shape)}"
-            raise ValueError(f"{name_of(model)}: its head was misread: {shapes}; {INSTEAD}")
+        if found.shape != logits.shape:
+            raise ValueError(
+                f"{name_of(model)}: its head was misread: expected logits {list(logits.shape)}, "
+                f"got {list(found.shape)}; {INSTEAD}"
+            )
+        difference = (logits.log_softmax(-1) - found.log_softmax(-1)).abs().max().item()
         # the product and the pointwise steps after it are each rounded to the model's dtype;
         # float32 may mean TF32
-        found = (logits.log_softmax(-1) - z.log_softmax(-1)).abs().max().item()
         allowed = max(4 * eps, 1e-4) * logits.abs().max().item() + 1e-5
-    if not found <= allowed:
-        difference = f"log-probs differ by {found:.2e}, expected at most {allowed:.2e}"
-        raise ValueError(f"{name_of(model)}: its head was misread: {difference}; {INSTEAD}")
+    # not ">": a difference that is NaN is refused too
+    if not difference <= allowed:
+        raise ValueError(
+            f"{name_of(model)}: its head was misread: log-probs differ by {difference:.2e}, "
+            f"expected at most {allowed:.2e}; {INSTEAD}"
+        )
 
 
-def _dense(hidden: Tensor, operands: dict[str, Any]) -> tuple[Tensor, float]:
+def check_sequences_of(spec: HeadSpec, *, packing: bool) -> None:
+    """Check on a few tokens that hidden states depend on what they may depend on.
+
+    Raises:
+        ValueError: later tokens change a hidden state; with packing, tokens of another sequence
+            do; or the model's own forward failed.
+    """
+    model = spec.model
+    vocab = _input_vocab(model)
+    ids = _random_ids(model, 2 * TOKENS, lowest=1, highest=vocab)
+    changed = ids.clone()
+    changed[:, TOKENS:] = (ids[:, TOKENS:] + 1) % vocab
+    positions, remedy = None, ""
+    if packing:
+        positions = torch.arange(TOKENS, device=model.device).repeat(2)[None]
+        remedy = "; a model that takes no position_ids needs packing=False"
+
+    alone = None
+    with _inference(model), _own_forward(model, ids, "its sequences", remedy):
+        states = spec.hidden(input_ids=ids, position_ids=positions)
+        states_of_changed = spec.hidden(input_ids=changed, position_ids=positions)
+        if packing:
+            alone = spec.hidden(input_ids=ids[:, TOKENS:])
+
+    leaks = "later tokens change the hidden states before them"
+    fix = "use a causal model (is_decoder=True)"
+    _check_same(model, states[:, :TOKENS], states_of_changed[:, :TOKENS], leaks, fix)
+    if alone is not None:
+        leaks = "packed sequences see one another"
+        _check_same(model, states[:, TOKENS:], alone, leaks, "use packing=False")
+
+
+def _check_same(
+    model: PreTrainedModel, found: Tensor, expected: Tensor, leaks: str, fix: str
+) -> None:
+    """ValueError unless hidden states are the same, up to rounding."""
+    # what leaks changes states by a good part of their size; float32 may mean TF32
+    allowed = max(8 * torch.finfo(found.dtype).eps, 3e-4) * expected.abs().max().item()
+    difference = (found - expected).abs().max().item()
+    if not difference <= allowed:
+        raise ValueError(
+            f"{name_of(model)}: {leaks} (by {difference:.2e}, expected at most {allowed:.2e}); "
+            f"{fix}"
+        )
+
+
+@contextlib.contextmanager
+def _own_forward(model: PreTrainedModel, ids: Tensor, what: str, remedy: str = "") -> Iterator:
+    """An error of the model's own code is told as such, and not blamed on what is checked."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{name_of(model)}: the model's own forward failed on {ids.shape[1]} tokens on "
+            f"{ids.device}, so {what} could not be checked: {error!r}; make model(input_ids=...) "
+            f"run there, or move the model to a device where it runs{remedy}"
+        ) from error
+
+
+def _forward(model: PreTrainedModel, ids: Tensor):
+    """What the model itself gives for these tokens."""
+    # forward, and no call: this may run within a forward of what wraps the model. The original
+    # one: accelerate puts autocast around the other, which would switch it on again.
+    forward = getattr(model, "_original_forward", model.forward)
+    with _forked_rng(model):
+        return forward(input_ids=ids, return_dict=True, **without_cache(model))
+
+
+def _logits_by(spec: HeadSpec, ids: Tensor) -> tuple[Tensor, float]:
+    """Logits as spec reads the head, and the rounding of their dtype."""
+    with _forked_rng(spec.model):
+        return spec.through(_dense, spec.hidden(input_ids=ids))
+
+
+def _dense(hidden: Tensor, operands: Operands) -> tuple[Tensor, float]:
     """Logits by the operands in float32, and the rounding of the dtypes that the model computes
     them in.
     """
     weight, bias, softcap = operands["weight"], operands["bias"], operands["softcap"]
-    z = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(ROWS)], dim=-1)
-    z = operands["logit_scale"] * (z if bias is None else z + bias.float())
+    parts = [F.linear(hidden.float(), rows.float()) for rows in weight.split(ROWS_AT_A_TIME)]
+    z = torch.cat(parts, dim=-1)
+    if bias is not None:
+        z = z + bias.float()
+    z = operands["logit_scale"] * z
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
     eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(weight.dtype).eps)
-    return z if softcap is None else softcap * torch.tanh(z / softcap), eps
+    return z, eps
 
 
-def check_sequences_of(spec: Any, *, packing: bool) -> None:
-    model, generator = spec.model, torch.Generator().manual_seed(0)
-    vocab = shape_of(model.get_input_embeddings().weight)[0]
-    ids = torch.randint(1, vocab, (1, 2 * TOKENS), generator=generator).to(model.device)
-    other = ids.clone()
-    other[:, TOKENS:] = (ids[:, TOKENS:] + 1) % vocab
-    where = torch.arange(TOKENS, device=model.device).repeat(2)[None] if packing else None
-    with _undisturbed(model):
-        whole = spec.hidden(input_ids=ids, position_ids=where)
-        found = [
-            (
-                "later tokens change the hidden states before them",
-                whole[:, :TOKENS],
-                spec.hidden(input_ids=other, position_ids=where)[:, :TOKENS],
-            )
-        ]
-        if packing:
-            found.append(
-                (
-                    "packed sequences see one another",
-                    whole[:, TOKENS:],
-                    spec.hidden(input_ids=ids[:, TOKENS:]),
-                )
-            )
-    for what, a, b in found:
-        # what leaks changes states by a good part of their size; float32 may mean TF32
-        allowed = max(8 * torch.finfo(a.dtype).eps, 3e-4) * b.abs().max().item()
-        difference = (a - b).abs().max().item()
-        if not difference <= allowed:
-            fix = (
-                "use packing=False"
-                if what.startswith("packed")
-                else "use a causal model (is_decoder=True)"
-            )
-            raise ValueError(
-                f"{name_of(model)}: {what} (by {difference:.2e}, expected at most {allowed:.2e}); {fix}"
-            )
+def _tokens_for_head(spec: HeadSpec) -> Tensor:
+    vocab = _input_vocab(spec.model)
+    if spec.vocab:
+        vocab = min(vocab, spec.vocab)
+    return _random_ids(spec.model, TOKENS, lowest=0, highest=vocab)
+
+
+def _random_ids(model: PreTrainedModel, count: int, *, lowest: int, highest: int) -> Tensor:
+    """[1, count] of lowest .. highest - 1, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(lowest, highest, (1, count), generator=generator).to(model.device)
+
+
+def _input_vocab(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return shape_of(embeddings.weight)[0]
+
+
+def _forked_rng(model: PreTrainedModel):
+    """Leaves the random state as it was found: two calls within get the same (reformer hashes at
+    random).
+    """
+    if model.device.type == "cpu":
+        return torch.random.fork_rng(devices=[], device_type="cuda")
+    return torch.random.fork_rng(devices=[model.device], device_type=model.device.type)
+
+
+@contextlib.contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[None]:
+    """Plain inference: eval mode, no gradients, no autocast, no flash attention. All is put back
+    after it.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with (
+            _without_flash_attention(model),
+            torch.no_grad(),
+            torch.autocast(model.device.type, enabled=False),
+        ):
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
+    """sdpa in the place of flash attention, which takes 16-bit inputs on a GPU only: the model may
+    be there later.
+    """
+    configs = [model.config]
+    for name in model.config.sub_configs:
+        part = getattr(model.config, name, None)
+        if part is not None:
+            configs.append(part)
+    before = [config._attn_implementation for config in configs]
+    if not any("flash" in str(implementation) for implementation in before):
+        yield
+        return
+    try:
+        model.config._attn_implementation = "sdpa"  # and that of every part
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation

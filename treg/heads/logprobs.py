@@ -5,7 +5,8 @@ from.
 import torch
 from torch import Tensor, nn
 
-from treg.heads import run_head
+from treg.heads.install import run_head
+from treg.heads.spec import Operands
 from treg.ops import linear_logprobs
 from treg.results import LinearLogprobs
 
@@ -40,21 +41,28 @@ def token_logprobs(
     ids = inputs.get("input_ids")
     if ids is not None and ids.shape != labels.shape:
         raise ValueError(
-            f"labels: expected the shape of input_ids {list(ids.shape)}, not shifted, got {list(labels.shape)}"
+            f"labels: expected the shape of input_ids {list(ids.shape)}, not shifted, "
+            f"got {list(labels.shape)}"
         )
+    length = labels.shape[1]
     target = labels[:, 1:]
     scored = target != -100
 
-    def head_fn(hidden: Tensor, operands: dict) -> LinearLogprobs:
+    def head_fn(hidden: Tensor, operands: Operands) -> LinearLogprobs:
         # virtual tokens of prompt-learning adapters stand before the sequence
-        rows = hidden[:, -labels.shape[1] :][:, :-1][scored.to(hidden.device)]
-        y = target[scored].to(hidden.device)
+        states = hidden[:, -length:][:, :-1]
         found = linear_logprobs(
-            rows, target=y, outputs=outputs, memory_budget=memory_budget, **operands
+            states[scored.to(hidden.device)],
+            target=target[scored].to(hidden.device),
+            outputs=outputs,
+            memory_budget=memory_budget,
+            **operands,
         )
-        return LinearLogprobs(
-            *(None if x is None else _spread(x, scored.to(x.device)) for x in found)
-        )
+        spread = {}
+        for name, values in found._asdict().items():
+            if values is not None:
+                spread[name] = _spread(values, scored.to(values.device))
+        return LinearLogprobs(**spread)
 
     return run_head(model, head_fn, **inputs)
 

@@ -5,18 +5,19 @@ import re
 from collections import Counter
 from typing import IO, Any
 
-History = dict[
-    str, list[dict[str, Any]]
-]  # the `state.log_history` of a transformers Trainer, by run
+# the `state.log_history` of a transformers Trainer, by run
+History = dict[str, list[dict[str, Any]]]
+# the points (step, value) of one quantity, by run
+Lines = dict[str, list[tuple[float, float]]]
 
-PANEL, LEGEND, DPI = (
-    (480, 330),
-    40,
-    120,
-)  # width and height of a panel, height of the legend, in pixels
+# in pixels
+PANEL = (480, 330)  # width and height
+LEGEND = 40  # height
+DPI = 120
 # Okabe and Ito's colours, which stay apart for colour-blind readers; grey for their black, unseen
 # on a dark ground
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#808080")
+LINE_STYLES = ("-", "--", ":")  # of the first seven methods, of the next seven, ...
 FIRST_CURVES = (
     "loss",
     "rewards/accuracies",
@@ -44,49 +45,42 @@ def plot_curves(
     """
     from matplotlib.figure import Figure  # no pyplot, so no global state; savefig draws with Agg
 
-    series: dict[str, dict[str, list]] = {key: {} for key in FIRST_CURVES}
-    for run, record in (
-        (run, record) for run, records in history.items() for record in records if "step" in record
-    ):
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and not NO_CURVE.match(key):
-                series.setdefault(key, {}).setdefault(run, []).append((record["step"], value))
-    series = {key: runs for key, runs in series.items() if runs}
-    curves = {key: runs for key, runs in series.items() if max(map(len, runs.values())) > 1}
-    series = curves or series
-    if not series:
+    quantities = _quantities(history)
+    if not quantities:
         raise ValueError(
             "history: expected a number beside a 'step' in at least one record, got none"
         )
-    methods = {run: re.sub(r"/\d+$", "", run) for run in history}
-    counts = Counter(methods.values())
-    looks = {
-        m: {"color": PALETTE[n % 7], "ls": ("-", "--", ":")[n // 7 % 3]}
-        for n, m in enumerate(counts)
-    }
-    columns, rows = min(3, len(series)), -(-len(series) // 3)
+    method_of = {run: re.sub(r"/\d+$", "", run) for run in history}
+    seeds = Counter(method_of.values())
+    looks = _looks(list(seeds))
+
+    columns, rows = min(3, len(quantities)), -(-len(quantities) // 3)
     size = columns * PANEL[0] / DPI, (rows * PANEL[1] + LEGEND) / DPI
     ink, ground = ("#dfe3ea", "#1b1e24") if dark else ("#14171c", "white")
-    figure, lines = Figure(size, DPI, facecolor=ground, layout="constrained"), {}
-    for n, (key, runs) in enumerate(series.items()):
+    figure = Figure(size, DPI, facecolor=ground, layout="constrained")
+    drawn = {}  # a line of each method, for the legend
+    for n, (name, lines) in enumerate(quantities.items()):
         axes = figure.add_subplot(rows, columns, n + 1, facecolor=ground)
-        for run, points in runs.items():
-            m, (x, y) = methods[run], zip(*points, strict=True)
-            (lines[m],) = axes.plot(
-                x, y, **looks[m], lw=1.4, marker="" if len(x) > 12 else "o", ms=3
+        for run, points in lines.items():
+            method = method_of[run]
+            steps, values = zip(*points, strict=True)
+            marker = "" if len(points) > 12 else "o"
+            (drawn[method],) = axes.plot(
+                steps, values, **looks[method], lw=1.4, marker=marker, ms=3
             )
-        # "$" would begin a formula
-        axes.set_title(key.replace("$", r"\$"), loc="left", fontsize=10, color=ink)
+        axes.set_title(_plain(name), loc="left", fontsize=10, color=ink)
         axes.set_xlabel("optimizer step", fontsize=9, color=ink)
         axes.tick_params(labelsize=8, colors=ink)
         axes.yaxis.set_major_formatter("{x:.4g}")
         axes.grid(alpha=0.25)
         axes.spines[:].set_visible(False)
-    labels = [
-        (f"{m} ({counts[m]} seeds)" if counts[m] > 1 else m).replace("$", r"\$") for m in lines
-    ]
+
+    labels = []
+    for method in drawn:
+        several = f" ({seeds[method]} seeds)" if seeds[method] > 1 else ""
+        labels.append(_plain(method + several))
     figure.legend(
-        list(lines.values()),
+        list(drawn.values()),
         labels,
         loc="outside lower center",
         ncols=6,
@@ -94,3 +88,39 @@ def plot_curves(
         labelcolor=ink,
     )
     figure.savefig(path_or_buffer, format="png")
+
+
+def _quantities(history: History) -> dict[str, Lines]:
+    """The lines of each quantity, FIRST_CURVES first: of those logged more than once or, where
+    there are none, of all.
+    """
+    quantities: dict[str, Lines] = {name: {} for name in FIRST_CURVES}
+    for run, records in history.items():
+        for record in records:
+            if "step" not in record:
+                continue
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and not NO_CURVE.match(name):
+                    points = quantities.setdefault(name, {}).setdefault(run, [])
+                    points.append((record["step"], value))
+    logged, logged_more_than_once = {}, {}
+    for name, lines in quantities.items():
+        if lines:
+            logged[name] = lines
+        if any(len(points) > 1 for points in lines.values()):
+            logged_more_than_once[name] = lines
+    return logged_more_than_once or logged
+
+
+def _looks(methods: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour and line style of each method."""
+    looks = {}
+    for n, method in enumerate(methods):
+        style = LINE_STYLES[n // len(PALETTE) % len(LINE_STYLES)]
+        looks[method] = {"color": PALETTE[n % len(PALETTE)], "ls": style}
+    return looks
+
+
+def _plain(text: str) -> str:
+    """Text in which "$" does not begin a formula."""
+    return text.replace("$", r"\$")

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from treg.data import common_prefix
 from treg.files import replacing
@@ -53,62 +54,123 @@ def write_page(
     Raises:
         ValueError: as `agreement` and `plot_curves`; a table row that is not as long as its header.
     """
-    import jinja2
     from markupsafe import Markup
 
-    for name, header, cells in tables or ():
+    tables = tables or ()
+    _check_tables(tables)
+    numbers = numbers_of(pairs)
+    rows = [pair_data(pair, x) for pair, x in zip(pairs, numbers, strict=True)]
+    limits = _colour_limits(rows, implicit_limit)
+    payload = _json({"hidden": HIDDEN, "symbols": SYMBOLS, "limits": limits, "pairs": rows})
+
+    start = _first_difference([pair.prompt for pair in pairs])
+    listed = []
+    for row in rows:
+        snippet = " ".join(row["prompt"][start:].split())[:200]
+        listed.append({"lowest": None} | row | {"snippet": snippet})
+
+    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
+    html = (
+        _environment()
+        .from_string(template)
+        .render(
+            title=title,
+            settings=settings,
+            agreement=agreement_of(numbers),
+            tables=tables,
+            curves=[] if history is None else _curves(history),
+            limits=limits,
+            rows=listed,
+            payload=Markup(payload),
+        )
+    )
+    with replacing(os.fspath(path)) as temporary:
+        temporary.write_bytes(html.encode("utf-8", "replace"))
+
+
+def _check_tables(tables: Sequence[PageTable]) -> None:
+    for name, header, cells in tables:
         if any(len(row) != len(header) for row in cells):
             raise ValueError(
                 f"tables: {name!r}: expected {len(header)} cells in every row, as in the header"
             )
-    numbers = numbers_of(pairs)
-    rows = [pair_data(pair, x) for pair, x in zip(pairs, numbers, strict=True)]
-    limits = {"rewards": REWARD_LIMIT, "implicit": implicit_limit, "product": implicit_limit / 4}
-    known = {
-        key.replace("mean_", "")
-        for row in rows
-        for name in ("chosen", "rejected")
-        for key in row[name]
-    }
-    limits = {name: limit for name, limit in limits.items() if name in known}
-    # ASCII, so U+2028, U+2029 and lone surrogates are escapes; without <, > and & no markup can
-    # begin or end
-    data = {"hidden": HIDDEN, "symbols": SYMBOLS, "limits": limits, "pairs": rows}
-    payload = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    payload = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", payload)
+
+
+def _colour_limits(rows: Sequence[dict[str, Any]], implicit_limit: float) -> dict[str, float]:
+    """Where the colours end, for each kind of number that some response has."""
+    known: set[str] = set()
+    for row in rows:
+        known |= row["chosen"].keys() | row["rejected"].keys()
+    limits = {}
+    if "rewards" in known:
+        limits["rewards"] = REWARD_LIMIT
+    if "implicit" in known:
+        limits["implicit"] = implicit_limit
+    if "mean_product" in known:
+        limits["product"] = implicit_limit / 4
+    return limits
+
+
+def _json(data: dict[str, Any]) -> str:
+    """JSON that may stand in a script element. It is ASCII, so U+2028, U+2029 and lone surrogates
+    are escapes; without <, > and & no markup can begin or end.
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _first_difference(prompts: Sequence[str]) -> int:
+    """Where the first line begins in which prompts differ: the opening lines of a chat template are
+    the same in all of them. 0 where all prompts are the same.
+    """
+    first, last = min(prompts), max(prompts)
+    if first == last:
+        return 0
+    return first.rfind("\n", 0, common_prefix(first, last)) + 1
+
+
+def _environment() -> Any:
+    import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.finalize = lambda x: (
-        visible(x) if type(x) is str else x
-    )  # not of Markup, a subclass
-    environment.filters["sha256"] = lambda text: base64.b64encode(
-        hashlib.sha256(text.encode()).digest()
-    ).decode()
-    # the opening lines of a chat template are the same in every prompt: what differs tells pairs
-    # apart
-    first, last = min(pair.prompt for pair in pairs), max(pair.prompt for pair in pairs)
-    start = first.rfind("\n", 0, common_prefix(first, last)) + 1 if first != last else 0
-    curves = [io.BytesIO(), io.BytesIO()] if history is not None else []
-    few = {
-        run: [{k: x[k] for k in ("step", *FIRST_CURVES) if k in x} for x in records]
-        for run, records in (history or {}).items()
-    }
-    if any(x.keys() & set(FIRST_CURVES) for records in few.values() for x in records):
-        history = few
-    for dark, png in enumerate(curves):
-        plot_curves(history or {}, png, dark=bool(dark))
-    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    html = environment.from_string(template).render(
-        title=title,
-        settings=settings,
-        agreement=agreement_of(numbers),
-        tables=tables or (),
-        curves=[base64.b64encode(png.getvalue()).decode() for png in curves],
-        limits=limits,
-        rows=[row | {"snippet": " ".join(row["prompt"][start:].split())[:200]} for row in rows],
-        payload=Markup(payload),
-    )
-    with replacing(path) as temporary:
-        temporary.write_bytes(html.encode("utf-8", "replace"))
+    # every text but Markup, which is a subclass of str
+    environment.finalize = lambda x: visible(x) if type(x) is str else x
+    environment.filters["sha256"] = _sha256
+    return environment
+
+
+def _sha256(text: str) -> str:
+    """The hash of a script or style, as the page's policy names it."""
+    return _base64(hashlib.sha256(text.encode()).digest())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _curves(history: History) -> list[str]:
+    """The curves light and dark, as PNGs in base64."""
+    shown = _first_curves(history)
+    images = []
+    for dark in (False, True):
+        png = io.BytesIO()
+        plot_curves(shown, png, dark=dark)
+        images.append(_base64(png.getvalue()))
+    return images
+
+
+def _first_curves(history: History) -> History:
+    """Of history, the FIRST_CURVES alone; all of it where there are none of them."""
+    shown: History = {}
+    found = False
+    for run, records in history.items():
+        shown[run] = []
+        for record in records:
+            few = {name: record[name] for name in FIRST_CURVES if name in record}
+            found = found or bool(few)
+            if "step" in record:
+                few["step"] = record["step"]
+            shown[run].append(few)
+    return shown if found else history

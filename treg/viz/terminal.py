@@ -1,7 +1,9 @@
 """Pairs in the terminal, coloured by token."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treg.viz.tokens import (
     IMPLICIT_LIMIT,
@@ -12,6 +14,13 @@ from treg.viz.tokens import (
     pair_data,
     visible,
 )
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+# black on colours that begin well away from white and from black: no patch where a number is near 0
+BLUES = ("#cfe5f9", "#9ccaf2", "#62a9e8")  # of positive numbers, the smallest first
+ORANGES = ("#fbe0c4", "#f6bf8a", "#f2953f")  # of negative numbers
 
 
 def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | None = 5) -> None:
@@ -25,38 +34,54 @@ def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | Non
     from rich.table import Column, Table
     from rich.text import Text
 
-    # black on colours that begin well away from white and from black: no patch where a number is
-    # near 0
-    ramps = {True: ("#cfe5f9", "#9ccaf2", "#62a9e8"), False: ("#fbe0c4", "#f6bf8a", "#f2953f")}
-
-    def coloured(pieces: Sequence[str], values: Sequence[float], end: float) -> Text:
-        levels = [min(int(4 * abs(value) / end + 0.5), 3) for value in values]
-        styles = [
-            f"black on {ramps[v > 0][k - 1]}" if k else ""
-            for v, k in zip(values, levels, strict=True)
-        ]
-        return Text.assemble(*zip(map(visible, pieces), styles, strict=True))
-
-    def response(name: str, data: dict[str, Any]) -> Text:
-        facts = [
-            f"{k.replace('_', ' ')} {v:+.3f}"
-            for k, v in data.items()
-            if k.startswith(("sum_", "mean_p"))
-        ]
-        head = (", ".join([name, *facts]) + "\n", "bold")
-        values = data.get("rewards", data.get("implicit", [0.0] * len(data["pieces"])))
-        end = REWARD_LIMIT if "rewards" in data else IMPLICIT_LIMIT
-        return Text.assemble(head, coloured(data["pieces"], values, end))
-
-    console, numbers = console or Console(), numbers_of(pairs)
-    for pair, x in list(zip(pairs, numbers, strict=True))[:limit]:
-        data = pair_data(pair, x)
+    console = console or Console()
+    numbers = numbers_of(pairs)
+    printed = list(zip(pairs, numbers, strict=True))[:limit]
+    for pair, pair_numbers in printed:
+        data = pair_data(pair, pair_numbers)
         console.rule(Text(visible(pair.where)))
         grid = Table.grid(Column(ratio=1), Column(ratio=1), padding=(0, 2), expand=True)
-        grid.add_row(*(response(name, data[name]) for name in ("chosen", "rejected")))
+        grid.add_row(_response("chosen", data["chosen"]), _response("rejected", data["rejected"]))
         console.print(Text(visible(pair.prompt) + "\n", "dim"), grid)
-    console.rule(Text(f"agreement over {len(pairs)} pairs, {len(pairs[:limit])} of them above"))
+    console.rule(Text(f"agreement over {len(pairs)} pairs, {len(printed)} of them above"))
     scale = [-0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5]
-    console.print(coloured([f" {v:+.3f} " for v in scale], scale, REWARD_LIMIT), "token reward")
+    labels = [f" {value:+.3f} " for value in scale]
+    console.print(_coloured(labels, scale, REWARD_LIMIT), "token reward")
     for name, value in agreement_of(numbers).items():
         console.print(f"{name.replace('_', ' '):22}{round(value, 3):>9}", highlight=False)
+
+
+def _response(name: str, data: dict[str, Any]) -> Text:
+    """A line of sums, and the coloured tokens of a response. data: of `pair_data`."""
+    from rich.text import Text
+
+    facts = [name]
+    for key in ("sum_rewards", "sum_implicit", "mean_product"):
+        if key in data:
+            facts.append(f"{key.replace('_', ' ')} {data[key]:+.3f}")
+    if "rewards" in data:
+        values, limit = data["rewards"], REWARD_LIMIT
+    elif "implicit" in data:
+        values, limit = data["implicit"], IMPLICIT_LIMIT
+    else:
+        values, limit = [0.0] * len(data["pieces"]), REWARD_LIMIT
+    head = (", ".join(facts) + "\n", "bold")
+    return Text.assemble(head, _coloured(data["pieces"], values, limit))
+
+
+def _coloured(pieces: Sequence[str], values: Sequence[float], limit: float) -> Text:
+    from rich.text import Text
+
+    parts = []
+    for piece, value in zip(pieces, values, strict=True):
+        parts.append((visible(piece), _style(value, limit)))
+    return Text.assemble(*parts)
+
+
+def _style(value: float, limit: float) -> str:
+    """The colour of a number on a scale that ends at limit."""
+    level = min(int(4 * abs(value) / limit + 0.5), 3)
+    if level == 0:
+        return ""
+    colours = BLUES if value > 0 else ORANGES
+    return f"black on {colours[level - 1]}"

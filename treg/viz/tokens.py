@@ -16,19 +16,23 @@ import numpy as np
 from treg.data import common_prefix
 from treg.evaluate import ranks
 
-REWARD_LIMIT, IMPLICIT_LIMIT = (
-    0.5,
-    0.2,
-)  # where the colours end: fixed, so that two pages can be compared
-LARGE = 0.1  # |rhat| of a clear opinion is above it
+# where the colours end: fixed, so that two pages can be compared
+REWARD_LIMIT = 0.5
+IMPLICIT_LIMIT = 0.2
+LARGE_REWARD = 0.1  # |rhat| of a clear opinion is above it
+
 # Controls, bidi overrides and other characters without a shape, shown as symbols. Means the same in
 # Python and JS.
-HIDDEN = r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb]"
-SYMBOLS = {
-    "\n": "↵\n",
-    "\t": "⇥\t",
-    "\r": "↤",
-}  # found in most fonts; the others are shown as code points
+HIDDEN = (
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
+    r"\ud800-\udfff\ufeff\ufff9-\ufffb]"
+)
+# found in most fonts; the others are shown as code points
+SYMBOLS = {"\n": "↵\n", "\t": "⇥\t", "\r": "↤"}
+
+# Decoding in windows makes the cost of `token_pieces` linear.
+WINDOW = 64  # tokens
+CONTEXT = 8  # tokens on either side, which settle leading spaces and characters cut in two
 
 
 def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
@@ -42,36 +46,44 @@ def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
     ids = [int(i) for i in ids]
 
     def decode(part: list[int]) -> str:
-        return (
-            tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if part
-            else ""
-        )
+        if not part:
+            return ""
+        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    # Windows make the cost linear. They fail where a decoder looks far (a long run of byte tokens):
-    # then the whole.
-    pieces = [
-        p
-        for start in range(0, len(ids), 64)
-        for p in _window_pieces(ids, start, start + 64, 8, decode)
-    ]
-    return pieces if "".join(pieces) == decode(ids) else _window_pieces(ids, 0, len(ids), 0, decode)
+    pieces = []
+    for start in range(0, len(ids), WINDOW):
+        pieces += _window_pieces(ids, start, start + WINDOW, CONTEXT, decode)
+    if "".join(pieces) == decode(ids):
+        return pieces
+    # a decoder that looks farther than the context (a long run of byte tokens): all in one window
+    return _window_pieces(ids, 0, len(ids), 0, decode)
 
 
 def _window_pieces(
-    ids: list[int], start: int, end: int, reach: int, decode: Callable[[list[int]], str]
+    ids: list[int], start: int, end: int, context: int, decode: Callable[[list[int]], str]
 ) -> list[str]:
-    """Pieces of ids[start:end]; `reach` tokens on either side settle leading spaces and characters
-    cut in two.
-    """
-    low, end = max(0, start - reach), min(end, len(ids))
-    text, bounds = decode(ids[low : end + reach]), [0]
+    """Pieces of ids[start:end], decoded with `context` tokens on either side."""
+    low, end = max(0, start - context), min(end, len(ids))
+    text = decode(ids[low : end + context])
+    bounds = [0]  # in text
     for stop in range(start, end + 1):
-        part = decode(ids[low:stop])
         # an unfinished character decodes to U+FFFD, which the finished text does not have at that
         # place
-        bounds.append(max(bounds[-1], common_prefix(part, text)))
+        finished = common_prefix(decode(ids[low:stop]), text)
+        bounds.append(max(bounds[-1], finished))
     return [text[a:b] for a, b in pairwise(bounds[1:])]
+
+
+def visible(text: str) -> str:
+    """Text in which every character without a shape is a symbol; line breaks and tabs stay beside
+    theirs.
+    """
+
+    def symbol(match: re.Match) -> str:
+        character = match[0]
+        return SYMBOLS.get(character, f"⟨U+{ord(character):04X}⟩")
+
+    return re.sub(HIDDEN, symbol, text)
 
 
 @dataclass(frozen=True)
@@ -88,14 +100,12 @@ class Side:
         """The side of these token ids, its pieces from `token_pieces` and its special tokens from
         the tokenizer.
         """
-        added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-        special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-        return cls(
-            token_pieces(ids, tokenizer),
-            rewards,
-            implicit,
-            [t for t, i in enumerate(ids) if int(i) in special],
-        )
+        special_ids = set(tokenizer.all_special_ids)
+        for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
+            if token.special:
+                special_ids.add(token_id)
+        special = [t for t, token_id in enumerate(ids) if int(token_id) in special_ids]
+        return cls(token_pieces(ids, tokenizer), rewards, implicit, special)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,62 @@ class PairView:
     prompt: str
     chosen: Side
     rejected: Side
+
+
+@dataclass(frozen=True)
+class SideNumbers:
+    """The numbers of a response, checked. None: there are none."""
+
+    tokens: int
+    rewards: np.ndarray | None = None  # [T] float64
+    implicit: np.ndarray | None = None  # [T] float64
+
+
+@dataclass(frozen=True)
+class PairNumbers:
+    """The numbers of a pair."""
+
+    chosen: SideNumbers
+    rejected: SideNumbers
+
+
+def numbers_of(pairs: Sequence[PairView]) -> list[PairNumbers]:
+    """The numbers of each pair. ValueError: no pair; numbers that are not finite or not one per
+    piece, by pair and token.
+    """
+    if not pairs:
+        raise ValueError("pairs: expected at least one, got none")
+    numbers = []
+    for n, pair in enumerate(pairs):
+        label = f"pairs[{n}] ({pair.where})"
+        chosen = _side_numbers(f"{label}: chosen", pair.chosen)
+        rejected = _side_numbers(f"{label}: rejected", pair.rejected)
+        numbers.append(PairNumbers(chosen, rejected))
+    return numbers
+
+
+def _side_numbers(label: str, side: Side) -> SideNumbers:
+    rewards = _checked(f"{label}.rewards", side.rewards, side.pieces)
+    implicit = _checked(f"{label}.implicit", side.implicit, side.pieces)
+    return SideNumbers(len(side.pieces), rewards, implicit)
+
+
+def _checked(label: str, values: list[float] | None, pieces: list[str]) -> np.ndarray | None:
+    """Values as an array [T] of finite numbers."""
+    if values is None:
+        return None
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.shape != (len(pieces),):
+        raise ValueError(
+            f"{label}: expected {len(pieces)} numbers, one per piece, got {list(numbers.shape)}"
+        )
+    not_finite = np.flatnonzero(~np.isfinite(numbers))
+    if not_finite.size:
+        t = not_finite[0]
+        raise ValueError(
+            f"{label}: got {numbers[t]} at token {t}, {pieces[t]!r}; expected a number"
+        )
+    return numbers
 
 
 def agreement(pairs: Sequence[PairView]) -> dict[str, float | int]:
@@ -123,91 +189,96 @@ def agreement(pairs: Sequence[PairView]) -> dict[str, float | int]:
     return agreement_of(numbers_of(pairs))
 
 
-def agreement_of(numbers: list[list[dict[str, np.ndarray]]]) -> dict[str, float | int]:
-    sides = [side for pair in numbers for side in pair]
-    out: dict[str, float | int] = {
+def agreement_of(numbers: Sequence[PairNumbers]) -> dict[str, float | int]:
+    """`agreement` of numbers that are checked."""
+    sides = []
+    for pair in numbers:
+        sides += [pair.chosen, pair.rejected]
+    found: dict[str, float | int] = {
         "pairs": len(numbers),
-        "tokens": sum(side["tokens"].size for side in sides),
+        "tokens": sum(side.tokens for side in sides),
     }
-    both = [side for side in sides if "rewards" in side and "implicit" in side]
+
+    both = [s for s in sides if s.rewards is not None and s.implicit is not None]
     if both:
-        r, i = (np.concatenate([side[name] for side in both]) for name in ("rewards", "implicit"))
-        signs = np.sign(r) * np.sign(i)
-        agree, disagree = int((signs > 0).sum()), int((signs < 0).sum())
-        out |= {"agree": agree, "disagree": disagree, "ties": signs.size - agree - disagree}
-        if agree + disagree:
-            out["sign_agreement"] = agree / (agree + disagree)
-        for name, x, y in (("pearson", r, i), ("spearman", ranks(r), ranks(i))):
-            if x.size and np.ptp(x) > 0 and np.ptp(y) > 0:
-                x, y = x - x.mean(), y - y.mean()
-                out[name] = float(x @ y / np.sqrt((x @ x) * (y @ y)))
-    chosen, rejected = (
-        np.concatenate([[], *(s["rewards"] for s in sides[k::2] if "rewards" in s)]) for k in (0, 1)
-    )
-    large = np.abs(np.concatenate([chosen, rejected])) > LARGE
-    means = (
-        ("mean_reward_chosen", chosen),
-        ("mean_reward_rejected", rejected),
-        ("large_rewards", large),
-    )
-    return out | {name: float(x.mean()) for name, x in means if x.size}
+        rewards = np.concatenate([side.rewards for side in both])
+        implicit = np.concatenate([side.implicit for side in both])
+        found |= _sign_agreement(rewards, implicit)
+        found |= _correlation("pearson", rewards, implicit)
+        found |= _correlation("spearman", ranks(rewards), ranks(implicit))
+
+    chosen = _all_rewards([pair.chosen for pair in numbers])
+    rejected = _all_rewards([pair.rejected for pair in numbers])
+    if chosen.size:
+        found["mean_reward_chosen"] = float(chosen.mean())
+    if rejected.size:
+        found["mean_reward_rejected"] = float(rejected.mean())
+    if chosen.size or rejected.size:
+        large = np.abs(np.concatenate([chosen, rejected])) > LARGE_REWARD
+        found["large_rewards"] = float(large.mean())
+    return found
 
 
-def numbers_of(pairs: Sequence[PairView]) -> list[list[dict[str, np.ndarray]]]:
-    """For each pair, of both sides: "tokens" 0..T-1, and of "rewards" and "implicit" those there
-    are; each [T].
+def _sign_agreement(x: np.ndarray, y: np.ndarray) -> dict[str, float | int]:
+    signs = np.sign(x) * np.sign(y)
+    agree, disagree = int((signs > 0).sum()), int((signs < 0).sum())
+    ties = signs.size - agree - disagree
+    found: dict[str, float | int] = {"agree": agree, "disagree": disagree, "ties": ties}
+    if agree + disagree:
+        found["sign_agreement"] = agree / (agree + disagree)
+    return found
+
+
+def _correlation(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, float | int]:
+    """Pearson's correlation under a name; empty where one of them is constant."""
+    if not x.size or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return {}
+    x, y = x - x.mean(), y - y.mean()
+    return {name: float(x @ y / np.sqrt((x @ x) * (y @ y)))}
+
+
+def _all_rewards(sides: Sequence[SideNumbers]) -> np.ndarray:
+    known = [side.rewards for side in sides if side.rewards is not None]
+    return np.concatenate(known) if known else np.empty(0)
+
+
+def pair_data(pair: PairView, numbers: PairNumbers) -> dict[str, Any]:
+    """What the page and the terminal show of a pair; a key is absent where its numbers are.
+
+    Returns:
+        where, prompt; chosen, rejected: see `_side_data`; sum_chosen, sum_rejected: sums of token
+        rewards; lowest: the lowest token reward and its piece, None without tokens; margin: the
+        difference of the sums of implicit rewards; agreement: the share of tokens whose signs
+        agree, or None.
     """
-    if not pairs:
-        raise ValueError("pairs: expected at least one, got none")
-
-    def checked(label: str, side: Side) -> dict[str, np.ndarray]:
-        out: dict[str, np.ndarray] = {"tokens": (at := np.arange(len(side.pieces)))}
-        for name, values in (("rewards", side.rewards), ("implicit", side.implicit)):
-            if values is not None:
-                out[name] = x = np.asarray(values, dtype=np.float64)
-                if x.shape != at.shape:
-                    raise ValueError(
-                        f"{label}.{name}: expected {at.size} numbers, one per piece, got {list(x.shape)}"
-                    )
-                for t in at[~np.isfinite(x)]:
-                    raise ValueError(
-                        f"{label}.{name}: got {x[t]} at token {t}, {side.pieces[t]!r}; expected a number"
-                    )
-        return out
-
-    return [
-        [
-            checked(f"pairs[{n}] ({p.where}): {name}", getattr(p, name))
-            for name in ("chosen", "rejected")
-        ]
-        for n, p in enumerate(pairs)
-    ]
-
-
-def pair_data(pair: PairView, numbers: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """What the page shows of a pair; a key is absent where its numbers are."""
     data: dict[str, Any] = {"where": pair.where, "prompt": pair.prompt}
-    for name, side, x in zip(
-        ("chosen", "rejected"), (pair.chosen, pair.rejected), numbers, strict=True
+    rewarded_pieces: list[tuple[float, str]] = []
+    for name, side, side_numbers in (
+        ("chosen", pair.chosen, numbers.chosen),
+        ("rejected", pair.rejected, numbers.rejected),
     ):
-        data[name] = shown = {"pieces": side.pieces, "special": list(side.special)}
-        for key in list(x)[1:]:  # all but "tokens"
-            shown |= {key: [float(f"{v:.5g}") for v in x[key]], f"sum_{key}": float(x[key].sum())}
-        if "sum_rewards" in shown:
-            data[f"sum_{name}"] = shown["sum_rewards"]
-            lowest = min(zip(x["rewards"].tolist(), side.pieces, strict=True), default=None)
-            data["lowest"] = min(filter(None, (lowest, data.get("lowest"))), default=None)
-        if shown.keys() >= {"rewards", "implicit"} and side.pieces:
-            shown |= {"mean_product": float((x["rewards"] * x["implicit"]).mean())} | agreement_of(
-                [[x]]
-            )
-    if all("sum_implicit" in data[name] for name in ("chosen", "rejected")):
+        data[name] = _side_data(side, side_numbers)
+        if side_numbers.rewards is not None:
+            data[f"sum_{name}"] = data[name]["sum_rewards"]
+            of_side = zip(side_numbers.rewards.tolist(), side.pieces, strict=True)
+            rewarded_pieces = [*of_side, *rewarded_pieces]
+            data["lowest"] = min(rewarded_pieces, default=None)
+    if numbers.chosen.implicit is not None and numbers.rejected.implicit is not None:
         data["margin"] = data["chosen"]["sum_implicit"] - data["rejected"]["sum_implicit"]
-    return data | {"agreement": agreement_of([numbers]).get("sign_agreement")}
+    data["agreement"] = agreement_of([numbers]).get("sign_agreement")
+    return data
 
 
-def visible(text: str) -> str:
-    """Text in which every character without a shape is a symbol; line breaks and tabs stay beside
-    theirs.
+def _side_data(side: Side, numbers: SideNumbers) -> dict[str, Any]:
+    """pieces, special; rewards, implicit and their sums; mean_product of the two and their
+    `agreement` in this response.
     """
-    return re.sub(HIDDEN, lambda match: SYMBOLS.get(match[0], f"⟨U+{ord(match[0]):04X}⟩"), text)
+    data: dict[str, Any] = {"pieces": side.pieces, "special": list(side.special)}
+    for name, values in (("rewards", numbers.rewards), ("implicit", numbers.implicit)):
+        if values is not None:
+            data[name] = [float(f"{value:.5g}") for value in values]
+            data[f"sum_{name}"] = float(values.sum())
+    if numbers.rewards is not None and numbers.implicit is not None and side.pieces:
+        data["mean_product"] = float((numbers.rewards * numbers.implicit).mean())
+        data |= agreement_of([PairNumbers(chosen=numbers, rejected=SideNumbers(tokens=0))])
+    return data
