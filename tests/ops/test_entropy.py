@@ -309,7 +309,7 @@ def test_memory():
         )
     rows = 4096 * 16  # of which are used, by number
     assert 0 < mode.peak <= budget + sum(x.nbytes for x in found) + rows
-    assert 4 * 4096 * V * 4 > 3 * budget  # all rows at once would not have fitted
+    assert 3 * budget < 4 * 4096 * V * 4  # all rows at once would not have fitted
 
 
 def compiled_case(temperature):

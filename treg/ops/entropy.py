@@ -183,13 +183,15 @@ def _logit_gradient(
         z.mul_(head.logit_scale / head.softcap).tanh_()
         slope = 1.0 - z.square()
         z.mul_(head.softcap / head.temperature)
+    # entr(p) = -p log p, and 0 at a probability of 0, whose logit may be -inf
     if known is None:
         p = torch.softmax(z, 1, out=z)
+        terms = torch.special.entr(p)
+        entropy = terms.sum(1)
     else:
-        p = z.sub_(known[0].unsqueeze(1)).exp_()
-    # entr(p) = -p log p, and 0 at a probability of 0, whose logit may be -inf
-    terms = torch.special.entr(p)
-    entropy = terms.sum(1) if known is None else known[1]
+        lse, entropy = known
+        p = z.sub_(lse.unsqueeze(1)).exp_()
+        terms = torch.special.entr(p)
     gradient = terms.sub_(p.mul_(entropy.unsqueeze(1)))
     gradient.mul_((coef * head.scale).unsqueeze(1))
     return gradient if slope is None else gradient.mul_(slope)
@@ -251,8 +253,10 @@ def _fake_gradients(
 ) -> list[Tensor]:
     found = []
     for need, leaf in zip(needs, (hidden, weight, bias), strict=True):
-        wanted = need == "1" and leaf is not None
-        found.append(leaf.new_empty(leaf.shape) if wanted else hidden.new_empty(0))
+        if leaf is None or need == "0":
+            found.append(hidden.new_empty(0))
+        else:
+            found.append(leaf.new_empty(leaf.shape))
     return found
 
 
