@@ -180,7 +180,7 @@ def test_log_probs_that_are_not_finite_are_refused(value, reward):
     with pytest.raises(ValueError, match=rf"logps: .*got {value} at index \[1, 2\] .*pass mask"):
         token_regularizer(base, logps, rewards, 0.5)
     scored = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="logps: .*a scored token must have a probability above"):
+    with pytest.raises(ValueError, match=r"logps: .*a scored token must have a probability above"):
         token_regularizer(base, logps, rewards, 0.5, mask=scored)
     scored[1, 2] = False
     assert token_regularizer(base, logps, rewards, 0.5, mask=scored).isfinite()
@@ -228,7 +228,7 @@ def test_bad_input(replace, message):
 
 
 def test_a_mask_that_is_no_tensor():
-    with pytest.raises(TypeError, match="mask: expected a torch.Tensor or None, got list"):
+    with pytest.raises(TypeError, match=r"mask: expected a torch\.Tensor or None, got list"):
         token_regularizer(**make_inputs(mask=[[True] * 3] * 2))
 
 
