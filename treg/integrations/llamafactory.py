@@ -82,9 +82,10 @@ def make_trainer(
 
         R = - alpha * sum_t c_t rhat_t lp_t          c_t = | d L / d lp_t |
 
-    R is `treg.losses.regularizer.token_regularizer`. L is the preference loss of pref_loss, with ld_alpha, dpo_label_smoothing and pref_bco_weight as
-    they are set. The likelihood terms (pref_ftx, and the one inside orpo) have no part in c_t.
-    Evaluation, which has no gradients, reports CustomDPOTrainer's own loss.
+    R is `treg.losses.regularizer.token_regularizer`. L is the preference loss of pref_loss, with
+    ld_alpha, dpo_label_smoothing and pref_bco_weight as they are set. The likelihood terms
+    (pref_ftx, and the one inside orpo) have no part in c_t. Evaluation, which has no gradients,
+    reports CustomDPOTrainer's own loss.
 
     Differs from CustomDPOTrainer: logits/chosen and logits/rejected are means over scored tokens,
     not over every position. treg/reg_loss is logged: L_reg, a mean over pairs, before alpha and the
@@ -100,13 +101,7 @@ def make_trainer(
         TypeError: a class without CustomDPOTrainer's methods. ValueError: a bad alpha; in training:
         a head that cannot be read, a sequence that was not annotated.
     """
-    for name, expected in INTERFACE.items():
-        found = parameters_of(base, name)
-        if found != expected:
-            raise TypeError(
-                f"base: expected LLaMA-Factory's CustomDPOTrainer with {name}"
-                f"({', '.join(expected)}), got {base.__name__} with {found}"
-            )
+    _check_interface(base)
     source = rewards_source(token_rewards, alpha, tail)
 
     class TRegDPOTrainer(base):
@@ -164,6 +159,16 @@ def make_trainer(
             return loss + term, metrics | {"treg/reg_loss": reg}
 
     return TRegDPOTrainer
+
+
+def _check_interface(base: type) -> None:
+    for name, expected in INTERFACE.items():
+        found = parameters_of(base, name)
+        if found != expected:
+            raise TypeError(
+                f"base: expected LLaMA-Factory's CustomDPOTrainer with {name}"
+                f"({', '.join(expected)}), got {base.__name__} with {found}"
+            )
 
 
 def _pair_weights(scored: Tensor, ld_alpha: float | None) -> Tensor:

@@ -6,7 +6,7 @@
 
 or, in a script of your own:
 
-    actor = openrlhf.patch_actor(Actor(...))              # policy and reference, before strategy.prepare
+    actor = openrlhf.patch_actor(Actor(...))     # and the reference, before strategy.prepare
     trainer = openrlhf.make_trainer(DPOTrainer, "annotated.parquet", alpha=0.25)(model=actor, ...)
 
 The two are independent: the trainer takes log-probs from any Actor, and a patched Actor serves any
@@ -63,9 +63,9 @@ def install(
 def patch_actor(actor: nn.Module) -> nn.Module:
     """An Actor whose forward(..., return_logprobs=True) makes no logits.
 
-    The log-probs are the same; those of padding are 0. Packed samples are served too. With return_output=True the output is empty: no logits, and no
-    aux_loss. Calls that want logits, entropies, action log-probs or images run the original
-    forward.
+    The log-probs are the same; those of padding are 0. Packed samples are served too. With
+    return_output=True the output is empty: no logits, and no aux_loss. Calls that want logits,
+    entropies, action log-probs or images run the original forward.
 
     Args:
         actor: openrlhf.models.Actor with its weights loaded; changed in place, and returned.
@@ -142,9 +142,9 @@ def make_trainer(
 ) -> type:
     """A subclass of OpenRLHF's DPOTrainer with T-REG's regularizer.
 
-    Its loss is DPOTrainer's own plus `treg.losses.regularizer.token_regularizer`. DPO, cDPO and IPO keep their options, and the likelihood term (--model.nll_loss_coef) has no
-    part in the weights. The logged loss is the sum; evaluation, which has no gradients, reports
-    DPOTrainer's loss.
+    Its loss is DPOTrainer's own plus `treg.losses.regularizer.token_regularizer`. DPO, cDPO and IPO
+    keep their options, and the likelihood term (--model.nll_loss_coef) has no part in the weights.
+    The logged loss is the sum; evaluation, which has no gradients, reports DPOTrainer's loss.
 
     Args:
         base: openrlhf.trainer.dpo_trainer.DPOTrainer, or a subclass.

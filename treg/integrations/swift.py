@@ -91,10 +91,11 @@ def make_trainer(
 
         R = - alpha * sum_t c_t rhat_t lp_t          c_t = | d L / d lp_t |
 
-    R is `treg.losses.regularizer.token_regularizer`. L is the preference loss: loss_type (one or several), label_smoothing, ld_alpha and
-    f_divergence_type as they are set. The likelihood terms (rpo_alpha, loss_type sft) have no part
-    in c_t. Evaluation, which has no gradients, reports DPOTrainer's own loss. treg/reg_loss is
-    logged: -beta sum_t rhat_t lp_t, a mean over pairs, before alpha and the weight.
+    R is `treg.losses.regularizer.token_regularizer`. L is the preference loss: loss_type (one or
+    several), label_smoothing, ld_alpha and f_divergence_type as they are set. The likelihood terms
+    (rpo_alpha, loss_type sft) have no part in c_t. Evaluation, which has no gradients, reports
+    DPOTrainer's own loss. treg/reg_loss is logged: -beta sum_t rhat_t lp_t, a mean over pairs,
+    before alpha and the weight.
 
     Where concatenated_forward calls the model it gets, in the place of logits, the log-prob and the
     mean logit of each place, made inside the model's forward; get_per_token_logps, which would take
@@ -242,8 +243,9 @@ def _weights(batch: dict, *, wanted: bool) -> Tensor | None:
     scale = batch.get("loss_scale")
     if scale is not None and not wanted:
         raise ValueError(
-            "loss_scale: expected none, as ms-swift's DPO does not use it, got a tensor; give patch "
-            "loss_scale=True to weigh log-probs by it, or train with --is_binary_loss_scale true"
+            "loss_scale: expected none, as ms-swift's DPO does not use it, got a tensor; give "
+            "patch loss_scale=True to weigh log-probs by it, or train with "
+            "--is_binary_loss_scale true"
         )
     return None if scale is None else token_weights_of_loss_scale(scale)
 
