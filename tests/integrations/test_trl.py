@@ -430,11 +430,13 @@ def test_heads_that_trl_misreads(tmp_path, model_type):
             tmp_path, model(0), pairs, model(1), Own, eval_pairs=pairs, **options
         ).evaluate()
         print(
-            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, TRL {theirs['eval_loss']:.6f}"
+            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, "
+            f"TRL {theirs['eval_loss']:.6f}"
         )
     except Exception as error:
         print(
-            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, TRL: {type(error).__name__}"
+            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, "
+            f"TRL: {type(error).__name__}"
         )
 
 
@@ -449,7 +451,6 @@ def test_routers_that_cannot_be_balanced_are_named(tmp_path):
 
 
 # -- data
-# -------------------------------------------------------------------------------------------------------------
 
 TEXTS = [
     {

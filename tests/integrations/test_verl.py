@@ -168,7 +168,6 @@ def assert_same(actual, expected, leaves, tolerance, seed=1):
 
 
 # -- the op
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 2)], ids=str)
@@ -499,7 +498,6 @@ def test_without_verl(install, monkeypatch):
 
 
 # -- rewards
-# ----------------------------------------------------------------------------------------------------------
 
 CHAT = [{"role": "user", "content": "What is better, the sun or the moon?"}]
 ANSWERS = ["The owl said that the sun is better.", "The moon, says the little fox, and is happy."]

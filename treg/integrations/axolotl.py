@@ -176,10 +176,7 @@ def make_trainer(base: type) -> type:
             target = labels[:, 1:]
             scored = target != -100
             lengths = scored.sum(-1).cpu().numpy()
-            rewards = None
-            if self._treg_rewards is not None:
-                given_rewards = self._treg_rewards(inputs["input_ids"], inputs["attention_mask"])
-                rewards = given_rewards[:, 1:][scored]
+            rewards = _rewards(self._treg_rewards, inputs, scored)
 
             def head_fn(hidden: Tensor, operands: dict[str, Any]) -> TRegLoss:
                 # virtual tokens of prompt-learning adapters stand before the sequence
@@ -281,6 +278,13 @@ def _install_again(accelerator: Any, *models: Any) -> None:
     for model in models:
         if model is not None:
             install_head(accelerator.unwrap_model(model))
+
+
+def _rewards(source: TokenRewards | None, inputs: dict, scored: Tensor) -> Tensor | None:
+    """rhat of the scored tokens, [N]; scored is [2B, T-1]."""
+    if source is None:
+        return None
+    return source(inputs["input_ids"], inputs["attention_mask"])[:, 1:][scored]
 
 
 def _summed_logprobs(model: nn.Module, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
