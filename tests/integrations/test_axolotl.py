@@ -46,7 +46,6 @@ CONFIG = {"rl": "dpo", "plugins": [f"{NAME}.TRegPlugin"], "trainer_cls": f"{NAME
 EXAMPLE = Path(__file__).parents[2] / "examples" / "axolotl_treg.yml"
 
 # -- Axolotl
-# ----------------------------------------------------------------------------------------------------------
 
 
 class BasePlugin:
@@ -286,7 +285,6 @@ def test_loss_types_are_those_that_are_tested(module):
 
 
 # -- one step
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -472,7 +470,6 @@ def test_mixed_precision(models, tmp_path, annotated, pairs, monkeypatch):
 
 
 # -- what is refused
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

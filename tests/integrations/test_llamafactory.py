@@ -50,7 +50,6 @@ GAMMA = 0.2
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llamafactory_treg.py"
 
 # -- LLaMA-Factory
-# ----------------------------------------------------------------------------------------------------
 
 
 class StubDPO(Trainer):
@@ -333,7 +332,6 @@ def models():
 
 
 # -- one step
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -422,7 +420,6 @@ def test_mean_logits_are_those_of_scored_tokens(module, models, tmp_path):
 
 
 # -- a training
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -496,7 +493,6 @@ def test_unknown_sequences(module, models, tmp_path):
 
 
 # -- patching
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_patch_twice_and_undo(module, annotated):

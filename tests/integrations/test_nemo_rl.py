@@ -123,7 +123,6 @@ def make_config(**options):
 
 
 # -- a batch
-# ----------------------------------------------------------------------------------------------------------
 
 
 def make_examples(pairs: int = 3) -> list[dict]:
@@ -283,6 +282,18 @@ def test_alpha_0_is_dpo(variant, masked, nemo):
     assert found[1] == own[1] and torch.equal(found[0], own[0])
     assert all(torch.equal(a, b) for a, b in zip(found[2], own[2], strict=True))
     assert_same(found, step(oracle(options, 0.0), data))
+
+
+def test_rewards_of_what_is_not_scored_have_no_part(nemo):
+    """A column may hold anything there, NaN too."""
+    data = make_data(make_examples(), masked=(1,))
+    expected = step(oracle({}, 0.5), data)
+    scored = (data["token_mask"] > 0) & (data["sample_mask"] > 0)[:, None]
+    rewards = torch.where(scored, data["token_rewards"], float("nan"))
+    found = step(
+        integration.TRegLossFn(make_config(treg_alpha=0.5)), data | {"token_rewards": rewards}
+    )
+    assert_same(found, expected)
 
 
 def test_rows_in_another_order(nemo):

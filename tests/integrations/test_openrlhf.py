@@ -234,7 +234,6 @@ def openrlhf(monkeypatch):
 
 
 # -- what is trained
-# --------------------------------------------------------------------------------------------------
 
 ALPHA, BETA = 0.5, 0.3
 DPO = {"label_smoothing": 0.0, "ipo_enable": False, "nll_loss_coef": 0.0, "aux_loss_coef": 0.0}
@@ -470,7 +469,6 @@ def test_sequences_that_are_not_annotated(openrlhf):
 
 
 # -- the Actor
-# --------------------------------------------------------------------------------------------------------
 
 
 def padded_inputs(side: str):
@@ -585,7 +583,6 @@ def test_trainer_refuses(openrlhf):
 
 
 # -- all of it
-# --------------------------------------------------------------------------------------------------------
 
 
 def train_as_the_command_line_does(openrlhf, examples):

@@ -55,7 +55,6 @@ from treg.rewards.lookup import TokenRewards
 EXAMPLE = Path(__file__).parents[2] / "examples" / "swift_treg.py"
 
 # -- ms-swift
-# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -428,7 +427,6 @@ def models():
 
 
 # -- one step
-# ---------------------------------------------------------------------------------------------------------
 
 
 @LAYOUTS
@@ -521,7 +519,6 @@ def test_pair_loss_scale(factory, models, tmp_path):
 
 
 # -- loss_scale
-# -------------------------------------------------------------------------------------------------------
 
 
 @LAYOUTS
@@ -603,7 +600,6 @@ def test_loss_scale_of_bad_rewards():
 
 
 # -- a training
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -685,7 +681,6 @@ def test_unknown_sequences(factory, models, tmp_path, packed):
 
 
 # -- patching
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_patch_twice_and_undo(factory, annotated, monkeypatch):

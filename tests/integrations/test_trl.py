@@ -12,6 +12,7 @@ pytest.importorskip("trl")
 
 import trl.trainer.utils
 from datasets import Dataset
+from helpers import assert_within_budget, error
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -429,11 +430,13 @@ def test_heads_that_trl_misreads(tmp_path, model_type):
             tmp_path, model(0), pairs, model(1), Own, eval_pairs=pairs, **options
         ).evaluate()
         print(
-            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, TRL {theirs['eval_loss']:.6f}"
+            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, "
+            f"TRL {theirs['eval_loss']:.6f}"
         )
     except Exception as error:
         print(
-            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, TRL: {type(error).__name__}"
+            f"{model_type}: exact {expected:.6f}, treg {found['eval_loss']:.6f}, "
+            f"TRL: {type(error).__name__}"
         )
 
 
@@ -448,7 +451,6 @@ def test_routers_that_cannot_be_balanced_are_named(tmp_path):
 
 
 # -- data
-# -------------------------------------------------------------------------------------------------------------
 
 TEXTS = [
     {
@@ -850,15 +852,123 @@ def test_the_function_is_trls(patched, bias, scale, cap, temperature):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_an_entropy_bonus_is_refused(patched):
-    """GRPO may put a gradient through the entropy."""
-    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-    logps, entropy, *_ = trl.trainer.utils._ChunkedLogProbFunction.apply(
-        hidden, weight, None, torch.tensor([1, 2, 3]), 1.0, 32, outputs=("entropy",)
+@pytest.mark.parametrize(
+    "bias, scale, cap, temperature",
+    [
+        (False, 1.0, None, 1.0),
+        (True, 0.7, None, 1.0),
+        (False, 1.0, 5.0, 0.8),
+        (True, -0.5, 3.0, 2.0),
+    ],
+)
+@pytest.mark.parametrize("upstream", ["both", "entropy alone", "some rows"])
+def test_an_entropy_bonus_is_trls(patched, bias, scale, cap, temperature, upstream):
+    """Gradients of a policy loss minus a bonus, as GRPO has it, by TRL's own autograd function."""
+    made = [torch.randn(9, 16), torch.randn(50, 16), torch.randn(50) if bias else None]
+    target = torch.randint(50, (9,))
+    advantage, mask = torch.randn(9), torch.ones(9)
+    if upstream == "some rows":
+        mask[[0, 3, 8]] = 0.0
+    results = []
+    for function in (trl.trainer.utils._ChunkedLogProbFunction, trl.kernels.ChunkedLogProbFunction):
+        given = [None if x is None else x.clone().requires_grad_() for x in made]
+        logps, entropy, *_ = function.apply(*given, target, temperature, 32, cap, scale, ALL)
+        policy = 0.0 if upstream == "entropy alone" else -(advantage * logps * mask).sum()
+        (policy - 0.3 * (entropy * mask).sum() / mask.sum()).backward()
+        results.append([entropy.detach(), *(x.grad for x in given if x is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def dense_logps_and_entropy(hidden, weight, target, temperature):
+    """As TRL's own dense path has them."""
+    logits = hidden @ weight.T / temperature
+    return (
+        trl.trainer.utils.selective_log_softmax(logits, target),
+        trl.trainer.utils.entropy_from_logits(logits),
     )
-    (logps.sum() + 0 * entropy.detach().sum()).backward(retain_graph=True)
-    with pytest.raises(NotImplementedError, match="entropy: expected no gradient"):
-        (logps.sum() + entropy.sum()).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_entropy_bonus_against_dense_logits(patched, dtype):
+    """In float64, and no further from it than twice TRL's dense path."""
+    hidden, weight = torch.randn(30, 16).to(dtype), torch.randn(50, 16).to(dtype)
+    target, advantage = torch.randint(50, (30,)), torch.randn(30)
+
+    def swapped(h, w, y, temperature):
+        return trl.trainer.utils._ChunkedLogProbFunction.apply(
+            h, w, None, y, temperature, 32, outputs=("entropy",)
+        )[:2]
+
+    def gradients(function, kind):
+        given = [x.to(kind).requires_grad_() for x in (hidden, weight)]
+        logps, entropy = function(*given, target, 0.8)
+        loss = -(advantage * logps).mean() - 0.5 * entropy.mean()
+        return torch.autograd.grad(loss, given)
+
+    exact = gradients(dense_logps_and_entropy, torch.float64)
+    plain = gradients(dense_logps_and_entropy, dtype)
+    found = gradients(swapped, dtype)
+    for name, a, b, c in zip(("dhidden", "dweight"), found, exact, plain, strict=True):
+        assert_within_budget(name, a, b, error(c, b), dtype)
+
+
+def grpo_losses(tmp_path, **options):
+    """The losses of three steps of GRPO, and the trained head."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.manual_seed(0)
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    trainer = GRPOTrainer(
+        make_model(),
+        lambda completions, **_: [float(len(x)) + 0.1 * i for i, x in enumerate(completions)],
+        args,
+        Dataset.from_list([{"prompt": "The owl said"}, {"prompt": "The moon"}] * 8),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    losses = [line["loss"] for line in history if "loss" in line]
+    return losses, trainer.model.get_output_embeddings().weight.detach().clone()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"entropy_coef": 0.5},
+        {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 100.0},
+    ],
+    ids=["static", "adaptive"],
+)
+def test_grpo_with_an_entropy_bonus(tmp_path, options):
+    expected, head = grpo_losses(tmp_path, **options)
+    plain, _ = grpo_losses(tmp_path)
+    assert not np.allclose(plain, expected, rtol=1e-3, atol=1e-3)
+    undo = patch_chunked_logprobs()
+    try:
+        found, found_head = grpo_losses(tmp_path, **options)
+    finally:
+        undo()
+    assert len(found) == 3
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_head, head, rtol=1e-4, atol=1e-5)
 
 
 def test_versions_of_trl_that_are_not_known(monkeypatch):

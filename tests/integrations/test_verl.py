@@ -23,6 +23,7 @@ import torch.distributed as dist
 from helpers import assert_within_budget, error
 from tiny import environment, tiny_llama, tiny_tokenizer
 
+import treg.ops.entropy
 from treg.data.annotated import read_annotated
 from treg.integrations import verl as integration
 from treg.rewards.annotate import annotate
@@ -167,7 +168,6 @@ def assert_same(actual, expected, leaves, tolerance, seed=1):
 
 
 # -- the op
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 2)], ids=str)
@@ -175,7 +175,7 @@ def assert_same(actual, expected, leaves, tolerance, seed=1):
 @pytest.mark.parametrize("rows", [100, 3], ids=["one chunk", "chunks"])
 def test_op_is_dense(shape, temperature, rows, monkeypatch):
     hidden, weight, labels = make_inputs(*shape)
-    monkeypatch.setattr(integration, "ENTROPY_BYTES", rows * 4 * 8 * weight.shape[0])
+    monkeypatch.setattr(treg.ops.entropy, "_tile_rows", lambda *args: rows)
     found = integration.linear_cross_entropy(hidden, weight, labels, temperature, "none")
     assert [list(x.shape) for x in found] == [[labels.numel()]] * 2
     assert_same(found, dense(hidden, weight, labels, temperature), (hidden, weight), 1e-12)
@@ -241,7 +241,7 @@ def test_entropy_that_is_not_asked_for_costs_nothing(coefficient, monkeypatch):
     def no_products(*args):
         raise AssertionError("logits were made again")
 
-    monkeypatch.setattr(integration, "_logits", no_products)
+    monkeypatch.setattr(treg.ops.entropy, "logits_into", no_products)
     hidden, weight, labels = make_inputs(6)
     logps, entropy = integration.linear_cross_entropy(hidden, weight, labels)
     loss = logps.sum() if coefficient is None else logps.sum() - coefficient * entropy.mean()
@@ -266,9 +266,97 @@ def test_labels_that_are_ignored():
         assert error(a, b) <= 1e-12
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_what_ignored_rows_hold_has_no_part(value):
+    """1e6: logits whose exponential overflows."""
+    hidden, weight, labels = make_inputs(6, dtype=torch.float32)
+    labels[[1, 4]] = -100
+    kept = labels != -100
+    with torch.no_grad():
+        hidden[~kept] = value
+    logps, entropy = integration.linear_cross_entropy(hidden, weight, labels, 0.7)
+    found = torch.autograd.grad((logps + 2 * entropy).sum(), (hidden, weight))
+    assert not logps[~kept].any() and not entropy[~kept].any() and not found[0][~kept].any()
+    rest = hidden.detach()[kept].requires_grad_()
+    logps, entropy = dense(rest, weight, labels[kept], 0.7)
+    expected = torch.autograd.grad((logps + 2 * entropy).sum(), (rest, weight))
+    assert error(found[0][kept], expected[0]) <= 1e-5
+    assert error(found[1], expected[1]) <= 1e-5
+
+
+def rowwise_temperature(shape):
+    """Of few values, as of packed sequences that were sampled at different temperatures."""
+    rows = torch.arange(int(np.prod(shape)))
+    return torch.tensor([0.7, 1.0, 2.5])[rows % 3].reshape(shape)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("form", ["as labels", "flat", "equal"])
+def test_a_temperature_for_each_row(shape, form):
+    hidden, weight, labels = make_inputs(*shape)
+    temperature = torch.full(shape, 0.7) if form == "equal" else rowwise_temperature(shape)
+    given = temperature.reshape(-1) if form == "flat" else temperature
+    labels.reshape(-1)[2] = -100
+    scored = labels.reshape(-1) != -100
+    found = integration.linear_cross_entropy(hidden, weight, labels, given)
+    expected = dense(hidden, weight, labels.clamp(min=0), temperature.reshape(-1, 1).double())
+    zero = torch.zeros((), dtype=torch.float64)
+    expected = [torch.where(scored, x, zero) for x in expected]
+    assert_same(found, expected, (hidden, weight), 1e-7)  # float32 holds 0.7 to 1e-8
+
+
+def test_a_temperature_for_each_row_and_a_reduction():
+    hidden, weight, labels = make_inputs(6)
+    temperature = rowwise_temperature((6,)).double()
+    found = integration.linear_cross_entropy(hidden, weight, labels, temperature, "mean")
+    logps, entropy = dense(hidden, weight, labels, temperature[:, None])
+    assert_same(found, (logps.mean(), entropy), (hidden, weight), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_temperature_of_one_element(shape):
+    hidden, weight, labels = make_inputs(5)
+    temperature = torch.full(shape, 0.7, dtype=torch.float64)
+    found = integration.linear_cross_entropy(hidden, weight, labels, temperature)
+    assert_same(found, dense(hidden, weight, labels, 0.7), (hidden, weight), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "temperature, message",
+    [
+        (torch.ones(3), r"shape \[2, 3\] \(that of labels\), \[6\] or one element, got \[3\]"),
+        (torch.ones(3, 2), r"or one element, got \[3, 2\]"),
+        (torch.ones(0), r"or one element, got \[0\]"),
+        (torch.tensor([1.0, 1, 1, 1, float("nan"), 1]), "expected finite values > 0, got nan"),
+        (torch.tensor([1.0, 1, 1, 1, float("inf"), 1]), "expected finite values > 0, got inf"),
+        (torch.tensor([1.0, 1, 1, 0.0, 1, 1]), r"expected finite values > 0, got 0\.0"),
+        (torch.tensor([1.0, 1, 1, -0.5, 1, 1]), r"expected finite values > 0, got -0\.5"),
+        (torch.tensor(0.0), "expected a finite number > 0, got 0.0"),
+        (0.0, "expected a finite number > 0, got 0.0"),
+        (torch.ones(6, dtype=torch.bool), "expected a number or a tensor of numbers"),
+        (torch.ones(6, dtype=torch.complex64), "expected a number or a tensor of numbers"),
+    ],
+)
+def test_temperatures_that_are_refused(temperature, message):
+    hidden, weight, labels = make_inputs(2, 3)
+    with pytest.raises(ValueError, match=f"temperature: .*{message}"):
+        integration.linear_cross_entropy(hidden, weight, labels, temperature)
+
+
+def test_a_temperature_that_wants_a_gradient_is_refused():
+    """It would be lost."""
+    hidden, weight, labels = make_inputs(2, 3)
+    temperature = torch.ones(6, requires_grad=True)
+    with pytest.raises(ValueError, match="temperature: expected no gradient"):
+        integration.linear_cross_entropy(hidden, weight, labels, temperature)
+
+
 def train(hidden, weight, labels, group=None) -> dict[str, torch.Tensor]:
     """Log-probs, entropies, and gradients of a loss of both."""
-    logps, entropy = integration.linear_cross_entropy(hidden, weight, labels, 0.7, "none", group)
+    temperature = rowwise_temperature(labels.shape)
+    logps, entropy = integration.linear_cross_entropy(
+        hidden, weight, labels, temperature, "none", group
+    )
     loss = (torch.arange(labels.numel()) * logps).sum() - 3.0 * entropy.square().sum()
     grads = torch.autograd.grad(loss, (hidden, weight))
     return dict(
@@ -410,7 +498,6 @@ def test_without_verl(install, monkeypatch):
 
 
 # -- rewards
-# ----------------------------------------------------------------------------------------------------------
 
 CHAT = [{"role": "user", "content": "What is better, the sun or the moon?"}]
 ANSWERS = ["The owl said that the sun is better.", "The moon, says the little fox, and is happy."]

@@ -124,6 +124,68 @@ def test_in_the_dtype_of_logps(dtype):
     assert (found.double() - expected).abs() <= 4 * EPS[dtype] * budget
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_scored_has_no_part(value):
+    """Log-probs, rewards and slopes there may be anything."""
+    logps, rewards, _, mask = make_batch()
+    base = some_loss(logps[mask])
+    expected = token_regularizer(base, logps, rewards, 0.5)
+    (exact,) = torch.autograd.grad(base + expected, logps)
+    dirty = torch.where(mask, logps.detach(), value).requires_grad_()
+    dirty_rewards = torch.where(mask, rewards, value)
+    base = some_loss(dirty[mask])
+    term = token_regularizer(base, dirty, dirty_rewards, 0.5, mask=mask)
+    (found,) = torch.autograd.grad(term, dirty)
+    (slope,) = torch.autograd.grad(base, dirty)
+    assert mask.any() and not mask.all() and abs(expected) > 1e-4
+    assert (term - expected).abs() <= EXACT * expected.abs()
+    assert not found[~mask].any()
+    assert (found + slope - exact).abs().max() <= EXACT * exact.abs().max()
+
+
+def test_a_slope_that_is_not_scored_has_no_part():
+    logps, rewards, _, mask = make_batch()
+    clean = some_loss(logps[mask])
+    expected = token_regularizer(clean, logps, rewards, 0.5)
+    # the slope of sqrt at 0 is infinite
+    base = some_loss(logps[mask]) + (0.0 * logps[~mask]).abs().sqrt().sum()
+    assert not torch.autograd.grad(base, logps, retain_graph=True)[0][~mask].isfinite().any()
+    term = token_regularizer(base, logps, rewards, 0.5, mask=mask)
+    assert (term - expected).abs() <= EXACT * expected.abs()
+    with pytest.raises(ValueError, match="base: expected finite derivatives in logps"):
+        token_regularizer(base, logps, rewards, 0.5)
+
+
+def test_scored_tokens_alone():
+    """A mask leaves out what would count without one."""
+    logps, rewards, _, mask = make_batch()
+    some = mask.clone()
+    some[0, 2] = some[3, 2] = False
+    base = some_loss(logps)
+    (slope,) = torch.autograd.grad(base, logps, retain_graph=True)
+    term = token_regularizer(base, logps, rewards, 0.5, mask=some)
+    expected = -0.5 * (slope.abs() * rewards * logps.detach())[some].sum()
+    assert (term - expected).abs() <= EXACT * expected.abs()
+    assert (term - token_regularizer(base, logps, rewards, 0.5)).abs() > 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("reward", [0.0, 0.3])
+def test_log_probs_that_are_not_finite_are_refused(value, reward):
+    logps = torch.zeros(2, 3)
+    logps[1, 2] = value
+    logps.requires_grad_()
+    rewards = torch.full((2, 3), reward)
+    base = logps[0].exp().sum()
+    with pytest.raises(ValueError, match=rf"logps: .*got {value} at index \[1, 2\] .*pass mask"):
+        token_regularizer(base, logps, rewards, 0.5)
+    scored = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"logps: .*a scored token must have a probability above"):
+        token_regularizer(base, logps, rewards, 0.5, mask=scored)
+    scored[1, 2] = False
+    assert token_regularizer(base, logps, rewards, 0.5, mask=scored).isfinite()
+
+
 def make_inputs(**replace):
     logps = torch.randn(2, 3, requires_grad=True)
     inputs = {
@@ -147,6 +209,8 @@ def make_inputs(**replace):
             "token_rewards: expected finite",
         ),
         ({"token_rewards": torch.full((2, 3), float("inf"))}, "token_rewards: expected finite"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask: expected shape \[2, 3\]"),
+        ({"mask": torch.ones(2, 3)}, "mask: expected torch.bool, got torch.float32"),
         ({"alpha": -0.1}, r"alpha: expected a number >= 0 \(0: no regularizer\), got -0.1"),
         ({"alpha": float("nan")}, "alpha: expected a finite number, got nan"),
         ({"base": torch.tensor(1.0)}, "base: expected a loss that is differentiable in logps"),
@@ -161,6 +225,11 @@ def make_inputs(**replace):
 def test_bad_input(replace, message):
     with pytest.raises(ValueError, match=message):
         token_regularizer(**make_inputs(**replace))
+
+
+def test_a_mask_that_is_no_tensor():
+    with pytest.raises(TypeError, match=r"mask: expected a torch\.Tensor or None, got list"):
+        token_regularizer(**make_inputs(mask=[[True] * 3] * 2))
 
 
 def test_a_base_of_several_numbers():

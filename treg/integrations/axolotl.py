@@ -1,5 +1,6 @@
-"""Axolotl's `rl: dpo` (and `rl: ipo`) with T-REG, without logits. In the YAML, beside what is
-there:
+"""Axolotl's `rl: dpo` (and `rl: ipo`) with T-REG, without logits.
+
+In the YAML, beside what is there:
 
     plugins:
       - treg.integrations.axolotl.TRegPlugin
@@ -30,7 +31,8 @@ from torch import Tensor, nn
 from treg.heads import check_sequences, install_head, run_head
 from treg.heads.logprobs import token_logprobs
 from treg.integrations.common import parameters_of
-from treg.losses import DISCOPOP_TAU, LossOptions
+from treg.losses import LossOptions
+from treg.losses.objectives import DISCOPOP_TAU
 from treg.ops import fused_treg_loss
 from treg.results import TRegLoss
 from treg.rewards.lookup import TokenRewards
@@ -118,8 +120,9 @@ class TRegPlugin(BasePlugin):
 
 
 def __getattr__(name: str) -> Any:
-    """TRegDPOTrainer, when it is asked for: before all plugins are registered its base must not be
-    imported.
+    """TRegDPOTrainer, when it is asked for.
+
+    Its base must not be imported before all plugins are registered.
     """
     if name != "TRegDPOTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -130,15 +133,15 @@ def __getattr__(name: str) -> Any:
 
 
 def make_trainer(base: type) -> type:
-    """A subclass of AxolotlDPOTrainer (or of any trl.DPOTrainer from 1.8 on) whose loss is T-REG's,
-    without logits.
+    """A subclass of AxolotlDPOTrainer whose loss is T-REG's, without logits.
 
-        L = base(rho_w, rho_l) + treg_alpha * ( w_w L_reg(y_w) + w_l L_reg(y_l) )      (see `treg.ops.fused_treg_loss`)
+        L = base(rho_w, rho_l) + treg_alpha * ( w_w L_reg(y_w) + w_l L_reg(y_l) )
 
-    The head runs inside the model's forward, on completion tokens only, in three matrix products a
-    row (two with adapters). The reference is TRL's: another model, the model without its adapters,
-    or log-probs computed beforehand. Evaluation has the regularizer too. What TRL logs is logged,
-    as means over tokens of all processes, and treg/reg_loss, treg/weight, treg/reward_chosen,
+    See `treg.ops.fused_treg_loss`. The base may be any trl.DPOTrainer from 1.8 on. The head runs
+    inside the model's forward, on completion tokens only, in three matrix products a row (two with
+    adapters). The reference is TRL's: another model, the model without its adapters, or log-probs
+    computed beforehand. Evaluation has the regularizer too. What TRL logs is logged, as means over
+    tokens of all processes, and treg/reg_loss, treg/weight, treg/reward_chosen,
     treg/reward_rejected.
 
     Raises:
@@ -148,58 +151,32 @@ def make_trainer(base: type) -> type:
         it; mixtures of experts with a router loss, the Liger loss; a head that cannot be read; in
         training: a sequence that was not annotated.
     """
-    found = parameters_of(base, "_compute_loss")
-    if found != ["self", "model", "inputs", "return_outputs"]:
-        raise TypeError(
-            f"base: expected a trl.DPOTrainer with _compute_loss(model, inputs, return_outputs), as of TRL "
-            f"1.8 to 1.16, got {base.__name__} with {found}"
-        )
+    _check_base(base)
 
     class TRegDPOTrainer(base):
         _treg_base = base
 
         def __init__(self, model: Any, ref_model: Any = None, *, args: Any, **kwargs: Any):
-            if not hasattr(args, "treg_alpha"):
-                fix = "add treg.integrations.axolotl.TRegPlugin to plugins"
-                raise TypeError(
-                    f"args: expected the plugin's treg_alpha, got {type(args).__name__} without; {fix}"
-                )
+            _check_plugin(args)
             self._treg_options = _options(args)
-            for x in (model, ref_model):  # before anything wraps their forward
-                if isinstance(x, nn.Module):
-                    check_sequences(install_head(x))
+            _install_heads(model, ref_model)  # before anything wraps their forward
             super().__init__(model, ref_model, args=args, **kwargs)
-            for x in (
-                self.model,
-                self.ref_model,
-            ):  # again: an adapter may have taken the head's place
-                if x is not None:
-                    install_head(self.accelerator.unwrap_model(x))
-            if getattr(self, "aux_loss_enabled", False):
-                raise ValueError(
-                    "router_aux_loss_coef: expected 0 with T-REG, got a router loss; set it to 0"
-                )
+            # again: an adapter may have taken the head's place
+            _install_again(self.accelerator, self.model, self.ref_model)
+            _check_no_router_loss(self)
             self._treg_rewards = None
             if args.treg_alpha:
                 self._treg_rewards = TokenRewards(args.treg_token_rewards, tail=args.treg_tail)
 
         def _compute_loss(self, model, inputs, return_outputs):
-            if return_outputs:
-                raise ValueError(
-                    "return_outputs: expected False, got True: there are no logits; use "
-                    "prediction_loss_only and no compute_metrics"
-                )
+            _check_no_outputs(return_outputs)
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             given = {name: x for name, x in inputs.items() if name not in NOT_THE_MODELS}
             ref = self._treg_reference(inputs, labels, given)
             target = labels[:, 1:]
             scored = target != -100
             lengths = scored.sum(-1).cpu().numpy()
-            rewards = None
-            if self._treg_rewards is not None:
-                rewards = self._treg_rewards(inputs["input_ids"], inputs["attention_mask"])[:, 1:][
-                    scored
-                ]
+            rewards = _rewards(self._treg_rewards, inputs, scored)
 
             def head_fn(hidden: Tensor, operands: dict[str, Any]) -> TRegLoss:
                 # virtual tokens of prompt-learning adapters stand before the sequence
@@ -226,12 +203,12 @@ def make_trainer(base: type) -> type:
             if self.precompute_ref_logps:
                 return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
             if self.ref_model is not None:
-                return token_logprobs(self.ref_model, labels, **given).logprobs.double().sum(-1)
+                return _summed_logprobs(self.ref_model, labels, given)
             from trl.trainer.utils import use_adapter
 
             bare = self.accelerator.unwrap_model(self.model)
             with use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None):
-                return token_logprobs(self.model, labels, **given).logprobs.double().sum(-1)
+                return _summed_logprobs(self.model, labels, given)
 
         def _treg_record(
             self,
@@ -242,12 +219,8 @@ def make_trainer(base: type) -> type:
             attention_mask: Tensor,
         ) -> None:
             mode = "train" if self.model.training else "eval"
-            if self._treg_options.objective.length_normalised:  # TRL logs rewards that are sums
-                n = torch.from_numpy(lengths).to(ref.device).chunk(2)
-                result = result._replace(
-                    chosen_rewards=result.chosen_rewards * n[0],
-                    rejected_rewards=result.rejected_rewards * n[1],
-                )
+            if self._treg_options.objective.length_normalised:
+                result = _with_summed_rewards(result, lengths)
             metrics = PairMetrics()
             metrics.record(result, lengths, rewards, ref)
             for name, value in metrics.means(self.accelerator).items():
@@ -261,30 +234,96 @@ def make_trainer(base: type) -> type:
     return TRegDPOTrainer
 
 
+def _check_base(base: type) -> None:
+    found = parameters_of(base, "_compute_loss")
+    if found != ["self", "model", "inputs", "return_outputs"]:
+        raise TypeError(
+            "base: expected a trl.DPOTrainer with _compute_loss(model, inputs, return_outputs), as "
+            f"of TRL 1.8 to 1.16, got {base.__name__} with {found}"
+        )
+
+
+def _check_no_router_loss(trainer: Any) -> None:
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise ValueError(
+            "router_aux_loss_coef: expected 0 with T-REG, got a router loss; set it to 0"
+        )
+
+
+def _check_plugin(args: Any) -> None:
+    if not hasattr(args, "treg_alpha"):
+        raise TypeError(
+            f"args: expected the plugin's treg_alpha, got {type(args).__name__} without; add "
+            "treg.integrations.axolotl.TRegPlugin to plugins"
+        )
+
+
+def _check_no_outputs(return_outputs: bool) -> None:
+    if return_outputs:
+        raise ValueError(
+            "return_outputs: expected False, got True: there are no logits; use "
+            "prediction_loss_only and no compute_metrics"
+        )
+
+
+def _install_heads(*models: Any) -> None:
+    """Of models; a name stands for a model that is not loaded yet."""
+    for model in models:
+        if isinstance(model, nn.Module):
+            check_sequences(install_head(model))
+
+
+def _install_again(accelerator: Any, *models: Any) -> None:
+    """Of the trainer's own models, which may be wrapped."""
+    for model in models:
+        if model is not None:
+            install_head(accelerator.unwrap_model(model))
+
+
+def _rewards(source: TokenRewards | None, inputs: dict, scored: Tensor) -> Tensor | None:
+    """rhat of the scored tokens, [N]; scored is [2B, T-1]."""
+    if source is None:
+        return None
+    return source(inputs["input_ids"], inputs["attention_mask"])[:, 1:][scored]
+
+
+def _summed_logprobs(model: nn.Module, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """[2B] float64."""
+    return token_logprobs(model, labels, **inputs).logprobs.double().sum(-1)
+
+
+def _with_summed_rewards(result: TRegLoss, lengths: np.ndarray) -> TRegLoss:
+    """Rewards that are sums over tokens, as TRL logs them, of those that are means."""
+    chosen, rejected = torch.from_numpy(lengths).to(result.chosen_rewards.device).chunk(2)
+    return result._replace(
+        chosen_rewards=result.chosen_rewards * chosen,
+        rejected_rewards=result.rejected_rewards * rejected,
+    )
+
+
 def _options(args: Any) -> LossOptions:
     """TRL's arguments as those of `treg.losses`; ValueError where there is no counterpart."""
     types = args.loss_type if isinstance(args.loss_type, list) else [args.loss_type]
-    for name, wanted, ok in (
-        ("loss_type", f"one of {sorted(LOSS_TYPES)}", len(types) == 1 and types[0] in LOSS_TYPES),
+    one_type = len(types) == 1 and types[0] in LOSS_TYPES
+    tau_fits = types[0] != "discopop" or args.discopop_tau == DISCOPOP_TAU
+    requirements = (
+        ("loss_type", f"one of {sorted(LOSS_TYPES)}", one_type),
         ("loss_weights", "none", args.loss_weights in (None, [1.0])),
         ("ld_alpha", "None", args.ld_alpha is None),
         ("use_weighting", "False", not args.use_weighting),
         ("f_divergence_type", "reverse_kl", args.f_divergence_type == "reverse_kl"),
-        (
-            "discopop_tau",
-            str(DISCOPOP_TAU),
-            types[0] != "discopop" or args.discopop_tau == DISCOPOP_TAU,
-        ),
+        ("discopop_tau", str(DISCOPOP_TAU), tau_fits),
         ("use_liger_kernel", "False", not args.use_liger_kernel),
-    ):
-        if not ok:
+    )
+    for name, wanted, met in requirements:
+        if not met:
             raise ValueError(
                 f"{name}: expected {wanted} with T-REG in Axolotl, got {getattr(args, name)!r}"
             )
     (loss_type,) = types
     if args.label_smoothing and not LOSS_TYPES[loss_type]:
         raise ValueError(
-            f"label_smoothing: expected 0 for loss_type={loss_type!r}, where TRL takes no notice of it, "
-            f"got {args.label_smoothing}; use robust"
+            f"label_smoothing: expected 0 for loss_type={loss_type!r}, where TRL takes no notice "
+            f"of it, got {args.label_smoothing}; use robust"
         )
     return LossOptions(loss_type, args.beta, args.treg_alpha, label_smoothing=args.label_smoothing)

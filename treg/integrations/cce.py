@@ -1,8 +1,8 @@
-"""Exact linear cross-entropy where Apple's cut-cross-entropy stands: the same call, one import
-changed.
+"""Exact linear cross-entropy in the place of Apple's cut-cross-entropy.
 
-The signatures are those of CCE's repository (June 2025). Those of release 25.1.1 order what follows
-targets another way; positional arguments in that order are refused. CCE is not needed here.
+The call is the same, and one import changes. The signatures are those of CCE's repository (June
+2025). Those of release 25.1.1 order what follows targets another way; positional arguments in that
+order are refused. CCE is not needed here.
 """
 
 import enum
@@ -107,7 +107,7 @@ def linear_cross_entropy(
         outputs=("lse",) if return_lse else (),
     )
     scored = y != ignore_index
-    # not a plain sum: at ignored tokens the gradient of the mean of nothing would be infinite
+    # Not a plain sum: at ignored tokens the gradient of the mean of nothing would be infinite.
     nll = torch.where(scored, -found.logprobs, 0.0)
     loss = nll[..., :kept] if reduction == "none" else nll.sum()
     if reduction == "mean":
@@ -125,8 +125,9 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(nn.Module):
-    """`linear_cross_entropy` as a module; the arguments and their order are those of CCE's
-    repository.
+    """`linear_cross_entropy` as a module.
+
+    The arguments and their order are those of CCE's repository.
     """
 
     def __init__(
@@ -175,10 +176,11 @@ class LinearCrossEntropy(nn.Module):
 
 
 class _TargetLogit(torch.autograd.Function):
-    """z_n = softcap * tanh( (e_n . c[y_n] + b[y_n]) / softcap ), whose value is known; with it lse
-    = z - lp.
+    """The target's logit, whose value is known; with it lse = z - lp.
 
-    d z_n = (1 - (z_n / softcap)^2) * ( c[y_n] . d e_n + e_n . d c[y_n] + d b[y_n] )
+        z_n   = softcap * tanh( (e_n . c[y_n] + b[y_n]) / softcap )
+        d z_n = (1 - (z_n / softcap)^2) * ( c[y_n] . d e_n + e_n . d c[y_n] + d b[y_n] )
+
     With a shard the rank that holds y_n has its row; the gradients in e are added up.
     """
 
@@ -192,7 +194,10 @@ class _TargetLogit(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         e, c, bias, y, z = ctx.saved_tensors
-        da = (grad if ctx.softcap is None else grad * (1 - (z / ctx.softcap) ** 2)).unsqueeze(-1)
+        da = grad
+        if ctx.softcap is not None:
+            da = grad * (1 - (z / ctx.softcap) ** 2)
+        da = da.unsqueeze(-1)
         if ctx.shard is not None:
             y = y - ctx.shard.start
             here = (y >= 0) & (y < c.shape[0])
@@ -220,13 +225,13 @@ def _vocab_shard(options, c) -> VocabShard | None:
     missing = [name for name in ("start", "stop", "group") if not hasattr(options, name)]
     if missing:
         raise TypeError(
-            f"vocab_parallel_options: expected a VocabParallelOptions (start, stop, group) or None, "
+            "vocab_parallel_options: expected a VocabParallelOptions (start, stop, group) or None, "
             f"got {type(options).__name__} without {missing}"
         )
     if not getattr(options, "reduce_e_grad", True):
         raise ValueError(
-            "vocab_parallel_options: expected reduce_e_grad=True, got False; the gradient in e is always summed over "
-            "the group"
+            "vocab_parallel_options: expected reduce_e_grad=True, got False; the gradient in e is "
+            "always summed over the group"
         )
     check_tensor("c", c)
     if options.stop - options.start != c.shape[0]:
@@ -249,7 +254,8 @@ def _check_impl(impl) -> None:
     name = impl.name.lower() if isinstance(impl, enum.Enum) else impl
     if name not in IMPLS:
         raise ValueError(
-            f"impl: expected one of {list(IMPLS)}, all of which run the same exact op here, got {impl!r}"
+            f"impl: expected one of {list(IMPLS)}, all of which run the same exact op here, got "
+            f"{impl!r}"
         )
 
 
@@ -259,6 +265,7 @@ def _checked_shift(shift, targets: Tensor) -> int:
     length = targets.shape[-1]
     if not isinstance(shift, int) or not 0 <= shift < max(length, 1):
         raise ValueError(
-            f"shift: expected a bool or an int in [0, {length}) (the length of targets), got {shift!r}"
+            f"shift: expected a bool or an int in [0, {length}) (the length of targets), got "
+            f"{shift!r}"
         )
     return int(shift)

@@ -1,5 +1,6 @@
-"""T-REG where Liger's DPO loss stands: the same constructor and call, one import changed. Liger is
-not needed here.
+"""T-REG in the place of Liger's DPO loss: the same constructor and call, one import changed.
+
+Liger is not needed here.
 """
 
 import torch
@@ -23,23 +24,25 @@ LOSS_TYPES = (
     "apo_down",
     "discopop",
 )
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 8192  # of which a CPU makes a wide copy at a time
 
 
 class FusedLinearTRegLoss(nn.Module):
-    """`liger_kernel.chunked_loss.LigerFusedLinearDPOLoss` (0.8.5) with T-REG's regularizer as an
-    option.
+    """Liger's LigerFusedLinearDPOLoss (0.8.5) with T-REG's regularizer as an option.
 
-        L = mean over pairs of  base(rho_w, rho_l) + treg_alpha * ( w_w L_reg(y_w) + w_l L_reg(y_l)
-        )
-            + alpha * nll,      nll = - sum of lp_t over all chosen tokens / their number      (compute_nll_loss)
-        rho_s = beta * sum_t (lp_t - ref_t)         L_reg(y) = - sum_t beta * rhat_t * lp_t
-        w_s   = | d base / d rho_s |, detached
+        L = mean over pairs of ( base(rho_w, rho_l)
+                                 + treg_alpha * ( w_w L_reg(y_w) + w_l L_reg(y_l) ) )
+            + alpha * nll
+        rho_s    = beta * sum_t (lp_t - ref_t)
+        L_reg(y) = - sum_t beta * rhat_t * lp_t
+        w_s      = | d base / d rho_s |, detached
+        nll      = - sum of lp_t over all chosen tokens / their number      (compute_nll_loss)
 
-    With average_log_prob both sums are means over the scored tokens. With treg_alpha=0, loss,
-    outputs and gradients are Liger's up to rounding; the memory does not grow with the longest
-    pair, and the weight's gradient is summed in float32. Three matrix products a row for the policy
-    (up to four with compute_nll_loss), one for the reference.
+    It is the class of that name in `liger_kernel.chunked_loss`. With average_log_prob both sums are
+    means over the scored tokens. With treg_alpha=0, loss, outputs and gradients are Liger's up to
+    rounding; the memory does not grow with the longest pair, and the weight's gradient is summed in
+    float32. Three matrix products a row for the policy (up to four with compute_nll_loss), one for
+    the reference.
 
     Paper: T-REG, arXiv 2412.02685, Eq. 1-3; L_reg as a mean: see `treg.losses.treg_loss`.
     Differs from Liger: what Liger takes and does not use is refused (alpha without
@@ -97,26 +100,27 @@ class FusedLinearTRegLoss(nn.Module):
         """The attributes, checked; they may have been set since the last call."""
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
-                f"loss_type: expected one of {list(LOSS_TYPES)}, as in Liger, got {self.loss_type!r}; "
-                "treg.ops.fused_treg_loss has more"
+                f"loss_type: expected one of {list(LOSS_TYPES)}, as in Liger, got "
+                f"{self.loss_type!r}; treg.ops.fused_treg_loss has more"
             )
         if self.label_smoothing and self.loss_type not in ("robust", "exo_pair"):
             raise ValueError(
-                f"label_smoothing: expected 0 for loss_type={self.loss_type!r} (Liger would ignore it), "
-                f"got {self.label_smoothing}"
+                f"label_smoothing: expected 0 for loss_type={self.loss_type!r} (Liger would ignore "
+                f"it), got {self.label_smoothing}"
             )
         if self.discopop_tau != DISCOPOP_TAU:
             raise ValueError(f"discopop_tau: expected {DISCOPOP_TAU}, got {self.discopop_tau}")
         check_number("alpha", self.alpha)
         if self.alpha != 1 and not self.compute_nll_loss:
             raise ValueError(
-                f"alpha: expected 1.0 without compute_nll_loss=True (it weighs the likelihood term), got {self.alpha}; "
-                "T-REG's weight is treg_alpha"
+                "alpha: expected 1.0 without compute_nll_loss=True (it weighs the likelihood "
+                f"term), got {self.alpha}; T-REG's weight is treg_alpha"
             )
         check_number("treg_alpha", self.treg_alpha)
         if self.treg_alpha < 0:
             raise ValueError(
-                f"treg_alpha: expected a number >= 0, got {self.treg_alpha}; 0 turns the regularizer off"
+                f"treg_alpha: expected a number >= 0, got {self.treg_alpha}; 0 turns the "
+                "regularizer off"
             )
         return LossOptions(
             self.loss_type, self.beta, self.treg_alpha, label_smoothing=self.label_smoothing
@@ -162,10 +166,11 @@ class FusedLinearTRegLoss(nn.Module):
         lengths = scored.sum(-1)
         token_weights = None
         if self.average_log_prob:
-            # a mean is a sum with these weights, in the margin by token_weights, in L_reg by the
-            # rewards themselves
+            # A mean is a sum with these weights: in the margin by token_weights, in L_reg by the
+            # rewards themselves.
             token_weights = scored / lengths.double().unsqueeze(-1)
-            token_rewards = None if token_rewards is None else token_rewards * token_weights
+            if token_rewards is not None:
+                token_rewards = token_rewards * token_weights
 
         if self.compute_nll_loss:
             logps = linear_logprobs(
@@ -193,11 +198,21 @@ class FusedLinearTRegLoss(nn.Module):
             )
             loss = out.loss
             nll = torch.zeros_like(loss)
-        logps = (out.chosen_logps, out.rejected_logps)
+        chosen_logps, rejected_logps = out.chosen_logps, out.rejected_logps
         if self.average_log_prob:
-            logps = [x / n for x, n in zip(logps, lengths.chunk(2), strict=True)]
-        means = _mean_logits(_input, lin_weight, bias)
-        return loss, (*logps, *means, nll.detach(), out.chosen_rewards, out.rejected_rewards)
+            chosen_lengths, rejected_lengths = lengths.chunk(2)
+            chosen_logps = chosen_logps / chosen_lengths
+            rejected_logps = rejected_logps / rejected_lengths
+        chosen_mean, rejected_mean = _mean_logits(_input, lin_weight, bias)
+        return loss, (
+            chosen_logps,
+            rejected_logps,
+            chosen_mean,
+            rejected_mean,
+            nll.detach(),
+            out.chosen_rewards,
+            out.rejected_rewards,
+        )
 
     def _checked_rewards(self, token_rewards: Tensor | None, target: Tensor) -> Tensor | None:
         if token_rewards is None and self.treg_alpha:
@@ -235,8 +250,9 @@ class FusedLinearTRegLoss(nn.Module):
 
 @torch.no_grad()
 def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """mean_tv (h_t W^T + b)_v = mean_t h_t . mean_v W_v + mean_v b_v, over chosen and over rejected
-    sequences.
+    """Mean logits of chosen and of rejected sequences.
+
+    mean_tv (h_t W^T + b)_v = mean_t h_t . mean_v W_v + mean_v b_v
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     column = _mean_row(weight, dtype)
@@ -245,8 +261,9 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 
 def _mean_row(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., D] -> [D]. Block by block: on a CPU the sum of 16-bit numbers goes by way of a copy in
-    dtype.
+    """Mean over all but the last dimension: [..., D] -> [D].
+
+    Block by block: on a CPU the sum of 16-bit numbers goes by way of a copy in dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
     return sum(block.sum(0, dtype=dtype) for block in rows.split(BLOCK_ROWS)) / rows.shape[0]

@@ -1,5 +1,6 @@
-"""LLaMA-Factory's DPO, SimPO and ORPO with T-REG, and with log-probs from treg's head in place of
-float32 logits.
+"""LLaMA-Factory's DPO, SimPO and ORPO with T-REG, without float32 logits.
+
+The log-probs come from treg's head.
 
     from llamafactory.train.tuner import run_exp
     from treg.integrations.llamafactory import patch
@@ -30,7 +31,8 @@ from treg.losses.regularizer import token_regularizer
 from treg.rewards.lookup import TokenRewards
 
 FIRST, BEFORE = Version("0.9.4"), Version("0.10")
-AVERAGED = ("ipo", "orpo", "simpo")  # of LLaMA-Factory's pref_loss: mean log-probs in place of sums
+# values of LLaMA-Factory's pref_loss that take mean log-probs in place of sums
+AVERAGED = ("ipo", "orpo", "simpo")
 INTERFACE = {
     "concatenated_forward": ["self", "model", "batch", "is_ref_model"],
     "compute_preference_loss": [
@@ -47,8 +49,9 @@ INTERFACE = {
 def patch(
     token_rewards: str | Path | TokenRewards | None, *, alpha: float = 0.25, tail: int = 0
 ) -> None:
-    """From now on `llamafactory.train.dpo.trainer.CustomDPOTrainer`, which run_dpo looks up there,
-    is T-REG's.
+    """From now on LLaMA-Factory's CustomDPOTrainer is T-REG's.
+
+    It is put into `llamafactory.train.dpo.trainer`, where run_dpo looks it up.
 
     Args: as of `make_trainer`. A second call takes the place of the first; `unpatch` undoes it.
     Raises:
@@ -75,14 +78,14 @@ def make_trainer(
     alpha: float = 0.25,
     tail: int = 0,
 ) -> type:
-    """A subclass of LLaMA-Factory's CustomDPOTrainer whose loss is CustomDPOTrainer's own plus R,
-    without its logits.
+    """A subclass of LLaMA-Factory's CustomDPOTrainer: its own loss plus R, without its logits.
 
-        R = -alpha * sum_t c_t rhat_t lp_t,   c_t = | d L / d lp_t |      (see `treg.losses.regularizer.token_regularizer`)
+        R = - alpha * sum_t c_t rhat_t lp_t          c_t = | d L / d lp_t |
 
-    L is the preference loss of pref_loss, with ld_alpha, dpo_label_smoothing and pref_bco_weight as
-    they are set. The likelihood terms (pref_ftx, and the one inside orpo) have no part in c_t.
-    Evaluation, which has no gradients, reports CustomDPOTrainer's own loss.
+    R is `treg.losses.regularizer.token_regularizer`. L is the preference loss of pref_loss, with
+    ld_alpha, dpo_label_smoothing and pref_bco_weight as they are set. The likelihood terms
+    (pref_ftx, and the one inside orpo) have no part in c_t. Evaluation, which has no gradients,
+    reports CustomDPOTrainer's own loss.
 
     Differs from CustomDPOTrainer: logits/chosen and logits/rejected are means over scored tokens,
     not over every position. treg/reg_loss is logged: L_reg, a mean over pairs, before alpha and the
@@ -98,13 +101,7 @@ def make_trainer(
         TypeError: a class without CustomDPOTrainer's methods. ValueError: a bad alpha; in training:
         a head that cannot be read, a sequence that was not annotated.
     """
-    for name, expected in INTERFACE.items():
-        found = parameters_of(base, name)
-        if found != expected:
-            raise TypeError(
-                f"base: expected LLaMA-Factory's CustomDPOTrainer with {name}({', '.join(expected)}), "
-                f"got {base.__name__} with {found}"
-            )
+    _check_interface(base)
     source = rewards_source(token_rewards, alpha, tail)
 
     class TRegDPOTrainer(base):
@@ -124,52 +121,60 @@ def make_trainer(
             scored = batch["labels"][:, 1:] != -100
             length = scored.sum(-1)
             weights = _pair_weights(scored, None if is_ref_model else self.ld_alpha)
-            if self.loss_type in AVERAGED:
+            averaged = self.loss_type in AVERAGED
+            if averaged:
                 weights = weights / length[:, None]
-            logps = (found.logprobs * weights).sum(-1)
-            chosen, rejected = logps.chunk(2)
-            logits = [x[y] for x, y in zip(found.mean_logit.chunk(2), scored.chunk(2), strict=True)]
+            # log-probs are 0 where none is scored
+            chosen, rejected = (found.logprobs * weights).sum(-1).chunk(2)
+            chosen_scored, rejected_scored = scored.chunk(2)
+            chosen_logits, rejected_logits = found.mean_logit.chunk(2)
             if not is_ref_model:
-                self._treg_seen = found.logprobs, weights, batch
+                self._treg_seen = found.logprobs, scored, weights, batch
             return {
                 "chosen_logps": chosen,
                 "rejected_logps": rejected,
-                "chosen_logits": logits[0],  # their mean is all that is read of them
-                "rejected_logits": logits[1],
-                "chosen_logps_avg": chosen
-                if self.loss_type in AVERAGED
-                else chosen / length.chunk(2)[0],
+                # the mean of the logits is all that is read of them
+                "chosen_logits": chosen_logits[chosen_scored],
+                "rejected_logits": rejected_logits[rejected_scored],
+                "chosen_logps_avg": chosen if averaged else chosen / length.chunk(2)[0],
             }
 
         def compute_preference_loss(self, policy_chosen_logps, *logps):
             losses, *rewards = super().compute_preference_loss(policy_chosen_logps, *logps)
-            if alpha and losses.requires_grad:
-                token_logps, weights, batch = self._treg_seen
+            if source is not None and losses.requires_grad:
+                token_logps, scored, weights, batch = self._treg_seen
                 rhat = source(batch["input_ids"], batch["attention_mask"])[:, 1:]
                 preference = losses + policy_chosen_logps if self.loss_type == "orpo" else losses
-                term = token_regularizer(preference.mean(), token_logps, rhat, alpha)
+                term = token_regularizer(preference.mean(), token_logps, rhat, alpha, mask=scored)
                 reg = -self.beta * (rhat * weights * token_logps.detach()).sum() / len(losses)
                 self._treg_term = term, reg.item()
             return losses, *rewards
 
         def get_batch_loss_metrics(self, model, batch, train_eval="train"):
             loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval)
-            (term, reg), self._treg_seen, self._treg_term = (
-                self._treg_term or (None, None),
-                None,
-                None,
-            )
-            return (
-                (loss, metrics) if term is None else (loss + term, metrics | {"treg/reg_loss": reg})
-            )
+            found, self._treg_seen, self._treg_term = self._treg_term, None, None
+            if found is None:
+                return loss, metrics
+            term, reg = found
+            return loss + term, metrics | {"treg/reg_loss": reg}
 
     return TRegDPOTrainer
 
 
-def _pair_weights(scored: Tensor, ld_alpha: float | None) -> Tensor:
-    """[2B, T-1] float32: 1 at scored tokens, ld_alpha at those beyond the length of the shorter one
-    of their pair.
+def _check_interface(base: type) -> None:
+    for name, expected in INTERFACE.items():
+        found = parameters_of(base, name)
+        if found != expected:
+            raise TypeError(
+                f"base: expected LLaMA-Factory's CustomDPOTrainer with {name}"
+                f"({', '.join(expected)}), got {base.__name__} with {found}"
+            )
 
+
+def _pair_weights(scored: Tensor, ld_alpha: float | None) -> Tensor:
+    """Weights of log-probs in a sequence's sum, [2B, T-1] float32; 0 where none is scored.
+
+    They are 1, and ld_alpha at tokens beyond the length of the shorter sequence of the pair.
     Length-desensitised DPO, arXiv 2409.06411. Differs: as in LLaMA-Factory, lengths count places
     from the first scored one, whether those between are scored or not.
     """
@@ -187,11 +192,12 @@ def _trainer_module() -> Any:
         import llamafactory.train.dpo.trainer as module
     except ImportError as error:
         raise ImportError(
-            f"llamafactory: expected LLaMA-Factory to be installed (pip install llamafactory): {error}"
+            "llamafactory: expected LLaMA-Factory to be installed (pip install llamafactory): "
+            f"{error}"
         ) from error
     if not FIRST <= Version(version) < BEFORE:
-        fix = "install one of these, or make the class with make_trainer, which checks its methods only"
         raise RuntimeError(
-            f"llamafactory: expected a version >= {FIRST} and < {BEFORE}, got {version}; {fix}"
+            f"llamafactory: expected a version >= {FIRST} and < {BEFORE}, got {version}; install "
+            "one of these, or make the class with make_trainer, which checks its methods only"
         )
     return module

@@ -3,9 +3,9 @@
     import nemo_rl.algorithms.dpo as dpo
     from treg.integrations.nemo_rl import TRegLossFn
 
-    dpo.DPOLossFn = TRegLossFn          # before dpo.setup(), which makes the loss from the section `dpo` of the config
+    dpo.DPOLossFn = TRegLossFn          # before dpo.setup(), which makes the loss
 
-and in that section, beside NeMo-RL's own keys:
+and in the section `dpo` of the config, from which the loss is made, beside NeMo-RL's own keys:
 
     treg_token_rewards: annotated.parquet
     treg_alpha: 0.25
@@ -54,10 +54,11 @@ class TRegLossFn:
         self.alpha, path = option("treg_alpha", 0.25), option("treg_token_rewards", None)
         if not self.alpha >= 0:
             raise ValueError(f"treg_alpha: expected a number >= 0, got {self.alpha!r}")
-        # workers have other working directories; the file is read by each of them, not sent with
-        # every step
-        self.file = None if path is None else (str(Path(path).resolve()), option("treg_tail", TAIL))
-        if self.file is not None:
+        # Workers have other working directories. The file is read by each of them, not sent with
+        # every step.
+        self.file: tuple[str, int] | None = None
+        if path is not None:
+            self.file = str(Path(path).resolve()), option("treg_tail", TAIL)
             _token_rewards(*self.file)
         self.base = _dpo_loss_fn()(cfg, *args, **kwargs)
         self.preference = copy.copy(self.base)
@@ -95,12 +96,14 @@ class TRegLossFn:
             self.preference(next_token_logprobs, **inputs)[0] if self.base.sft_loss_weight else loss
         )
         rewards = self._rewards(data)[:, 1:].to(next_token_logprobs.device)
-        term = token_regularizer(objective, next_token_logprobs, rewards, self.alpha)
+        scored = (data["token_mask"] * data["sample_mask"].unsqueeze(-1))[:, 1:] > 0
+        scored = scored.to(next_token_logprobs.device)
+        term = token_regularizer(objective, next_token_logprobs, rewards, self.alpha, mask=scored)
         loss = loss + term
         return loss, metrics | {"loss": loss.item(), "treg_loss": term.item()}
 
     def _rewards(self, data: Mapping[str, Tensor]) -> Tensor:
-        """[B, S]"""
+        """rhat of the token at each place, [B, S]."""
         ids = data["input_ids"]
         if "token_rewards" in data:
             rewards = data["token_rewards"]
@@ -111,18 +114,17 @@ class TRegLossFn:
                 )
             return rewards
         if self.file is None:
-            fix = "set dpo.treg_token_rewards to an annotated file, or add the column token_rewards [B, S]"
             raise ValueError(
-                f"token_rewards: expected rewards of the batch's tokens, got none; {fix}"
+                "token_rewards: expected rewards of the batch's tokens, got none; set "
+                "dpo.treg_token_rewards to an annotated file, or add the column token_rewards "
+                "[B, S]"
             )
-        valid = (
-            data["sample_mask"] > 0
-        )  # NeMo-RL cuts examples that are too long to a few tokens, and masks them
+        # NeMo-RL cuts examples that are too long to a few tokens, and masks them.
+        valid = data["sample_mask"] > 0
         rewards = torch.zeros(ids.shape, device=ids.device)
         if bool(valid.any()):
-            mask = (
-                torch.arange(ids.shape[1], device=ids.device) < data["input_lengths"][valid, None]
-            )
+            place = torch.arange(ids.shape[1], device=ids.device)
+            mask = place < data["input_lengths"][valid, None]
             rewards[valid] = _token_rewards(*self.file)(ids[valid], mask)
         return rewards
 

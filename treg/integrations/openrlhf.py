@@ -1,4 +1,4 @@
-"""OpenRLHF's DPO with T-REG, and with log-probs from treg's head in place of float32 logits.
+"""OpenRLHF's DPO with T-REG, without float32 logits: log-probs come from treg's head.
 
     from treg.integrations import openrlhf
 
@@ -6,7 +6,7 @@
 
 or, in a script of your own:
 
-    actor = openrlhf.patch_actor(Actor(...))              # policy and reference, before strategy.prepare
+    actor = openrlhf.patch_actor(Actor(...))     # and the reference, before strategy.prepare
     trainer = openrlhf.make_trainer(DPOTrainer, "annotated.parquet", alpha=0.25)(model=actor, ...)
 
 The two are independent: the trainer takes log-probs from any Actor, and a patched Actor serves any
@@ -26,16 +26,17 @@ from treg.heads.logprobs import token_logprobs
 from treg.losses.regularizer import token_regularizer
 from treg.rewards.lookup import TokenRewards
 
-# RewardDataset ends a response with " " and the end-of-sequence token, which also takes the last
-# place of a cut one
+# RewardDataset ends a response with " " and the end-of-sequence token. Where a response is cut
+# that token takes its last place.
 TAIL = 2
 
 
 def install(
     token_rewards: str | Path | TokenRewards, *, alpha: float = 0.25, tail: int = TAIL
 ) -> None:
-    """From now on `openrlhf.models.Actor` is patched and `openrlhf.trainer.dpo_trainer.DPOTrainer`
-    is T-REG's.
+    """From now on OpenRLHF's Actor is patched, and its DPOTrainer is T-REG's.
+
+    They are `openrlhf.models.Actor` and `openrlhf.trainer.dpo_trainer.DPOTrainer`.
 
     Args: as of `make_trainer`. A second call takes the place of the first.
     Raises:
@@ -60,12 +61,11 @@ def install(
 
 
 def patch_actor(actor: nn.Module) -> nn.Module:
-    """An Actor whose forward(..., return_logprobs=True) gives the same log-probs without logits; 0
-    at padding.
+    """An Actor whose forward(..., return_logprobs=True) makes no logits.
 
-    Packed samples are served too. With return_output=True the output is empty: no logits, and no
-    aux_loss. Calls that want logits, entropies, action log-probs or images run the original
-    forward.
+    The log-probs are the same; those of padding are 0. Packed samples are served too. With
+    return_output=True the output is empty: no logits, and no aux_loss. Calls that want logits,
+    entropies, action log-probs or images run the original forward.
 
     Args:
         actor: openrlhf.models.Actor with its weights loaded; changed in place, and returned.
@@ -90,12 +90,13 @@ def patch_actor(actor: nn.Module) -> nn.Module:
 
     def forward(self, *args, **kwargs):
         call = signature.bind(*args, **kwargs).arguments
-        others = ("return_entropy", "allgather_logits", "mm_inputs")
-        if (
-            not call.get("return_logprobs")
-            or call.get("action_mask") is not None
-            or any(map(call.get, others))
-        ):
+        more_than_log_probs = (
+            call.get("action_mask") is not None
+            or call.get("return_entropy")
+            or call.get("allgather_logits")
+            or call.get("mm_inputs")
+        )
+        if not call.get("return_logprobs") or more_than_log_probs:
             return self._treg_forward(*args, **kwargs)
         if call.get("ring_attn_group") is not None:
             fix = "use --ds.ring_attn_size 1, or leave the Actor as it is"
@@ -118,8 +119,9 @@ def patch_actor(actor: nn.Module) -> nn.Module:
 def _log_probs(
     model: nn.Module, sequences: Tensor, attention_mask: Tensor, *, packed: bool
 ) -> Tensor:
-    """[S, T-1], log-prob of the token at t+1, 0 at padding; sequences and attention_mask are [S,
-    T].
+    """Log-probs of the tokens at t+1, [S, T-1], 0 at padding.
+
+    sequences and attention_mask are [S, T].
     """
     kept = attention_mask.bool()
     position = kept.long().cumsum(-1) - 1
@@ -138,12 +140,11 @@ def _log_probs(
 def make_trainer(
     base: type, token_rewards: str | Path | TokenRewards, *, alpha: float = 0.25, tail: int = TAIL
 ) -> type:
-    """A subclass of OpenRLHF's DPOTrainer whose loss is DPOTrainer's own plus
-    `treg.losses.regularizer.token_regularizer`.
+    """A subclass of OpenRLHF's DPOTrainer with T-REG's regularizer.
 
-    DPO, cDPO and IPO keep their options, and the likelihood term (--model.nll_loss_coef) has no
-    part in the weights. The logged loss is the sum; evaluation, which has no gradients, reports
-    DPOTrainer's loss.
+    Its loss is DPOTrainer's own plus `treg.losses.regularizer.token_regularizer`. DPO, cDPO and IPO
+    keep their options, and the likelihood term (--model.nll_loss_coef) has no part in the weights.
+    The logged loss is the sum; evaluation, which has no gradients, reports DPOTrainer's loss.
 
     Args:
         base: openrlhf.trainer.dpo_trainer.DPOTrainer, or a subclass.
@@ -160,7 +161,8 @@ def make_trainer(
     ]
     if missing:
         raise TypeError(
-            f"base: expected OpenRLHF's DPOTrainer (as of 0.11), got {base.__name__} without {missing}"
+            f"base: expected OpenRLHF's DPOTrainer (as of 0.11), got {base.__name__} without "
+            f"{missing}"
         )
     if not alpha >= 0:
         raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
@@ -184,8 +186,8 @@ def make_trainer(
             self._treg_inputs: Any = None
             self._treg_seen: Any = None
 
-        # concatenated_forward calls the next two, first for the policy and then, without gradients,
-        # for the reference
+        # concatenated_forward calls the next two methods: first for the policy and then, without
+        # gradients, for the reference.
 
         def concatenated_inputs(self, *args, **kwargs):
             found = super().concatenated_inputs(*args, **kwargs)
@@ -206,8 +208,12 @@ def make_trainer(
                         "base: expected a DPOTrainer that calls _get_batch_logps before its loss"
                     )
                 log_probs, ids, mask = seen
+                rewards_of_tokens = rewards_of(ids, mask)[:, 1:]
+                # An Actor that is not patched has log-probs of padding too, whatever they are.
+                kept = mask.bool()
+                inside = kept[:, 1:] & kept[:, :-1]
                 loss = loss + token_regularizer(
-                    loss, log_probs, rewards_of(ids, mask)[:, 1:], alpha
+                    loss, log_probs, rewards_of_tokens, alpha, mask=inside
                 )
             return loss, *rewards
 

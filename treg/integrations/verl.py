@@ -1,14 +1,14 @@
-"""verl: treg's log-probs and entropies in the place of its fused head, and T-REG's token rewards as
-its rewards.
+"""verl: treg's log-probs and entropies in the place of its fused head, T-REG's rewards as its own.
 
 A module that verl imports in each of its workers, say treg_verl.py on their PYTHONPATH:
 
     from treg.integrations import verl
 
-    verl.install_op()              # with actor_rollout_ref.model.use_fused_kernels=True and impl_backend=triton
+    verl.install_op()
     verl.install_token_scores()    # for TRegRewardManager
 
-and on the command line of verl.trainer.main_ppo:
+`install_op` takes effect with actor_rollout_ref.model.use_fused_kernels=True and
+impl_backend=triton. On the command line of verl.trainer.main_ppo:
 
     actor_rollout_ref.model.external_lib=treg_verl
     reward.reward_manager.source=importlib
@@ -34,10 +34,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from treg.checks import check_number, check_tensor
 from treg.data import Pair, Preference
 from treg.ops import VocabShard, linear_logprobs
+from treg.ops.entropy import differentiable_entropy
+from treg.ops.head import Head
 from treg.rewards import ContrastivePrompts, contrastive_rewards
 from treg.rewards.lookup import TokenRewards
 from treg.rewards.scorer import Scorer, content_length
@@ -45,12 +47,12 @@ from treg.rewards.scorer import Scorer, content_length
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
 SIGNATURE = ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]
 REDUCTIONS = {"none": lambda x: x, "sum": Tensor.sum, "mean": Tensor.mean}
-ENTROPY_BYTES = 256 << 20  # temporaries of the gradient of entropies
 
 
 def install_op() -> None:
-    """Put `linear_cross_entropy` where verl looks its own up: in its module, and in those that have
-    imported it.
+    """Put `linear_cross_entropy` where verl looks its own up.
+
+    That is in its module, and in those that have imported it.
 
     Raises:
         ImportError: verl is not installed, or has no such kernel. RuntimeError: a version with
@@ -61,12 +63,14 @@ def install_op() -> None:
     found = list(inspect.signature(function.forward).parameters)[1:] if function else None
     if found != SIGNATURE:
         raise RuntimeError(
-            f"verl: expected linear_cross_entropy({', '.join(SIGNATURE)}), as of verl 0.9, got {found} "
-            f"in version {_version()}"
+            f"verl: expected linear_cross_entropy({', '.join(SIGNATURE)}), as of verl 0.9, "
+            f"got {found} in version {_version()}"
         )
     original = kernel.linear_cross_entropy
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is original:
+        if not name.startswith("verl."):
+            continue
+        if vars(module).get("linear_cross_entropy") is original:
             vars(module)["linear_cross_entropy"] = linear_cross_entropy
 
 
@@ -74,23 +78,26 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    temperature: float | None = 1.0,
+    temperature: float | Tensor | None = 1.0,
     reduction: str | None = "none",
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's fused head by treg: log-probs of labels and entropies, both with exact gradients,
-    without [N, V] logits.
+    """verl's fused head by treg: log-probs of labels and entropies, without [N, V] logits.
 
-        z = h W^T / temperature     lp = z[y] - lse z     H = -sum_v p_v log p_v,   dH/dz_v = -p_v (log p_v + H)
+        z = h W^T / temperature          lp = z[y] - logsumexp_v z[v]
+        H = - sum_v p_v log p_v          dH / dz_v = - p_v (log p_v + H)
 
-    The gradient through H (entropy_coeff) costs two more matrix products a row and a third to make
-    the logits again, and nothing where it is 0 throughout. Any D is fine; verl's kernel wants a
-    multiple of 128.
+    Both have exact gradients. The one through H (entropy_coeff) costs three more matrix products a
+    row, and nothing where it is 0 throughout. Any D is fine; verl's kernel wants a multiple of 128.
 
     Args:
-        hidden: [N, D], or [..., D] with labels [...]. weight: [V, D]; with a group, this process' V
-            / size rows.
-        labels: int64, already rolled. -100: log-prob and entropy 0, which verl leaves undefined.
+        hidden: [N, D], or [..., D] with labels [...].
+        weight: [V, D]; with a group, this process' V / size rows.
+        labels: int64, already rolled. -100: log-prob and entropy are 0, which verl leaves
+            undefined; what hidden holds there has no part in any gradient.
+        temperature: > 0. A number or a tensor of one element; or a tensor of the shape of labels,
+            or [N], with one for each row. Rows of equal temperature go through the head together:
+            few distinct values cost little. None: 1. With a group it is the same in all processes.
         reduction: of the log-probs: "none", "sum" or "mean".
         dist_process_group: over which the vocabulary is split evenly, or None. As in verl, each
             process then gets all log-probs and a share of the gradient of hidden, and the gradient
@@ -98,30 +105,84 @@ def linear_cross_entropy(
     Returns:
         log-probs [N] (or a scalar) and entropies [N], float32, nats; flat, whatever hidden's shape.
     Raises:
-        ValueError: another reduction, and what `treg.ops.linear_logprobs` refuses.
+        ValueError: another reduction, a temperature of another shape or one that is not finite and
+            > 0, and what `treg.ops.linear_logprobs` refuses.
     """
-    temperature = 1.0 if temperature is None else float(temperature)
     reduction = "none" if reduction is None else str(reduction).lower()
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'sum' or 'mean', got {reduction!r}")
+    groups = _rows_of_temperatures(1.0 if temperature is None else temperature, labels)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    # the gradient of entropies makes the same logits again: neither may be rounded
-    exact = (
-        {"logits_dtype": torch.float32} if (device, hidden.dtype) == ("cpu", torch.bfloat16) else {}
-    )
-    rows, shard, size = (
-        hidden,
-        None,
-        1 if dist_process_group is None else dist.get_world_size(dist_process_group),
-    )
+    if len(groups) == 1:
+        ((number, _),) = groups
+        logps, entropy = _scores(hidden, weight, labels, number, dist_process_group)
+    else:
+        parts = [
+            _scores(hidden[rows], weight, labels[rows], number, dist_process_group)
+            for number, rows in groups
+        ]
+        place = torch.cat([rows for _, rows in groups]).argsort()
+        logps = torch.cat([part[0] for part in parts])[place]
+        entropy = torch.cat([part[1] for part in parts])[place]
+    return REDUCTIONS[reduction](logps), entropy
+
+
+def _rows_of_temperatures(
+    temperature: float | Tensor, labels: Tensor
+) -> list[tuple[float, Tensor | slice]]:
+    """Each distinct temperature in increasing order, with the numbers of its rows."""
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, positive=True)
+        return [(float(temperature), slice(None))]
+    check_tensor("temperature", temperature)
+    if temperature.dtype == torch.bool or temperature.is_complex():
+        raise ValueError(
+            "temperature: expected a number or a tensor of numbers, got a tensor of "
+            f"{temperature.dtype}"
+        )
+    if temperature.requires_grad:
+        raise ValueError(
+            "temperature: expected no gradient through it, got a tensor that requires one; "
+            "detach it"
+        )
+    if temperature.numel() == 1:
+        return _rows_of_temperatures(temperature.item(), labels)
+    if temperature.shape not in (labels.shape, (labels.numel(),)):
+        raise ValueError(
+            f"temperature: expected a number, or a tensor of shape {list(labels.shape)} (that of "
+            f"labels), [{labels.numel()}] or one element, got {list(temperature.shape)}"
+        )
+    # They are few: which rows have which is found on the host.
+    numbers, which = temperature.reshape(-1).double().cpu().unique(return_inverse=True)
+    bad = ~(numbers.isfinite() & (numbers > 0))
+    if bool(bad.any()):
+        raise ValueError(f"temperature: expected finite values > 0, got {numbers[bad][0].item()}")
+    if len(numbers) <= 1:  # none where there are no rows
+        return [(number, slice(None)) for number in numbers.tolist() or [1.0]]
+    return [
+        (number, (which == i).nonzero().squeeze(1).to(labels.device))
+        for i, number in enumerate(numbers.tolist())
+    ]
+
+
+def _scores(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, group: Any
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of hidden [N, D], both differentiable; see
+    `linear_cross_entropy`.
+    """
+    rows, shard = hidden, None
+    size = 1 if group is None else dist.get_world_size(group)
     if size > 1:
-        shard, rows = VocabShard.even(weight, dist_process_group), hidden.view_as(hidden)
+        shard, rows = VocabShard.even(weight, group), hidden.view_as(hidden)
         if rows.requires_grad:
-            rows.register_hook(lambda grad: grad / size)  # which the op has summed over the group
+            # The op sums this gradient over the group: each process is to have a share of it.
+            rows.register_hook(lambda grad: grad / size)
+    rounded = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
     found = linear_logprobs(
         rows,
         weight,
@@ -129,65 +190,17 @@ def linear_cross_entropy(
         temperature=temperature,
         outputs=("lse", "entropy"),
         shard=shard,
-        **exact,
+        # Log-probs and entropies of logits that are not rounded to 16 bits.
+        logits_dtype=torch.float32 if rounded else None,
     )
-    entropy = _Entropy.apply(hidden, weight, labels, found.lse, found.entropy, temperature)
-    return REDUCTIONS[reduction](found.logprobs), entropy
-
-
-class _Entropy(torch.autograd.Function):
-    """Entropies that are known, [N], as a function of hidden and weight."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, lse, entropy, temperature):
-        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
-        ctx.temperature = temperature
-        return entropy.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, labels, lse, entropy = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad = grad.masked_fill(labels == -100, 0.0)
-        if not bool(grad.any()):  # an entropy that is logged, with entropy_coeff 0
-            return (None,) * 6
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None
-        step = max(1, ENTROPY_BYTES // (4 * lse.element_size() * weight.shape[0]))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for i in range(0, hidden.shape[0], step):
-                rows = slice(i, i + step)
-                logp = (
-                    _logits(hidden[rows], weight, lse.dtype)
-                    .div_(ctx.temperature)
-                    .sub_(lse[rows, None])
-                )
-                slope = (
-                    logp.exp()
-                    .mul_(logp.add_(entropy[rows, None]))
-                    .mul_(-grad[rows, None] / ctx.temperature)
-                )
-                slope = slope.to(weight.dtype)
-                if dhidden is not None:
-                    dhidden[rows] = slope @ weight
-                if dweight is not None:
-                    dweight += slope.T @ hidden[rows]
-        return (
-            dhidden,
-            None if dweight is None else dweight.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """hidden W^T, not rounded to 16 bits."""
-    if hidden.is_cuda and hidden.dtype != dtype:
-        return torch.mm(hidden, weight.T, out_dtype=dtype)
-    return hidden.to(dtype) @ weight.T.to(dtype)
+    entropy = differentiable_entropy(
+        found.entropy,
+        hidden,
+        labels,
+        Head(weight, temperature=temperature),
+        lse=None if shard is None else found.lse,
+    )
+    return found.logprobs, entropy
 
 
 def install_token_scores() -> None:

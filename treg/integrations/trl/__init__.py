@@ -1,8 +1,7 @@
-"""T-REG in TRL's DPOTrainer, and treg's log-probs under any TRL trainer that computes them in
-chunks.
+"""T-REG in TRL's DPOTrainer, and treg's log-probs under TRL trainers that compute them in chunks.
 
-    TRegDPOTrainer            TRL's own loss (any loss_type, or several), metrics, evaluation and reference, on
-                              log-probs of treg, plus the T-REG regularizer
+    TRegDPOTrainer            TRL's own loss (any loss_type, or several), metrics, evaluation and
+                              reference, on log-probs of treg, plus the T-REG regularizer
     patch_chunked_logprobs    one function of TRL swapped: DPO, KTO, SFT, GRPO, RLOO as they are
 
 For TRL >= 1.15, which computes log-probs inside the model's forward; earlier versions have other

@@ -1,17 +1,16 @@
-"""TRL's chunked log-probs by `treg.ops.linear_logprobs`: one function of TRL swapped, nothing
-else.
-"""
+"""TRL's chunked log-probs by `treg.ops.linear_logprobs`: one function of TRL is swapped."""
 
 import importlib.metadata
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import trl.trainer.utils
 from torch import Tensor
 
 from treg.ops import linear_logprobs
+from treg.ops.entropy import differentiable_entropy
+from treg.ops.head import Head
 
 # TRL's names of the statistics -> treg's
 STATISTICS = {
@@ -35,14 +34,13 @@ ARGUMENTS = [
 
 
 def patch_chunked_logprobs(memory_budget: int | None = None) -> Callable[[], None]:
-    """Let every TRL trainer of this process compute its chunked log-probs with
-    `treg.ops.linear_logprobs`.
+    """Let every TRL trainer of this process compute its chunked log-probs by treg.
 
-    Values and gradients are TRL's within rounding, closer to exact with 16-bit models on a GPU,
-    where TRL rounds logits. Heads are read as TRL reads them: for those that it misreads, use
-    TRegDPOTrainer.
-    Differs: entropy carries no gradient, and asking for it raises (GRPO's entropy_coef); a token
-    that ties with the most likely one counts as is_top1.
+    Values and gradients (those of log-probs and of entropies, as GRPO's entropy_coef needs them)
+    are TRL's within rounding, closer to exact with 16-bit models on a GPU, where TRL rounds logits.
+    Heads are read as TRL reads them: for those that it misreads, use TRegDPOTrainer.
+    Differs: a token that ties with the most likely one counts as is_top1. Where a loss has a
+    gradient in both log-probs and entropies, the logits are computed once more for the second.
 
     Args:
         memory_budget: bytes of temporaries, see `treg.ops.linear_logprobs`.
@@ -59,8 +57,9 @@ def patch_chunked_logprobs(memory_budget: int | None = None) -> Callable[[], Non
     found = [] if original is None else list(inspect.signature(original.forward).parameters)[1:]
     if found != ARGUMENTS:
         raise RuntimeError(
-            f"trl {installed}: expected trl.trainer.utils.{KERNEL} with the arguments {', '.join(ARGUMENTS)}, got "
-            f"{', '.join(found) or 'none'}; use TRegDPOTrainer, or a version of TRL between 1.15 and 1.16"
+            f"trl {installed}: expected trl.trainer.utils.{KERNEL} with the arguments "
+            f"{', '.join(ARGUMENTS)}, got {', '.join(found) or 'none'}; use TRegDPOTrainer, "
+            "or a version of TRL between 1.15 and 1.16"
         )
     swapped = _Chunked(original, memory_budget)
     setattr(trl.trainer.utils, KERNEL, swapped)
@@ -95,9 +94,10 @@ class _Chunked:
             raise RuntimeError(
                 "patch_chunked_logprobs: expected whole weights, got ZeRO-3's; use TRegDPOTrainer"
             )
+        weight = weight.to(hidden.dtype)
         found = linear_logprobs(
             hidden,
-            weight.to(hidden.dtype),
+            weight,
             targets,
             bias=bias,
             logit_scale=logit_scale,
@@ -106,23 +106,10 @@ class _Chunked:
             memory_budget=self.memory_budget,
             outputs=tuple(STATISTICS[name] for name in outputs if name in STATISTICS),
         )
-        logps, entropy = found.logprobs, found.entropy
-        if entropy is not None and logps.requires_grad:
-            logps, entropy = _WithoutGradient.apply(logps, entropy)
-        return logps, entropy, found.log_sum_sq_probs, found.mean_logit, found.is_top1
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """Both as they are; a gradient in the second is refused instead of lost."""
-
-    @staticmethod
-    def forward(ctx, logps, entropy):
-        ctx.set_materialize_grads(False)
-        return logps.view_as(logps), entropy.clone()
-
-    @staticmethod
-    def backward(ctx, grad, grad_entropy):
-        if grad_entropy is not None:
-            fix = "set entropy_coef=0, or undo patch_chunked_logprobs"
-            raise NotImplementedError(f"entropy: expected no gradient through it, got one; {fix}")
-        return grad, None
+        entropy = found.entropy
+        if entropy is not None:
+            head = Head.of(weight, bias, logit_scale, final_logit_softcapping, temperature, -100)
+            entropy = differentiable_entropy(
+                entropy, hidden, targets, head, memory_budget=self.memory_budget
+            )
+        return found.logprobs, entropy, found.log_sum_sq_probs, found.mean_logit, found.is_top1
