@@ -24,7 +24,7 @@ from loss_head_cases import Case, batch_of
 from loss_head_measure import Alternation, checked_errors, environment, peak_bytes
 from loss_head_peers import METHODS, step
 
-from treg.ops.head import DEFAULT_BUDGET
+from treg.ops.head.memory import DEFAULT_BUDGET
 
 TIMED = Case("bars", 2, 1024, 512, 32000, torch.float32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

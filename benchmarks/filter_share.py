@@ -39,13 +39,17 @@ from treg.data import EncodeOptions, load_pairs
 from treg.demo import world
 from treg.demo.run import MODEL
 from treg.ops import linear_logprobs
-from treg.ops.filtered import TILE, block_tops, filtered_rows
-from treg.ops.head import DEFAULT_BUDGET, Head
-from treg.ops.torch_tiles import TorchTiles
+from treg.ops.call import Batch, Call
+from treg.ops.head import Head
+from treg.ops.head.gradients import Needs
+from treg.ops.head.memory import DEFAULT_BUDGET
+from treg.ops.head.selection import RowSelection
+from treg.ops.head.torch_tiles import TorchTiles, block_tops
+from treg.ops.plans.filtered import TILE, filtered_gradients
 
 EPSILONS = {f"2**{k}": 2.0**k for k in (-16, -14, -12, -10)}
 PAIRS, STEPS, BETA = 16, 24, 0.1
-NEEDS = (True, True, False)
+NEEDS = Needs(True, True, False)
 
 
 def states(model, pair) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -85,6 +89,24 @@ def forward(hidden, weight, target) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return z, z.logsumexp(1), block_tops(z, target.unsqueeze(1), TILE)
 
 
+def filtered(tiles, hidden, target, lse, coef, tops, eps):
+    """The gradients from the tiles that eps leaves, and their share."""
+    call = Call(
+        impl="torch",
+        dtype=hidden.dtype,
+        logits_dtype=tiles.logits_dtype,
+        ignore_index=tiles.head.ignore_index,
+        outputs=(),
+        needs=NEEDS,
+        budget=DEFAULT_BUDGET["cpu"],
+        filter_eps=eps,
+    )
+    rows = RowSelection.all(len(target))
+    taken = Batch(call, tiles, hidden, target, rows, hidden.dtype, hidden.dtype)
+    norm = torch.stack([lse, torch.zeros_like(lse)], 1)
+    return filtered_gradients(taken, coef, norm, tops)
+
+
 @torch.no_grad()
 def batch(model, pairs, start: list[torch.Tensor]) -> dict[str, object]:
     """Shares and errors for each eps, of the gradient of the DPO loss of these pairs."""
@@ -104,19 +126,7 @@ def batch(model, pairs, start: list[torch.Tensor]) -> dict[str, object]:
     held.scatter_(1, target.unsqueeze(1), 1.0)
 
     def gradients(eps):
-        return filtered_rows(
-            TorchTiles(Head(weight)),
-            hidden,
-            target,
-            None,
-            lse,
-            coef,
-            tops,
-            TILE,
-            eps,
-            DEFAULT_BUDGET["cpu"],
-            NEEDS,
-        )
+        return filtered(TorchTiles(Head(weight)), hidden, target, lse, coef, tops, eps)
 
     exact, _ = gradients(0.0)
     found = {}
@@ -203,19 +213,7 @@ def synthetic(N: int = 2048, D: int = 512, V: int = 32000, rounds: int = 5) -> d
         linear_logprobs(*leaves, target)
 
     def backward(eps):
-        return lambda: filtered_rows(
-            tiles,
-            hidden.detach(),
-            target,
-            None,
-            lse,
-            coef,
-            tops,
-            TILE,
-            eps,
-            DEFAULT_BUDGET["cpu"],
-            NEEDS,
-        )
+        return lambda: filtered(tiles, hidden.detach(), target, lse, coef, tops, eps)
 
     shares = {name: backward(eps)()[1].item() for name, eps in EPSILONS.items()}
     calls = {

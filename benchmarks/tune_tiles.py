@@ -22,7 +22,7 @@ import triton
 from loss_head_cases import DEVICE, HEADS
 from loss_head_measure import environment
 
-from treg.ops.gemm import logits_into
+from treg.ops.head.gemm import logits_into
 from treg_kernels import configs, logits_gradient, logprob_forward
 from treg_kernels.configs import Tile
 from treg_kernels.tiles import Scalars

@@ -72,23 +72,28 @@ def open_operators(monkeypatch):
     """The project's operators as plain autograd functions: dispatch modes, which count, see what
     happens inside.
     """
-    import treg.ops.logprobs
-    import treg.ops.pair_op
-    import treg.ops.pairs
+    from treg.operators import Operator
 
-    def opened(op):
+    def opened(op, *args):
+        if op.save is None:  # a gradient's operator has no gradient, and saves nothing
+            return op.implementation(*args)
+
         class Opened(torch.autograd.Function):
-            forward = staticmethod(op._init_fn)
-            setup_context = staticmethod(op._setup_context_fn)
-            backward = staticmethod(op._backward_fn)
+            @staticmethod
+            def forward(*inputs):
+                return tuple(op.implementation(*inputs))
 
-        # a gradient's operator has no gradient, and saves nothing
-        return Opened.apply if op._setup_context_fn else op._init_fn
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                op.save(ctx, inputs, list(output))
 
-    for module in (treg.ops.logprobs, treg.ops.pairs, treg.ops.pair_op):
-        for name, op in list(vars(module).items()):
-            if isinstance(op, torch.library.CustomOpDef):
-                monkeypatch.setattr(module, name, opened(op))
+            @staticmethod
+            def backward(ctx, *grads):
+                return op.backward(ctx, list(grads))
+
+        return list(Opened.apply(*args))
+
+    monkeypatch.setattr(Operator, "__call__", opened)
 
 
 def pytest_collection_modifyitems(items):

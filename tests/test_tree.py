@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "treg.results": {"torch"},
     "treg.operators": {"torch"},
     "treg.files": {"yaml"},
-    "treg.losses": {"treg.losses", "treg.checks", "treg.results", "torch"},
+    "treg.losses": {
+        *("treg.losses", "treg.checks", "treg.operators", "treg.results", "treg_kernels", "torch"),
+    },
     "treg.ops": {
         *("treg.ops", "treg.checks", "treg.losses", "treg.operators", "treg.results"),
         *("treg_kernels", "torch"),

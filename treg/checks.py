@@ -12,6 +12,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 _debug = False  # one switch for the process
 
@@ -44,24 +46,49 @@ def check_tensor(name: str, x, *, optional: bool = False) -> None:
     if optional and x is None:
         return
     if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name}: expected a torch.Tensor{' or None' if optional else ''}, got {type(x).__name__}"
-        )
+        or_none = " or None" if optional else ""
+        raise TypeError(f"{name}: expected a torch.Tensor{or_none}, got {type(x).__name__}")
     if hasattr(x, "full_tensor"):
         raise ValueError(
             f"{name}: expected a plain tensor, got a DTensor; pass {name}.full_tensor()"
         )
     if x.layout != torch.strided or x.is_nested:
-        raise ValueError(
-            f"{name}: expected a dense tensor, got layout {x.layout}{' (nested)' if x.is_nested else ''}"
-        )
+        nested = " (nested)" if x.is_nested else ""
+        raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}{nested}")
     if x.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
 
 
+def check_transforms(**tensors: Tensor | None) -> None:
+    """Operators know first derivatives by backward alone: anything else would be silently wrong.
+
+    Under torch.compile nothing is checked: a graph that holds an operator refuses by itself.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if is_functorch_wrapped_tensor(x):
+            raise RuntimeError(
+                f"{name}: expected a plain tensor, got one inside a transform of torch.func (grad, "
+                "vmap, jvp, ...), which is not implemented; use torch.autograd.grad or "
+                "loss.backward()"
+            )
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name}: expected a tensor without a tangent, got a dual tensor of forward-mode "
+                "differentiation, which is not implemented; use torch.autograd.grad or "
+                "loss.backward()"
+            )
+
+
 def check_number(name: str, x, *, positive: bool = False, optional: bool = False) -> None:
-    """A finite real number."""
-    if optional and x is None:
+    """A finite real number.
+
+    A graph that is being traced does not know it: its operator checks it when it runs.
+    """
+    if torch.compiler.is_compiling() or (optional and x is None):
         return
     try:
         good = (
@@ -117,104 +144,14 @@ def check_finite(name: str, x: Tensor, scored: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected finite values, got {got}")
 
 
-def check_head(
-    hidden,
-    weight,
-    target,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    ignore_index,
-    impl,
-    memory_budget,
-    logits_dtype,
-    *,
-    sharded: bool = False,
-    filter_eps=None,
-) -> None:
-    """Arguments that both ops share. hidden [..., D], weight [V, D], target [...]; impl resolved.
-
-    sharded: weight is a part of the whole, whose number of rows is not known here.
-    """
-    for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
-        check_tensor(name, x)
-    check_tensor("bias", bias, optional=True)
-    if hidden.ndim < 1 or hidden.shape[-1] < 1:
-        raise ValueError(f"hidden: expected shape [..., D] with D >= 1, got {list(hidden.shape)}")
-    allowed = HEAD_DTYPES if impl == "triton" else FLOATS
-    if hidden.dtype not in allowed:
-        raise ValueError(
-            f"hidden: expected one of {[str(d) for d in allowed]} for impl={impl!r}, got {hidden.dtype}"
-        )
-    if weight.ndim != 2 or weight.shape[0] < 1:
-        raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
-    if weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got {list(weight.shape)}; is it transposed?"
-        )
-    if weight.dtype != hidden.dtype:
-        raise ValueError(
-            f"weight: expected {hidden.dtype} (hidden's dtype), got {weight.dtype}; convert one, or use torch.autocast"
-        )
-    if target.dtype != torch.int64:
-        raise ValueError(f"target: expected torch.int64, got {target.dtype}; use target.long()")
-    check_shape("target", target, hidden.shape[:-1], "hidden's without D")
-    check_device("weight", weight, hidden)
-    check_device("target", target, hidden)
-    V = weight.shape[0]
-    if bias is not None:
-        check_shape("bias", bias, (V,), "V")
-        check_floating("bias", bias)
-        check_device("bias", bias, hidden)
-    check_number("logit_scale", logit_scale)
-    check_number("softcap", softcap, positive=True, optional=True)
-    check_number("temperature", temperature, positive=True)
-    if not abs(logit_scale / temperature) < 1e30:
-        raise ValueError(
-            f"temperature: expected |logit_scale / temperature| < 1e30, got {logit_scale} / {temperature}; "
-            "float32 logits would overflow"
-        )
-    if (
-        isinstance(ignore_index, bool)
-        or not isinstance(ignore_index, int)
-        or abs(ignore_index) >= 2**63
-    ):
-        raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
-    _check_budget(memory_budget)
-    check_number("filter_eps", filter_eps, optional=True)
-    if filter_eps is not None and (sharded or not 0.0 <= filter_eps < 1.0):
-        expected = (
-            "None beside a shard"
-            if sharded
-            else "0 <= value < 1, a share of the largest coefficient, or None"
-        )
-        raise ValueError(f"filter_eps: expected {expected}, got {filter_eps!r}")
-    if logits_dtype is not None and (
-        impl == "triton"
-        or logits_dtype not in (torch.float32, hidden.dtype)
-        or hidden.dtype == torch.float64
-    ):
-        raise ValueError(
-            f"logits_dtype: expected None, torch.float32 or hidden's dtype, with impl='torch' and 16-bit or float32 "
-            f"inputs, got {logits_dtype!r} with impl={impl!r} and {hidden.dtype}"
-        )
-    if values_visible(target):
-        bad = (target != ignore_index) & ((target < 0) | (target >= (math.inf if sharded else V)))
-        if bool(bad.any()):
-            at = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"target: expected values {'>= 0' if sharded else f'in [0, {V})'} or ignore_index={ignore_index}, "
-                f"got {target[tuple(at)].item()} at index {at}"
-            )
-
-
-def _check_budget(memory_budget) -> None:
+def check_memory_budget(memory_budget) -> None:
+    """A number of bytes, "least" or None."""
     if memory_budget is None or memory_budget == "least":
         return
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
         raise ValueError(
-            f"memory_budget: expected a number of bytes > 0 (int), 'least' or None, got {memory_budget!r}"
+            "memory_budget: expected a number of bytes > 0 (int), 'least' or None, got "
+            f"{memory_budget!r}"
         )
 
 
@@ -246,8 +183,8 @@ def resolve_impl(impl, hidden) -> str:
             ) from error
         if not INTERPRET:
             raise ValueError(
-                f"impl: expected 'torch' for tensors on {hidden.device} ('triton' needs a GPU, or its interpreter), "
-                "got 'triton'"
+                f"impl: expected 'torch' for tensors on {hidden.device} ('triton' needs a GPU, or "
+                "its interpreter), got 'triton'"
             )
     return impl
 
@@ -261,7 +198,8 @@ def check_sequences(name: str, x: Tensor, ndim: int, cu_seqlens) -> int:
     if cu_seqlens is None:
         if x.ndim != ndim:
             raise ValueError(
-                f"{name}: expected [2B, T{tail}], or [N{tail}] with cu_seqlens, got {list(x.shape)} without"
+                f"{name}: expected [2B, T{tail}], or [N{tail}] with cu_seqlens, got "
+                f"{list(x.shape)} without"
             )
         count = x.shape[0]
     else:
@@ -269,7 +207,8 @@ def check_sequences(name: str, x: Tensor, ndim: int, cu_seqlens) -> int:
             raise ValueError(f"{name}: expected [N{tail}] beside cu_seqlens, got {list(x.shape)}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
             raise ValueError(
-                f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+                f"cu_seqlens: expected [2B+1] int32, got {list(cu_seqlens.shape)} "
+                f"{cu_seqlens.dtype}"
             )
         if cu_seqlens.device.type != "cpu":
             check_device("cu_seqlens", cu_seqlens, x)
@@ -279,7 +218,8 @@ def check_sequences(name: str, x: Tensor, ndim: int, cu_seqlens) -> int:
     if count < 2 or count % 2:
         argument = name if cu_seqlens is None else "cu_seqlens"
         raise ValueError(
-            f"{argument}: expected an even number >= 2 of sequences (chosen, then rejected), got {max(count, 0)}"
+            f"{argument}: expected an even number >= 2 of sequences (chosen, then rejected), got "
+            f"{max(count, 0)}"
         )
     return count
 
@@ -324,7 +264,8 @@ def check_pair_inputs(
     if ref_logps is not None:
         if tuple(ref_logps.shape) not in ((count,), tuple(like.shape)):
             raise ValueError(
-                f"ref_logps: expected [{count}] sums, or {list(like.shape)} per token, got {list(ref_logps.shape)}"
+                f"ref_logps: expected [{count}] sums, or {list(like.shape)} per token, got "
+                f"{list(ref_logps.shape)}"
             )
         check_floating("ref_logps", ref_logps)
         check_device("ref_logps", ref_logps, like)
@@ -336,5 +277,6 @@ def check_lengths(name: str, lengths: list[int]) -> None:
     for s, length in enumerate(lengths):
         if length == 0:
             raise ValueError(
-                f"{name}: expected a scored token in every sequence, got none in sequence {s} of {len(lengths)}"
+                f"{name}: expected a scored token in every sequence, got none in sequence {s} of "
+                f"{len(lengths)}"
             )

@@ -1,7 +1,8 @@
 """PyTorch operators of this project: one call in eager mode, one node in a graph of torch.compile.
 
-`torch.library.custom_op` would do, but its first eager call imports torch._dynamo and sympy: 140 MiB
-and seconds. Here an operator is defined by its schema, and a first call costs what it computes.
+`torch.library.custom_op` would do, but its first eager call imports torch._dynamo and sympy, which
+takes 140 MiB and seconds. Here an operator is defined by its schema, and a first call costs what it
+computes.
 
 An operator takes tensors and one string. The string holds all that is fixed in a run. Numbers that
 a schedule may change come as one float64 tensor on the CPU (see `scalars`).
@@ -26,8 +27,8 @@ class Operator:
     """An operator of the namespace `treg`, called like the function that implements it.
 
     Args:
-        schema: name, arguments and results as `torch.library.Library.define` takes them. Results are
-            a list of tensors, `Tensor[]`, whose names the caller knows.
+        schema: name, arguments and results as `torch.library.Library.define` takes them. Results
+            are a list of tensors, `Tensor[]`, whose names the caller knows.
         implementation: the function itself; eager, on any device.
         fake: the same results from shapes alone, not filled; for torch.compile.
         tags: of the operator, e.g. LOOKS_AT_VALUES.
@@ -56,7 +57,7 @@ class Operator:
     def differentiable(
         self, save: Callable[..., None] | None, backward: Callable[..., Any]
     ) -> None:
-        """Register save(ctx, inputs, output), which runs after the forward, and backward(ctx, grads).
+        """Register save(ctx, inputs, output), run after the forward, and backward(ctx, grads).
 
         grads: one entry a result, None for a result without a gradient.
         """
@@ -84,5 +85,6 @@ def scalars(*values: float) -> Tensor:
 
 def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
-        "expected first derivatives only: the gradient of a loss's gradient is not implemented"
+        "expected first derivatives only: second derivatives, the gradient of a loss's gradient, "
+        "are not implemented"
     )

@@ -29,7 +29,7 @@ def _active_kernel(
     mask_n, mask_j = offs_n < N, offs_j < tiles_v
     coef = tl.load(coef_ptr + offs_n, mask=mask_n, other=0.0)
     counts = coef != 0.0
-    norm = tl.load(norm_ptr + offs_n, mask=counts, other=0.0)
+    norm = tl.load(norm_ptr + 2 * offs_n, mask=counts, other=0.0)
     target = tl.load(target_ptr + offs_n, mask=counts, other=-1)
     at = offs_n[:, None] * blocks + (offs_j * TILE_V // WIDTH)[None, :]
     top = tl.load(tops_ptr + at, mask=counts[:, None] & mask_j[None, :], other=float("-inf"))
@@ -77,7 +77,8 @@ def active_tiles(
 
     Args:
         tops: [N, ceil(V / width)] float32, contiguous, the largest z2 of each block of `width`
-            columns without the target; width: a multiple of TILE_V. norm: [N] float32, lse / ln 2.
+            columns without the target; width: a multiple of TILE_V. norm: [N, 2] float32, from
+            `logprob_forward`.
         coef: [N] float32, 0 at rows that are not scored; of these nothing else is read. target: [N]
             int64.
         threshold: 0-dim float32, on the device.

@@ -1,8 +1,11 @@
 """Gradient of the logits, when the coefficient of every token is known: the logits tile is computed
 again.
 
-    d L / d a_t[v] = coef_t * scale * slope * ( 1{v = y_t} - 2**(z2 - lse2_t) )
+    d L / d a_t[v] = coef_t * scale * slope * ( 1{v = y_t} - 2**(z2 - lse2_t - rest_t) )
     coef_t = d L / d lp_t
+
+rest_t is what the rounding of lse2_t lost. It multiplies all probabilities of a row alike, which a
+common offset of the logits would make felt.
 
 Written in the weight's dtype as a [N, V] slab; the two products that follow, dhidden = G W and
 dweight = G^T h, are plain GEMMs. A row with target ignore_index, and one with coef 0, is 0. A
@@ -21,7 +24,7 @@ from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transf
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
 def _gradient_kernel(
-    hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, lse2_ptr,
+    hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, norm_ptr,
     coef_ptr, out,
     N, V, D, ignore_index, first_v, stride_out, scale, scale2, cap_scale, cap2,
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
@@ -49,15 +52,18 @@ def _gradient_kernel(
             SOURCE,
         )  # fmt: skip
         z2, slope = transform(a, scale2, cap_scale, cap2)
-        lse2 = tl.load(lse2_ptr + offs_n, mask=mask_n & active, other=0.0)
+        lse2 = tl.load(norm_ptr + 2 * offs_n, mask=mask_n & active, other=0.0)
+        rest = tl.load(norm_ptr + 2 * offs_n + 1, mask=mask_n & active, other=0.0)
+        shrink = tl.exp2(-rest)
         p = tl.exp2(z2 - lse2[:, None])
         factor = coef * scale
         if uniform(tile_v, target, active, V, BLOCK_V):
-            gradient = -factor[:, None] * p * slope
+            gradient = -(factor * shrink)[:, None] * p * slope
         else:
             local = (target - tile_v * BLOCK_V).to(tl.int32)
             one = tl.where(tl.arange(0, BLOCK_V)[None, :] == local[:, None], 1.0, 0.0)
-            gradient = tl.where(active[:, None], factor[:, None] * (one - p) * slope, 0.0)
+            gradient = factor[:, None] * (one - p * shrink[:, None]) * slope
+            gradient = tl.where(active[:, None], gradient, 0.0)
         store_tile(out, gradient, tile_n, tile_v, N, V, stride_out, STORE, BLOCK_N, BLOCK_V)
 
 
@@ -80,8 +86,8 @@ def logits_gradient(
         hidden: [N, D], weight: [V, D], float32, bfloat16 or float16, any strides. target: [N]
             int64, contiguous.
         bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
-        norm: [N] float32, lse / ln 2, from `logprob_forward`. coef: [N] float32. out: [N, V]
-            contiguous.
+        norm: [N, 2] float32, lse / ln 2 and what its rounding lost, from `logprob_forward`.
+        coef: [N] float32. out: [N, V] contiguous.
         product, tile: as in `logprob_forward`.
     """
     N, D = hidden.shape

@@ -58,10 +58,12 @@ def _active_gradient_kernel(
     z2, slope = transform(a, scale2, cap_scale, cap2)
     coef = tl.load(coef_ptr + offs_n, mask=offs_n < N, other=0.0)
     counts = coef != 0.0
-    norm = tl.load(norm_ptr + offs_n, mask=counts, other=0.0)
+    norm = tl.load(norm_ptr + 2 * offs_n, mask=counts, other=0.0)
+    shrink = tl.exp2(-tl.load(norm_ptr + 2 * offs_n + 1, mask=counts, other=0.0))
     target = tl.load(target_ptr + offs_n, mask=counts, other=-1)
     one = tl.where(offs_v[None, :] == target[:, None], 1.0, 0.0)
-    gradient = (coef * scale)[:, None] * (one - tl.exp2(z2 - norm[:, None])) * slope
+    p = tl.exp2(z2 - norm[:, None]) * shrink[:, None]
+    gradient = (coef * scale)[:, None] * (one - p) * slope
     gradient = tl.where(counts[:, None] & (offs_v < V)[None, :], gradient, 0.0)
     ptrs = slab_ptr + offs_n[:, None] * (tiles_v * TILE_V) + offs_v[None, :]
     tl.store(ptrs, gradient.to(slab_ptr.dtype.element_ty))
@@ -160,8 +162,8 @@ def filtered_gradients(
 
     Args:
         hidden: [N, D], weight: [V, D]; float32, bfloat16 or float16, any strides.
-        target: [N] int64. bias: [V] or None. norm: [N] float32, lse / ln 2. coef: [N] float32, 0
-            where not scored; what hidden holds there (NaN even) adds nothing.
+        target: [N] int64. bias: [V] or None. norm: [N, 2] float32, from `logprob_forward`.
+        coef: [N] float32, 0 where not scored; what hidden holds there (NaN even) adds nothing.
         active: [tiles_n, tiles_v] bool, of these rows, from `active.active_tiles`. scalars: see
             `tiles.Scalars`.
         slab: `slab_shape(N, V)`, weight's dtype, overwritten; it may be longer.

@@ -195,7 +195,7 @@ def _tile_kernel(
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _combine_kernel(
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, target_ptr, target_z2_ptr, stash_ptr,
-    logprob_ptr, lse2_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr,
+    logprob_ptr, norm_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr,
     log_sum_sq_ptr,
     N, V, stride_part, ignore_index, scale, cap2,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -230,8 +230,11 @@ def _combine_kernel(
     tl.store(logprob_ptr + offs_n, tl.where(scored, -above * LN2, 0.0), mask=mask_n)
     # from the largest term, so that z2 - lse2 of a nearly certain token rounds to what it is
     largest = tl.maximum(K, z2_y)
-    lse2 = largest + tl.log2(S * tl.exp2(K - largest) + tl.exp2(z2_y - largest))
-    tl.store(lse2_ptr + offs_n, tl.where(scored, lse2, 0.0), mask=mask_n)
+    more = tl.log2(S * tl.exp2(K - largest) + tl.exp2(z2_y - largest))
+    lse2 = largest + more
+    rest = (largest - lse2) + more  # what the sum lost
+    tl.store(norm_ptr + 2 * offs_n, tl.where(scored, lse2, 0.0), mask=mask_n)
+    tl.store(norm_ptr + 2 * offs_n + 1, tl.where(scored, rest, 0.0), mask=mask_n)
     if lse_ptr is not None:
         tl.store(lse_ptr + offs_n, tl.where(scored, lse2 * LN2, 0.0), mask=mask_n)
 
@@ -322,10 +325,10 @@ def logprob_forward(
             `configs.tile_for`.
     Returns:
         {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1:
-        bool); norm, which `logits_gradient` takes, is lse / ln 2; tops: [N, ceil(V / tile.v)], the
-        largest z2 of each tile without the target's. Temporaries: 4 * N * part_columns(weight)
-        bytes for each of k and s and for each statistic but lse, and configs.SLAB_BYTES where the
-        tile takes the vendor's product.
+        bool); norm, which `logits_gradient` takes, is [N, 2]: lse / ln 2, and what its rounding
+        lost; tops: [N, ceil(V / tile.v)], the largest z2 of each tile without the target's.
+        Temporaries: 4 * N * part_columns(weight) bytes for each of k and s and for each statistic
+        but lse, and configs.SLAB_BYTES where the tile takes the vendor's product.
     """
     N, D = hidden.shape
     V = weight.shape[0]
@@ -335,7 +338,8 @@ def logprob_forward(
     def row(dtype=torch.float32):
         return torch.empty(N, dtype=dtype, device=dev)
 
-    found = {"logprobs": row(), "norm": row()}
+    norm = torch.empty(N, 2, dtype=torch.float32, device=dev)
+    found = {"logprobs": row(), "norm": norm}
     found.update(
         {
             name: row(torch.bool if name == "is_top1" else torch.float32)

@@ -7,10 +7,10 @@ import torch
 from helpers import EPS, error
 from torch.utils.flop_counter import FlopCounterMode
 
-import treg.ops.head
-import treg.ops.torch_tiles
 from treg.integrations.liger import LOSS_TYPES, FusedLinearTRegLoss
 from treg.ops import reference
+from treg.ops.head import torch_tiles
+from treg.ops.head.memory import DEFAULT_BUDGET
 
 OUTPUTS = (
     "chosen_logps",
@@ -316,10 +316,8 @@ def test_three_products_for_the_policy_and_one_for_the_reference(average, monkey
     more.
     """
     length, wide = 400, 500
-    monkeypatch.setattr(
-        treg.ops.torch_tiles, "BLOCK", {"cpu": 1 << 14}
-    )  # leave the budget to the rows
-    monkeypatch.setitem(treg.ops.head.DEFAULT_BUDGET, "cpu", 3 * length * wide * 4)
+    monkeypatch.setattr(torch_tiles, "BLOCK", {"cpu": 1 << 14})  # leave the budget to the rows
+    monkeypatch.setitem(DEFAULT_BUDGET, "cpu", 3 * length * wide * 4)
     batch = {
         "lin_weight": torch.randn(wide, H),
         "_input": torch.randn(2 * B, length, H),

@@ -16,6 +16,7 @@ from helpers import DEVICE, GPU
 import treg
 import treg.checks
 from treg import fused_treg_loss, linear_logprobs
+from treg.ops.options import HeadOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 NAN, INF = float("nan"), float("inf")
@@ -952,15 +953,18 @@ def test_gpu_values_are_checked_on_request(debug_off):
 
 def test_no_filter_beside_a_shard():
     """A shard needs a process group: here its check alone."""
-    head = (
-        torch.zeros(4, D),
-        torch.zeros(V, D),
-        torch.zeros(4, dtype=torch.int64),
-        None,
-        1.0,
-        None,
-        1.0,
-        -100,
+    head = (torch.zeros(4, D), torch.zeros(V, D), torch.zeros(4, dtype=torch.int64), None)
+    options = HeadOptions(
+        logit_scale=1.0,
+        softcap=None,
+        temperature=1.0,
+        ignore_index=-100,
+        outputs=(),
+        impl="torch",
+        memory_budget=None,
+        logits_dtype=None,
+        shard=object(),
+        filter_eps=0.0,
     )
     with pytest.raises(ValueError, match=r"^filter_eps: expected None beside a shard, got 0\.0"):
-        treg.checks.check_head(*head, "torch", None, None, sharded=True, filter_eps=0.0)
+        options.call(*head)

@@ -1,21 +1,26 @@
 """The operators under torch.compile and torch.library.opcheck: the same numbers, one graph."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from helpers import IMPLS, device_of
+from looks import patch_looks
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-import treg.ops.head
-import treg.ops.pairs
-import treg.ops.rows
 from treg.losses import LossOptions
+from treg.operators import scalars
 from treg.ops import fused_treg_loss, linear_logprobs
-from treg.ops.head import Head
-from treg.ops.logprobs import _gradients, _logprobs, make_tiles
-from treg.ops.pairs import _gradients as _pair_gradients
-from treg.ops.pairs import _pair_loss
+from treg.ops.call import Call
+from treg.ops.head import Head, make_tiles
+from treg.ops.head.gradients import Needs
 
 B, T, D, V = 2, 7, 16, 60
+LOGPROBS, PAIRS = [
+    (module._forward, module._gradient)
+    for module in map(import_module, ("treg.ops.linear_logprobs", "treg.ops.treg_loss"))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -129,15 +134,28 @@ def test_other_lengths_need_no_third_graph(impl):
     assert len(graphs) == 2
 
 
+def make_call(impl: str, dtype: torch.dtype, needs, **options) -> Call:
+    given = {"budget": 384 << 20, "outputs": ("lse", "is_top1")} | options
+    return Call(
+        impl=impl,
+        dtype=dtype,
+        logits_dtype=torch.float32 if impl == "torch" else None,
+        ignore_index=-100,
+        needs=Needs(*needs),
+        **given,
+    )
+
+
 @pytest.mark.parametrize(
-    ("eps", "by_columns"), [(None, False), (2.0**-10, False), (None, True)], ids=str
+    "options", [{}, {"filter_eps": 2.0**-10}, {"least": True}], ids=["", "filtered", "least"]
 )
 @pytest.mark.parametrize(
     "needs", [(True, True, True), (True, False, False), (False, False, False)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck_logprobs(impl, dtype, needs, eps, by_columns):
+@pytest.mark.unpoisoned("opcheck compares two runs: what neither writes would differ")
+def test_opcheck_logprobs(impl, dtype, needs, options):
     """Schema, autograd registration, shapes of the fake kernel, tracing; the gradient's operator
     too.
     """
@@ -145,27 +163,16 @@ def test_opcheck_logprobs(impl, dtype, needs, eps, by_columns):
     h, w, y = b["hidden"].detach().flatten(0, 1), b["weight"].detach(), b["target"].flatten()
     bias = torch.randn(V, device=h.device)
     inputs = [x.clone().requires_grad_(need) for x, need in zip((h, w, bias), needs, strict=True)]
-    logits_dtype = torch.float32 if impl == "torch" else None
-    options = (
-        1.5,
-        4.0,
-        0.7,
-        -100,
-        impl,
-        logits_dtype,
-        384 << 20,
-        *needs,
-        "lse,is_top1",
-        eps,
-        by_columns,
-    )
-    opcheck(_logprobs, (*inputs, y, *options))
+    text = make_call(impl, dtype, needs, **options).text()
+    numbers = scalars(1.5, 4.0, 0.7)
+    forward, gradient = LOGPROBS
+    opcheck(forward._call, (*inputs, y, numbers, text))
     if any(needs):
-        saved = _logprobs(*(x.detach() for x in inputs), y, *options)[-4:]
+        saved = forward(*(x.detach() for x in inputs), y, numbers, text)[3:]
         coef = torch.randn(y.shape, device=h.device)
         opcheck(
-            _gradients,
-            (coef, h, w, bias, y, *saved, *options),
+            gradient._call,
+            (coef, saved, h, w, bias, y, numbers, text),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -173,51 +180,86 @@ def test_opcheck_logprobs(impl, dtype, needs, eps, by_columns):
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.unpoisoned("opcheck compares two runs: what neither writes would differ")
 def test_opcheck_pairs(impl, packed, grouped):
     b = {k: x.detach() for k, x in batch(impl, ignored=0).items()}
     hidden, weight = b["hidden"].flatten(0, 1).requires_grad_(), b["weight"].requires_grad_()
-    target = b["target"].flatten()
-    starts = torch.arange(0, 2 * B * T + 1, T, device=hidden.device) if packed else None
-    o, needs, logits_dtype = (
-        LossOptions(),
-        (True, True, False),
-        torch.float32 if impl == "torch" else None,
-    )
-    args = (
-        hidden,
-        weight,
-        None,
-        target,
-        b["token_rewards"].flatten(),
-        b["ref_logps"],
-        None,
-        starts,
-        2 * B,
-        o.loss_type,
-        o.beta,
-        o.alpha,
-        o.gamma,
-        o.label_smoothing,
-        o.weighting,
-        1.0,
-        None,
-        1.0,
-        -100,
+    target, rewards = b["target"], b["token_rewards"]
+    starts = None
+    if packed:
+        target, rewards = target.flatten(), rewards.flatten()
+        starts = torch.arange(0, 2 * B * T + 1, T, device=hidden.device)
+    options = LossOptions()
+    call = make_call(
         impl,
-        logits_dtype,
-        one_pair(impl, ("entropy",)) if grouped else 384 << 20,
-        *needs,
-        "entropy",
+        torch.float32,
+        (True, True, False),
+        budget=one_pair(impl, ("entropy",)) if grouped else 384 << 20,
+        outputs=("entropy",),
+        loss=options.text(),
+        summed=True,
     )
-    opcheck(_pair_loss, args)
-    kept = [x.detach() for x in _pair_loss(*args)[-8:]]
-    assert (kept[-3].numel() == 0) == grouped
-    inputs = (hidden.detach(), weight.detach(), None, target, -100, impl, logits_dtype, *needs)
+    numbers = scalars(1.0, 0.0, 1.0, *options.numbers())
+    forward, gradient = PAIRS
+    given = (target, rewards, b["ref_logps"], None, starts, numbers, call.text())
+    opcheck(forward._call, (hidden, weight, None, *given))
+    saved = [x.detach() for x in forward(hidden, weight, None, *given)[4:]]
+    assert (len(saved) == 7) == grouped  # coef, five of the plan, the flag; else three of the plan
+    upstream = torch.full((B,), 1.5, device=hidden.device)
+    inputs = (hidden.detach(), weight.detach(), None, target, starts, numbers, call.text())
     opcheck(
-        _pair_gradients,
-        (torch.tensor(1.5, device=hidden.device), *kept, *inputs),
+        gradient._call,
+        (upstream, saved, *inputs),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+SCHEDULED = {
+    "loss": lambda b, x: fused_treg_loss(**b, beta=x, alpha=x + 0.1, temperature=x + 0.7).loss,
+    "groups": lambda b, x: fused_treg_loss(**b, beta=x, memory_budget=one_pair("torch")).loss,
+    "gamma": lambda b, x: (
+        fused_treg_loss(**b | {"ref_logps": None}, loss_type="simpo", beta=2.0, gamma=x).loss
+    ),
+    "smoothing": lambda b, x: fused_treg_loss(**b, label_smoothing=x / 2).loss,
+    "log-probs": lambda b, x: linear_logprobs(
+        b["hidden"], b["weight"], b["target"], temperature=x
+    ).logprobs.mean(),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("call", SCHEDULED)
+def test_a_schedule_neither_recompiles_nor_breaks_the_graph(call, dynamic):
+    """At most one graph of a constant and one of an input, whatever number of values; with
+    dynamic=True no compilation after the first call.
+    """
+    counter = CompileCounterWithBackend("aot_eager")
+    fn = SCHEDULED[call]
+    compiled = torch.compile(fn, backend=counter, fullgraph=True, dynamic=dynamic)
+    inputs, after = batch("torch"), []
+    leaves = [inputs["hidden"], inputs["weight"]]
+    for x in (0.3, 0.4, 0.5, 0.6, 0.7):
+        loss, exact = compiled(inputs, x), fn(inputs, x)
+        assert torch.equal(loss, exact)
+        found, right = torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+        after.append(counter.frame_count)
+    assert after[-1] == after[0 if dynamic else 1]
+
+
+def test_bad_numbers_under_compile_are_refused_when_the_graph_runs():
+    compiled = torch.compile(SCHEDULED["loss"], backend="aot_eager", fullgraph=True, dynamic=True)
+    for bad in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match=r"^(beta|temperature|alpha): expected"):
+            compiled(batch("torch"), bad)
+
+
+def test_an_impossible_target_under_compile_is_refused_on_a_cpu():
+    compiled = torch.compile(SCHEDULED["log-probs"], backend="aot_eager", fullgraph=True)
+    b = batch("torch")
+    b["target"][1, 3] = V
+    with pytest.raises(ValueError, match=rf"^target: .*got {V} at index \[1, 3\]"):
+        compiled(b, 1.0)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -239,8 +281,7 @@ def test_capture_of_one_half_is_refused(fn, captured, monkeypatch):
     inputs = b if fn is treg_loss else {k: b[k] for k in ("hidden", "weight", "target")}
 
     def look(half):
-        for module in (treg.ops.head, treg.ops.rows, treg.ops.pairs):
-            monkeypatch.setattr(module, "sees_values", lambda x: half != captured)
+        patch_looks(monkeypatch, lambda x: half != captured)
 
     look("forward")
     loss, _ = fn(**inputs)

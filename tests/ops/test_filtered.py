@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from batches import batch_of_tiles, norm_of
 from helpers import DEVICE, EPS, GPU, IMPLS, assert_within_budget, device_of, error
+from looks import patch_looks
 
-import treg.ops.head
 from treg.ops import linear_logprobs
-from treg.ops.filtered import block_tops, check_filter, filtered_rows
-from treg.ops.head import Head, scored_rows
-from treg.ops.torch_tiles import TorchTiles
-from treg.ops.triton_tiles import TritonTiles
+from treg.ops.head import Head
+from treg.ops.head.torch_tiles import TorchTiles, block_tops
+from treg.ops.head.triton_tiles import TritonTiles
+from treg.ops.plans.filtered import check_slab, filtered_gradients
 
 TILE = 128
 ALL = (True, True, True)
@@ -128,14 +129,15 @@ class Problem:
 
     def head(self, device="cpu"):
         bias = None if self.bias is None else self.bias.to(device)
-        return Head.of(
+        return Head(
             self.weight.to(device), bias, self.logit_scale, self.softcap, self.temperature, -100
         )
 
 
 def tiles_of(impl, problem):
     head = problem.head(device_of(impl))
-    return TritonTiles(head) if impl == "triton" else TorchTiles(head, None)
+    kind = TritonTiles if impl == "triton" else TorchTiles
+    return type(kind.__name__, (kind,), {"top_width": problem.width})(head)
 
 
 def run(impl, problem, eps=EPSILON, *, needs=ALL, budget=ROOM, tiles=None):
@@ -145,27 +147,24 @@ def run(impl, problem, eps=EPSILON, *, needs=ALL, budget=ROOM, tiles=None):
     tops, lse = (x.float().to(device) * tiles.norm_per_nat for x in problem.forward())
     hidden, target, coef = (x.to(device) for x in (problem.hidden, problem.target, problem.coef))
     needs = (*needs[:2], needs[2] and problem.bias is not None)
-    grads, share = filtered_rows(
-        tiles,
-        hidden,
-        target,
-        scored_rows(target, -100),
-        lse,
-        coef,
-        tops,
-        problem.width,
-        eps,
-        budget,
-        needs,
-    )
+    batch = batch_of_tiles(tiles, hidden, target, budget=budget, needs=needs, filter_eps=eps)
+    grads, share = filtered_gradients(batch, coef, norm_of(lse), tops)
     return [None if x is None else x.cpu() for x in grads], share.item()
 
 
 def least_budget(tiles):
     """What a slab of one tile of rows takes."""
     with pytest.raises(ValueError, match="at least") as error:
-        check_filter(tiles, 0.0, 1)
+        check_slab(slab_batch(tiles, 1))
     return int(str(error.value).split("at least ")[1].split()[0])
+
+
+def slab_batch(tiles, budget):
+    """A batch without rows: what a slab takes does not depend on them."""
+    weight = tiles.head.weight
+    hidden = weight.new_empty(0, weight.shape[1])
+    target = torch.empty(0, dtype=torch.int64, device=weight.device)
+    return batch_of_tiles(tiles, hidden, target, budget=budget, filter_eps=0.0)
 
 
 def check(found, problem, dtype, eps=EPSILON):
@@ -258,7 +257,7 @@ def test_ignored_rows_and_rows_without_coefficient(impl, blind, monkeypatch):
         same = Problem()
         same.__dict__.update(problem.__dict__, target=problem.target.where(problem.scored, 0))
         exact, active = same.gradients(EPSILON), same.active(EPSILON)
-        monkeypatch.setattr(treg.ops.head, "sees_values", lambda x: False)
+        patch_looks(monkeypatch, lambda x: False)
         problem.coef[ignored] = math.nan
     else:
         exact, active = problem.gradients(EPSILON), problem.active(EPSILON)
@@ -423,18 +422,19 @@ def test_tops_of_a_target_alone():
 
 @pytest.mark.parametrize("eps", [-0.1, 1.0, math.nan, math.inf])
 def test_an_epsilon_that_is_no_share_is_refused(eps):
-    with pytest.raises(ValueError, match=r"filter_eps: expected a number in \[0, 1\), got"):
-        check_filter(tiles_of("torch", Problem()), eps, ROOM)
+    problem = Problem()
+    with pytest.raises(ValueError, match=r"filter_eps: expected (0 <= value < 1|a finite number)"):
+        linear_logprobs(problem.hidden, problem.weight, problem.target, filter_eps=eps)
 
 
 def test_a_budget_below_one_row_of_tiles_is_refused():
     tiles = tiles_of("triton", Problem())
     least = least_budget(tiles)
-    check_filter(tiles, 0.0, least)
+    check_slab(slab_batch(tiles, least))
     with pytest.raises(
         ValueError, match=rf"memory_budget: filter_eps needs at least {least} bytes"
     ):
-        check_filter(tiles, 0.0, least - 1)
+        check_slab(slab_batch(tiles, least - 1))
 
 
 @pytest.mark.gpu
@@ -446,10 +446,10 @@ def test_a_cuda_graph_replays_it():
     hidden, target, coef = (x.to(DEVICE) for x in (problem.hidden, problem.target, problem.coef))
     rows = torch.zeros_like(coef)
 
+    batch = batch_of_tiles(tiles, hidden, target, budget=ROOM, needs=ALL, filter_eps=EPSILON)
+
     def call():
-        return filtered_rows(
-            tiles, hidden, target, None, lse, rows, tops, problem.width, EPSILON, ROOM, ALL
-        )
+        return filtered_gradients(batch, rows, norm_of(lse), tops)
 
     assert GPU
     call()

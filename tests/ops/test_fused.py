@@ -18,19 +18,18 @@ from helpers import (
 )
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from looks import patch_looks
 from memory import PeakMemory
 from pair_case import make_case, upstream
 from torch.utils.flop_counter import FlopCounterMode
 
-import treg.ops
-import treg.ops.groups
-import treg.ops.head
-import treg.ops.pairs
-import treg.ops.torch_tiles
+import treg.ops.call
+import treg.ops.plans.pair_groups
+import treg.ops.treg_loss
 from treg.losses import OBJECTIVES
 from treg.ops import fused_treg_loss, reference
-from treg.ops.head import Head
-from treg.ops.logprobs import make_tiles
+from treg.ops.head import Head, make_tiles, torch_tiles
+from treg.ops.head.selection import RowSelection
 
 PHASES = [Phase.explicit, Phase.generate]  # shrinking runs the interpreter for minutes
 
@@ -46,19 +45,22 @@ def modes(monkeypatch):
     """The ways that the calls of a test took."""
     seen = set()
 
-    def plan(*args):
-        groups = real_plan(*args)
+    def plan_groups(*args):
+        groups = real_groups(*args)
         seen.update(g.mode for g in groups)
         return groups
 
-    def fits_at_once(*args):
-        fits = real_fits(*args)
-        seen.update({"at once"} if fits else ())
-        return fits
+    def choose_plan(*args):
+        plan = real_choice(*args)
+        call = args[0]
+        if plan.name == "kept" and call.summed and call.dtype != torch.float16:
+            seen.add("at once")
+        return plan
 
-    real_plan, real_fits = treg.ops.groups.plan, treg.ops.pairs.fits_at_once
-    monkeypatch.setattr(treg.ops.groups, "plan", plan)
-    monkeypatch.setattr(treg.ops.pairs, "fits_at_once", fits_at_once)
+    real_groups = treg.ops.plans.pair_groups.plan_groups
+    real_choice = treg.ops.treg_loss.choose_plan
+    monkeypatch.setattr(treg.ops.plans.pair_groups, "plan_groups", plan_groups)
+    monkeypatch.setattr(treg.ops.treg_loss, "choose_plan", choose_plan)
     return seen
 
 
@@ -252,7 +254,7 @@ def test_memory_stays_within_the_budget(impl, loss_type, trainable, dtype, monke
     """
     D, V = 24, 8000 if impl == "torch" else 4000
     monkeypatch.setattr(
-        treg.ops.torch_tiles, "BLOCK", {"cpu": V}
+        torch_tiles, "BLOCK", {"cpu": V}
     )  # its buffers would hide a stash of this size
     # a short pair, a long one, a short one: each way takes over from another
     for length in (64, 256, 1024) if impl == "torch" else (64, 192):
@@ -315,7 +317,7 @@ def test_without_looking_at_the_targets(impl, padded, rows, monkeypatch):
     """On a GPU nobody waits to learn which rows are ignored: they go through the head, and count
     for nothing.
     """
-    monkeypatch.setattr(treg.ops.head, "sees_values", lambda x: False)
+    patch_looks(monkeypatch, lambda x: False)
     case = make_case(padded=padded, softcap=5.0, bias=True, sums=False)
     check(
         case,
@@ -329,8 +331,8 @@ def test_without_looking_at_the_targets(impl, padded, rows, monkeypatch):
 @pytest.mark.parametrize("fits", [True, False])
 def test_offsets_on_the_device(impl, fits, monkeypatch, modes):
     """cu_seqlens that only the device can read: all at once where it fits, else log-probs first."""
-    monkeypatch.setattr(treg.ops.pairs, "_layout", lambda *args: (None, None))
-    monkeypatch.setattr(treg.ops.pairs, "scored_rows", lambda *args: None)
+    monkeypatch.setattr(treg.ops.plans.pair_groups, "scored_lengths", lambda *args: None)
+    monkeypatch.setattr(treg.ops.call, "scored_rows", lambda y, _: RowSelection.all(y.shape[0]))
     case = make_case()
     check(
         case,

@@ -5,14 +5,11 @@ import threading
 import pytest
 import torch
 from helpers import check_against_reference, error
+from looks import patch_looks
 from pair_case import make_case, upstream
 
-import treg.ops.head
-import treg.ops.pairs
-import treg.ops.rows
 from treg.ops import fused_treg_loss, linear_logprobs, reference
-from treg.ops.head import Head
-from treg.ops.logprobs import make_tiles
+from treg.ops.head import Head, make_tiles
 
 pytestmark = pytest.mark.gpu
 V, D = 3000, 256
@@ -54,8 +51,7 @@ def test_captured_in_a_cuda_graph(way, frozen, monkeypatch):
     """Replayed with other inputs in the same memory, a graph gives the bits of a step that looks at
     no value.
     """
-    for module in (treg.ops.head, treg.ops.rows, treg.ops.pairs):
-        monkeypatch.setattr(module, "sees_values", lambda x: False)
+    patch_looks(monkeypatch, lambda x: False)
     case, other = batch(frozen=frozen), batch(frozen=frozen)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -127,7 +123,7 @@ def test_tensors_on_another_device_than_the_current_one():
 @pytest.mark.parametrize("rows", [1, 5, 128])
 def test_few_rows_split_the_vocabulary(rows):
     """dhidden of few rows is added up over parts of the vocabulary, in float32."""
-    from treg.ops.gemm import split_product, times_weight, vocabulary_parts
+    from treg.ops.head.gemm import split_product, times_weight, vocabulary_parts
 
     tile, weight = (
         torch.randn(rows, 32768, device="cuda").bfloat16(),

@@ -17,16 +17,18 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from looks import patch_looks
 from memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 
-import treg.ops
-import treg.ops.head
-import treg.ops.logprobs
-import treg.ops.rows
-import treg.ops.torch_tiles
+import treg.ops.plans.columns
+import treg.ops.plans.kept
 from treg.ops import linear_logprobs, reference
-from treg.ops.logprobs import kept_rows
+from treg.ops.head import Head, make_tiles, torch_tiles
+from treg.ops.head import memory as budgets
+from treg.ops.head.torch_tiles import TorchTiles
+from treg.ops.head.triton_tiles import TritonTiles
+from treg.ops.plans.kept import kept_rows
 
 OUTPUTS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 HEADS = {
@@ -41,9 +43,9 @@ HEADS = {
 @pytest.fixture
 def cheap_passes(monkeypatch):
     """Few rows are worth keeping already, and no tile has more than 16."""
-    monkeypatch.setattr(treg.ops.head, "PASS_ROWS", {"cpu": 2})
-    monkeypatch.setattr(treg.ops.head, "PASS_ROWS_GPU", 2)
-    for tiles in (treg.ops.logprobs.TorchTiles, treg.ops.logprobs.TritonTiles):
+    monkeypatch.setattr(budgets, "PASS_ROWS", {"cpu": 2})
+    monkeypatch.setattr(budgets, "PASS_ROWS_GPU", 2)
+    for tiles in (TorchTiles, TritonTiles):
         monkeypatch.setattr(tiles, "max_rows", 16)
 
 
@@ -51,14 +53,13 @@ def cheap_passes(monkeypatch):
 def kept(monkeypatch):
     """How many rows each call of a test kept, and of how many."""
     seen = []
-    score = treg.ops.logprobs.score_rows
+    score = treg.ops.plans.kept.score_rows
 
-    def spy(tiles, hidden, target, rows, outputs, budget, stash, factor):
-        count = hidden.shape[0] if rows is None else rows.shape[0]
-        seen.append((0 if stash is None else stash.shape[0], count))
-        return score(tiles, hidden, target, rows, outputs, budget, stash, factor)
+    def spy(batch, outputs, stash, factor):
+        seen.append((0 if stash is None else stash.shape[0], len(batch.rows)))
+        return score(batch, outputs, stash, factor)
 
-    monkeypatch.setattr(treg.ops.logprobs, "score_rows", spy)
+    monkeypatch.setattr(treg.ops.plans.kept, "score_rows", spy)
     return seen
 
 
@@ -329,9 +330,7 @@ def least_budget(case: Case, dtype: torch.dtype, impl: str) -> int:
 
 def tiles_of(case: Case, dtype: torch.dtype, impl: str):
     case, head = case.at(dtype, device_of(impl)), {k: case.rest.get(k) for k in ("softcap",)}
-    return treg.ops.logprobs.make_tiles(
-        impl, treg.ops.Head(case.weight.detach(), case.bias, **head), None
-    )
+    return make_tiles(impl, Head(case.weight.detach(), case.bias, **head), None)
 
 
 def budget_for(case: Case, dtype: torch.dtype, impl: str, rows: int) -> int:
@@ -373,9 +372,11 @@ def test_rows_kept_beside_rows_computed_again(impl, ignored, dtype, needs, kept,
 def test_least_memory(impl, ignored, dtype, needs, monkeypatch):
     """The gradients of one part of the vocabulary after the other."""
     parts = []
-    original = treg.ops.rows.add_transposed
+    original = treg.ops.plans.columns.add_transposed
     monkeypatch.setattr(
-        treg.ops.rows, "add_transposed", lambda *a, **k: (parts.append(a), original(*a, **k))
+        treg.ops.plans.columns,
+        "add_transposed",
+        lambda *a, **k: (parts.append(a), original(*a, **k)),
     )
     case = make_case(
         N=60,
@@ -387,7 +388,7 @@ def test_least_memory(impl, ignored, dtype, needs, monkeypatch):
         logit_scale=1.5,
         outputs=("entropy",),
     )
-    for tiles in (treg.ops.logprobs.TorchTiles, treg.ops.logprobs.TritonTiles):
+    for tiles in (TorchTiles, TritonTiles):
         monkeypatch.setattr(
             tiles, "column_bytes", lambda self, rows: 1 << 40
         )  # as few words at a time as there may be
@@ -410,20 +411,19 @@ def test_least_memory(impl, ignored, dtype, needs, monkeypatch):
 @pytest.mark.usefixtures("open_operators")
 def test_least_memory_has_no_float32_sum_of_dweight(monkeypatch):
     """Beyond inputs and gradients: the budget, and dhidden in float32."""
-    monkeypatch.setattr(treg.ops.torch_tiles, "BLOCK", {"cpu": 40_000})
-    monkeypatch.setattr(treg.ops.head, "LEAST_BUDGET", {"cpu": 24 << 20})
+    monkeypatch.setattr(torch_tiles, "BLOCK", {"cpu": 40_000})
+    monkeypatch.setattr(budgets, "LEAST_BUDGET", {"cpu": 24 << 20})
     case = make_case(N=500, D=256, V=40_000, spread=0.05, outputs=()).at(torch.bfloat16)
     with PeakMemory() as memory:
         out = linear_logprobs(case.hidden, case.weight, memory_budget="least", **case.rest)
         weighted(out).backward()
     gradients = case.hidden.nbytes + case.weight.nbytes
     assert (
-        memory.peak
-        <= gradients + treg.ops.head.LEAST_BUDGET["cpu"] + 8 * case.hidden.numel() + 200 * 500
+        memory.peak <= gradients + budgets.LEAST_BUDGET["cpu"] + 8 * case.hidden.numel() + 200 * 500
     )
     with PeakMemory() as small:
         out = linear_logprobs(
-            case.hidden, case.weight, memory_budget=treg.ops.head.LEAST_BUDGET["cpu"], **case.rest
+            case.hidden, case.weight, memory_budget=budgets.LEAST_BUDGET["cpu"], **case.rest
         )
         weighted(out).backward()
     assert small.peak > memory.peak + case.weight.nbytes
@@ -495,7 +495,7 @@ def test_kept_rows_fit_and_are_as_many_as_pay(impl):
     case = make_case(N=1, D=16, V=1000, outputs=())
     tiles = tiles_of(case, torch.float32, impl)
     P, row = (
-        treg.ops.head.pass_rows(case.hidden.to(device_of(impl)).device),
+        budgets.pass_rows(case.hidden.to(device_of(impl)).device),
         tiles.row_bytes(stash=True),
     )
     partly = 0
@@ -507,7 +507,7 @@ def test_kept_rows_fit_and_are_as_many_as_pay(impl):
                 assert n == count
                 continue
             assert 0 <= n < capacity
-            step = treg.ops.head.tile_step(tiles, budget, stash=True, reserved=n * 4000)
+            step = budgets.tile_step(tiles, budget, stash=True, reserved=n * 4000)
             assert tiles.fixed_bytes + n * 4000 + step * row <= budget
 
             def cost(k, count=count, capacity=capacity):
@@ -527,7 +527,7 @@ def test_memory_stays_within_the_budget(impl, dtype, monkeypatch, kept):
     """
     D, V = 24, 4000 if impl == "torch" else 2000
     monkeypatch.setattr(
-        treg.ops.torch_tiles, "BLOCK", {"cpu": V}
+        torch_tiles, "BLOCK", {"cpu": V}
     )  # its buffers would hide a stash of this size
     for N in (60, 130, 1200) if impl == "torch" else (60, 130):
         case = make_case(N, D, V, spread=0.05, outputs=())
@@ -587,7 +587,7 @@ def test_nan_upstream_at_ignored_rows(impl, trainable, monkeypatch, cheap_passes
 
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr(treg.ops.head, "sees_values", lambda x: False)
+            patch_looks(monkeypatch, lambda x: False)
         runs = []
         for loss in (upstream, finite):
             at = case.at(torch.float32, device_of(impl))
@@ -636,8 +636,7 @@ def test_layouts_of_rows(impl, target, upstream):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_at_ignored_rows_stays_there(impl, frozen, monkeypatch):
     """Also where nobody looks which rows are ignored, as on a GPU."""
-    for module in (treg.ops.head, treg.ops.rows, treg.ops.torch_tiles):
-        monkeypatch.setattr(module, "sees_values", lambda x: False)
+    patch_looks(monkeypatch, lambda x: False)
     case = make_case(N=20, bias=True, ignored=5, outputs=OUTPUTS)
     clean = case.at(torch.float32, device_of(impl))
     case.hidden[case.rest["target"] == -100] = float("nan")
@@ -818,3 +817,98 @@ def test_rounded_logits_are_an_option_not_a_surprise():
     }
     assert errors[None] == errors[torch.bfloat16] > 1e-4
     assert errors[torch.float32] < 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("offset", [1000.0, -10_000.0])
+def test_a_common_offset_of_the_logits_costs_no_digits(impl, offset):
+    """All logits of a row rise alike: the rounding of their logsumexp must not multiply all
+    probabilities of the row, whose sum then leaves the gradient.
+    """
+    case = make_case(N=60, D=24, V=300, ignored=5, outputs=())
+    case.hidden[:, 0] = 1.0
+    case.weight[:, 0] += offset
+    check_against_reference(
+        case,
+        linear_logprobs,
+        reference.linear_logprobs,
+        weighted,
+        torch.float32,
+        device_of(impl),
+        impl=impl,
+        memory_budget="least",
+    )
+
+
+@pytest.mark.parametrize("budget", [None, "least"])
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_scored(impl, rows, budget):
+    """No row, or none with a target: gradients of 0."""
+    device = device_of(impl)
+    hidden = torch.randn(rows, 8, device=device, requires_grad=True)
+    weight = torch.randn(30, 8, device=device, requires_grad=True)
+    target = torch.full((rows,), -100, device=device)
+    out = linear_logprobs(hidden, weight, target, impl=impl, memory_budget=budget).logprobs
+    dhidden, dweight = torch.autograd.grad(out.sum(), (hidden, weight))
+    assert not out.any() and not dhidden.any() and not dweight.any()
+
+
+@pytest.mark.parametrize("needs", ["hidden weight bias", "hidden"])
+@pytest.mark.parametrize("budget", [None, "least", "few rows"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_gives_gradients_in_float32(impl, budget, needs, cheap_passes):
+    """Of float32 tensors: the products are bfloat16, and no sum is rounded to it at the end."""
+    case = make_case(N=60, D=24, V=300, bias=True, outputs=())
+    if budget == "few rows":
+        budget = budget_for(case, torch.bfloat16, impl, 40)
+    device = device_of(impl)
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        at = case.at(torch.bfloat16).at(dtype, device)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
+            fn = only(linear_logprobs, needs)
+            runs.append(at.run(fn, weighted, impl=impl, memory_budget=budget))
+    exact = (
+        case.at(torch.bfloat16)
+        .at(torch.float64)
+        .run(only(reference.linear_logprobs, needs), weighted)
+    )
+    for name in ("dhidden", "dweight") if "weight" in needs else ("dhidden",):
+        wide, narrow = (run[name] for run in runs)
+        assert wide.dtype == torch.float32 and narrow.dtype == torch.bfloat16
+        assert error(wide.bfloat16(), narrow) < 1e-3  # the same numbers, rounded later
+        assert error(wide, exact[name]) <= error(narrow, exact[name])
+
+
+def forward_mode(hidden, weight, target):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(hidden, torch.ones_like(hidden))
+        linear_logprobs(dual, weight, target)
+
+
+def of_func(transform):
+    def call(hidden, weight, target):
+        def total(h):
+            return linear_logprobs(h, weight, target).logprobs.sum()
+
+        transform(total, hidden)
+
+    return call
+
+
+TRANSFORMS = {
+    "forward_ad": forward_mode,
+    "jvp": of_func(lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))),
+    "jacfwd": of_func(lambda f, x: torch.func.jacfwd(f)(x)),
+    "grad": of_func(lambda f, x: torch.func.grad(f)(x)),
+    "vmap": of_func(lambda f, x: torch.func.vmap(f)(x.unsqueeze(0))),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_refused_by_name(transform):
+    """Once silently zero in forward mode."""
+    hidden, weight = torch.randn(4, 8), torch.randn(30, 8)
+    with pytest.raises(RuntimeError, match=r"^hidden: expected a .*loss\.backward\(\)"):
+        TRANSFORMS[transform](hidden, weight, torch.randint(30, (4,)))

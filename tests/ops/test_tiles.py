@@ -10,9 +10,8 @@ import triton
 from helpers import DEVICE, GPU, error
 
 from treg.ops import reference
-from treg.ops.gemm import logits_into, split_product
-from treg.ops.head import Head
-from treg.ops.logprobs import make_tiles
+from treg.ops.head import Head, make_tiles
+from treg.ops.head.gemm import logits_into, split_product
 from treg_kernels import configs, logits_gradient, logprob_forward
 from treg_kernels.configs import FLOAT32, ROWS, TILES, Tile
 from treg_kernels.forward import part_columns

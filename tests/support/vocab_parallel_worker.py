@@ -15,15 +15,18 @@ import zlib
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers import Case
+from looks import patch_looks
 from torch.utils.flop_counter import FlopCounterMode
 
 import treg.ops
-import treg.ops.head
-import treg.ops.vocab_parallel
+import treg.ops.head.memory
+import treg.ops.plans.vocab_parallel
 from treg.ops import VocabShard, fused_treg_loss, linear_logprobs
+from treg.ops.head import Head, make_tiles
 
 SIZES = {2: (23, 14), 3: (20, 10, 7)}  # rows of the weight on each rank
 OUTPUTS = ("lse", "entropy", "mean_logit", "log_sum_sq_probs")
@@ -180,8 +183,12 @@ class Watch:
 
         spy(dist, "all_gather", lambda _, args: self.gathers.append(args[1].numel()))
         spy(dist, "all_reduce", lambda _, args: self.sums.append((args[0].numel(), args[0].dtype)))
-        spy(treg.ops.vocab_parallel, "kept_rows", lambda n, args: self.kept.append((n, args[2])))
+        spy(treg.ops.plans.vocab_parallel, "score_rows", self._note_kept)
         return self
+
+    def _note_kept(self, _, args):
+        batch, _, stash, _ = args
+        self.kept.append((0 if stash is None else stash.shape[0], len(batch.rows)))
 
     def __exit__(self, *_):
         self.stack.close()
@@ -190,8 +197,8 @@ class Watch:
 def budget_of(call: Call, case: Case) -> int | None:
     if call.rows is None:
         return None
-    head = treg.ops.Head(case.weight.detach(), case.bias, softcap=call.head.get("softcap"))
-    tiles = treg.ops.logprobs.make_tiles(call.impl, head, None)
+    head = Head(case.weight.detach(), case.bias, softcap=call.head.get("softcap"))
+    tiles = make_tiles(call.impl, head, None)
     return tiles.fixed_bytes + call.rows * tiles.row_bytes(stash=True)
 
 
@@ -227,8 +234,9 @@ def run(name: str) -> dict:
         options["memory_budget"] = budget_of(call, case)
     fn = only(linear_logprobs if call.loss is None else fused_treg_loss, call.needs)
     grad = contextlib.nullcontext() if call.needs else torch.no_grad()
-    looks = mock.patch.object(treg.ops.head, "sees_values", lambda x: not call.blind)
-    with looks, grad, Watch() as watch, FlopCounterMode(display=False) as counter:
+    patches = pytest.MonkeyPatch.context()
+    with patches as patch, grad, Watch() as watch, FlopCounterMode(display=False) as counter:
+        patch_looks(patch, lambda x: not call.blind)
         if call.needs:
             found = case.run(fn, upstream, **options)
         else:
@@ -332,7 +340,9 @@ def not_a_number() -> dict[str, torch.Tensor]:
             torch.manual_seed(0)
             h, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
             y = torch.tensor([1, V, 3, -100] if looked == "none" else [1, rank, 3, -100])
-            with mock.patch.object(treg.ops.vocab_parallel, "values_visible", lambda x: False):
+            with mock.patch.object(
+                treg.ops.plans.vocab_parallel, "values_visible", lambda x: False
+            ):
                 out = linear_logprobs(h, w, y, shard=VocabShard.even(w), impl=impl, outputs=OUTPUTS)
             out.logprobs.sum().backward()
             key = f"{impl} {looked}"
@@ -414,7 +424,7 @@ def main(folder: Path) -> None:
     warnings.filterwarnings(
         "ignore", ".*encountered in.*", RuntimeWarning
     )  # of lanes that a kernel masks out
-    treg.ops.head.PASS_ROWS = {"cpu": 2}  # few rows are worth keeping already
+    treg.ops.head.memory.PASS_ROWS = {"cpu": 2}  # few rows are worth keeping already
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     results = {name: run(name) for name in CALLS}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from treg.checks import check_tensor
 from treg.ops import VocabShard, linear_logprobs
-from treg.ops.vocab_parallel import local_operands
+from treg.ops.plans.vocab_parallel import local_operands
 
 IMPLS = (
     "cce",

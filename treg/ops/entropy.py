@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from treg.operators import LOOKS_AT_VALUES, Operator, scalars
-from treg.ops.gemm import add_transposed, logits_into, slab_bytes, times_weight
-from treg.ops.head import Head, budget_of, sees_values, without_autocast
+from treg.ops.head.gemm import add_transposed, logits_into, slab_bytes, times_weight
+from treg.ops.head.head import Head, without_autocast
+from treg.ops.head.memory import budget_of
+from treg.ops.head.selection import sees_values
 
 # Tensors of a tile's shape [n, V] that are alive at once: logits, their slopes, and a temporary.
 TILE_BUFFERS = 3

@@ -6,22 +6,25 @@ float32, so that it stays in cache. Exact float32 logits are the rule; `logits_d
 they are not.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from treg.ops.filtered import block_tops
-from treg.ops.gemm import logits_into, slab_bytes, slab_rows
-from treg.ops.head import Head, empty_rows, sees_values
+from treg.ops.head.gemm import logits_into, slab_bytes, slab_rows
+from treg.ops.head.head import Head
+from treg.ops.head.memory import empty_rows
+from treg.ops.head.selection import sees_values
 
-BLOCK = {
-    "cpu": 1 << 20
-}  # elements that the row passes work on at a time: 4 MiB in float32 stay in a CPU's cache;
-BLOCK_GPU = 1 << 24  # on a GPU each pass is a launch
+# Elements that the row passes work on at a time. On a CPU 4 MiB of float32 stay in its cache; on a
+# GPU each pass is a launch.
+BLOCK = {"cpu": 1 << 20}
+BLOCK_GPU = 1 << 24
 PASS_BUFFERS = 4  # such blocks alive at once, at most
 
 
 class TorchTiles:
-    """See `treg.ops.triton_tiles.TritonTiles` for the same interface on Triton."""
+    """`treg.ops.head.head.Tiles` in PyTorch."""
 
     impl = "torch"
     top_width = 128  # columns of which "tops" has one number
@@ -39,47 +42,40 @@ class TorchTiles:
         self._block = BLOCK.get(weight.device.type, BLOCK_GPU)
         self._logits: Tensor | None = None
 
-    # -- sizes, in bytes
-    # ----------------------------------------------------------------------------------------
-
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
-        """Temporaries per row of a tile, a stash included."""
         V, D = self.head.weight.shape
-        tile = V * self.logits_dtype.itemsize if not stash or self._upcast else 0
         _, products = slab_bytes(D, self.stash_dtype, self.head.weight.device)
-        return (
-            tile + stash * V * self.stash_dtype.itemsize + 4 * D * self.compute.itemsize + products
-        )
+        total = 4 * D * self.compute.itemsize + products
+        if not stash or self._upcast:
+            total += V * self.logits_dtype.itemsize
+        if stash:
+            total += V * self.stash_dtype.itemsize
+        return total
 
     def column_bytes(self, rows: int) -> int:
-        """Temporaries per word of a tile of so many rows that has a part of the vocabulary."""
-        return rows * (self.stash_dtype.itemsize + self._upcast * self.logits_dtype.itemsize)
+        logits = self.logits_dtype.itemsize if self._upcast else 0
+        return rows * (self.stash_dtype.itemsize + logits)
 
     @property
     def fixed_bytes(self) -> int:
-        """Temporaries that do not depend on the rows of a tile."""
         V, D = self.head.weight.shape
         passes = PASS_BUFFERS * max(self._block, V) * self.compute.itemsize
         products, _ = slab_bytes(D, self.stash_dtype, self.head.weight.device)
-        return passes + max(products, self._upcast * slab_rows(D) * D * self.compute.itemsize)
+        widened = slab_rows(D) * D * self.compute.itemsize if self._upcast else 0
+        return passes + max(products, widened)
 
     @property
     def max_rows(self) -> int:
-        """More rows a tile are not faster."""
         return 1024 if self.head.weight.device.type == "cpu" else 4096
 
     @property
     def scaled_columns(self) -> int:
-        """Columns of hidden whose scaled copy is made at a time: all."""
         return self.head.weight.shape[1]
 
     @property
     def _upcast(self) -> bool:
         """Logits are wider than the weight and the stash: they have a buffer of their own."""
         return self.logits_dtype != self.head.weight.dtype
-
-    # -- work
-    # ---------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -88,42 +84,16 @@ class TorchTiles:
         outputs: tuple[str, ...] = (),
         stash: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Log-probs and statistics of n rows; with a stash [n, V], d lp / d a = factor * stash.
-
-        Args: hidden [n, D], target [n]. Returns: {"logprobs", "norm", *outputs}, beside a stash
-        "factor"; each [n]. norm is what `gradient` takes.
-        """
-        n = hidden.shape[0]
         scored = target != self.head.ignore_index
         hidden = self._cleaned(hidden, scored)
         y = torch.where(scored, target, 0).unsqueeze(-1)
         found = empty_rows(hidden, self, ("logprobs", "norm", *outputs))
         logits = self._matmul(hidden, stash)
-        for rows in self._blocks(n):
+        for rows in self._blocks(hidden.shape[0]):
             z, slope = self._transform(logits[rows])
-            z_y = z.gather(1, y[rows]).squeeze(1)
-            top = z.amax(1)
-            if "tops" in outputs:
-                found["tops"][rows] = block_tops(z, y[rows], self.top_width)
-            if "mean_logit" in outputs:
-                found["mean_logit"][rows] = z.mean(1)
-            if "is_top1" in outputs:
-                found["is_top1"][rows] = z_y >= top
-            p = torch.softmax(z, 1, out=z)
-            # the largest probability is exp(top - lse), never small: the log-sum costs no second
-            # pass
-            log_top = p.amax(1).log()
-            lse = top - log_top
-            found["norm"][rows] = lse
-            found["logprobs"][rows] = (
-                z_y - top
-            ) + log_top  # not z_y - lse, whose rounding is that of lse
-            if "lse" in outputs:
-                found["lse"][rows] = lse
-            if "entropy" in outputs:
-                found["entropy"][rows] = torch.special.entr(p).sum(1)
-            if "log_sum_sq_probs" in outputs:
-                found["log_sum_sq_probs"][rows] = p.square().sum(1).log()
+            statistics, p = self._softmax(z, y[rows], outputs)
+            for name, values in statistics.items():
+                found[name][rows] = values
             if stash is not None:
                 p.scatter_add_(1, y[rows], p.new_full((p.shape[0], 1), -1.0))
                 if slope is not None:
@@ -131,35 +101,67 @@ class TorchTiles:
                 if p.data_ptr() != stash[rows].data_ptr():
                     stash[rows] = p
         if stash is not None:
-            found["factor"] = hidden.new_full((n,), -self.head.scale, dtype=self.compute)
+            found["factor"] = hidden.new_full(target.shape, -self.head.scale, dtype=self.compute)
         for name, x in found.items():
-            if x.ndim == 1:
-                found[name] = x & scored if x.dtype == torch.bool else x.masked_fill_(~scored, 0.0)
+            if x.dtype == torch.bool:
+                found[name] = x & scored
+            elif x.ndim == 1:
+                found[name] = x.masked_fill_(~scored, 0.0)
         return found
+
+    def _softmax(
+        self, z: Tensor, y: Tensor, outputs: tuple[str, ...]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Log-probs, norm and statistics of a block of rows, and its probabilities in place of z.
+
+        Args: z [n, V]; y [n, 1], targets in [0, V).
+        """
+        z_y = z.gather(1, y).squeeze(1)
+        top = z.amax(1)
+        found = {}
+        if "tops" in outputs:
+            found["tops"] = block_tops(z, y, self.top_width)
+        if "mean_logit" in outputs:
+            found["mean_logit"] = z.mean(1)
+        if "is_top1" in outputs:
+            found["is_top1"] = z_y >= top
+        p = torch.softmax(z, 1, out=z)
+        # The largest probability is exp(top - lse), never small: the log-sum costs no second pass.
+        log_top = p.amax(1).log()
+        lse = top - log_top
+        found["norm"] = torch.stack([lse, (top - lse) - log_top], 1)
+        # Not z_y - lse, whose rounding is that of lse.
+        found["logprobs"] = (z_y - top) + log_top
+        if "lse" in outputs:
+            found["lse"] = lse
+        if "entropy" in outputs:
+            found["entropy"] = torch.special.entr(p).sum(1)
+        if "log_sum_sq_probs" in outputs:
+            found["log_sum_sq_probs"] = p.square().sum(1).log()
+        return found, p
 
     def gradient(
         self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor
     ) -> None:
-        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and norm [n] from `forward`.
-
-        A negative target other than ignore_index is in none of these columns: the row gets -coef *
-            scale * p alone.
-        """
         scored = target != self.head.ignore_index
         hidden = self._cleaned(hidden, scored)
-        y, here = target.clamp(min=0).unsqueeze(-1), (target >= 0).to(self.compute).unsqueeze(-1)
-        row = torch.where(scored, -self.head.scale * coef, 0.0).to(self.compute).unsqueeze(-1)
+        y = target.clamp(min=0).unsqueeze(-1)
+        lse, rounding = norm.to(self.compute).split(1, dim=1)
+        # p = exp(z - lse) * shrink: what the rounding of lse took from all of a row alike
+        shrink = torch.exp(-rounding)
+        one = (target >= 0).to(self.compute).unsqueeze(-1) / shrink
+        factor = torch.where(scored, -self.head.scale * coef, 0.0).to(self.compute).unsqueeze(-1)
+        factor = factor * shrink
         logits = self._matmul(hidden, out)
         for rows in self._blocks(hidden.shape[0]):
             z, slope = self._transform(logits[rows])
-            p = z.sub_(norm[rows].unsqueeze(-1)).exp_()
-            p.scatter_add_(1, y[rows], -here[rows])
-            p.mul_(row[rows] if slope is None else slope.mul_(row[rows]))
+            p = z.sub_(lse[rows]).exp_()
+            p.scatter_add_(1, y[rows], -one[rows])
+            p.mul_(factor[rows] if slope is None else slope.mul_(factor[rows]))
             if p.data_ptr() != out[rows].data_ptr():
                 out[rows] = p
 
     def release(self) -> None:
-        """Free the buffers kept between tiles."""
         self._logits = None
 
     def _cleaned(self, hidden: Tensor, scored: Tensor) -> Tensor:
@@ -196,3 +198,19 @@ class TorchTiles:
         t = z.mul_(head.logit_scale / head.softcap).tanh_()
         slope = torch.addcmul(t.new_ones(()), t, t, value=-1.0)
         return t.mul_(head.softcap / head.temperature), slope
+
+
+def block_tops(z: Tensor, target: Tensor, width: int) -> Tensor:
+    """Largest z of each block of `width` words without the target's, [n, ceil(V / width)].
+
+    Args: z [n, V], changed meanwhile; target [n, 1] int64 in [0, V). The block of a target alone
+        has -inf.
+    """
+    held = z.gather(1, target)
+    z.scatter_(1, target, -math.inf)
+    even = z.shape[1] - z.shape[1] % width
+    tops = z[:, :even].unflatten(1, (-1, width)).amax(2)
+    if even < z.shape[1]:
+        tops = torch.cat([tops, z[:, even:].amax(1, keepdim=True)], 1)
+    z.scatter_(1, target, held)
+    return tops

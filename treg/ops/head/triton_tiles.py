@@ -5,89 +5,78 @@ in registers.
 import torch
 from torch import Tensor
 
-from treg.ops.gemm import logits_into, slab_bytes
-from treg.ops.head import Head, on_device
+from treg.ops.head.gemm import logits_into, slab_bytes
+from treg.ops.head.head import Head, on_device
 
 
 class TritonTiles:
-    """Same interface as `treg.ops.torch_tiles.TorchTiles`."""
+    """`treg.ops.head.head.Tiles` in Triton: logits are float32, in registers."""
 
     impl = "triton"
     norm_per_nat = 1.4426950408889634  # log2(e)
 
-    def __init__(self, head: Head, logits_dtype: None = None):
-        """Logits are float32, in registers."""
+    logits_dtype = None
+
+    def __init__(self, head: Head):
         from treg_kernels import configs
         from treg_kernels.forward import part_columns
         from treg_kernels.launch import addressable
         from treg_kernels.tiles import Scalars
 
-        self.head, self.logits_dtype = head, logits_dtype
+        self.head = head
         self.compute = torch.float32
         self.stash_dtype = head.weight.dtype
         self._scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
         self._bias = None if head.bias is None else head.bias.contiguous()
-        shape = head.weight.dtype, *head.weight.shape, addressable(head.weight)
+        weight = head.weight
+        V, D = weight.shape
+        copied = addressable(weight)  # by the copy engine
         with on_device(head.weight):
             self._columns = part_columns(head.weight)
-            # the largest tile of the forward first: its width is that of "tops", whatever the
-            # number of rows
-            self._tiles = [
-                tile
-                for kind in configs.KINDS
-                for _, tile in reversed(configs.tiles_for(kind, *shape))
-            ]
+            # The largest tile of the forward comes first: its width is that of "tops", whatever
+            # the number of rows.
+            self._tiles: list[configs.Tile] = []
+            for kind in configs.KINDS:
+                smallest_first = configs.tiles_for(kind, weight.dtype, V, D, copied)
+                self._tiles += [tile for _, tile in reversed(smallest_first)]
         self._vendor_bytes = configs.SLAB_BYTES if any(tile.vendor for tile in self._tiles) else 0
 
     @property
     def max_rows(self) -> int:
-        """Rows of one launch."""
         return min(tile.max_rows for tile in self._tiles)
 
     @property
     def fixed_bytes(self) -> int:
-        """Temporaries that do not depend on the rows of a tile; most only where the interpreter
-        runs on a CPU.
-        """
         weight = self.head.weight
+        # slabs are of a CPU, where the interpreter runs
         return slab_bytes(weight.shape[1], weight.dtype, weight.device)[0] + self._vendor_bytes
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
-        """Temporaries per row of a tile, a stash included. Partial results are gone when hidden's
-        copy is made.
-        """
-        V = self.head.weight.shape[0]
-        held = max(
-            4 * self._columns * (2 + len(outputs)),
-            stash * self.scaled_columns * self.stash_dtype.itemsize,
-        )
-        return held + stash * V * self.stash_dtype.itemsize + self._gathered_bytes + 64
+        V, D = self.head.weight.shape
+        size = self.stash_dtype.itemsize
+        partial = 4 * self._columns * (2 + len(outputs))
+        # Rows that are listed by number are copied. On a GPU these few D beside V are not counted,
+        # so that whole batches without ignored rows fill the budget.
+        gathered = 0 if self.head.weight.is_cuda else 3 * D * size
+        if not stash:
+            return partial + gathered + 64
+        # partial results are gone when hidden's copy is made
+        return max(partial, self.scaled_columns * size) + V * size + gathered + 64
 
     def column_bytes(self, rows: int) -> int:
-        """Temporaries per word of a tile of so many rows that has a part of the vocabulary."""
         return rows * self.stash_dtype.itemsize
 
     @property
     def top_width(self) -> int:
-        """Columns of which "tops" has one number."""
         return self._tiles[0].v
 
     @property
     def scaled_columns(self) -> int:
-        """Columns of hidden whose scaled copy is made at a time: about as large as the partial
-        results of the row.
-        """
-        D, size = self.head.weight.shape[1], self.stash_dtype.itemsize
-        most = max(512, 8 * self._columns // size)
-        return -(-D // (-(-D // most) * 128)) * 128  # equal parts, of whole cache lines
-
-    @property
-    def _gathered_bytes(self) -> int:
-        """Rows that are listed by number, where ignored ones are left out, are copied: a few D
-        beside V, on a GPU not
-        counted, so that whole batches without ignored rows fill the budget."""
+        """About as large as the partial results of the row."""
         D = self.head.weight.shape[1]
-        return 0 if self.head.weight.is_cuda else 3 * D * self.stash_dtype.itemsize
+        most = max(512, 8 * self._columns // self.stash_dtype.itemsize)
+        parts = -(-D // most)
+        return -(-D // (parts * 128)) * 128  # equal parts, of whole cache lines
 
     def forward(
         self,
@@ -132,4 +121,4 @@ class TritonTiles:
             )
 
     def release(self) -> None:
-        """Nothing is kept between tiles."""
+        """Nothing is kept."""

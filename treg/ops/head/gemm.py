@@ -1,16 +1,14 @@
-"""The two products that follow a tile of logit gradients G [n, V]: dhidden = G W and dweight += G^T
-h.
+"""The two products that follow a tile of logit gradients G [n, V]: dhidden = G W, dweight += G^T h.
 
-Plain GEMMs of the vendor's library. What differs is where they round: dweight is added up in
-float32.
+Plain matrix products of the vendor's library. What differs is where they round: dweight is added up
+in float32.
 """
 
 import torch
 from torch import Tensor
 
-SLAB = (
-    1 << 20
-)  # elements of [V, D] that a CPU widens or adds at a time: 4 MiB in float32 stay in cache
+# Elements of [V, D] that a CPU widens or adds at a time: 4 MiB in float32 stay in its cache.
+SLAB = 1 << 20
 
 
 def slab_rows(columns: int) -> int:
@@ -27,12 +25,14 @@ def slab_bytes(D: int, dtype: torch.dtype, device: torch.device) -> tuple[int, i
     if device.type != "cpu" or dtype.itemsize > 2:
         return 0, 0
     rows = slab_rows(D)
-    return rows * D * 12, rows * 8 * widened(dtype, device)
+    each = rows * 8 if widened(dtype, device) else 0
+    return rows * D * 12, each
 
 
 def logits_into(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [n, V] = hidden [n, D] weight [V, D]^T, float32 sums, in out's dtype: that of hidden, or
-    a wider one.
+    """out [n, V] = hidden [n, D] weight [V, D]^T with float32 sums.
+
+    out has the dtype of hidden, or a wider one.
     """
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.T, out=out)
@@ -65,31 +65,34 @@ def times_weight(tile: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def vocabulary_parts(tile: Tensor, weight: Tensor) -> int:
     """Equal parts of the vocabulary that give each multiprocessor a tile of [n, D] to compute."""
-    (n, V), D = tile.shape, weight.shape[1]
-    free = torch.cuda.get_device_properties(tile.device).multi_processor_count // (
-        -(-n // 128) * -(-D // 256)
-    )
-    return next((parts for parts in (16, 8, 4, 2) if parts <= free and V % parts == 0), 1)
+    rows, V = tile.shape
+    D = weight.shape[1]
+    processors = torch.cuda.get_device_properties(tile.device).multi_processor_count
+    tiles = -(-rows // 128) * -(-D // 256)
+    free = processors // tiles
+    for parts in (16, 8, 4, 2):
+        if parts <= free and V % parts == 0:
+            return parts
+    return 1
 
 
 def split_product(tile: Tensor, weight: Tensor, parts: int) -> Tensor:
     """[parts, n, D] float32 (float64 for float64): the product over each part, in the vendor's
     library.
     """
-    a, b = tile.unflatten(1, (parts, -1)).transpose(0, 1), weight.unflatten(0, (parts, -1))
+    a = tile.unflatten(1, (parts, -1)).transpose(0, 1)
+    b = weight.unflatten(0, (parts, -1))
     if tile.dtype.itemsize > 2:
         return torch.bmm(a, b)
-    return (
-        torch.bmm(a, b, out_dtype=torch.float32)
-        if tile.is_cuda
-        else torch.bmm(a.float(), b.float())
-    )
+    if tile.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> None:
-    """acc [V, D] += tile [n, V]^T @ rows [n, D], or = where `first`. acc is float32 (float64 for
-    float64 inputs).
+    """acc [V, D] += tile [n, V]^T @ rows [n, D], or = where `first`.
 
+    acc is float32 (float64 for float64 inputs), or tile's dtype where one tile makes all of it.
     On a GPU the product is added in float32. On a CPU a bfloat16 product is rounded once before it
     is added.
     """

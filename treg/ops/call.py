@@ -1,0 +1,163 @@
+"""What is fixed in a run of an operator and is no tensor, and the rows that one call computes."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from treg.ops.head import Head, Tiles, make_tiles
+from treg.ops.head.gradients import Needs
+from treg.ops.head.selection import RowSelection, scored_rows
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "": None,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything of a call that is fixed in a run; an operator takes it as one string.
+
+    The numbers that a schedule may change come beside it: see `head_numbers`.
+    """
+
+    impl: str  # "torch" or "triton"
+    dtype: torch.dtype  # of the matrix products: hidden's, or autocast's
+    logits_dtype: torch.dtype | None
+    ignore_index: int
+    outputs: tuple[str, ...]  # statistics of each token
+    needs: Needs
+    budget: int  # bytes of temporaries
+    least: bool = False  # memory_budget="least"
+    filter_eps: float | None = None
+    sharded: bool = False  # the head is this rank's part of the vocabulary
+    loss: str = ""  # LossOptions.text(), where the rows are pairs whose loss is known
+    summed: bool = False  # all pairs' losses get the same upstream gradient
+
+    def with_loss(self, loss: str, *, summed: bool) -> "Call":
+        """The call of pairs whose loss is `LossOptions.text()`."""
+        return replace(self, loss=loss, summed=summed)
+
+    def text(self) -> str:
+        fields = (
+            self.impl,
+            NAMES[self.dtype],
+            NAMES[self.logits_dtype],
+            str(self.ignore_index),
+            ",".join(self.outputs),
+            "".join("1" if need else "0" for need in self.needs),
+            str(self.budget),
+            "1" if self.least else "",
+            "" if self.filter_eps is None else str(self.filter_eps),
+            "1" if self.sharded else "",
+            self.loss,
+            "1" if self.summed else "",
+        )
+        return "|".join(fields)
+
+    @classmethod
+    def of(cls, text: str) -> "Call":
+        return _read(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(text: str) -> Call:
+    impl, dtype, logits, ignored, outputs, needs, budget, least, eps, sharded, loss, summed = (
+        text.split("|")
+    )
+    return Call(
+        impl=impl,
+        dtype=DTYPES[dtype],
+        logits_dtype=DTYPES[logits],
+        ignore_index=int(ignored),
+        outputs=tuple(outputs.split(",")) if outputs else (),
+        needs=Needs(*(need == "1" for need in needs)),
+        budget=int(budget),
+        least=bool(least),
+        filter_eps=float(eps) if eps else None,
+        sharded=bool(sharded),
+        loss=loss,
+        summed=bool(summed),
+    )
+
+
+def head_numbers(
+    logit_scale: float, softcap: float | None, temperature: float
+) -> tuple[float, float, float]:
+    """The numbers of a head as an operator takes them; 0 stands for no softcap."""
+    return logit_scale, 0.0 if softcap is None else softcap, temperature
+
+
+HEAD_NUMBERS = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one call, and the head that they go through.
+
+    N rows, D hidden size, V vocabulary.
+    """
+
+    call: Call
+    tiles: Tiles
+    hidden: Tensor  # [N, D] in call.dtype
+    target: Tensor  # [N] int64
+    rows: RowSelection  # the rows that are scored
+    hidden_dtype: torch.dtype  # of the caller's hidden, and so of its gradient
+    weight_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        call: Call,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        numbers: Sequence[float],
+    ) -> "Batch":
+        """From an operator's arguments. numbers: from `head_numbers`."""
+        batch = cls.of_shapes(call, hidden, weight, bias, target, numbers)
+        rows = scored_rows(target, call.ignore_index)
+        return replace(batch, rows=rows)
+
+    @classmethod
+    def of_shapes(
+        cls,
+        call: Call,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        numbers: Sequence[float] = (1.0, 0.0, 1.0),
+    ) -> "Batch":
+        """The same from shapes alone: no value is looked at, and all rows count as scored."""
+        logit_scale, softcap, temperature = numbers
+        head = Head(
+            weight.to(call.dtype),
+            bias,
+            logit_scale,
+            softcap or None,
+            temperature,
+            call.ignore_index,
+        )
+        return cls(
+            call=call,
+            tiles=make_tiles(call.impl, head, call.logits_dtype),
+            hidden=hidden.to(call.dtype),
+            target=target,
+            rows=RowSelection.all(hidden.shape[0]),
+            hidden_dtype=hidden.dtype,
+            weight_dtype=weight.dtype,
+        )
+
+    @property
+    def head(self) -> Head:
+        return self.tiles.head

@@ -1,0 +1,144 @@
+"""dhidden, dweight and dbias of a head, added up tile by tile."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from treg.ops.head.gemm import add_transposed, scaled_to, times_weight, widened
+from treg.ops.head.head import Tiles
+from treg.ops.head.selection import RowSelection, sees_values
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def trained(self) -> bool:
+        """Whether the head itself is trained."""
+        return self.weight or self.bias
+
+
+class Gradients(NamedTuple):
+    """Of the tensors that need one; None for the others."""
+
+    hidden: Tensor | None  # [N, D]; 0 in rows that are not scored
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+    def like(self, *operands: Tensor | None) -> "list[Tensor | None]":
+        """The same in the dtypes of hidden, weight and bias."""
+        found = []
+        for gradient, operand in zip(self, operands, strict=True):
+            if gradient is None or operand is None:
+                found.append(None)
+            else:
+                found.append(gradient.to(operand.dtype))
+        return found
+
+
+class GradientSums:
+    """The sums of one backward.
+
+    dhidden is kept without its row factors (`row_scale`, [N]), which are multiplied in once, at the
+    end. dweight and dbias are float32 sums (float64 of float64), unless a single tile makes them.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        tiles: Tiles,
+        needs: Needs,
+        *,
+        complete: bool,
+        dweight_dtype: torch.dtype | None = None,
+    ):
+        """complete: every row of hidden [N, D] will be added; else the others stay 0.
+        dweight_dtype: None for that of sums; another where one tile makes all of dweight.
+        """
+        self.hidden = hidden
+        self.weight = tiles.head.weight
+        self.columns = tiles.scaled_columns
+        self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=tiles.compute)
+        self.empty = True
+        self.dhidden: Tensor | None = None
+        self.dweight: Tensor | None = None
+        self.dbias: Tensor | None = None
+        if needs.hidden:
+            make = hidden.new_empty if complete else hidden.new_zeros
+            self.dhidden = make(hidden.shape)
+        if needs.weight:
+            if dweight_dtype is None or widened(self.weight.dtype, self.weight.device):
+                dweight_dtype = tiles.compute
+            self.dweight = hidden.new_empty(self.weight.shape, dtype=dweight_dtype)
+        if needs.bias and tiles.head.bias is not None:
+            self.dbias = hidden.new_empty(tiles.head.bias.shape, dtype=tiles.compute)
+
+    def add(self, tile: Tensor, rows: RowSelection, scale: Tensor | None = None) -> None:
+        """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1).
+
+        While a CUDA graph is captured, rows that are not scored could not be left out: their scale
+        is 0, and they add nothing, whatever hidden holds there (NaN even).
+        """
+        for place, part in rows.places():
+            self.row_scale[part] = 1.0 if scale is None else scale[place]
+            if self.dhidden is not None:
+                self._add_hidden(tile[place], part)
+        if self.dweight is not None:
+            for first in range(0, self.hidden.shape[1], self.columns):
+                columns = slice(first, first + self.columns)
+                scaled = self._scaled_hidden(rows, scale, columns)
+                add_transposed(self.dweight[:, columns], tile, scaled, first=self.empty)
+        if self.dbias is not None:
+            ones = tile.new_ones(tile.shape[0]) if scale is None else scale.to(tile.dtype)
+            total = self.dbias.unsqueeze(-1)
+            add_transposed(total, tile, ones.unsqueeze(-1), first=self.empty)
+        self.empty = False
+
+    def apart(self) -> "GradientSums":
+        """New sums of dweight and dbias, whose rows go into the same dhidden."""
+        other = copy.copy(self)
+        other.dweight = None if self.dweight is None else torch.empty_like(self.dweight)
+        other.dbias = None if self.dbias is None else torch.empty_like(self.dbias)
+        other.empty = True
+        return other
+
+    def finish(self) -> None:
+        """After the last tile: sums to which nothing was added are 0."""
+        if not self.empty:
+            return
+        for total in (self.dweight, self.dbias):
+            if total is not None:
+                total.zero_()
+
+    def scaled_hidden_gradient(self, dtype: torch.dtype) -> Tensor | None:
+        """dhidden with its row factors, rounded once to dtype."""
+        if self.dhidden is None:
+            return None
+        return scaled_to(self.dhidden, self.row_scale.unsqueeze(-1), dtype)
+
+    def _add_hidden(self, tile: Tensor, part: slice | Tensor) -> None:
+        assert self.dhidden is not None
+        if isinstance(part, slice):
+            times_weight(tile, self.weight, self.dhidden[part])
+            return
+        out = self.dhidden.new_empty(tile.shape[0], self.dhidden.shape[1])
+        times_weight(tile, self.weight, out)
+        self.dhidden[part] = out
+
+    def _scaled_hidden(self, rows: RowSelection, scale: Tensor | None, columns: slice) -> Tensor:
+        """scale[:, None] * hidden[rows, columns] in hidden's dtype, and 0 where scale is 0."""
+        hidden = self.hidden[:, columns]
+        if scale is None:
+            return rows.read(hidden)
+        out = hidden.new_empty(len(rows), hidden.shape[1])
+        for place, part in rows.places():
+            torch.mul(hidden[part], scale[place].unsqueeze(-1), out=out[place])
+        if not sees_values(scale):
+            out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)
+        return out

@@ -1,0 +1,167 @@
+"""The options that the ops of a head share, checked once."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treg import checks
+from treg.ops.call import Call, head_numbers
+from treg.ops.head.gradients import Needs
+from treg.ops.head.memory import budget_of
+from treg.ops.plans.vocab_parallel import VocabShard
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Everything of a call that is no tensor, as the caller gave it; see `linear_logprobs`."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    outputs: tuple[str, ...]
+    impl: str | None
+    memory_budget: int | str | None
+    logits_dtype: torch.dtype | None
+    shard: VocabShard | None
+    filter_eps: float | None
+
+    def numbers(self) -> tuple[float, float, float]:
+        return head_numbers(self.logit_scale, self.softcap, self.temperature)
+
+    def call(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Call:
+        """What is fixed in the call, once every argument is checked.
+
+        Raises:
+            TypeError: an argument that must be a tensor is none. ValueError: any other bad input,
+                by name.
+        """
+        impl = checks.resolve_impl(self.impl, hidden)
+        outputs = checks.check_outputs(self.outputs)
+        for name, x in (("weight", weight), ("target", target)):
+            checks.check_tensor(name, x)
+        checks.check_tensor("bias", bias, optional=True)
+        checks.check_transforms(hidden=hidden, weight=weight, bias=bias)
+        cast = self._autocast(hidden, weight)
+        dtype = hidden.dtype if cast is None else cast
+        self._check_dtypes(hidden, impl, dtype)
+        if cast is None and weight.dtype != hidden.dtype:
+            raise ValueError(
+                f"weight: expected {hidden.dtype} (hidden's dtype), got {weight.dtype}; convert "
+                "one, or use torch.autocast"
+            )
+        self._check_shapes(hidden, weight, target, bias)
+        check_numbers(self.logit_scale, self.softcap, self.temperature)
+        self._check_choices(hidden, impl, dtype)
+        grad = torch.is_grad_enabled()  # within an operator it is always off
+        needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        return Call(
+            impl=impl,
+            dtype=dtype,
+            logits_dtype=self.logits_dtype,
+            ignore_index=int(self.ignore_index),
+            outputs=outputs,
+            needs=Needs(*needs),
+            budget=budget_of(self.memory_budget, hidden.device),
+            least=self.memory_budget == "least",
+            filter_eps=self.filter_eps,
+            sharded=self.shard is not None,
+        )
+
+    def _autocast(self, hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+        """The dtype of the products under autocast, as for a linear layer; None without."""
+        device = hidden.device.type
+        casts = hidden.dtype in checks.HEAD_DTYPES and weight.dtype in checks.HEAD_DTYPES
+        if torch.is_autocast_enabled(device) and casts:
+            return torch.get_autocast_dtype(device)
+        return None
+
+    def _check_shapes(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
+    ) -> None:
+        if hidden.ndim < 1 or hidden.shape[-1] < 1:
+            raise ValueError(
+                f"hidden: expected shape [..., D] with D >= 1, got {list(hidden.shape)}"
+            )
+        if weight.ndim != 2 or weight.shape[0] < 1:
+            raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
+        if weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got "
+                f"{list(weight.shape)}; is it transposed?"
+            )
+        if target.dtype != torch.int64:
+            raise ValueError(f"target: expected torch.int64, got {target.dtype}; use target.long()")
+        checks.check_shape("target", target, hidden.shape[:-1], "hidden's without D")
+        checks.check_device("weight", weight, hidden)
+        checks.check_device("target", target, hidden)
+        if bias is not None:
+            checks.check_shape("bias", bias, (weight.shape[0],), "V")
+            checks.check_floating("bias", bias)
+            checks.check_device("bias", bias, hidden)
+
+    def _check_dtypes(self, hidden: Tensor, impl: str, dtype: torch.dtype) -> None:
+        allowed = checks.HEAD_DTYPES if impl == "triton" else checks.FLOATS
+        if dtype not in allowed:
+            raise ValueError(
+                f"hidden: expected one of {[str(d) for d in allowed]} for impl={impl!r}, got "
+                f"{hidden.dtype}"
+            )
+        if self.logits_dtype is None:
+            return
+        exact = dtype == torch.float64
+        if impl != "torch" or exact or self.logits_dtype not in (torch.float32, dtype):
+            raise ValueError(
+                "logits_dtype: expected None, torch.float32 or hidden's dtype, with impl='torch' "
+                f"and 16-bit or float32 inputs, got {self.logits_dtype!r} with impl={impl!r} and "
+                f"{dtype}"
+            )
+
+    def _check_choices(self, hidden: Tensor, impl: str, dtype: torch.dtype) -> None:
+        ignored = self.ignore_index
+        if isinstance(ignored, bool) or not isinstance(ignored, int) or abs(ignored) >= 2**63:
+            raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignored!r}")
+        checks.check_memory_budget(self.memory_budget)
+        checks.check_number("filter_eps", self.filter_eps, optional=True)
+        if self.filter_eps is None:
+            return
+        if self.shard is not None:
+            raise ValueError(f"filter_eps: expected None beside a shard, got {self.filter_eps}")
+        if not 0.0 <= self.filter_eps < 1.0:
+            raise ValueError(
+                "filter_eps: expected 0 <= value < 1, a share of the largest coefficient, or "
+                f"None, got {self.filter_eps}"
+            )
+
+
+def check_numbers(logit_scale: float, softcap: float | None, temperature: float) -> None:
+    """ValueError for numbers of a head that no logits can have.
+
+    A graph that is being traced does not know them: its operator checks them when it runs.
+    """
+    if torch.compiler.is_compiling():
+        return
+    checks.check_number("logit_scale", logit_scale)
+    checks.check_number("softcap", softcap, positive=True, optional=True)
+    checks.check_number("temperature", temperature, positive=True)
+    if not abs(logit_scale / temperature) < 1e30:
+        raise ValueError(
+            "temperature: expected |logit_scale / temperature| < 1e30, got "
+            f"{logit_scale} / {temperature}; float32 logits would overflow"
+        )
+
+
+def check_targets(target: Tensor, words: float, ignore_index: int) -> None:
+    """ValueError for a target outside [0, words), where values may be looked at."""
+    if not checks.values_visible(target):
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= words))
+    if bool(bad.any()):
+        at = bad.nonzero()[0].tolist()
+        expected = ">= 0" if words == math.inf else f"in [0, {words})"
+        raise ValueError(
+            f"target: expected values {expected} or ignore_index={ignore_index}, "
+            f"got {target[tuple(at)].item()} at index {at}"
+        )

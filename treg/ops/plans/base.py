@@ -1,0 +1,137 @@
+"""What a plan is: an order in which rows go through a head, forward and backward."""
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from treg.losses import LossOptions
+from treg.losses.pairs import PairOutputs, TokenInputs, evaluate_pairs
+from treg.ops.call import Batch
+from treg.ops.head.gradients import Gradients
+from treg.ops.head.memory import empty_rows, tile_step
+from treg.ops.head.selection import sees_values
+
+Saved = dict[str, Tensor]  # what a backward needs, by name
+Scores = dict[str, Tensor]  # of each row: "logprobs", and the statistics asked for, by name
+
+
+class Plan(Protocol):
+    """One order of the matrix products, chosen by `treg.ops.plans.choose_plan`.
+
+    A plan keeps nothing between its calls: what its backward needs, it saves. It sees the rows of a
+    `Batch`, of which only those in batch.rows are computed.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def saved_names(self) -> tuple[str, ...]: ...
+
+    def saved(self, batch: Batch) -> Saved:
+        """What `forward` saves, not filled. Its shapes and dtypes follow from shapes alone,
+        whatever rows are scored: this serves the operators' fake kernels.
+        """
+        ...
+
+    def forward(self, batch: Batch) -> tuple[Scores, Saved]:
+        """Score the rows."""
+        ...
+
+    def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+        """Gradients of sum_t coef_t lp_t.
+
+        coef: [N]; whatever a loss leaves at rows that are not scored (NaN even) counts as 0. The
+        gradients may have any floating dtype: the operator rounds them.
+        """
+        ...
+
+    def forward_pairs(
+        self, batch: Batch, pairs: TokenInputs, options: LossOptions
+    ) -> tuple[Scores, Saved, PairOutputs]:
+        """Score pairs and evaluate their loss; pairs.logps is not looked at."""
+        ...
+
+    def backward_pairs(
+        self, batch: Batch, upstream: Tensor, coef: Tensor, saved: Saved
+    ) -> Gradients:
+        """Gradients of the pairs' losses, each times its upstream gradient.
+
+        upstream: [N], that of the row's pair, or [1] where it is the same for all. coef: [N],
+        d loss / d lp_t, as `forward_pairs` gave it.
+        """
+        ...
+
+
+class ScoredFirst:
+    """A plan that scores all pairs, and differentiates them when the upstream gradient is known."""
+
+    def forward_pairs(
+        self: Plan, batch: Batch, pairs: TokenInputs, options: LossOptions
+    ) -> tuple[Scores, Saved, PairOutputs]:
+        scores, saved = self.forward(batch)
+        logps = scores["logprobs"]
+        outputs = PairOutputs.empty((pairs.starts.shape[0] - 1) // 2, logps)
+        evaluate_pairs(batch.call.impl, replace(pairs, logps=logps), options, outputs)
+        return scores, saved, outputs
+
+    def backward_pairs(
+        self: Plan, batch: Batch, upstream: Tensor, coef: Tensor, saved: Saved
+    ) -> Gradients:
+        return self.backward(batch, coef * upstream, saved)
+
+
+def score_rows(
+    batch: Batch,
+    outputs: tuple[str, ...],
+    stash: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Score the rows of a batch tile by tile.
+
+    Args:
+        outputs: statistics, "tops" perhaps.
+        stash, factor: [kept, V] and [kept], filled with those of the first rows; or None.
+    Returns:
+        "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored.
+    """
+    tiles, rows = batch.tiles, batch.rows
+    found = empty_rows(batch.hidden, tiles, ("logprobs", "norm", *outputs))
+
+    def score(selection, tile_stash=None):
+        hidden, target = selection.read(batch.hidden), selection.read(batch.target)
+        got = tiles.forward(hidden, target, outputs, tile_stash)
+        for name, x in found.items():
+            selection.write(x, got[name])
+        return got
+
+    kept = 0
+    if stash is not None and factor is not None:
+        kept, at = stash.shape[0], 0
+        for selection in rows.section(0, kept).chunks(tiles.max_rows):
+            place = slice(at, at + len(selection))
+            factor[place] = score(selection, stash[place])["factor"]
+            at = place.stop
+    reserved = 0 if stash is None else stash.nbytes
+    step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
+    for selection in rows.section(kept, len(rows)).chunks(step):
+        score(selection)
+    tiles.release()
+    return found
+
+
+def scored_coefficients(batch: Batch, coef: Tensor) -> Tensor:
+    """coef in the dtype of sums, 0 where nothing is scored, whatever a loss leaves there."""
+    scored = batch.target != batch.head.ignore_index
+    return torch.where(scored, coef, 0.0).to(batch.tiles.compute)
+
+
+def row_factors(batch: Batch, target: Tensor) -> Tensor | None:
+    """What multiplies a tile of complete gradients: 1 at scored rows and 0 at others, where those
+    could not be left out; else None, which stands for 1 everywhere.
+    """
+    if sees_values(target):
+        return None
+    return (target != batch.head.ignore_index).to(batch.tiles.compute)

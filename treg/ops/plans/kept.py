@@ -1,0 +1,123 @@
+"""A trainable head: as many rows as the budget holds keep their stash until the backward.
+
+kept rows     3 products   dhidden = coef * factor * (E W)      dweight += E^T (coef * factor * h)
+other rows    4 products   their logits are computed again when coef is known
+float16       4 products   no row is kept: a loss scaler's factor must reach the 16-bit products
+"""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from treg.ops.call import Batch
+from treg.ops.head import Tiles
+from treg.ops.head.gradients import Gradients, GradientSums
+from treg.ops.head.head import without_autocast
+from treg.ops.head.memory import check_budget, pass_rows, tile_rows, tile_step
+from treg.ops.plans.base import (
+    Saved,
+    ScoredFirst,
+    Scores,
+    row_factors,
+    score_rows,
+    scored_coefficients,
+)
+
+
+class Kept(ScoredFirst):
+    name = "kept"
+    saved_names = ("norm", "stash", "factor")
+
+    def saved(self, batch: Batch) -> Saved:
+        tiles, rows = batch.tiles, batch.hidden.shape[0]
+        kept = self._kept(batch, rows)
+        words = batch.head.weight.shape[0]
+        return {
+            "norm": batch.hidden.new_empty(rows, 2, dtype=tiles.compute),
+            "stash": batch.hidden.new_empty(kept, words, dtype=tiles.stash_dtype),
+            "factor": batch.hidden.new_empty(kept, dtype=tiles.compute),
+        }
+
+    def forward(self, batch: Batch) -> tuple[Scores, Saved]:
+        outputs = batch.call.outputs
+        check_budget(batch.tiles, batch.call.budget, stash=True, outputs=outputs)
+        saved = self.saved(batch)
+        stash, factor = self._of_kept_rows(batch, saved)
+        scores = score_rows(batch, outputs, stash, factor)
+        saved["norm"] = scores.pop("norm")
+        return scores, saved
+
+    def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+        stash, factor = self._of_kept_rows(batch, saved)
+        coef = scored_coefficients(batch, coef)
+        sums = differentiate_rows(batch, saved["norm"], coef, stash, factor)
+        return Gradients(sums.scaled_hidden_gradient(batch.hidden_dtype), sums.dweight, sums.dbias)
+
+    def _kept(self, batch: Batch, rows: int) -> int:
+        if batch.call.dtype == torch.float16:
+            return 0
+        return kept_rows(batch.tiles, batch.call.budget, rows, batch.call.outputs)
+
+    def _of_kept_rows(self, batch: Batch, saved: Saved) -> tuple[Tensor | None, Tensor | None]:
+        """Stash and factor of the rows that are kept of those that are scored; None without any."""
+        kept = min(saved["stash"].shape[0], self._kept(batch, len(batch.rows)))
+        if not kept:
+            return None, None
+        return saved["stash"][:kept], saved["factor"][:kept]
+
+
+def kept_rows(tiles: Tiles, budget: int, count: int, outputs: tuple[str, ...]) -> int:
+    """How many of `count` rows keep their stash: all, or what the budget holds beside a tile of the
+    others.
+
+    C rows of stash fit in all. Of n = count - C more, C - t rows kept leave n + t to be computed
+    again, t at a time: n + t rows and (n + t) / t passes, each worth P = pass_rows of them, are the
+    least at t = sqrt(P * n). n is taken to be C, whatever it is: that is close enough, and no
+    number of rows needs a graph of its own under torch.compile.
+    """
+    capacity = tile_rows(tiles, budget, stash=True, outputs=outputs)
+    if count <= capacity:
+        return count
+    each = pass_rows(tiles.head.weight.device)
+    kept = capacity - min(tiles.max_rows, isqrt(each * capacity))
+    return kept if kept >= each else 0  # they cost a pass of their own
+
+
+def differentiate_rows(
+    batch: Batch, norm: Tensor, coef: Tensor, stash: Tensor | None, factor: Tensor | None
+) -> GradientSums:
+    """Gradients of sum_t coef_t lp_t.
+
+    Args:
+        norm: [N, 2], coef: [N], 0 where nothing is scored. stash [kept, V] and factor [kept]: as of
+            `score_rows`, for the first rows; the logits of the others are computed again.
+    """
+    tiles, rows, count = batch.tiles, batch.rows, len(batch.rows)
+    kept = 0 if stash is None else stash.shape[0]
+    reserved = 0 if stash is None else stash.nbytes
+    step = tile_step(tiles, batch.call.budget, stash=True, reserved=reserved)
+    one_tile = kept == count or (kept == 0 and count <= step)
+    sums = GradientSums(
+        batch.hidden,
+        tiles,
+        batch.call.needs,
+        complete=rows.complete,
+        dweight_dtype=batch.weight_dtype if one_tile else None,
+    )
+    with without_autocast(batch.hidden):
+        if stash is not None and factor is not None:
+            first = rows.section(0, kept)
+            sums.add(stash, first, first.read(coef) * factor)
+        tile = batch.hidden.new_empty(
+            min(step, count - kept), batch.head.weight.shape[0], dtype=tiles.stash_dtype
+        )
+        for selection in rows.section(kept, count).chunks(step):
+            target = selection.read(batch.target)
+            out = tile[: len(selection)]
+            hidden = selection.read(batch.hidden)
+            tiles.gradient(hidden, target, selection.read(norm), selection.read(coef), out)
+            sums.add(out, selection, row_factors(batch, target))
+    sums.finish()
+    tiles.release()
+    return sums

@@ -1,0 +1,311 @@
+"""`fused_treg_loss`: the T-REG loss of preference pairs from hidden states, without [N, V] logits.
+
+The coefficient of a token, d L / d lp_t, is known only when its whole pair has been through the
+head. A batch whose stash fits into the budget keeps it until the backward; of a larger one the plan
+`pair_groups` takes the gradients in the forward, group by group, so that no logits are made twice.
+"""
+
+import torch
+from torch import Tensor
+
+from treg import checks
+from treg.losses import LossOptions, check_reference, treg_loss
+from treg.losses.pairs import STATS, PairOutputs, TokenInputs, row_starts, sequence_of_row
+from treg.losses.segments import segment_sum
+from treg.operators import LOOKS_AT_VALUES, Operator, scalars
+from treg.ops.call import HEAD_NUMBERS, Batch, Call
+from treg.ops.head.selection import check_same_rows
+from treg.ops.linear_logprobs import (
+    batch_of,
+    fake_flag,
+    fake_gradients,
+    fake_scores,
+    score,
+    spread,
+)
+from treg.ops.options import HeadOptions
+from treg.ops.plans import choose_plan
+from treg.ops.plans.vocab_parallel import VocabShard, local_operands
+from treg.results import PairLoss, TRegLoss
+
+
+def fused_treg_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_rewards: Tensor | None,
+    ref_logps: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.25,
+    loss_type: str = "dpo",
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    weighting: str = "gradient",
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    outputs: tuple[str, ...] = (),
+    impl: str | None = None,
+    memory_budget: int | str | None = None,
+    logits_dtype: torch.dtype | None = None,
+    shard: VocabShard | None = None,
+    filter_eps: float | None = None,
+) -> TRegLoss:
+    """The T-REG loss of B preference pairs from hidden states, with exact gradients and without [N,
+    V] logits.
+
+        L     = base(rho_w, rho_l) + alpha * ( w_w L_reg(y_w) + w_l L_reg(y_l) )
+        rho_s = beta * sum_t u_t (lp_t - ref_t)         L_reg(y) = - sum_t beta * rhat_t * lp_t
+        w_s   = | d base / d rho_s |, detached          (dpo: both sigmoid(-m), m = rho_w - rho_l)
+
+    so that d L / d lp_t = -beta w (1 + alpha rhat_t) on chosen tokens, +beta w (1 - alpha rhat_t)
+    on rejected ones.
+
+    Paper: T-REG, arXiv 2412.02685, Eq. 1-3. The other objectives: `treg.losses.OBJECTIVES`.
+    Differs: see `treg.losses.treg_loss`.
+
+    A trainable head takes 3 matrix products a row, a frozen one 2, and a call under no_grad 1. What
+    the gradients need of a batch is kept until the backward where memory_budget holds it; else they
+    are taken in the forward, some pairs after the other. One product more is needed for float16
+    inputs (so that a loss scaler's factor reaches the 16-bit products), and for a pair that does
+    not fit into memory_budget where its objective is not -w * (known coefficients), or where the
+    budget holds no second float32 [V, D] sum beside other pairs. reduction="none", shard and
+    filter_eps take the products of `linear_logprobs`; memory_budget="least" takes 4.
+
+    Args:
+        hidden: [2B, T, D], or packed [N, D] with cu_seqlens; see `linear_logprobs`. Chosen
+            sequences first.
+        weight: [V, D]. target: [2B, T] or [N] int64, aligned with hidden.
+        token_rewards: like target, floating; rhat_t. May be None when alpha is 0.
+        ref_logps: [2B] summed reference log-probs, or like target per token (needed with
+            token_weights); None for the reference-free loss types simpo, orpo, cpo.
+        cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N, on hidden's device
+            or the CPU. While a CUDA graph is captured it must be on the device; a batch larger than
+            memory_budget then takes 4 products.
+        beta: > 0, reward scale. alpha: >= 0, weight of the regularizer. gamma: simpo's margin, in
+            rewards.
+        loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting:
+            "gradient", or "static" (w = 1). token_weights: like target, u_t >= 0.
+        reduction: "mean" over pairs, "sum", or "none".
+        outputs: statistics of each token, as in `linear_logprobs`; they cost no matrix product.
+        bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype,
+            shard, filter_eps: as in `linear_logprobs`.
+    Returns:
+        TRegLoss; `loss` carries the gradient in hidden, weight and bias, everything else is
+        detached.
+    Raises:
+        TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by
+            name.
+    """
+    hidden, weight, target, bias, shard = local_operands(hidden, weight, target, bias, shard)
+    options = HeadOptions(
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        outputs=outputs,
+        impl=impl,
+        memory_budget=memory_budget,
+        logits_dtype=logits_dtype,
+        shard=shard,
+        filter_eps=filter_eps,
+    )
+    loss_options = LossOptions(loss_type, beta, alpha, gamma, label_smoothing, weighting)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    call = options.call(hidden, weight, target, bias)
+    count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
+    token_rewards, ref_logps, token_weights = (
+        x.detach() if isinstance(x, Tensor) else x
+        for x in (token_rewards, ref_logps, token_weights)
+    )
+    check_pairs(
+        loss_options, target, token_rewards, ref_logps, token_weights, cu_seqlens, call.ignore_index
+    )
+    if shard is None:
+        call = call.with_loss(loss_options.text(), summed=reduction != "none")
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        numbers = scalars(*options.numbers(), *loss_options.numbers())
+        loss, stats, *scores = _forward(
+            rows,
+            weight,
+            bias,
+            target,
+            token_rewards,
+            ref_logps,
+            token_weights,
+            cu_seqlens,
+            numbers,
+            call.text(),
+        )
+        names = ("logprobs", *call.outputs)
+        found = dict(zip(names, scores, strict=False))
+        result = PairOutputs(loss, stats, found["logprobs"]).results(loss_options)
+    else:
+        found = score(options, call, hidden, weight, bias, target)
+        scored = target != ignore_index
+        result = treg_loss(
+            found["logprobs"],
+            token_rewards,
+            ref_logps,
+            loss_options,
+            cu_seqlens=cu_seqlens,
+            mask=scored,
+            token_weights=token_weights,
+            impl=call.impl,
+        )
+    return _result(result, found, reduction, count // 2)
+
+
+def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str, count: int) -> TRegLoss:
+    """The pairs' losses reduced, and everything else detached."""
+    loss = pairs.loss if reduction == "none" else pairs.loss.sum()
+    if reduction == "mean":
+        loss = loss / count
+    detached = {name: x.detach() for name, x in found.items()}
+    token_logps = detached.pop("logprobs")
+    return TRegLoss(loss, *pairs[1:], token_logps, **detached)
+
+
+def check_pairs(
+    options: LossOptions,
+    target: Tensor,
+    token_rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """Shapes always, and values where they may be looked at."""
+    scored = target != ignore_index
+    count = target.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    checks.check_pair_inputs(
+        target, scored, token_rewards, ref_logps, token_weights, count, options.alpha
+    )
+    per_token = ref_logps is not None and ref_logps.shape == target.shape
+    check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
+    if checks.values_visible(target):
+        lengths = segment_sum(scored.float(), cu_seqlens)
+        checks.check_lengths("target", lengths.tolist())
+
+
+def _score(
+    hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_seqlens, numbers, text
+) -> list[Tensor]:
+    """loss [B], stats, log-probs and outputs like target; coef where the plan scores first; what
+    the plan saved; whether rows were left out.
+    """
+    call = Call.of(text)
+    options = LossOptions.of(call.loss, tuple(numbers.tolist()[HEAD_NUMBERS:]))
+    check_pairs(
+        options, target, token_rewards, ref_logps, token_weights, cu_seqlens, call.ignore_index
+    )
+    batch = batch_of(hidden, weight, bias, target, numbers, call)
+    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    pairs = TokenInputs(
+        logps=batch.hidden,  # not yet there
+        target=batch.target,
+        token_rewards=_flat(token_rewards),
+        ref_logps=_flat(ref_logps),
+        token_weights=_flat(token_weights),
+        starts=row_starts(target, cu_seqlens).contiguous(),
+        ignore_index=call.ignore_index,
+    )
+    scores, saved, outputs = plan.forward_pairs(batch, pairs, options)
+    found = [scores[name].view(target.shape) for name in ("logprobs", *call.outputs)]
+    left_out = torch.tensor(not batch.rows.complete)
+    return [outputs.loss, outputs.stats, *found, outputs.coef, *saved.values(), left_out]
+
+
+def _score_fake(
+    hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_seqlens, numbers, text
+) -> list[Tensor]:
+    call = Call.of(text)
+    batch = Batch.of_shapes(call, hidden, weight, bias, target.reshape(-1))
+    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    sequences = target.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    coef = hidden.new_empty(target.numel(), dtype=batch.tiles.compute)
+    loss = coef.new_empty(sequences // 2)
+    stats = coef.new_empty(len(STATS), sequences // 2)
+    saved = plan.saved(batch)
+    return [loss, stats, *fake_scores(batch, target), coef, *saved.values(), fake_flag()]
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).contiguous()
+
+
+def _differentiate(
+    upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, text
+) -> list[Tensor]:
+    """The gradients that are needed, in the order hidden, weight, bias, of sum_b upstream_b loss_b.
+
+    upstream: [B], all the same where the pairs' losses are summed.
+    """
+    call = Call.of(text)
+    coef, *values, left_out = saved
+    batch = batch_of(hidden, weight, bias, target, numbers, call)
+    check_same_rows(batch.rows, left_out)
+    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    kept = dict(zip(plan.saved_names, values, strict=True))
+    if call.summed:
+        of_row = upstream[:1]
+    else:
+        starts = row_starts(target, cu_seqlens)
+        of_row = upstream.repeat(2)[sequence_of_row(starts, coef.shape[0])]
+    gradients = plan.backward_pairs(batch, of_row, coef, kept)
+    return [x for x in gradients.like(hidden, weight, bias) if x is not None]
+
+
+def _differentiate_fake(
+    upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, text
+) -> list[Tensor]:
+    return fake_gradients(Call.of(text), hidden, weight, bias)
+
+
+_forward = Operator(
+    "treg_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? token_rewards, "
+    "Tensor? ref_logps, Tensor? token_weights, Tensor? cu_seqlens, Tensor numbers, str call) "
+    "-> Tensor[]",
+    _score,
+    _score_fake,
+    LOOKS_AT_VALUES,
+)
+_gradient = Operator(
+    "treg_loss_grad(Tensor upstream, Tensor[] saved, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor target, Tensor? cu_seqlens, Tensor numbers, str call) -> Tensor[]",
+    _differentiate,
+    _differentiate_fake,
+    LOOKS_AT_VALUES,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, bias, target, _, _, _, cu_seqlens, numbers, text = inputs
+    ctx.call = Call.of(text)
+    scores = 3 + len(ctx.call.outputs)  # loss, stats, log-probs, outputs
+    # tensors are saved by autograd alone, so that it can free, check and move them
+    ctx.save_for_backward(hidden, weight, bias, target, cu_seqlens, numbers, *output[scores:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grads):
+    upstream = grads[0]
+    others = (None,) * 7
+    if upstream is None:
+        return None, None, None, *others
+    hidden, weight, bias, target, cu_seqlens, numbers, *saved = ctx.saved_tensors
+    text = ctx.call.text()
+    found = _gradient(upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, text)
+    return *spread(ctx.call, found), *others
+
+
+_forward.differentiable(_save, _backward)
+_gradient.first_derivatives_only()
