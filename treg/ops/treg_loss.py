@@ -5,6 +5,8 @@ head. A batch whose stash fits into the budget keeps it until the backward; of a
 `pair_groups` takes the gradients in the forward, group by group, so that no logits are made twice.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from treg import checks
 from treg.losses import LossOptions, check_reference, treg_loss
 from treg.losses.pairs import STATS, PairOutputs, TokenInputs, row_starts, sequence_of_row
 from treg.losses.segments import segment_sum
-from treg.operators import LOOKS_AT_VALUES, Operator, scalars
+from treg.operators import LOOKS_AT_VALUES, Operator
+from treg.operators import scalars as as_tensor
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
 from treg.ops.head.selection import check_same_rows
 from treg.ops.linear_logprobs import (
@@ -43,6 +46,7 @@ def fused_treg_loss(
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
     weighting: str = "gradient",
+    scalars: Mapping[str, float] | None = None,
     token_weights: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -92,6 +96,8 @@ def fused_treg_loss(
             rewards.
         loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting:
             "gradient", or "static" (w = 1). token_weights: like target, u_t >= 0.
+        scalars: the objective's other options by name, e.g. {"tau": 0.05} for discopop; see
+            `treg.losses.LossOptions`.
         reduction: "mean" over pairs, "sum", or "none".
         outputs: statistics of each token, as in `linear_logprobs`; they cost no matrix product.
         bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype,
@@ -116,7 +122,9 @@ def fused_treg_loss(
         shard=shard,
         filter_eps=filter_eps,
     )
-    loss_options = LossOptions(loss_type, beta, alpha, gamma, label_smoothing, weighting)
+    loss_options = LossOptions(
+        loss_type, beta, alpha, gamma, label_smoothing, weighting, scalars or {}
+    )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     call = options.call(hidden, weight, target, bias)
@@ -131,7 +139,7 @@ def fused_treg_loss(
     if shard is None:
         call = call.with_loss(loss_options.text(), summed=reduction != "none")
         rows = hidden.reshape(-1, hidden.shape[-1])
-        numbers = scalars(*options.numbers(), *loss_options.numbers())
+        numbers = as_tensor(*options.numbers(), *loss_options.numbers())
         loss, stats, *scores = _forward(
             rows,
             weight,
