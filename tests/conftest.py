@@ -3,6 +3,7 @@ import of Triton.
 """
 
 import os
+import sys
 
 import torch
 
@@ -53,22 +54,37 @@ def open_operators(monkeypatch):
     happens inside.
     """
     import treg.ops.logprobs
-    import treg.ops.pair_op
     import treg.ops.pairs
+    from treg.operators import Operator
 
-    def opened(op):
+    def opened(implementation, save, backward):
+        if save is None:  # a gradient's operator has no gradient, and saves nothing
+            return implementation
+
         class Opened(torch.autograd.Function):
-            forward = staticmethod(op._init_fn)
-            setup_context = staticmethod(op._setup_context_fn)
-            backward = staticmethod(op._backward_fn)
+            forward = staticmethod(implementation)
+            setup_context = staticmethod(save)
 
-        # a gradient's operator has no gradient, and saves nothing
-        return Opened.apply if op._setup_context_fn else op._init_fn
+        Opened.backward = staticmethod(backward)
+        return Opened.apply
 
-    for module in (treg.ops.logprobs, treg.ops.pairs, treg.ops.pair_op):
+    def opened_operator(op):
+        """Its results are a list, which a Function has to take for a tuple."""
+        return opened(
+            lambda *args: tuple(op.implementation(*args)),
+            op.save,
+            lambda ctx, *grads: op.backward(ctx, list(grads)),
+        )
+
+    # the name treg.losses.treg_loss is that of the function
+    pair_loss = sys.modules["treg.losses.treg_loss"]
+    for module in (treg.ops.logprobs, treg.ops.pairs, pair_loss):
         for name, op in list(vars(module).items()):
             if isinstance(op, torch.library.CustomOpDef):
-                monkeypatch.setattr(module, name, opened(op))
+                functions = (op._init_fn, op._setup_context_fn, op._backward_fn)
+                monkeypatch.setattr(module, name, opened(*functions))
+            elif isinstance(op, Operator):
+                monkeypatch.setattr(module, name, opened_operator(op))
 
 
 def pytest_collection_modifyitems(items):

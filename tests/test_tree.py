@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "treg.checks": {"treg_kernels", "torch"},
     "treg.results": {"torch"},
     "treg.files": {"yaml"},
-    "treg.losses": {"treg.losses", "treg.checks", "treg.results", "torch"},
+    "treg.operators": {"torch"},
+    "treg.losses": {
+        *("treg.losses", "treg.checks", "treg.operators", "treg.results", "treg_kernels", "torch"),
+    },
     "treg.ops": {"treg.ops", "treg.checks", "treg.losses", "treg.results", "treg_kernels", "torch"},
     "treg.ops.reference": {"treg.results", "torch"},
     "treg.heads": {"treg.heads", "treg.ops", "treg.results", "torch", "transformers"},

@@ -12,6 +12,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 _debug = False  # one switch for the process
 
@@ -57,6 +59,30 @@ def check_tensor(name: str, x, *, optional: bool = False) -> None:
         )
     if x.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
+
+
+def check_transforms(**tensors: Tensor | None) -> None:
+    """Operators know first derivatives by backward alone: anything else would be silently wrong.
+
+    Under torch.compile nothing is checked: a graph that holds an operator refuses by itself.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if _functorch.is_functorch_wrapped_tensor(x):
+            raise RuntimeError(
+                f"{name}: expected a plain tensor, got one inside a transform of torch.func (grad, "
+                "vmap, jvp, ...), which is not implemented; use torch.autograd.grad or "
+                "loss.backward()"
+            )
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name}: expected a tensor without a tangent, got a dual tensor of forward-mode "
+                "differentiation, which is not implemented; use torch.autograd.grad or "
+                "loss.backward()"
+            )
 
 
 def check_number(name: str, x, *, positive: bool = False, optional: bool = False) -> None:

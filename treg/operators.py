@@ -84,5 +84,6 @@ def scalars(*values: float) -> Tensor:
 
 def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
-        "expected first derivatives only: the gradient of a loss's gradient is not implemented"
+        "expected first derivatives only: second derivatives, the gradient of a loss's gradient, "
+        "are not implemented"
     )

@@ -1,8 +1,11 @@
 """Preference objectives and their derivatives, in float64, as device functions.
 
-BASES maps a loss type to a function of (rho_w, rho_l, beta, gamma, eps), eps the label smoothing,
-that returns (base, slope_w, slope_l) with slope_s = d base / d rho_s; m = rho_w - rho_l. What each
-is, and its paper: `treg.losses`.
+BASES maps a loss type to a function of (rho_w, rho_l, beta, first, second) that returns (base,
+slope_w, slope_l) with slope_s = d base / d rho_s; m = rho_w - rho_l. first and second are the
+options that the objective declares, in its order; an argument that a formula does not use is `_`
+or `__`. What each is, and its paper: `treg.losses`.
+
+An objective without a function here is computed in PyTorch.
 
 Triton has no log1p, expm1 and sigmoid of float64 that all backends and the interpreter share, so
 they are built here from exp and log.
@@ -11,7 +14,6 @@ they are built here from exp and log.
 import triton
 import triton.language as tl
 
-DISCOPOP_TAU = tl.constexpr(0.05)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -44,7 +46,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _dpo(rho_w, rho_l, beta, gamma, eps):
+def _dpo(rho_w, rho_l, beta, eps, _):
     """-(1 - eps) log sigmoid(m) - eps log sigmoid(-m)."""
     m = rho_w - rho_l
     slope = eps * _sigmoid(m) - (1.0 - eps) * _sigmoid(-m)
@@ -54,11 +56,11 @@ def _dpo(rho_w, rho_l, beta, gamma, eps):
 @triton.jit
 def _simpo(rho_w, rho_l, beta, gamma, eps):
     """_dpo at m - gamma."""
-    return _dpo(rho_w - gamma, rho_l, beta, gamma, eps)
+    return _dpo(rho_w - gamma, rho_l, beta, eps, 0.0)
 
 
 @triton.jit
-def _ipo(rho_w, rho_l, beta, gamma, eps):
+def _ipo(rho_w, rho_l, beta, _, __):
     """(m / beta - 1 / (2 beta))^2."""
     x = (rho_w - rho_l) / beta - 0.5 / beta
     slope = 2.0 * x / beta
@@ -66,7 +68,7 @@ def _ipo(rho_w, rho_l, beta, gamma, eps):
 
 
 @triton.jit
-def _hinge(rho_w, rho_l, beta, gamma, eps):
+def _hinge(rho_w, rho_l, beta, _, __):
     """max(0, 1 - m)."""
     x = 1.0 - (rho_w - rho_l)
     slope = tl.where(x <= 0.0, 0.0, -1.0)
@@ -74,7 +76,7 @@ def _hinge(rho_w, rho_l, beta, gamma, eps):
 
 
 @triton.jit
-def _robust(rho_w, rho_l, beta, gamma, eps):
+def _robust(rho_w, rho_l, beta, eps, _):
     """(-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps)."""
     m = rho_w - rho_l
     value = (1.0 - eps) * _softplus(-m) - eps * _softplus(m)
@@ -83,7 +85,7 @@ def _robust(rho_w, rho_l, beta, gamma, eps):
 
 
 @triton.jit
-def _exo_pair(rho_w, rho_l, beta, gamma, eps):
+def _exo_pair(rho_w, rho_l, beta, eps, _):
     """p (log p - log(1 - eps)) + q (log q - log eps), p = sigmoid(m) = 1 - q; d p / d m = p q, log
     p - log q = m.
     """
@@ -95,27 +97,27 @@ def _exo_pair(rho_w, rho_l, beta, gamma, eps):
 
 
 @triton.jit
-def _nca_pair(rho_w, rho_l, beta, gamma, eps):
+def _nca_pair(rho_w, rho_l, beta, _, __):
     """-log sigmoid(rho_w) - 0.5 log sigmoid(-rho_w) - 0.5 log sigmoid(-rho_l)."""
     value = _softplus(-rho_w) + 0.5 * _softplus(rho_w) + 0.5 * _softplus(rho_l)
     return value, 0.5 * _sigmoid(rho_w) - _sigmoid(-rho_w), 0.5 * _sigmoid(rho_l)
 
 
 @triton.jit
-def _bco_pair(rho_w, rho_l, beta, gamma, eps):
+def _bco_pair(rho_w, rho_l, beta, _, __):
     """-log sigmoid(rho_w) - log sigmoid(-rho_l)."""
     return _softplus(-rho_w) + _softplus(rho_l), -_sigmoid(-rho_w), _sigmoid(rho_l)
 
 
 @triton.jit
-def _apo_zero(rho_w, rho_l, beta, gamma, eps):
+def _apo_zero(rho_w, rho_l, beta, _, __):
     """sigmoid(-rho_w) + sigmoid(rho_l)."""
     value = _sigmoid(-rho_w) + _sigmoid(rho_l)
     return value, -_sigmoid(rho_w) * _sigmoid(-rho_w), _sigmoid(rho_l) * _sigmoid(-rho_l)
 
 
 @triton.jit
-def _apo_down(rho_w, rho_l, beta, gamma, eps):
+def _apo_down(rho_w, rho_l, beta, _, __):
     """sigmoid(rho_w) + sigmoid(-m)."""
     m = rho_w - rho_l
     slope_l = _sigmoid(m) * _sigmoid(-m)
@@ -123,24 +125,22 @@ def _apo_down(rho_w, rho_l, beta, gamma, eps):
 
 
 @triton.jit
-def _sppo_hard(rho_w, rho_l, beta, gamma, eps):
+def _sppo_hard(rho_w, rho_l, beta, _, __):
     """(rho_w / beta - 1 / (2 beta))^2 + (rho_l / beta + 1 / (2 beta))^2."""
     x, y = (rho_w - 0.5) / beta, (rho_l + 0.5) / beta
     return x * x + y * y, 2.0 * x / beta, 2.0 * y / beta
 
 
 @triton.jit
-def _discopop(rho_w, rho_l, beta, gamma, eps):
+def _discopop(rho_w, rho_l, beta, tau, _):
     """-(1 - g) log sigmoid(m) + g exp(-m), g = sigmoid(x), x = m / tau; d g / d m = g (1 - g) /
     tau.
     """
     m = rho_w - rho_l
-    x = m / DISCOPOP_TAU
+    x = m / tau
     decay = tl.exp(-_softplus(-x) - m)  # g exp(-m), where exp(-m) alone would overflow
     shut = _sigmoid(-x)
-    slope = -shut * (_sigmoid(x) * _softplus(-m) / DISCOPOP_TAU + _sigmoid(-m)) + decay * (
-        shut / DISCOPOP_TAU - 1.0
-    )
+    slope = -shut * (_sigmoid(x) * _softplus(-m) / tau + _sigmoid(-m)) + decay * (shut / tau - 1.0)
     return shut * _softplus(-m) + decay, slope, -slope
 
 
@@ -159,7 +159,7 @@ def _log_odds(x):
 
 
 @triton.jit
-def _orpo(rho_w, rho_l, beta, gamma, eps):
+def _orpo(rho_w, rho_l, beta, _, __):
     """-beta log sigmoid(odds_w - odds_l), odds_s the log-odds of rho_s / beta."""
     odds_w, rate_w = _log_odds(rho_w / beta)
     odds_l, rate_l = _log_odds(rho_l / beta)

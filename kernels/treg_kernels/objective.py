@@ -16,11 +16,11 @@ Computed in float64: sums over thousands of tokens, and differences of such sums
 `bases.py`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
-
-from treg_kernels.bases import BASES
 
 
 @triton.jit
@@ -105,9 +105,10 @@ def _store_coefficients(
 @triton.jit(do_not_specialize=["B", "N", "first"])
 def _pair_kernel(
     logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, starts_ptr, loss_ptr, stats_ptr, coef_ptr,
-    B, N, first, ignore_index, beta: tl.float64, alpha: tl.float64, gamma: tl.float64, eps: tl.float64,
-    BASE: tl.constexpr, REF_PER_TOKEN: tl.constexpr, LENGTH_NORMALISED: tl.constexpr, NLL: tl.constexpr,
-    STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    B, N, first, ignore_index, beta: tl.float64, alpha: tl.float64, first_option: tl.float64,
+    second_option: tl.float64,
+    BASE: tl.constexpr, REF_PER_TOKEN: tl.constexpr, LENGTH_NORMALISED: tl.constexpr,
+    NLL: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pair: its sums, its loss and statistics, the coefficient of each of its tokens."""
     chosen = first + tl.program_id(0).to(tl.int64)
@@ -125,12 +126,13 @@ def _pair_kernel(
 
     # the interpreter passes numbers as they are
     beta, alpha = tl.full((), beta, tl.float64), tl.full((), alpha, tl.float64)
-    gamma, eps = tl.full((), gamma, tl.float64), tl.full((), eps, tl.float64)
+    first_option = tl.full((), first_option, tl.float64)
+    second_option = tl.full((), second_option, tl.float64)
     scale_w, scale_l = beta, beta
     if LENGTH_NORMALISED:
         scale_w, scale_l = beta / count_w, beta / count_l
     rho_w, rho_l = scale_w * ratio_w, scale_l * ratio_l
-    loss, slope_w, slope_l = BASE(rho_w, rho_l, beta, gamma, eps)
+    loss, slope_w, slope_l = BASE(rho_w, rho_l, beta, first_option, second_option)
     weight_w, weight_l = tl.abs(slope_w), tl.abs(slope_l)
     if STATIC:
         weight_w, weight_l = tl.full((), 1.0, tl.float64), tl.full((), 1.0, tl.float64)
@@ -182,12 +184,11 @@ def pair_objective(
     stats: torch.Tensor,
     coef: torch.Tensor,
     *,
-    loss_type: str,
+    base: object,
     beta: float,
     alpha: float,
-    gamma: float,
-    label_smoothing: float,
-    weighting: str,
+    options: Sequence[float],
+    static: bool,
     length_normalised: bool,
     nll: bool,
     ignore_index: int = -100,
@@ -207,17 +208,20 @@ def pair_objective(
             of stats: sum_t lp_t of chosen and of rejected, rho_w, rho_l, reg_w + reg_l, w_w, w_l,
                 slope_w, slope_l.
         coef: [N] floating; rows of the pairs are written, 0 where not scored.
-        loss_type: a key of BASES; length_normalised, nll: what `treg.losses.OBJECTIVES` says of it.
+        base: a function of `treg_kernels.bases`. options: at most two numbers that it takes.
+        static: w_s = 1. length_normalised, nll: what `treg.losses.OBJECTIVES` says of it.
     """
     tensors = (logps, target, token_rewards, ref_logps, token_weights, starts, loss, stats, coef)
     assert all(x is None or x.is_contiguous() for x in tensors)
     assert loss.dtype == stats.dtype and stats.shape == (9, loss.shape[0])
+    assert len(options) <= 2
+    first_option, second_option = (*options, 0.0, 0.0)[:2]
     if count == 0:
         return
     _pair_kernel[(count,)](
         logps, target, token_rewards, ref_logps, token_weights, starts, loss, stats, coef,
         loss.shape[0], logps.shape[0], first, 0 if target is not None and target.dtype == torch.bool else ignore_index,
-        float(beta), float(alpha), float(gamma), float(label_smoothing), BASE=BASES[loss_type],
+        float(beta), float(alpha), float(first_option), float(second_option), BASE=base,
         REF_PER_TOKEN=ref_logps is not None and ref_logps.shape == logps.shape,
-        LENGTH_NORMALISED=length_normalised, NLL=nll, STATIC=weighting == "static", BLOCK=BLOCK, num_warps=8,
+        LENGTH_NORMALISED=length_normalised, NLL=nll, STATIC=static, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

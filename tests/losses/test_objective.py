@@ -1,6 +1,4 @@
-"""The preference loss in one launch and its PyTorch twin, against `treg.losses.pair_loss` and
-autograd in float64.
-"""
+"""The preference loss in one launch and its PyTorch twin, against autograd in float64."""
 
 import json
 import math
@@ -11,31 +9,46 @@ from pathlib import Path
 
 import pytest
 import torch
+from autograd_loss import pair_loss, reward_gradient
 from helpers import DEVICE, EPS, IMPLS, device_of
 
-from treg.losses import OBJECTIVES, LossOptions, pair_loss, reward_gradient, treg_loss
-from treg.ops.objective import (
-    STATS,
-    empty_results,
-    new_objective,
-    results,
-    row_starts,
-    write_objective,
-)
-from treg.ops.pair_op import _pair_objective, _pair_objective_grad, fused_pair_loss
+from treg.losses import OBJECTIVES, LossOptions, treg_loss
+from treg.losses.pairs import STATS, PairOutputs, TokenInputs, evaluate_pairs, row_starts
+from treg.operators import scalars
 from treg.results import PairLoss
 from treg_kernels.bases import BASES
 
 NAMES = sorted(OBJECTIVES)
-SMOOTHED = [name for name in NAMES if OBJECTIVES[name].smoothing]
+SMOOTHED = [name for name in NAMES if "label_smoothing" in OBJECTIVES[name].options]
 LENGTHS = [5, 1, 9, 3, 4, 12]  # three pairs
 REFERENCE_FREE = [name for name in NAMES if OBJECTIVES[name].reference_free]
 
 
-def pair_objective(*tensors_and_more):
-    """PairLoss and d sum_b loss_b / d lp_t."""
-    loss, stats, coef = new_objective(*tensors_and_more)
-    return results(loss, stats, tensors_and_more[6]), coef
+def pair_objective(
+    logps,
+    token_rewards,
+    ref_logps,
+    token_weights,
+    target,
+    cu_seqlens,
+    options,
+    impl,
+    ignore_index=-100,
+):
+    """PairLoss and d sum_b loss_b / d lp_t, of tensors with any strides."""
+    flat = {
+        "logps": logps,
+        "target": target,
+        "token_rewards": token_rewards,
+        "ref_logps": ref_logps,
+        "token_weights": token_weights,
+        "starts": row_starts(logps, cu_seqlens),
+    }
+    flat = {k: None if x is None else x.reshape(-1).contiguous() for k, x in flat.items()}
+    inputs = TokenInputs(**flat, ignore_index=ignore_index)
+    outputs = PairOutputs.empty((inputs.starts.shape[0] - 1) // 2, inputs.logps)
+    evaluate_pairs(impl, inputs, options, outputs)
+    return outputs.results(options), outputs.coef.view(logps.shape)
 
 
 def options_of(loss_type, **more):
@@ -341,7 +354,7 @@ def test_ignored_rows_are_not_read(loss_type, impl, poisoned):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss_type", ["dpo", "simpo", "cpo"])
 def test_a_sequence_without_a_scored_token(loss_type, impl):
-    """Its pair gets what `pair_loss` gives, NaN where a mean is taken; the others are what they
+    """Its pair gets what autograd gives, NaN where a mean is taken; the others are what they
     were.
     """
     x = make(loss_type, ignored=0.3)
@@ -377,26 +390,19 @@ def test_some_of_the_pairs(loss_type, first, count, impl):
     pair = torch.repeat_interleave(torch.arange(2 * B) % B, torch.tensor(LENGTHS))
     inside = (pair >= first) & (pair < first + count)
     logps = torch.where(inside.to(x["logps"].device), x["logps"], torch.nan)
-    loss, stats = empty_results(B, logps)
-    coef = torch.empty_like(logps)
+    outputs = PairOutputs.empty(B, logps)
+    loss, stats, coef = outputs.loss, outputs.stats, outputs.coef
     for out in (loss, stats, coef):
         out.fill_(123.0)
-    starts = row_starts(logps, x["cu_seqlens"])
-    write_objective(
-        impl,
+    inputs = TokenInputs(
         logps,
         x["mask"],
         x["token_rewards"],
         x["ref_logps"],
         None,
-        starts,
-        first,
-        count,
-        options,
-        loss,
-        stats,
-        coef,
+        row_starts(logps, x["cu_seqlens"]),
     )
+    evaluate_pairs(impl, inputs, options, outputs, first, count)
     here = torch.arange(B).sub(first).ge(0) & torch.arange(B).lt(first + count)
     assert torch.equal(coef.cpu(), torch.where(inside, exact_coef, 123.0))
     assert torch.equal(loss.cpu(), torch.where(here, exact.loss, 123.0))
@@ -410,23 +416,12 @@ def test_some_of_the_pairs(loss_type, first, count, impl):
 def test_slopes_are_signed(loss_type, impl):
     x = to_device(make(loss_type), impl)
     options, B = options_of(loss_type), len(LENGTHS) // 2
-    loss, stats = empty_results(B, x["logps"])
-    write_objective(
-        impl,
-        x["logps"],
-        None,
-        x["token_rewards"],
-        x["ref_logps"],
-        None,
-        x["cu_seqlens"],
-        0,
-        B,
-        options,
-        loss,
-        stats,
-        torch.empty_like(x["logps"]),
+    inputs = TokenInputs(
+        x["logps"], None, x["token_rewards"], x["ref_logps"], None, x["cu_seqlens"]
     )
-    named = dict(zip(STATS, stats.cpu(), strict=True))
+    outputs = PairOutputs.empty(B, x["logps"])
+    evaluate_pairs(impl, inputs, options, outputs)
+    named = dict(zip(STATS, outputs.stats.cpu(), strict=True))
     slopes = reward_gradient(named["chosen_rewards"], named["rejected_rewards"], options)
     for side, slope in zip(("chosen", "rejected"), slopes, strict=True):
         torch.testing.assert_close(named[f"{side}_slope"], slope, rtol=1e-11, atol=1e-15)
@@ -439,7 +434,7 @@ def test_slopes_are_signed(loss_type, impl):
 
 def call(x: dict, options: LossOptions, impl: str, logps=None) -> PairLoss:
     rest = {k: x[k] for k in ("cu_seqlens", "mask", "token_weights")}
-    return fused_pair_loss(
+    return treg_loss(
         x["logps"] if logps is None else logps,
         x["token_rewards"],
         x["ref_logps"],
@@ -460,13 +455,13 @@ LAYOUTS = {
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_type", ["dpo", "orpo", "bco_pair"])
-def test_operator_equals_treg_loss(loss_type, layout, impl):
+def test_operator_equals_autograd(loss_type, layout, impl):
     x, options = to_device(LAYOUTS[layout](loss_type), impl), options_of(loss_type, beta=0.5)
     upstream = torch.rand(3, dtype=torch.float64, device=device_of(impl)) - 0.3
     leaves = [x["logps"].clone().requires_grad_() for _ in range(2)]
-    kept = {k: x[k] for k in ("cu_seqlens", "mask", "token_weights")}
+    kept = [x[k] for k in ("cu_seqlens", "mask", "token_weights")]
     found = call(x, options, impl, 2 * leaves[0])
-    exact = treg_loss(2 * leaves[1], x["token_rewards"], x["ref_logps"], options, **kept)
+    exact = pair_loss(2 * leaves[1], x["token_rewards"], x["ref_logps"], options, *kept)
     assert [v.requires_grad for v in found] == [True] + [False] * 6
     for out in (found, exact):
         out.loss.backward(upstream)
@@ -479,18 +474,20 @@ def test_operator_equals_treg_loss(loss_type, layout, impl):
 def test_operator_is_registered_right(layout, impl):
     x = to_device(LAYOUTS[layout]("dpo"), impl)
     logps = x["logps"].requires_grad_()
-    scalars = ("dpo", 0.1, 0.25, 0.0, 0.1, "gradient", impl)
+    options = LossOptions("dpo", 0.1, 0.25, 0.0, 0.1, "gradient")
     inputs = (
         logps,
         *(x[k] for k in ("token_rewards", "ref_logps", "token_weights", "mask", "cu_seqlens")),
-        *scalars,
+        scalars(*options.numbers()),
+        f"{impl} {options.text()}",
     )
-    torch.library.opcheck(_pair_objective, inputs)
+    torch.library.opcheck(torch.ops.treg.pair_objective.default, inputs)
     upstream, coef = (
         torch.rand(3, dtype=logps.dtype, device=logps.device),
         torch.rand_like(logps.detach()),
     )
-    torch.library.opcheck(_pair_objective_grad, (upstream, coef, x["cu_seqlens"], logps.detach()))
+    rest = (x["mask"], x["cu_seqlens"], logps.detach())
+    torch.library.opcheck(torch.ops.treg.pair_objective_grad.default, (upstream, coef, *rest))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -568,10 +565,11 @@ import json, sys
 import torch
 from aot_worker import fake_device, resources
 from treg_kernels import objective
+from treg_kernels.bases import BASES
 
-options = {"beta": 0.1, "alpha": 0.25, "gamma": 0.0, "label_smoothing": 0.1}
-everything = {"weighting": "gradient", "length_normalised": True, "nll": True, **options}
-nothing = {"weighting": "static", "length_normalised": False, "nll": False, **options}
+options = {"beta": 0.1, "alpha": 0.25, "options": (0.1, 0.2)}
+everything = {"static": False, "length_normalised": True, "nll": True, **options}
+nothing = {"static": True, "length_normalised": False, "nll": False, **options}
 
 def launch(name, dtype, bare):
     row, stats = torch.zeros(64, dtype=dtype), torch.zeros(9, 4, dtype=dtype)
@@ -580,7 +578,7 @@ def launch(name, dtype, bare):
     else:
         tokens, starts = (row, torch.zeros(64, dtype=torch.int64), row, row, row), torch.zeros(9, dtype=torch.int32)
     rest = nothing if bare else everything
-    objective.pair_objective(*tokens, starts, 1, 2, stats[0].clone(), stats, row, loss_type=name, **rest)
+    objective.pair_objective(*tokens, starts, 1, 2, stats[0].clone(), stats, row, base=BASES[name], **rest)
 
 arch, names = sys.argv[1], sys.argv[2:]
 cases = [(name, torch.float32, False) for name in names]

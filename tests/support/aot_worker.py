@@ -201,6 +201,7 @@ def filtered_cases() -> Iterator[tuple[str, Callable]]:
 
 
 def run_objective(name: str, dtype: torch.dtype, everything: bool):
+    from treg_kernels.bases import BASES
     from treg_kernels.objective import pair_objective
 
     row, stats = torch.zeros(64, dtype=dtype), torch.zeros(9, 4, dtype=dtype)
@@ -229,12 +230,11 @@ def run_objective(name: str, dtype: torch.dtype, everything: bool):
         stats[0].clone(),
         stats,
         row,
-        loss_type=name,
+        base=BASES[name],
         beta=0.1,
         alpha=0.25,
-        gamma=0.0,
-        label_smoothing=0.1,
-        weighting="gradient" if everything else "static",
+        options=(0.1,),
+        static=not everything,
         length_normalised=everything,
         nll=everything,
     )

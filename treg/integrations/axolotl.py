@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from treg.heads import check_sequences, install_head, run_head
 from treg.heads.logprobs import token_logprobs
 from treg.integrations.common import parameters_of
-from treg.losses import DISCOPOP_TAU, LossOptions
+from treg.losses import LossOptions
+from treg.losses.pairwise import DISCOPOP_TAU
 from treg.ops import fused_treg_loss
 from treg.results import TRegLoss
 from treg.rewards.lookup import TokenRewards

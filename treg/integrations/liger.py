@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from treg.checks import check_floating, check_number, check_shape, check_tensor
 from treg.losses import LossOptions, treg_loss
-from treg.losses.objectives import DISCOPOP_TAU
+from treg.losses.pairwise import DISCOPOP_TAU
 from treg.ops import fused_treg_loss, linear_logprobs
 
 # of liger_kernel 0.8.5; each is the objective of that name in treg.losses

@@ -1,23 +1,18 @@
 """What the loss of a preference pair is."""
 
-from treg.losses.objectives import (
-    OBJECTIVES,
-    LossOptions,
-    Objective,
-    check_reference,
-    pair_loss,
-    reward_gradient,
-    treg_loss,
-)
+from treg.losses.base import Base, Objective, Scalars
+from treg.losses.objectives import OBJECTIVES
+from treg.losses.options import LossOptions, check_reference
 from treg.losses.regularizer import token_regularizer
+from treg.losses.treg_loss import treg_loss
 
 __all__ = [
     "OBJECTIVES",
+    "Base",
     "LossOptions",
     "Objective",
+    "Scalars",
     "check_reference",
-    "pair_loss",
-    "reward_gradient",
     "token_regularizer",
     "treg_loss",
 ]

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from treg import checks
-from treg.losses import LossOptions, check_reference
+from treg.losses import LossOptions, check_reference, treg_loss
 from treg.losses.segments import segment_sum
 from treg.ops.head import Head, budget_of, without_autocast
 from treg.ops.logprobs import make_tiles, run_logprobs
-from treg.ops.pair_op import fused_pair_loss
 from treg.ops.pairs import run_pairs
 from treg.ops.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
 from treg.results import LinearLogprobs, TRegLoss
@@ -266,7 +265,7 @@ def fused_treg_loss(
             found = _score(
                 impl, head, logits_dtype, rows, y, names, budget, shard, filter_eps, least
             )
-            result = fused_pair_loss(
+            result = treg_loss(
                 found["logprobs"].reshape(target.shape),
                 token_rewards,
                 ref_logps,

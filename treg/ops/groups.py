@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from treg.losses import LossOptions
+from treg.losses.pairs import STATS, PairOutputs, TokenInputs, evaluate_pairs
 from treg.ops.head import HeadGradients, Rows, chunks, empty_rows, pieces, tile_rows, tile_step
-from treg.ops.objective import STATS, empty_results, write_objective
 from treg.ops.rows import scored_scale
 
 MIN_TILE_ROWS = 16  # below this a GEMM reads the weight more often than it is worth
@@ -93,8 +93,8 @@ class Work:
         self.pairs, self.tiles, self.budget = pairs, tiles, budget
         self.needs = needs
         self.found = empty_rows(pairs.hidden, tiles, ("logprobs", *pairs.outputs))
-        self.coef = torch.zeros_like(self.found["logprobs"])
-        self.loss, self.stats = empty_results(pairs.count, self.coef)
+        self.outputs = PairOutputs.empty(pairs.count, self.found["logprobs"])
+        self.coef = self.outputs.coef
         self.weight_scale = self.coef.new_ones(
             ()
         )  # of dweight and dbias, where one pair makes all of them
@@ -164,7 +164,7 @@ class Work:
             sums.add(tile[:n], r, known[at : at + n] * factor)
             at += n
         self._objective(group)
-        w = -self.stats[STATS.index("chosen_slope"), group.first]
+        w = -self.outputs.stats[STATS.index("chosen_slope"), group.first]
         for _, r in pieces(rows, at):
             total.row_scale[r] *= w
         if len(self.groups) == 1:
@@ -216,22 +216,17 @@ class Work:
     def _objective(self, group: Group) -> None:
         """Loss, statistics and coefficients of a group whose log-probs are there."""
         pairs = self.pairs
-        write_objective(
-            self.tiles.impl,
-            self.found["logprobs"],
-            pairs.target,
-            pairs.token_rewards,
-            pairs.ref_logps,
-            pairs.token_weights,
-            pairs.starts,
-            group.first,
-            group.last - group.first,
-            pairs.options,
-            self.loss,
-            self.stats,
-            self.coef,
-            self.tiles.head.ignore_index,
+        inputs = TokenInputs(
+            logps=self.found["logprobs"],
+            target=pairs.target,
+            token_rewards=pairs.token_rewards,
+            ref_logps=pairs.ref_logps,
+            token_weights=pairs.token_weights,
+            starts=pairs.starts,
+            ignore_index=self.tiles.head.ignore_index,
         )
+        count = group.last - group.first
+        evaluate_pairs(self.tiles.impl, inputs, pairs.options, self.outputs, group.first, count)
 
     def _known_coefficients(self, group: Group, rows: Rows) -> Tensor:
         """d L / d lp_t / w:  -beta * (u_t + alpha * rhat_t) chosen, beta * (u_t - alpha * rhat_t)

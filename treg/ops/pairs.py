@@ -7,13 +7,13 @@ backward; others take their gradients in the forward, group by group (`treg.ops.
 """
 
 import itertools
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
 from treg.checks import OUTPUTS, check_ends
 from treg.losses import LossOptions
+from treg.losses.pairs import PairOutputs, row_starts
 from treg.ops.gemm import scaled_to
 from treg.ops.groups import Pairs, Work
 from treg.ops.head import (
@@ -27,7 +27,6 @@ from treg.ops.head import (
     without_autocast,
 )
 from treg.ops.logprobs import LOOKS, make_tiles, names_of, once_only
-from treg.ops.objective import empty_results, results, row_starts
 from treg.ops.rows import coefficients
 from treg.results import PairLoss
 
@@ -65,7 +64,12 @@ def run_pairs(
         token_weights,
         cu_seqlens,
         count,
-        *astuple(options),
+        options.loss_type,
+        options.beta,
+        options.alpha,
+        options.gamma,
+        options.label_smoothing,
+        options.weighting,
         head.logit_scale,
         head.softcap,
         head.temperature,
@@ -79,7 +83,7 @@ def run_pairs(
     found = {"logprobs": logprobs} | {
         n: x for n, x in zip(OUTPUTS, statistics, strict=True) if n in outputs
     }
-    return total, results(loss, stats, options), found
+    return total, PairOutputs(loss, stats, logprobs).results(options), found
 
 
 def _layout(target: Tensor, cu_seqlens: Tensor | None, count: int, ignore_index: int):
@@ -184,9 +188,9 @@ def _pair_loss(
     found = (*(work.found.get(n) for n in ("logprobs", *OUTPUTS)), *gradients)
     found = (hidden.new_empty(0) if x is None else x for x in found)
     return (
-        work.loss.sum(),
-        work.loss,
-        work.stats,
+        work.outputs.loss.sum(),
+        work.outputs.loss,
+        work.outputs.stats,
         *found,
         stash,
         scale,
@@ -234,7 +238,7 @@ def _(
         return x.new_empty(x.shape, dtype=dtype) if needed else hidden.new_empty(0)
 
     row = like(target)
-    loss, stats = empty_results(count // 2, row)
+    room = PairOutputs.empty(count // 2, row)
     statistics = (
         like(target, n in names, torch.bool if n == "is_top1" else tiles.compute) for n in OUTPUTS
     )
@@ -246,7 +250,17 @@ def _(
         like(row.new_empty(()), in_groups),
     )
     left_out = torch.empty((), dtype=torch.bool, device="cpu")
-    return row.new_empty(()), loss, stats, row, *statistics, *gradients, stash, scale, left_out
+    return (
+        row.new_empty(()),
+        room.loss,
+        room.stats,
+        row,
+        *statistics,
+        *gradients,
+        stash,
+        scale,
+        left_out,
+    )
 
 
 def fits_at_once(tiles, rows: int, budget: int, outputs: tuple[str, ...]) -> bool:

@@ -1,0 +1,188 @@
+"""The scalars of a preference loss, checked once against what the objective declares."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from treg.checks import check_number
+from treg.losses.base import ARGUMENTS, Base, Objective, Scalars
+from treg.losses.objectives import OBJECTIVES
+
+WEIGHTINGS = ("gradient", "static")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What a preference loss is, checked once.
+
+    Args:
+        loss_type: a key of `treg.losses.OBJECTIVES`.
+        beta: > 0, reward scale.
+        alpha: >= 0, weight of the regularizer; 0 turns it off.
+        gamma: a margin in rewards, for objectives that take one.
+        label_smoothing: in [0, 0.5), for objectives that take it.
+        weighting: "gradient", or "static" (w = 1).
+        scalars: options that the objective takes beside gamma and label_smoothing, by name, such
+            as discopop's tau. What is left out has the objective's default.
+    Raises:
+        TypeError: scalars is not a mapping. ValueError: any other bad value, by name.
+    """
+
+    loss_type: str = "dpo"
+    beta: float = 0.1
+    alpha: float = 0.25
+    gamma: float = 0.0
+    label_smoothing: float = 0.0
+    weighting: str = "gradient"
+    scalars: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        self._check_names()
+        scalars = {}
+        for name in self.objective.options:
+            if name not in ARGUMENTS:
+                scalars[name] = self.scalars.get(name, self.objective.options[name])
+        object.__setattr__(self, "scalars", scalars)
+        # Under torch.compile a number may be symbolic, and a comparison would make it a constant
+        # of the graph. The operators call `of` with the true numbers, so that they are checked.
+        if not torch.compiler.is_compiling():
+            self._check_numbers()
+        self._check_undeclared()
+        if not torch.compiler.is_compiling():
+            self._check_ranges()
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.loss_type]
+
+    @property
+    def pair_scalar(self) -> bool:
+        """Whether one number a pair is all that is unknown of its gradient before the log-probs.
+
+        Then d loss / d lp_t = -w * s_t, where s_t is known beforehand and w = -d base / d m. With
+        alpha > 0 the regularizer enters through w = |d base / d m|, so that the sign of d base / d
+        m must be known.
+        """
+        objective = self.objective
+        if not objective.margin_only or objective.nll:
+            return False
+        if self.alpha == 0:
+            return True
+        smoothed = self.label_smoothing != 0 and not objective.decreasing_smoothed
+        return self.weighting == "gradient" and objective.decreasing and not smoothed
+
+    def base(self, rho_w: Tensor, rho_l: Tensor) -> Base:
+        """Value and slopes of the objective at implicit rewards [B], float64."""
+        return self.objective.base(rho_w, rho_l, Scalars(self.beta, self.declared()))
+
+    def declared(self) -> dict[str, float]:
+        """Every option that the objective takes, in the order in which it declares them."""
+        found = {}
+        for name in self.objective.options:
+            found[name] = getattr(self, name) if name in ARGUMENTS else self.scalars[name]
+        return found
+
+    def text(self) -> str:
+        """What is fixed in a run: loss_type and weighting."""
+        return f"{self.loss_type} {self.weighting}"
+
+    def numbers(self) -> tuple[float, ...]:
+        """What a schedule may change: beta, alpha, and the values of `declared`."""
+        return (self.beta, self.alpha, *self.declared().values())
+
+    @classmethod
+    def of(cls, text: str, numbers: Iterable[float]) -> "LossOptions":
+        """The options whose `text` and `numbers` these are."""
+        loss_type, _, weighting = text.rpartition(" ")
+        beta, alpha, *values = numbers
+        scalars = dict(zip(OBJECTIVES[loss_type].options, values, strict=True))
+        gamma = scalars.pop("gamma", 0.0)
+        label_smoothing = scalars.pop("label_smoothing", 0.0)
+        return cls(loss_type, beta, alpha, gamma, label_smoothing, weighting, scalars)
+
+    # -- checks
+
+    def _check_names(self) -> None:
+        if not isinstance(self.loss_type, str) or self.loss_type not in OBJECTIVES:
+            near = difflib.get_close_matches(str(self.loss_type), OBJECTIVES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"loss_type: expected one of {sorted(OBJECTIVES)}, got {self.loss_type!r}{hint}"
+            )
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"weighting: expected 'gradient' or 'static' (w = 1), got {self.weighting!r}"
+            )
+        if not isinstance(self.scalars, Mapping):
+            raise TypeError(
+                "scalars: expected a mapping from names of options to numbers, "
+                f"got {type(self.scalars).__name__}"
+            )
+        for name in self.scalars:
+            if name in ARGUMENTS:
+                raise ValueError(f"scalars: expected {name} as an argument of its own, got it here")
+            if name not in self.objective.options:
+                raise ValueError(
+                    f"scalars: expected options of loss_type={self.loss_type!r}, "
+                    f"which takes {self._taken()}, got {name!r}"
+                )
+
+    def _check_numbers(self) -> None:
+        for name in ("beta", "alpha", "gamma", "label_smoothing"):
+            check_number(name, getattr(self, name), positive=name == "beta")
+        for name, value in self.scalars.items():
+            check_number(name, value)
+
+    def _check_undeclared(self) -> None:
+        """An option that the formula would ignore is refused."""
+        # A lookup in the mapping itself would make torch.compile 2.11 take its values for inputs.
+        taken = tuple(self.objective.options)
+        for name in ARGUMENTS:
+            if name not in taken and getattr(self, name) != 0:
+                raise ValueError(
+                    f"{name}: expected 0 for loss_type={self.loss_type!r}, "
+                    f"which takes {self._taken()}, got {getattr(self, name)}"
+                )
+
+    def _check_ranges(self) -> None:
+        if self.alpha < 0:
+            raise ValueError(
+                f"alpha: expected a number >= 0, got {self.alpha}; 0 turns the regularizer off"
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing: expected 0 <= value < 0.5, got {self.label_smoothing}"
+            )
+        declared = self.declared()
+        for name in self.objective.positive:
+            if not declared[name] > 0:
+                raise ValueError(
+                    f"{name}: expected a number > 0 for loss_type={self.loss_type!r}, "
+                    f"got {declared[name]}"
+                )
+
+    def _taken(self) -> str:
+        return ", ".join(self.objective.options) or "no options"
+
+
+def check_reference(
+    options: LossOptions, ref_logps: Tensor | None, *, per_token: bool, weighted: bool
+) -> None:
+    """Raise ValueError where ref_logps and the objective do not go together."""
+    if options.objective.reference_free:
+        if ref_logps is not None:
+            raise ValueError(
+                "ref_logps: expected None for the reference-free "
+                f"loss_type={options.loss_type!r}, got a tensor"
+            )
+    elif ref_logps is None:
+        raise ValueError(
+            f"ref_logps: expected a tensor for loss_type={options.loss_type!r}, got None"
+        )
+    elif weighted and not per_token:
+        raise ValueError(
+            "ref_logps: expected per-token log-probs beside token_weights, got per-sequence sums"
+        )
