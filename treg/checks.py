@@ -12,7 +12,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 _debug = False  # one switch for the process
@@ -71,7 +71,7 @@ def check_transforms(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
-        if _functorch.is_functorch_wrapped_tensor(x):
+        if is_functorch_wrapped_tensor(x):
             raise RuntimeError(
                 f"{name}: expected a plain tensor, got one inside a transform of torch.func (grad, "
                 "vmap, jvp, ...), which is not implemented; use torch.autograd.grad or "

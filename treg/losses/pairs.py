@@ -73,13 +73,21 @@ class PairOutputs:
         return cls(loss, stats, torch.zeros_like(like))
 
     def results(self, options: LossOptions) -> PairLoss:
-        """The fields of a PairLoss, as views."""
-        of_chosen = STATS.index("chosen_weight")
+        """The fields of a PairLoss; w of both sequences where the objective has two."""
+        rows = dict(zip(STATS, self.stats.unbind(), strict=True))
         if options.objective.margin_only:
-            weights = self.stats[of_chosen]
+            weights = rows["chosen_weight"]
         else:
-            weights = self.stats[of_chosen : of_chosen + 2].reshape(-1)
-        return PairLoss(self.loss, *self.stats[:of_chosen].unbind(), weights)
+            weights = torch.cat([rows["chosen_weight"], rows["rejected_weight"]])
+        return PairLoss(
+            loss=self.loss,
+            chosen_logps=rows["chosen_logps"],
+            rejected_logps=rows["rejected_logps"],
+            chosen_rewards=rows["chosen_rewards"],
+            rejected_rewards=rows["rejected_rewards"],
+            reg_loss=rows["reg_loss"],
+            weights=weights,
+        )
 
 
 def evaluate_pairs(
