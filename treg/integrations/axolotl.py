@@ -202,6 +202,8 @@ def make_trainer(base: type) -> type:
                     scored
                 ]
 
+            options = self._treg_options
+
             def head_fn(hidden: Tensor, operands: dict[str, Any]) -> TRegLoss:
                 # virtual tokens of prompt-learning adapters stand before the sequence
                 rows = hidden[:, -labels.shape[1] :][:, :-1][scored]
@@ -214,7 +216,12 @@ def make_trainer(base: type) -> type:
                     cu_seqlens=ends,
                     outputs=STATISTICS,
                     **operands,
-                    **vars(self._treg_options),
+                    loss_type=options.loss_type,
+                    beta=options.beta,
+                    alpha=options.alpha,
+                    gamma=options.gamma,
+                    label_smoothing=options.label_smoothing,
+                    weighting=options.weighting,
                 )
 
             result = run_head(model, head_fn, **given)

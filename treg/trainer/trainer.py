@@ -224,6 +224,7 @@ class TRegTrainer(Trainer):
     ) -> TRegLoss:
         """The loss of a batch, inside the model's forward; its metrics are added up under mode."""
         ref = self._reference_logps(model, batch)
+        options = self.loss_options
 
         def head_fn(hidden: Tensor, operands: dict) -> TRegLoss:
             return fused_treg_loss(
@@ -236,7 +237,12 @@ class TRegTrainer(Trainer):
                 outputs=outputs,
                 memory_budget=self.args.memory_budget,
                 **operands,
-                **vars(self.loss_options),
+                loss_type=options.loss_type,
+                beta=options.beta,
+                alpha=options.alpha,
+                gamma=options.gamma,
+                label_smoothing=options.label_smoothing,
+                weighting=options.weighting,
             )
 
         result = run_head(model, head_fn, **batch["model"])
