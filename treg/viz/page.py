@@ -47,8 +47,9 @@ def write_page(
     at all.
 
     Args:
-        settings, tables: shown above the pairs. history: see `plot_curves`; of FIRST_CURVES, if
-            there are any.
+        title: of the page.
+        settings, tables: shown above the pairs.
+        history: its curves are shown too (see `plot_curves`); only FIRST_CURVES, if it has any.
         implicit_limit: where the colours of implicit rewards end; those of the products end at a
             quarter of it.
     Raises:
@@ -69,20 +70,17 @@ def write_page(
         snippet = " ".join(row["prompt"][start:].split())[:200]
         listed.append({"lowest": None} | row | {"snippet": snippet})
 
-    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    html = (
-        _environment()
-        .from_string(template)
-        .render(
-            title=title,
-            settings=settings,
-            agreement=agreement_of(numbers),
-            tables=tables,
-            curves=[] if history is None else _curves(history),
-            limits=limits,
-            rows=listed,
-            payload=Markup(payload),
-        )
+    source = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
+    template = _environment().from_string(source)
+    html = template.render(
+        title=title,
+        settings=settings,
+        agreement=agreement_of(numbers),
+        tables=tables,
+        curves=[] if history is None else _curves(history),
+        limits=limits,
+        rows=listed,
+        payload=Markup(payload),
     )
     with replacing(os.fspath(path)) as temporary:
         temporary.write_bytes(html.encode("utf-8", "replace"))
