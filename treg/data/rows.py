@@ -29,6 +29,10 @@ SHAREGPT_ROLES = {
     "system": "system",
 }
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+READ_COLUMNS = {
+    *("prompt", "conversations", "messages", "chosen", "rejected"),
+    *("tools", "chat_template_kwargs"),
+}
 Messages = list[dict[str, Any]]
 
 
@@ -42,6 +46,8 @@ class Preference:
     where: str = ""
     tools: list | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # the columns of the row that are not read here, for whoever knows them
+    columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def chat(self) -> bool:
@@ -256,7 +262,9 @@ def _parse(row: dict, where: str, chat: bool) -> Preference:
     tools, kwargs = (_decoded(name, row.get(name)) for name in ("tools", "chat_template_kwargs"))
     if not isinstance(kwargs or {}, dict):
         raise RowProblem("mixed types", f"chat_template_kwargs is {_kind(kwargs)}")
-    return Preference(prompt, chosen, rejected, where, tools or None, _without_none(kwargs or {}))
+    kwargs = _without_none(kwargs or {})
+    others = {name: value for name, value in row.items() if name not in READ_COLUMNS}
+    return Preference(prompt, chosen, rejected, where, tools or None, kwargs, others)
 
 
 def text_of(value: Messages | str) -> str:

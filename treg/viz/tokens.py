@@ -6,14 +6,13 @@ pi_ref,t), the implicit reward. T-REG asks the second to follow the first.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from treg.data import common_prefix
+from treg.data.pieces import token_pieces
 from treg.evaluate import ranks
 
 REWARD_LIMIT, IMPLICIT_LIMIT = (
@@ -29,49 +28,6 @@ SYMBOLS = {
     "\t": "⇥\t",
     "\r": "↤",
 }  # found in most fonts; the others are shown as code points
-
-
-def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """One string per token, such that "".join(pieces) is the decoded text, special tokens kept.
-
-    A piece is what its token adds to the decoded text of the tokens before it, so nothing is
-    assumed of the vocabulary. A character whose bytes span several tokens stands whole at the token
-    that completes it and the others are ""; bytes that are no UTF-8 show as the decoder's U+FFFD,
-    at the first token of an ill-formed sequence.
-    """
-    ids = [int(i) for i in ids]
-
-    def decode(part: list[int]) -> str:
-        return (
-            tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if part
-            else ""
-        )
-
-    # Windows make the cost linear. They fail where a decoder looks far (a long run of byte tokens):
-    # then the whole.
-    pieces = [
-        p
-        for start in range(0, len(ids), 64)
-        for p in _window_pieces(ids, start, start + 64, 8, decode)
-    ]
-    return pieces if "".join(pieces) == decode(ids) else _window_pieces(ids, 0, len(ids), 0, decode)
-
-
-def _window_pieces(
-    ids: list[int], start: int, end: int, reach: int, decode: Callable[[list[int]], str]
-) -> list[str]:
-    """Pieces of ids[start:end]; `reach` tokens on either side settle leading spaces and characters
-    cut in two.
-    """
-    low, end = max(0, start - reach), min(end, len(ids))
-    text, bounds = decode(ids[low : end + reach]), [0]
-    for stop in range(start, end + 1):
-        part = decode(ids[low:stop])
-        # an unfinished character decodes to U+FFFD, which the finished text does not have at that
-        # place
-        bounds.append(max(bounds[-1], common_prefix(part, text)))
-    return [text[a:b] for a, b in pairwise(bounds[1:])]
 
 
 @dataclass(frozen=True)
