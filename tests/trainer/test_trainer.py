@@ -432,7 +432,7 @@ def test_metrics_are_those_by_hand(tmp_path, packing):
 def test_statistics_of_tokens_at_logged_steps_only(tmp_path, monkeypatch):
     asked, original = [], treg.trainer.trainer.fused_treg_loss
     monkeypatch.setattr(
-        treg.trainer,
+        treg.trainer.trainer,
         "fused_treg_loss",
         lambda *a, **k: asked.append(k["outputs"]) or original(*a, **k),
     )
