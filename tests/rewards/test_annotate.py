@@ -98,7 +98,7 @@ def run(tmp_path, options=SMALL, data=None, model=MODEL, tokenizer=CHAT, name="a
 
 def contrastive(model, prompts, pairs=()):
     """The contrastive source over a model."""
-    context = Context(model, CHAT, tokens_per_batch=10**6, pairs=pairs)
+    context = Context(model, CHAT, tokens_per_batch=512, pairs=pairs)
     return load_source("contrastive", {"prompts": prompts}, context)
 
 
