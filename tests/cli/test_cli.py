@@ -150,6 +150,30 @@ REFUSED = {
         "train --model {model} --data {data} --output_dir o --use_liger_kernel",
         "use_liger_kernel: expected a GPU",
     ),
+    "no such source": (
+        "annotate --model {model} --data {data} --output a.parquet --rewards contrastiv",
+        "did you mean 'contrastive'?",
+    ),
+    "source's option": (
+        "annotate --model {model} --data {data} --output a.parquet --rewards.promts x",
+        "unknown option --rewards.promts; did you mean '--rewards.prompts'?",
+    ),
+    "source's prompts": (
+        "annotate --model {model} --data {data} --output a.parquet --rewards.prompts {yaml}",
+        "expected the keys",
+    ),
+    "prompts twice": (
+        "annotate --model {model} --data {data} --output a.parquet --prompts a --rewards.prompts b",
+        "prompts: expected --prompts or --rewards.prompts, got both",
+    ),
+    "nested option": (
+        "annotate --config {nested}",
+        "unknown option 'rewards.promts'; did you mean 'rewards.prompts'?",
+    ),
+    "nothing kept": (
+        "annotate --model {model} --data {data} --output a.parquet --no_reference --per_token",
+        "per_token: expected False",
+    ),
     "raw to inspect": (
         "inspect --data {data} --model {model}",
         "expected a parquet file written by `treg annotate`",
@@ -164,12 +188,14 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     Path("keys.yaml").write_text("lerning_rate: 1e-4\n")
     Path("value.yaml").write_text("learning_rate: fast\n")
     Path("list.yaml").write_text("data: [x]\n")
+    Path("nested.yaml").write_text("rewards: {name: contrastive, promts: x}\n")
     files = {
         "model": folder / "model",
         "data": folder / "prefs.jsonl",
         "yaml": "keys.yaml",
         "bad": "value.yaml",
         "list": "list.yaml",
+        "nested": "nested.yaml",
     }
     assert main(command.format(**files).split()) == 2
     assert message in capsys.readouterr().err
@@ -350,6 +376,137 @@ def test_the_three_commands(folder, tmp_path, capsys):
     tiny.tiny_tokenizer(crossing=True).save_pretrained(tmp_path / "other")
     assert main([*inspect, "--tokenizer", str(tmp_path / "other")]) == 2
     assert "was annotated with another tokenizer" in capsys.readouterr().err
+
+
+SOURCE = """
+from dataclasses import dataclass, field
+import torch
+
+@dataclass(frozen=True)
+class Options:
+    short_word: float = field(default=0.5, metadata={"help": "Number of a token of a short word."})
+    skip_first: bool = field(default=False, metadata={"help": "Whether the first token gets 0."})
+
+class Lengths:
+    Options = Options
+    streams = ("STREAM",)
+
+    def __init__(self, options, context):
+        self.options, self.tokenizer = options, context.tokenizer
+
+    def settings(self):
+        return vars(self.options)
+
+    def check(self, response):
+        return None
+
+    def score(self, responses):
+        return [{"STREAM": self.of(response.ids.tolist())} for response in responses]
+
+    def of(self, ids):
+        lengths = torch.tensor([len(self.tokenizer.decode([i]).strip()) for i in ids])
+        found = torch.where(lengths > 2, 1.0, self.options.short_word)
+        found[: self.options.skip_first] = 0.0
+        return found
+"""
+
+
+@pytest.fixture
+def own_sources(tmp_path, monkeypatch):
+    """Two modules as users write them: one gives token_weights, the other token_rewards."""
+    for stream in ("token_weights", "token_rewards"):
+        (tmp_path / f"own_{stream}.py").write_text(SOURCE.replace("STREAM", stream))
+        monkeypatch.delitem(sys.modules, f"own_{stream}", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def annotate_command(folder, output, *more) -> list[str]:
+    paths = ["--model", folder / "model", "--data", folder / "prefs.jsonl", "--output", output]
+    return ["annotate", *map(str, [*paths, *more])]
+
+
+def lengths_of(ids, short_word):
+    tokenizer = tiny.tiny_tokenizer()
+    return [1.0 if len(tokenizer.decode([i]).strip()) > 2 else short_word for i in ids.tolist()]
+
+
+def test_weights_of_ones_own_source_train_simpo(folder, tmp_path, own_sources, capsys):
+    """Weights alone, without a reference: annotated by module:Class, trained, shown."""
+    annotated, out, page = tmp_path / "a.parquet", tmp_path / "out", tmp_path / "page.html"
+    source = ["--rewards", "own_token_weights:Lengths", "--rewards.short-word", "0.25"]
+    assert main(annotate_command(folder, annotated, *source, "--no_reference")) == 0
+    examples, _ = read_annotated(annotated)
+    assert not any(name.startswith("ref_") or "rewards" in name for name in examples[0])
+    for x in examples:
+        assert x["chosen_token_weights"].tolist() == lengths_of(x["chosen_ids"], 0.25)
+    simpo = {"data": annotated, "loss_type": "simpo", "max_steps": 2}
+    assert main(train_options(folder, out, alpha=0.0, **simpo)) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    plain = tmp_path / "plain"
+    assert (
+        main(train_options(folder, plain, **simpo | {"data": folder / "prefs.jsonl"}, alpha=0.0))
+        == 0
+    )
+    other = json.loads((plain / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] != other[0]["loss"]
+    inspect = ["inspect", "--data", annotated, "--tokenizer", folder / "model", "--output", page]
+    assert main([str(x) for x in inspect]) == 0 and page.exists()
+    capsys.readouterr()
+    # what the data lack is named
+    assert main(train_options(folder, tmp_path / "b", data=annotated)) == 2
+    assert "expected the columns chosen_token_rewards" in capsys.readouterr().err
+    assert main(train_options(folder, tmp_path / "c", data=annotated, alpha=0.0)) == 2
+    assert "expected the columns ref_chosen_token_logps" in capsys.readouterr().err
+
+
+def test_rewards_of_ones_own_source_train_dpo(folder, tmp_path, own_sources, capsys):
+    """Raw rows and the source's options nested in YAML: the same file as annotate's."""
+    config, out = tmp_path / "run.yaml", tmp_path / "out"
+    config.write_text(
+        "rewards:\n  name: own_token_rewards:Lengths\n  short_word: -0.5\n  skip_first: true\n"
+    )
+    assert main([*train_options(folder, out, max_steps=2), "--config", str(config)]) == 0
+    annotated = tmp_path / "a.parquet"
+    more = ["--config", config, "--per_token", "--dtype", "float32"]
+    assert main(annotate_command(folder, annotated, *more)) == 0
+    assert annotated.read_bytes() == (out / "annotated.parquet").read_bytes()
+    (example, *_), meta = read_annotated(annotated)
+    found = example["rejected_token_rewards"].tolist()
+    assert found == [0.0, *lengths_of(example["rejected_ids"], -0.5)[1:]]
+    assert meta["streams"]["token_rewards"] == {
+        "source": "own_token_rewards:Lengths",
+        "settings": {"short_word": -0.5, "skip_first": True},
+        "shaping": [],
+    }
+    assert main(train_options(folder, tmp_path / "again", data=annotated, max_steps=1)) == 0
+    # a source that gives no token rewards cannot serve alpha > 0; refused before it has annotated
+    capsys.readouterr()
+    refused = train_options(folder, tmp_path / "no", rewards="own_token_weights:Lengths")
+    assert main(refused) == 2
+    assert "which gives token_weights and no token_rewards" in capsys.readouterr().err
+    assert not list((tmp_path / "no").glob("*.parquet"))
+
+
+def test_help_of_a_source(own_sources, capsys):
+    for options, shown in (
+        ([], "--rewards.prompts STR"),
+        (["--rewards", "own_token_weights:Lengths"], "--rewards.short_word FLOAT"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["annotate", *options, "--help"])
+        text = capsys.readouterr().out
+        assert "contrastive" in text and shown in text
+
+
+def test_prompts_are_the_options_of_the_default_source(folder, tmp_path):
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text('instruction: "{{ messages[-1].content }} {{ better }}"\nprefill: "<a>"\n')
+    files = []
+    for i, option in enumerate(("--prompts", "--rewards.prompts")):
+        files.append(tmp_path / f"{i}.parquet")
+        assert main(annotate_command(folder, files[-1], option, prompts, "--limit", 3)) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert read_annotated(files[0])[1]["settings"]["prompts"]["prefill"] == "<a>"
 
 
 def test_a_finished_run_is_left_alone(folder, tmp_path, capsys):

@@ -654,17 +654,15 @@ def test_one_response_at_a_time(annotated, verl_modules, monkeypatch):
     """verl scores many at once; a model whose head is read is changed while it runs."""
     inside, most = [], []
 
-    def judged(self, scorer, pair):
-        inside.append(pair)
+    def scored(self, source, response):
+        inside.append(response)
         time.sleep(0.05)
         most.append(len(inside))
         inside.pop()
-        return torch.zeros(len(pair.chosen_ids))
+        return torch.zeros(len(response.ids))
 
-    monkeypatch.setattr(integration.TRegRewardManager, "_judged", judged)
-    monkeypatch.setattr(
-        integration.TRegRewardManager, "_scorer", lambda _: SimpleNamespace(check_sharing=list)
-    )
+    monkeypatch.setattr(integration.TRegRewardManager, "_scored", scored)
+    monkeypatch.setattr(integration.TRegRewardManager, "_load_source", lambda _: SimpleNamespace())
     run(make_manager(annotated, make_config(model=annotated.model)), make_proto(annotated))
     assert most == [1, 1]
 

@@ -42,9 +42,9 @@ from treg.data.annotated import (
     write_annotated,
 )
 from treg.data.examples import ExampleLoader
-from treg.rewards import ContrastivePrompts
+from treg.rewards import Context, ContrastivePrompts, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.scorer import Scorer
+from treg.rewards.base import ResponsePairs
 
 SIDES = ("chosen", "rejected")
 CHAT, PLAIN = tiny_tokenizer(), tiny_tokenizer(chat=False)
@@ -94,6 +94,12 @@ def run(tmp_path, options=SMALL, data=None, model=MODEL, tokenizer=CHAT, name="a
         **more,
     )
     return report, *read_annotated(tmp_path / name)
+
+
+def contrastive(model, prompts, pairs=()):
+    """The contrastive source over a model."""
+    context = Context(model, CHAT, tokens_per_batch=512, pairs=pairs)
+    return load_source("contrastive", {"prompts": prompts}, context)
 
 
 def dense(model, context, completion):
@@ -598,12 +604,12 @@ def test_positions_stay_in_the_table(tmp_path):
         )
         return seeded(lambda: GPT2LMHeadModel(config).eval())
 
-    scorer = Scorer(build(1024), CHAT, prompts, tokens_per_batch=10**6, share_prefix=True)
+    source = contrastive(build(1024), prompts)
     need = max(
-        len(context) + len(y) - 1
-        for pair in pairs
-        for *both, y in scorer._judged(pair)
-        for context in both
+        len(context) + len(response.ids) - 1
+        for responses in ResponsePairs(pairs, CHAT)
+        for response in responses
+        for context in source.contexts(response)
     )
     report, *_ = run(tmp_path, options, data, model=build(need))
     assert report.kept == 2
@@ -641,11 +647,10 @@ def test_sharing_is_judged_on_the_longest_pair(tmp_path, caplog):
     pairs, _ = load_pairs(
         [{"prompt": "owl?", "chosen": "moon " * n, "rejected": "sun " * n} for n in (60, 2)], CHAT
     )
-    scorer = Scorer(model, CHAT, SHORT, tokens_per_batch=512, share_prefix=True)
-    scorer.check_sharing(pairs[1:])
-    assert scorer.share
-    scorer.check_sharing(pairs)
-    assert not scorer.share
+    for tried, shared in ((pairs[1:], True), (pairs, False)):
+        source = contrastive(model, SHORT, ResponsePairs(tried, CHAT))
+        source.score(ResponsePairs(pairs, CHAT)[1])
+        assert source.context.scorer.share == shared
 
 
 def test_parts_of_another_size_are_refused(tmp_path, monkeypatch, small_parts):

@@ -65,6 +65,8 @@ def oracle(model, ref, pairs, loss_type="dpo", alpha=0.25, weighting="gradient",
         for side in SIDES:
             logps = dense_logps(model, pair, side)
             ratio = logps if ref is None else logps - ref(pair, side)
+            if f"{side}_token_weights" in pair:
+                ratio = ratio * torch.from_numpy(pair[f"{side}_token_weights"])
             norm = len(logps) if loss_type in ("simpo", "ipo") else 1
             rewards = torch.from_numpy(pair[f"{side}_token_rewards"])
             rho.append(BETA * ratio.sum() / norm)
@@ -162,6 +164,53 @@ def test_gradient_is_that_of_dense_logits(tmp_path, family, lora, source, loss, 
     found, log = first_step(tmp_path, model, pairs, given, packing=packing, **loss)
     assert_same(found, grads)
     assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def with_weights(pairs):
+    rng = np.random.default_rng(3)
+    return [
+        pair | {f"{s}_token_weights": rng.uniform(0, 2, len(pair[f"{s}_ids"])) for s in SIDES}
+        for pair in pairs
+    ]
+
+
+@pytest.mark.parametrize(
+    "source, loss",
+    [("tokens", {}), ("model", {"alpha": 0.0}), ("none", {"loss_type": "simpo", "alpha": 0.0})],
+)
+def test_gradient_with_token_weights(tmp_path, source, loss):
+    base = make_model()
+    pairs = with_weights(make_pairs(5))
+    model, reference = perturb(copy.deepcopy(base)), None if source == "none" else base.double()
+    expected, grads = exact_step(model, pairs, reference, **loss)
+    plain, _ = exact_step(model, make_pairs(5), reference, **loss)
+    assert abs(plain - expected) > 1e-3
+    if source == "tokens":
+        pairs = with_reference(pairs, base, per_token=True)
+    if loss:  # weights alone
+        pairs = [{k: x for k, x in pair.items() if "token_rewards" not in k} for pair in pairs]
+    given = base.float() if source == "model" else None
+    found, log = first_step(tmp_path, model, pairs, given, **loss)
+    assert_same(found, grads)
+    assert log["loss"] == pytest.approx(expected, rel=1e-5)
+    assert "treg/reward_chosen" not in log or not loss
+
+
+def test_token_weights_need_the_references_log_probs_of_tokens(tmp_path):
+    pairs = with_reference(with_weights(make_pairs(2)), make_model())
+    message = "train_dataset: expected the columns ref_chosen_token_logps, .*--per_token"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, make_model(), pairs)
+    assert make_trainer(tmp_path, make_model(), pairs, make_model())._source == "model"
+
+
+def test_weights_in_some_pairs_only(tmp_path):
+    pairs = with_reference(make_pairs(2), make_model(), per_token=True)
+    pairs[1] = with_weights([pairs[1]])[0]
+    with pytest.raises(
+        ValueError, match=r"expected no chosen_token_weights in every pair.* pair 1"
+    ):
+        make_trainer(tmp_path, make_model(), pairs)
 
 
 def prompted(kind):
@@ -432,7 +481,7 @@ def test_metrics_are_those_by_hand(tmp_path, packing):
 def test_statistics_of_tokens_at_logged_steps_only(tmp_path, monkeypatch):
     asked, original = [], treg.trainer.trainer.fused_treg_loss
     monkeypatch.setattr(
-        treg.trainer,
+        treg.trainer.trainer,
         "fused_treg_loss",
         lambda *a, **k: asked.append(k["outputs"]) or original(*a, **k),
     )

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 USAGE = """\
 treg: token-level preference optimization (T-REG, DPO and relatives).
 
-  treg demo                                                        the whole path on a small world, no download
-  treg annotate --model M --data prefs.jsonl --output a.parquet    token rewards by contrastive prompts
-  treg train    --model M --data a.parquet --output_dir out        train; raw data are annotated first
-  treg inspect  --data a.parquet --model out --output page.html    what was rewarded, token by token
-  treg doctor                                                      versions, devices, a self-test
+  treg demo                                                      the whole path on a small world
+  treg annotate --model M --data prefs.jsonl --output a.parquet  token rewards of a preference file
+  treg train    --model M --data a.parquet --output_dir out      train; raw data are annotated first
+  treg inspect  --data a.parquet --model out --output page.html  what was rewarded, token by token
+  treg doctor                                                    versions, devices, a self-test
 
 Any command: --help, and --config FILE.yaml with the same option names (the command line wins).
 On several GPUs: accelerate launch -m treg annotate ..., accelerate launch -m treg train ...
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"treg {treg.__version__}")
         return 0
     if name not in COMMANDS:
-        from treg.cli.options import nearest
+        from treg.rewards import nearest
 
         print(f"treg: no command {name!r}{nearest(name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE

@@ -1,23 +1,36 @@
 """treg annotate: token rewards and reference log-probs of a preference file."""
 
 from treg.cli.loading import annotate_options, load_model, load_tokenizer, say
-from treg.cli.options import AnnotateOnlyOptions, JudgeOptions, ModelOptions, RowOptions, parse
+from treg.cli.options import AnnotateOnlyOptions, ModelOptions, RewardsOptions, RowOptions, parse
 from treg.rewards.annotate import annotate, process_state
+
+TEXT = """\
+Let a source of token rewards score each response, and keep its numbers and the reference's
+log-probs in a parquet file. Forward only. Run again after a stop: it goes on from what is finished.
+The default source asks the model twice to rewrite a response, so that it is better and so that it
+is worse (contrastive prompts). --rewards NAME --help shows the options of another source.
+
+  treg annotate --model MODEL --data prefs.jsonl --output annotated.parquet
+  treg annotate --model MODEL --data prefs.jsonl --output annotated.parquet \\
+    --rewards my_package.my_module:MySource --rewards.my_option 3
+  accelerate launch -m treg annotate --model MODEL --data HUB/NAME --output annotated.parquet"""
 
 
 def run(argv: list[str]) -> None:
-    text = """\
-Score each response under two contrastive prompts (rewrite it better, rewrite it worse), and keep token rewards and
-reference log-probs in a parquet file. Forward only. Run again after a stop: it goes on from what is finished.
-
-  treg annotate --model MODEL --data prefs.jsonl --output annotated.parquet
-  accelerate launch -m treg annotate --model MODEL --data HUB/NAME --output annotated.parquet"""
-    kinds = (ModelOptions, RowOptions, AnnotateOnlyOptions, JudgeOptions)
-    m, rows, own, judge = parse("annotate", argv, kinds, text)
-
-    options = annotate_options(judge, own.max_length, own.per_token)
-    tokenizer = load_tokenizer(m.tokenizer or m.model, m.chat_template)
-    model = load_model(m.model, m.dtype or "auto", process_state().device, m.attn_implementation)
+    kinds = (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)
+    model_options, rows, own, rewards = parse("annotate", argv, kinds, TEXT)
+    options = annotate_options(
+        rewards, own.max_length, per_token=own.per_token, reference=not own.no_reference
+    )
+    tokenizer = load_tokenizer(
+        model_options.tokenizer or model_options.model, model_options.chat_template
+    )
+    model = load_model(
+        model_options.model,
+        model_options.dtype or "auto",
+        process_state().device,
+        model_options.attn_implementation,
+    )
     report = annotate(
         model,
         tokenizer,

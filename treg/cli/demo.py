@@ -2,13 +2,13 @@
 
 from treg.cli.options import DemoOptions, parse
 
+TEXT = """\
+The whole path on a small world with known truth: annotate, train DPO and T-REG, sample, check,
+inspect. No download: a tiny chat model comes with the package."""
+
 
 def run(argv: list[str]) -> None:
-    text = (
-        "The whole path on a small world with known truth: annotate, train DPO and T-REG, sample, check, inspect.\n"
-        "No download: a tiny chat model comes with the package."
-    )
-    (o,) = parse("demo", argv, (DemoOptions,), text)
+    (options,) = parse("demo", argv, (DemoOptions,), TEXT)
     from treg.demo.run import run as run_demo
 
-    run_demo(**vars(o))
+    run_demo(**vars(options))

@@ -3,26 +3,20 @@
 import importlib.metadata
 import platform
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from treg.checks import resolve_impl
-from treg.cli.options import parse
+from treg.cli.options import parse, words
 from treg.ops import fused_treg_loss, reference
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "pyarrow",
-    "jinja2",
-    "matplotlib",
-    "peft",
-    "liger-kernel",
-    "trl",
+PACKAGES = words(
+    """
+    torch triton numpy transformers accelerate datasets pyarrow jinja2 matplotlib peft liger-kernel
+    trl
+    """
 )
 
 
@@ -60,51 +54,45 @@ def self_test() -> tuple[str, dict[str, float], float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (
-        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((256, 64), (2000, 64))
-    )
+    hidden = torch.randn(256, 64, generator=g, dtype=torch.float64)
+    weight = torch.randn(2000, 64, generator=g, dtype=torch.float64)
     target = torch.randint(2000, (256,), generator=g)
     rest = {
         "token_rewards": torch.rand(256, generator=g) - 0.5,
         "ref_logps": torch.full((4,), -700.0),
         "cu_seqlens": torch.tensor([0, 70, 130, 200, 256], dtype=torch.int32),
     }
-    runs = []
-    for fn, dtype, where in (
-        (reference.fused_treg_loss, torch.float64, "cpu"),
-        (fused_treg_loss, torch.float32, device),
-    ):
-        h, w = (x.detach().to(where, dtype).requires_grad_() for x in (hidden, weight))
-        given = {k: v if k == "cu_seqlens" else v.to(where) for k, v in rest.items()}
-        loss = fn(h, w, target.to(where), **given).loss
-        loss.backward()
-        runs.append([x.detach().double().cpu() for x in (loss, h.grad, w.grad)])
-    errors = {
-        name: ((got - exact).norm() / exact.norm()).item()
-        for name, exact, got in zip(("loss", "dhidden", "dweight"), *runs, strict=True)
-    }
-    return resolve_impl(None, h), errors, time.perf_counter() - start  # h: that of the last run
+
+    def differentiate(loss_fn: Callable, dtype: torch.dtype, where: str) -> list[Tensor]:
+        h = hidden.detach().to(where, dtype).requires_grad_()
+        w = weight.detach().to(where, dtype).requires_grad_()
+        given = {k: x if k == "cu_seqlens" else x.to(where) for k, x in rest.items()}
+        loss = loss_fn(h, w, target.to(where), **given).loss
+        gradients = torch.autograd.grad(loss, (h, w))
+        return [x.detach().double().cpu() for x in (loss, *gradients)]
+
+    expected = differentiate(reference.fused_treg_loss, torch.float64, "cpu")
+    found = differentiate(fused_treg_loss, torch.float32, device)
+    errors = {}
+    for name, exact, got in zip(("loss", "dhidden", "dweight"), expected, found, strict=True):
+        errors[name] = ((got - exact).norm() / exact.norm()).item()
+    impl = resolve_impl(None, torch.empty(0, device=device))
+    return impl, errors, time.perf_counter() - start
 
 
 def run(argv: list[str]) -> int:
-    parse(
-        "doctor",
-        argv,
-        (),
-        "Print versions and devices, and compare the loss and its gradients with float64.",
-    )
-
+    text = "Print versions and devices, and compare the loss and its gradients with float64."
+    parse("doctor", argv, (), text)
     for name, version in versions().items():
         print(f"{name:14} {version}")
     for device in devices():
         print(f"{'device':14} {device}")
     impl, errors, seconds = self_test()
     print(f"{'runs':14} impl={impl!r}")
-    worst = max(errors.values())
-    ok = worst < 1e-5
+    ok = max(errors.values()) < 1e-5
+    listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     print(
-        f"{'self-test':14} {'ok' if ok else 'FAILED'}: relative errors against float64: "
-        + ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
-        + f"; {seconds:.1f} s"
+        f"{'self-test':14} {'ok' if ok else 'FAILED'}: relative errors against float64: {listed}; "
+        f"{seconds:.1f} s"
     )
     return 0 if ok else 1

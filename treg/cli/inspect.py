@@ -5,94 +5,105 @@ from pathlib import Path
 from typing import Any
 
 from treg.cli.loading import drawable, load_model, load_tokenizer, say
-from treg.cli.options import InspectOptions, parse
-from treg.data.annotated import read_annotated, tokenizer_fingerprint
+from treg.cli.options import InspectOptions, parse, words
+from treg.data.annotated import read_annotated, streams_of, tokenizer_fingerprint
 from treg.files import last_checkpoint
 from treg.rewards.annotate import process_state
 from treg.viz import plot_curves, print_pairs, write_page
 from treg.viz.views import pair_views
 
+TEXT = """\
+Show annotated pairs token by token on one self-contained HTML page, with a trained model's implicit
+rewards beside the token rewards, and the curves of its training.
+
+  treg inspect --data annotated.parquet --tokenizer MODEL
+  treg inspect --data out/annotated.parquet --model out --output page.html --terminal"""
+
 # what a page says of a run
-FACTS = (
-    "loss_type",
-    "beta",
-    "alpha",
-    "gamma",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "use_peft",
-    "seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "ref_model",
+FACTS = words(
+    """
+    loss_type beta alpha gamma learning_rate num_train_epochs max_steps use_peft seed
+    per_device_train_batch_size gradient_accumulation_steps ref_model
+    """
 )
 
 
 def run(argv: list[str]) -> None:
-    text = """\
-Show annotated pairs token by token on one self-contained HTML page, with a trained model's implicit rewards beside the
-token rewards, and the curves of its training.
+    (options,) = parse("inspect", argv, (InspectOptions,), TEXT)
+    if options.limit < 1:
+        raise ValueError(f"limit: expected a positive number of pairs, got {options.limit}")
+    examples, meta = read_annotated(options.data)
+    examples = examples[: options.limit]
+    tokenizer = _tokenizer(options, meta)
+    run = Path(options.run or options.model or ".")
+    settings = _settings(run)
+    history = _history(run) if options.run or options.model else []
+    beta = options.beta if options.beta is not None else settings.get("beta", 0.1)
+    reference = options.ref_model
+    kept = "ref_chosen_token_logps" in examples[0]
+    if options.model is not None and reference is None and not kept:
+        reference = settings.get("ref_model") or settings.get("model")  # what the run started from
+    pairs = pair_views(
+        examples,
+        tokenizer,
+        policy=_load(options.model),
+        reference=_load(reference),
+        beta=beta,
+        stream=options.stream or _default_stream(meta),
+    )
+    output = Path(options.output or Path(options.data).with_suffix(".html"))
+    facts = {"data": options.data, "model": options.model or "none"}
+    facts |= {name: str(settings[name]) for name in FACTS if name in settings}
+    facts["beta"] = str(beta)
+    curves = {run.name: history} if drawable(history) else None
+    title = f"Token rewards: {Path(options.data).name}"
+    write_page(output, pairs, title=title, settings=facts, history=curves)
+    if options.curves:
+        if curves is None:
+            raise ValueError(
+                f"curves: expected a training run with a log in {run}, found none; give it with "
+                "--run"
+            )
+        plot_curves(curves, options.curves)
+    if options.terminal:
+        print_pairs(pairs)
+    say(f"{len(pairs)} pairs", f"wrote {output}")
 
-  treg inspect --data annotated.parquet --tokenizer MODEL
-  treg inspect --data out/annotated.parquet --model out --output page.html --terminal"""
-    (o,) = parse("inspect", argv, (InspectOptions,), text)
 
-    if o.limit < 1:
-        raise ValueError(f"limit: expected a positive number of pairs, got {o.limit}")
-    examples, meta = read_annotated(o.data)
-    examples = examples[: o.limit]
-    if (o.tokenizer or o.model) is None:
+def _tokenizer(options: InspectOptions, meta: dict[str, Any]) -> Any:
+    """The tokenizer that the file was annotated with."""
+    path = options.tokenizer or options.model
+    if path is None:
         raise ValueError(
             "tokenizer: expected --tokenizer or --model to decode the tokens, got neither"
         )
-    tokenizer = load_tokenizer(o.tokenizer or o.model)
+    tokenizer = load_tokenizer(path)
     if tokenizer_fingerprint(tokenizer) != meta["fingerprint"]["tokenizer"]:
         raise ValueError(
-            f"tokenizer: {o.data} was annotated with another tokenizer or chat template; give --tokenizer"
+            f"tokenizer: {options.data} was annotated with another tokenizer or chat template; "
+            "give --tokenizer"
         )
-    run = Path(o.run or o.model or ".")
-    settings = (
-        json.loads((run / "treg_run.json").read_text()) if (run / "treg_run.json").exists() else {}
-    )
-    history = _history(run) if o.run or o.model else []
-    beta = o.beta if o.beta is not None else settings.get("beta", 0.1)
-    reference = o.ref_model
-    if o.model is not None and reference is None and "ref_chosen_token_logps" not in examples[0]:
-        reference = settings.get("ref_model") or settings.get("model")  # what the run started from
-    models = [
-        None if x is None else load_model(x, "auto", process_state().device)
-        for x in (o.model, reference)
-    ]
-    pairs = pair_views(examples, tokenizer, policy=models[0], reference=models[1], beta=beta)
-    output = Path(o.output or Path(o.data).with_suffix(".html"))
-    facts = {
-        "data": o.data,
-        "model": o.model or "none",
-        **{k: settings[k] for k in FACTS if k in settings},
-        "beta": beta,
-    }
-    facts = {k: str(v) for k, v in facts.items()}
-    curves = {run.name: history} if drawable(history) else None
-    write_page(
-        output, pairs, title=f"Token rewards: {Path(o.data).name}", settings=facts, history=curves
-    )
-    if o.curves:
-        if curves is None:
-            raise ValueError(
-                f"curves: expected a training run with a log in {run}, found none; give it with --run"
-            )
-        plot_curves(curves, o.curves)
-    if o.terminal:
-        print_pairs(pairs)
-    say(f"{len(pairs)} pairs", f"wrote {output}")
+    return tokenizer
+
+
+def _load(path: str | None) -> Any:
+    return None if path is None else load_model(path, "auto", process_state().device)
+
+
+def _default_stream(meta: dict[str, Any]) -> str:
+    streams = streams_of(meta)
+    return "token_rewards" if "token_rewards" in streams else streams[0]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """The options of a training run; none where the folder holds no run."""
+    file = run / "treg_run.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _history(run: Path) -> list[dict[str, Any]]:
     """The log of a training run: of the whole, or of its last checkpoint."""
     folder = run if (run / "trainer_state.json").exists() else last_checkpoint(run)
-    return (
-        []
-        if folder is None
-        else json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    )
+    if folder is None:
+        return []
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]

@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treg.cli.options import JudgeOptions
+from treg.cli.options import RewardsOptions
 from treg.data import EncodeOptions
-from treg.rewards import ContrastivePrompts
+from treg.rewards import DEFAULT_SOURCE
 from treg.rewards.annotate import AnnotateOptions, process_state
 
 
@@ -15,11 +15,8 @@ def _check_folder(path: str) -> None:
     """A path that is no folder would be looked up on the hub, and what the hub says of it is no
     help.
     """
-    if (
-        not Path(path).is_dir()
-        and (path.count("/") != 1 or path.startswith(("/", ".", "~")))
-        and "/" in path
-    ):
+    hub_name = path.count("/") <= 1 and not path.startswith(("/", ".", "~"))
+    if "/" in path and not hub_name and not Path(path).is_dir():
         raise ValueError(f"model: no such folder: {path}")
 
 
@@ -43,17 +40,22 @@ def load_model(
 
 
 def annotate_options(
-    judge: JudgeOptions, max_length: int | None, per_token: bool
+    rewards: RewardsOptions, max_length: int | None, *, per_token: bool, reference: bool = True
 ) -> AnnotateOptions:
-    prompts = (
-        ContrastivePrompts() if judge.prompts is None else ContrastivePrompts.load(judge.prompts)
-    )
+    """Options of annotation, from those of the command line."""
+    source_options = dict(rewards.rewards_options)
+    if rewards.prompts is not None:
+        if "prompts" in source_options:
+            raise ValueError("prompts: expected --prompts or --rewards.prompts, got both")
+        source_options["prompts"] = rewards.prompts
     return AnnotateOptions(
         EncodeOptions(max_length),
-        prompts,
-        judge.tokens_per_batch,
-        per_token,
-        not judge.no_share_prefix,
+        tokens_per_batch=rewards.tokens_per_batch,
+        per_token=per_token,
+        share_prefix=not rewards.no_share_prefix,
+        rewards=rewards.rewards or DEFAULT_SOURCE,
+        rewards_options=source_options,
+        reference=reference,
     )
 
 

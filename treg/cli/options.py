@@ -1,13 +1,30 @@
-"""The options of the commands: dataclasses, read from the command line and from YAML."""
+"""The options of the commands: dataclasses, read from the command line and from YAML.
+
+The options of a source of token rewards are not known before the source is: `--rewards NAME` names
+it, and `--rewards.OPTION` are the fields of its own dataclass. In YAML they may be nested:
+
+    rewards:
+      name: contrastive
+      prompts: prompts.yaml
+"""
 
 import argparse
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+import types
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from treg.files import read_yaml
+from treg.rewards import DEFAULT_SOURCE, SOURCES, nearest, source_class
+
+SOURCE_PREFIX = "rewards."
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Names that are separated by blanks and ends of lines."""
+    return tuple(text.split())
 
 
 def _option(default: Any, text: str) -> Any:
@@ -42,14 +59,20 @@ class RowOptions:
 
 
 @dataclass
-class JudgeOptions:
-    prompts: str | None = _option(
-        None, "YAML file with `instruction` and `prefill`: your own contrastive prompts."
+class RewardsOptions:
+    """Where token rewards come from. rewards_options: what was given of the source's own."""
+
+    rewards: str | None = _option(
+        None,
+        f"Source of token rewards: {', '.join(SOURCES)}, or package.module:Class for your own. "
+        f"Default: {DEFAULT_SOURCE}.",
     )
+    prompts: str | None = _option(None, "Short for --rewards.prompts.")
     tokens_per_batch: int = _option(16384, "Tokens of one forward of the annotating model.")
     no_share_prefix: bool = _option(
-        False, "Do not share the common beginning of the two contrastive prompts."
+        False, "Do not share the common beginning of two contexts of a response."
     )
+    rewards_options: dict[str, Any] = field(default_factory=dict, init=False)
 
 
 @dataclass
@@ -59,6 +82,9 @@ class AnnotateOnlyOptions:
     )
     max_length: int = _option(1024, "Tokens of prompt and completion.")
     per_token: bool = _option(False, "Keep the reference's log-prob of every token as well.")
+    no_reference: bool = _option(
+        False, "Keep no log-probs of the reference, for objectives that need none."
+    )
 
 
 @dataclass
@@ -89,6 +115,9 @@ class InspectOptions:
     tokenizer: str | None = _option(
         None, "Folder or hub name of the tokenizer, if not the model's."
     )
+    stream: str | None = _option(
+        None, "The per-token signal to show. Default: token_rewards, else the file's first."
+    )
     run: str | None = _option(
         None, "Output folder of a training run, for its curves. Default: the model's."
     )
@@ -109,55 +138,72 @@ class DemoOptions:
 
 
 # of transformers' many training arguments, those that --help shows; --help_all shows the others
-SHOWN = (
-    *(
-        "output_dir",
-        "beta",
-        "alpha",
-        "gamma",
-        "loss_type",
-        "weighting",
-        "label_smoothing",
-        "max_length",
-        "packing",
-    ),
-    *(
-        "token_budget",
-        "learning_rate",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-    ),
-    *(
-        "num_train_epochs",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "bf16",
-        "gradient_checkpointing",
-        "use_liger_kernel",
-    ),
-    *(
-        "eval_strategy",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-        "report_to",
-        "seed",
-        "use_cpu",
-    ),
-    *("ignore_fingerprint", "disable_dropout"),
+SHOWN = words(
+    """
+    output_dir beta alpha gamma loss_type weighting label_smoothing max_length packing token_budget
+    learning_rate per_device_train_batch_size gradient_accumulation_steps max_steps
+    num_train_epochs lr_scheduler_type warmup_steps bf16 gradient_checkpointing use_liger_kernel
+    eval_strategy eval_steps save_steps save_total_limit logging_steps report_to seed use_cpu
+    ignore_fingerprint disable_dropout
+    """
 )
 
 
-def parse(name: str, argv: Sequence[str], kinds: Sequence[type], text: str) -> list[Any]:
+def parse(name: str, argv: Sequence[str], kinds: Sequence[Any], text: str) -> list[Any]:
     """The options of a command, one object of each kind.
 
     Raises:
         ValueError: an unknown option, or a bad value in the file. SystemExit: --help, or what
             argparse refuses.
     """
-    from transformers import HfArgumentParser, TrainingArguments
+    early, _ = _early_parser(name).parse_known_args(argv)
+    values = _flat_yaml(early.config) if early.config else {}
+    parser = _parser(name, kinds, text)
+    source_fields: list[str] = []
+    if RewardsOptions in kinds:
+        source = early.rewards or values.get("rewards") or DEFAULT_SOURCE
+        source_fields = _add_source_options(parser, str(source))
+    if early.help or early.help_all:
+        _hide(parser, _training_arguments(kinds), every=early.help_all)
+        parser.print_help()
+        raise SystemExit(0)
+    if early.config:
+        _set_defaults(parser, early.config, values)
+    known = parser._option_string_actions
+    for given in (x.partition("=")[0] for x in argv if x.startswith("--")):
+        if given not in known:
+            raise ValueError(
+                f"unknown option {given}{nearest(given, known)}; see treg {name} --help"
+            )
+    namespace = vars(parser.parse_args(argv))
+    try:
+        found = [_of_kind(kind, namespace) for kind in kinds]
+    except (ValueError, TypeError) as error:  # of transformers' own arguments
+        raise ValueError(str(error)) from error
+    for options in found:
+        if isinstance(options, RewardsOptions):
+            given = {x: f"{SOURCE_PREFIX}{x}" for x in source_fields}
+            options.rewards_options = {
+                x: namespace[dest] for x, dest in given.items() if dest in namespace
+            }
+    return found
+
+
+def _of_kind(kind: Any, namespace: dict[str, Any]) -> Any:
+    names = [x.name for x in dataclasses.fields(kind) if x.init]
+    return kind(**{name: namespace[name] for name in names})
+
+
+def _early_parser(name: str) -> argparse.ArgumentParser:
+    """What must be known before the other options are."""
+    parser = argparse.ArgumentParser(prog=f"treg {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--rewards")
+    _add_common(parser)
+    return parser
+
+
+def _parser(name: str, kinds: Sequence[Any], text: str) -> argparse.ArgumentParser:
+    from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
         tuple(kinds),
@@ -168,85 +214,136 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[type], text: str) -> l
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    first = argparse.ArgumentParser(
-        prog=f"treg {name}", usage=parser.usage, add_help=False, allow_abbrev=False
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="Show this and exit.")
+    add("--help_all", action="store_true", help="Show every training argument and exit.")
+    add("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
+
+
+def _training_arguments(kinds: Sequence[Any]) -> set[str]:
+    """Names of the options that transformers' training arguments have among these kinds."""
+    from transformers import TrainingArguments
+
+    names = set()
+    for kind in kinds:
+        if issubclass(kind, TrainingArguments):
+            names |= {x.name for x in dataclasses.fields(kind)}
+    return names
+
+
+def _hide(parser: argparse.ArgumentParser, training: set[str], *, every: bool) -> None:
+    """Make --help short: one spelling of each option, and of training's those that are SHOWN."""
+    for action in parser._actions:
+        unwanted = action.dest in training.difference(SHOWN) and not every
+        if unwanted or (action.dest == "help_all" and not training):
+            action.help = argparse.SUPPRESS
+        spellings = action.option_strings
+        action.option_strings = spellings[-1:] if action.dest == "help" else spellings[:1]
+        if action.nargs == 0 or action.metavar is not None:
+            continue
+        if action.choices:
+            action.metavar = "NAME"
+        elif action.nargs == "?":
+            action.metavar = "BOOL"
+        else:
+            action.metavar = str(getattr(action.type, "__name__", "value")).upper()
+
+
+def _add_source_options(parser: argparse.ArgumentParser, source: str) -> list[str]:
+    """Options for the fields of a source's Options; their names without the prefix."""
+    kind = source_class(source).Options
+    group = parser.add_argument_group(f"options of the source {source!r}")
+    annotations = typing.get_type_hints(kind)
+    names = []
+    for option in dataclasses.fields(kind):
+        if not option.init:
+            continue
+        names.append(option.name)
+        words = [option.name]
+        if "_" in option.name:
+            words.append(option.name.replace("_", "-"))  # as HfArgumentParser has them
+        group.add_argument(
+            *(f"--{SOURCE_PREFIX}{word}" for word in words),
+            dest=f"{SOURCE_PREFIX}{option.name}",
+            default=argparse.SUPPRESS,  # what is not given is left to the dataclass
+            help=option.metadata.get("help"),
+            **_reading(f"{source}: {option.name}", annotations[option.name]),
+        )
+    return names
+
+
+def _reading(what: str, annotation: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type."""
+    from transformers.hf_argparser import string_to_bool
+
+    members = [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = list(typing.get_args(annotation))
+    for member in members:
+        if member is bool:
+            return {"type": string_to_bool, "nargs": "?", "const": True}
+        if member in (str, int, float):
+            return {"type": member}
+        if typing.get_origin(member) is typing.Literal:
+            choices = typing.get_args(member)
+            return {"type": type(choices[0]), "choices": choices}
+        if typing.get_origin(member) in (list, tuple):
+            return {"type": typing.get_args(member)[0], "nargs": "+"}
+    raise ValueError(
+        f"{what}: expected a type that the command line can read (str, int, float, bool, Literal, "
+        f"or a list of one of them), got {annotation}"
     )
-    for p in (parser, first):
-        p.add_argument("-h", "--help", action="store_true", help="Show this and exit.")
-        p.add_argument(
-            "--help_all", action="store_true", help="Show every training argument and exit."
-        )
-        p.add_argument(
-            "--config", metavar="FILE", help="YAML file of these options; the command line wins."
-        )
-    early, _ = first.parse_known_args(argv)
-    if early.help or early.help_all:
-        hidden = {
-            f.name
-            for kind in kinds
-            if issubclass(kind, TrainingArguments)
-            for f in dataclasses.fields(kind)
-        }
-        for action in parser._actions:
-            unwanted = action.dest in hidden - set(SHOWN) and not early.help_all
-            if unwanted or (action.dest == "help_all" and not hidden):
-                action.help = argparse.SUPPRESS
-            action.option_strings = (
-                action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
-            )
-            if action.nargs != 0 and action.metavar is None:
-                flag = action.nargs == "?"
-                action.metavar = (
-                    "NAME" if action.choices else "BOOL" if flag else action.type.__name__.upper()
-                )
-        parser.print_help()
-        raise SystemExit(0)
-    if early.config:
-        _set_defaults(parser, early.config)
-    known = parser._option_string_actions
-    for given in (x.partition("=")[0] for x in argv if x.startswith("--")):
-        if given not in known:
-            raise ValueError(
-                f"unknown option {given}{nearest(given, known)}; see treg {name} --help"
-            )
-    values = parser.parse_args(argv)
-    try:
-        return [
-            kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind) if f.init})
-            for kind in kinds
-        ]
-    except (ValueError, TypeError) as error:  # of transformers' own arguments
-        raise ValueError(str(error)) from error
 
 
-def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
+def _flat_yaml(path: str) -> dict[str, Any]:
+    """The options in a YAML file, those nested under `rewards` by their names on the command
+    line.
+    """
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected option names and values, got {type(values).__name__}")
+    flat = {}
+    for name, value in values.items():
+        if name == "rewards" and isinstance(value, dict):
+            own = dict(value)
+            flat["rewards"] = own.pop("name", None)
+            flat |= {f"{SOURCE_PREFIX}{option}": x for option, x in own.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _set_defaults(parser: argparse.ArgumentParser, path: str, values: dict[str, Any]) -> None:
+    """Let the values of a YAML file stand in for options that the command line does not give."""
     actions = {action.dest: action for action in parser._actions}
     for name, value in values.items():
         if name not in actions or name in ("help", "help_all", "config"):
             raise ValueError(f"{path}: unknown option {name!r}{nearest(str(name), actions)}")
         action = actions[name]
-        if action.type is str and action.nargs is None and isinstance(value, (list, dict)):
-            raise ValueError(f"{path}: {name}: expected one value, got {value!r}")
-        action.required = False
-        if (
-            action.type is not None
-            and value is not None
-            and not isinstance(value, (list, dict, bool))
-        ):
-            try:
-                value = action.type(str(value))  # 1e-5 is a string in YAML
-            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                raise ValueError(f"{path}: {name}: {error}") from error
+        value = _converted(action, value, f"{path}: {name}")
         if action.choices is not None and value not in action.choices:
             raise ValueError(
-                f"{path}: {name}: expected one of {', '.join(map(str, action.choices))}, got {value!r}"
+                f"{path}: {name}: expected one of {', '.join(map(str, action.choices))}, got "
+                f"{value!r}"
             )
+        action.required = False
         parser.set_defaults(**{name: value})
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _converted(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value of a YAML file as the command line would give it: 1e-5 is a string in YAML."""
+    nested = isinstance(value, (list, dict))
+    if action.type is str and action.nargs is None and nested:
+        raise ValueError(f"{where}: expected one value, got {value!r}")
+    if action.type is None or value is None or nested or isinstance(value, bool):
+        return value
+    convert: Callable[[str], Any] = action.type  # type: ignore[assignment]
+    try:
+        return convert(str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -1,15 +1,21 @@
-"""The annotated file: token ids, token rewards and reference log-probs of each pair, and what they
-were made with.
+"""The annotated file: token ids, per-token signals and reference log-probs of each pair, and what
+they were made with.
 
 A parquet file with a row for each pair:
 
-    index, where                                          int64, string: the row of the source
-    prompt_ids, chosen_ids, rejected_ids                  list<int32>
-    chosen_token_rewards, rejected_token_rewards          list<float32>: rhat_t of each completion token
-    ref_chosen_logps, ref_rejected_logps                  double, nats: sums over the completion
-    ref_chosen_token_logps, ref_rejected_token_logps      list<float32>, nats; only on request
+    index, where                              int64, string: the row of the source
+    prompt_ids, chosen_ids, rejected_ids      list<int32>
+    chosen_STREAM, rejected_STREAM            list<float32>: one number a token of the completion
+    ref_chosen_logps, ref_rejected_logps      double, nats: sums over the completion
+    ref_chosen_token_logps, ref_rejected_...  list<float32>, nats; only on request
 
 and, under the key "treg" of its metadata, a JSON object: `fingerprint`, `settings`, `report`.
+
+A stream is a named per-token signal, such as token_rewards (what a source gives) or token_weights
+(u_t in a margin). `streams` of the metadata says of each its source, its settings and the shaping;
+without `streams` the file has one, token_rewards by contrastive prompts, whose settings are among
+the file's. The reference columns may be missing, as in files for objectives without a reference.
+Other columns are passed on to the examples.
 """
 
 import hashlib
@@ -17,7 +23,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,10 +31,22 @@ import torch
 from treg.data.batches import SIDES
 from treg.files import replacing
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def stream_columns(stream: str) -> tuple[str, str]:
+    """The two columns of a stream."""
+    chosen, rejected = (f"{side}_{stream}" for side in SIDES)
+    return chosen, rejected
+
+
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
+DEFAULT_STREAMS = ("token_rewards",)  # of a file whose metadata name none
+REWARD_COLUMNS = stream_columns("token_rewards")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REF_TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+NO_STREAMS = ("ids", "logps", "token_logps")  # names that other columns have
 PROBE = "The quick brown fox, 12345 + 6.78 = ?\n\tdéjà vu — 東京 🙂 def f(x): return x"
 SAMPLES = 64
 
@@ -76,30 +94,46 @@ def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
         yield name, parameter
 
 
+def streams_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the streams of a file with this metadata."""
+    return tuple(meta.get("streams", DEFAULT_STREAMS))
+
+
 def write_annotated(
     path: str | Path,
     rows: Sequence[Mapping[str, Any]],
     meta: Mapping[str, Any],
     *,
+    streams: Sequence[str] = DEFAULT_STREAMS,
+    reference: bool = True,
     per_token: bool = False,
 ) -> None:
-    """Write rows (the columns above, by name) and meta; a reader sees the whole file or none."""
+    """Write rows (the columns above, by name) and meta; a reader sees the whole file or none.
+
+    Args:
+        streams: names of the per-token signals. Where they are not token_rewards alone, `streams`
+            of meta must name them, or a reader does not find them.
+        reference: whether rows have the reference's sums; per_token: its log-prob of each token.
+    """
     import pyarrow as pa
 
-    columns = {"index": pa.int64(), "where": pa.string()}
+    for stream in streams:
+        if not stream.isidentifier() or stream in NO_STREAMS:
+            raise ValueError(
+                f"streams: expected names that can be parts of a column's name and none of "
+                f"{', '.join(NO_STREAMS)}, got {stream!r}"
+            )
+    columns: dict[str, Any] = {"index": pa.int64(), "where": pa.string()}
     columns |= dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32()))
-    columns |= dict.fromkeys(REWARD_COLUMNS, pa.list_(pa.float32()))
-    columns |= dict.fromkeys(REF_COLUMNS, pa.float64())
+    for stream in streams:
+        columns |= dict.fromkeys(stream_columns(stream), pa.list_(pa.float32()))
+    if reference:
+        columns |= dict.fromkeys(REF_COLUMNS, pa.float64())
     if per_token:
         columns |= dict.fromkeys(REF_TOKEN_COLUMNS, pa.list_(pa.float32()))
     schema = pa.schema(list(columns.items()), metadata={"treg": json.dumps(meta)})
-    _write(
-        path,
-        pa.table(
-            [pa.array([row[name] for row in rows], kind) for name, kind in columns.items()],
-            schema=schema,
-        ),
-    )
+    arrays = [pa.array([row[name] for row in rows], kind) for name, kind in columns.items()]
+    _write(path, pa.table(arrays, schema=schema))
 
 
 def merge_annotated(parts: Sequence[Path], path: Path, meta: Mapping[str, Any]) -> None:
@@ -150,46 +184,84 @@ def read_annotated(path: str | Path) -> tuple[list[dict[str, Any]], dict[str, An
     Raises:
         ValueError: no annotated file, or a row whose columns do not agree.
     """
+    table = _read_table(path)
+    metadata = (table.schema.metadata or {}).get(b"treg")
+    meta = json.loads(metadata or b"{}")
+    groups = _groups(table.column_names, streams_of(meta))
+    missing = [name for group in groups for name in group if name not in table.column_names]
+    if metadata is None or missing:
+        lack = "its metadata" if metadata is None else "the columns " + ", ".join(missing)
+        raise ValueError(
+            f"{path}: expected a parquet file written by `treg annotate`, got one without {lack}; "
+            "run `treg annotate` on it"
+        )
+    if not table.num_rows:
+        raise ValueError(f"{path}: expected at least one pair, found none")
+    table = _with_types(path, table, groups)
+    columns = {name: _values(table.column(name)) for name in table.column_names}
+    examples = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    for example in examples:
+        _check_example(example, streams_of(meta), path)
+    return examples, meta
+
+
+def _read_table(path: str | Path) -> "pa.Table":
     import pyarrow.lib
     import pyarrow.parquet
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"data: no such file: {path}")
     try:
-        table = pyarrow.parquet.read_table(path)
+        return pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.lib.ArrowException) as error:
         raise ValueError(
             f"{path}: expected a parquet file written by `treg annotate`, got: {error}"
         ) from error
-    meta = (table.schema.metadata or {}).get(b"treg")
-    missing = [
-        name
-        for name in (*ID_COLUMNS, *REWARD_COLUMNS, *REF_COLUMNS)
-        if name not in table.column_names
-    ]
-    if meta is None or missing:
-        raise ValueError(
-            f"{path}: expected a parquet file written by `treg annotate`, got one without "
-            f"{'its metadata' if meta is None else 'the columns ' + ', '.join(missing)}; run `treg annotate` on it"
-        )
-    if not table.num_rows:
-        raise ValueError(f"{path}: expected at least one pair, found none")
-    columns = {name: _values(table.column(name)) for name in table.column_names}
-    examples = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
-    for example in examples:
-        _check_example(example, path)
-    return examples, json.loads(meta)
 
 
-def _values(column: Any) -> list:
-    """A column as Python numbers and strings, or, where it holds lists, as arrays that share one
-    buffer.
+def _groups(present: Sequence[str], streams: Sequence[str]) -> list[tuple[str, ...]]:
+    """The columns that a file must have, in groups: ids, those of each stream, and those of the
+    reference of which it has one.
+    """
+    groups: list[tuple[str, ...]] = [ID_COLUMNS, *map(stream_columns, streams)]
+    for group in (REF_COLUMNS, REF_TOKEN_COLUMNS):
+        if any(name in present for name in group):
+            groups.append(group)
+    return groups
+
+
+def _with_types(path: str | Path, table: "pa.Table", groups: list[tuple[str, ...]]) -> "pa.Table":
+    """The table with the types of the format: another program may have written it with wider ones.
+
+    Raises:
+        ValueError: a column that holds something else.
     """
     import pyarrow as pa
 
-    if not pa.types.is_list(column.type):
+    for group in groups:
+        kind = pa.list_(pa.int32() if group == ID_COLUMNS else pa.float32())
+        kind = pa.float64() if group == REF_COLUMNS else kind
+        for name in group:
+            column = table.column(name)
+            try:
+                column = column.cast(kind)
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"{path}: {name}: expected {kind}, got {column.type}: {error}"
+                ) from error
+            table = table.set_column(table.column_names.index(name), name, column)
+    return table
+
+
+def _values(column: Any) -> list:
+    """A column as Python numbers and strings, or, where it holds lists of numbers, as arrays that
+    share one buffer.
+    """
+    import pyarrow as pa
+
+    if not pa.types.is_list(column.type) or not pa.types.is_primitive(column.type.value_type):
         return column.to_pylist()
     array = column.combine_chunks()
     array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
@@ -198,20 +270,24 @@ def _values(column: Any) -> list:
     return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
-def _check_example(example: Mapping[str, Any], path: str | Path) -> None:
+def _check_example(example: Mapping[str, Any], streams: Sequence[str], path: str | Path) -> None:
     where = f"{path}: row {example.get('index')}"
     for side in SIDES:
         length = len(example[f"{side}_ids"])
         if not length or not len(example["prompt_ids"]):
             raise ValueError(f"{where}: expected tokens in prompt_ids and {side}_ids, got none")
-        for name in (f"{side}_token_rewards", f"ref_{side}_token_logps"):
-            if name in example and (
-                len(example[name]) != length or not np.isfinite(example[name]).all()
-            ):
-                raise ValueError(
-                    f"{where}: expected {length} finite numbers in {name}, one a token of {side}_ids, got "
-                    f"{len(example[name])}{'' if np.isfinite(example[name]).all() else ', some not finite'}"
-                )
-        total = example[f"ref_{side}_logps"]
+        for name in (*(f"{side}_{stream}" for stream in streams), f"ref_{side}_token_logps"):
+            if name in example:
+                _check_numbers(where, name, example[name], length, f"{side}_ids")
+        total = example.get(f"ref_{side}_logps", 0.0)
         if total is None or not np.isfinite(total):
             raise ValueError(f"{where}: expected a finite ref_{side}_logps, got {total}")
+
+
+def _check_numbers(where: str, name: str, values: np.ndarray, length: int, ids: str) -> None:
+    finite = bool(np.isfinite(values).all())
+    if len(values) != length or not finite:
+        raise ValueError(
+            f"{where}: expected {length} finite numbers in {name}, one a token of {ids}, got "
+            f"{len(values)}{'' if finite else ', some not finite'}"
+        )

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 SIDES = ("chosen", "rejected")
-PER_TOKEN_OR_SEQUENCE = ("scored", "target", "lengths", "token_rewards", "ref_logps")
+LOSS_STREAMS = ("token_rewards", "token_weights")  # per-token signals that the losses take
+PER_TOKEN_OR_SEQUENCE = ("scored", "target", "lengths", "ref_logps", *LOSS_STREAMS)
 LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens")  # of a batch; the others are the model's
 
 
@@ -22,7 +23,7 @@ LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens")  # of a batch; the others are
 class PairCollator:
     """Examples -> one batch of B pairs.
 
-    An example maps prompt_ids, chosen_ids, rejected_ids to integers, and may have
+    An example maps prompt_ids, chosen_ids, rejected_ids to integers, and may have streams, such as
     chosen_token_rewards [tokens of the completion], ref_chosen_logps (nats: a sum), and the same of
     rejected. A list of examples (see `pack_pairs`) counts as its members.
 
@@ -30,22 +31,26 @@ class PairCollator:
         position_ids [1, L], one sequence after the other; attention starts anew where position_ids
         is 0.
     pad_token_id, pad_to_multiple_of: of the padded layout.
+    streams: names of the per-token signals that the loss takes; others in the examples are left.
     Returns a dict: the model's input_ids and attention_mask or position_ids (the last token of a
         sequence, which predicts nothing, is left out); scored [N] int64, the rows of the flattened
         hidden states that are scored; target [N] int64; lengths [2B], numbers of scored tokens;
-        where the examples have them, token_rewards [N] float32 and ref_logps, [2B] float64 sums or,
-        if all have ref_chosen_token_logps, [N] float32. The last three are numpy arrays, because
-        trainers move the tensors of a batch, and some round them to the model's dtype.
+        where the examples have them, each stream [N] float32, and ref_logps, [2B] float64 sums or,
+        if all have ref_chosen_token_logps, [N] float32. Those from lengths on are numpy arrays,
+        because trainers move the tensors of a batch, and some round them to the model's dtype.
     """
 
     pad_token_id: int = 0
     packing: bool = False
     pad_to_multiple_of: int | None = None
+    streams: tuple[str, ...] = LOSS_STREAMS
 
     def __call__(
         self, examples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
     ) -> dict[str, Any]:
-        pairs = [pair for x in examples for pair in ([x] if isinstance(x, Mapping) else x)]
+        pairs: list[Mapping[str, Any]] = []
+        for example in examples:
+            pairs += [example] if isinstance(example, Mapping) else example
         sequences = [(p["prompt_ids"], p[f"{side}_ids"]) for side in SIDES for p in pairs]
         inputs = [
             np.concatenate([prompt, completion])[:-1].astype(np.int64)
@@ -53,36 +58,26 @@ class PairCollator:
         ]
         width = max(map(len, inputs))
         width += -width % (self.pad_to_multiple_of or 1)
-        starts = (
-            np.cumsum([0, *map(len, inputs[:-1])])
-            if self.packing
-            else np.arange(len(inputs)) * width
-        )
+        if self.packing:
+            starts = np.cumsum([0, *map(len, inputs[:-1])])
+        else:
+            starts = np.arange(len(inputs)) * width
         scored = [
             np.arange(start + len(prompt) - 1, start + len(prompt) - 1 + len(completion))
             for start, (prompt, completion) in zip(starts, sequences, strict=True)
         ]
+        completions = np.concatenate([completion for _, completion in sequences])
         batch = self._packed(inputs) if self.packing else self._padded(inputs, width)
         batch["scored"] = torch.from_numpy(np.concatenate(scored))
-        batch["target"] = torch.from_numpy(
-            np.concatenate([c for _, c in sequences]).astype(np.int64)
-        )
-        batch["lengths"] = np.array([len(c) for _, c in sequences])
+        batch["target"] = torch.from_numpy(completions.astype(np.int64))
+        batch["lengths"] = np.array([len(completion) for _, completion in sequences])
         batch["num_tokens"] = np.array(sum(map(len, inputs)))
-
-        def gather(name: str) -> list | None:
-            names = [(pair, name.format(side)) for side in SIDES for pair in pairs]
-            return (
-                [pair[key] for pair, key in names]
-                if all(key in pair for pair, key in names)
-                else None
-            )
-
-        if (rewards := gather("{}_token_rewards")) is not None:
-            batch["token_rewards"] = np.concatenate(rewards).astype(np.float32)
-        if (per_token := gather("ref_{}_token_logps")) is not None:
+        for stream in self.streams:
+            if (values := _gather(pairs, f"{{}}_{stream}")) is not None:
+                batch[stream] = np.concatenate(values).astype(np.float32)
+        if (per_token := _gather(pairs, "ref_{}_token_logps")) is not None:
             batch["ref_logps"] = np.concatenate(per_token).astype(np.float32)
-        elif (sums := gather("ref_{}_logps")) is not None:
+        elif (sums := _gather(pairs, "ref_{}_logps")) is not None:
             batch["ref_logps"] = np.array(sums, dtype=np.float64)
         return batch
 
@@ -102,16 +97,31 @@ class PairCollator:
         return {"input_ids": ids, "attention_mask": mask}
 
 
+def _gather(pairs: Sequence[Mapping[str, Any]], column: str) -> list | None:
+    """The values of a column of either side ({} stands for it), all chosen ones first; None if a
+    pair lacks it.
+    """
+    found = []
+    for side in SIDES:
+        name = column.format(side)
+        for pair in pairs:
+            if name not in pair:
+                return None
+            found.append(pair[name])
+    return found
+
+
 def first_pairs(batch: Mapping[str, Any], n: int) -> dict[str, Any]:
     """A batch of which only the first n pairs are scored; what the model sees stays as it is."""
-    sequences = np.arange(len(batch["lengths"])) % (len(batch["lengths"]) // 2) < n
+    count = len(batch["lengths"])
+    sequences = np.arange(count) % (count // 2) < n
     tokens = np.repeat(sequences, batch["lengths"])
-    scored = {
-        k: tokens if len(batch[k]) == len(tokens) else sequences
-        for k in PER_TOKEN_OR_SEQUENCE
-        if k in batch
-    }
-    return {k: x[scored[k]] if k in scored else x for k, x in batch.items()}
+    kept = {}
+    for name, values in batch.items():
+        if name in PER_TOKEN_OR_SEQUENCE:
+            values = values[tokens if len(values) == len(tokens) else sequences]
+        kept[name] = values
+    return kept
 
 
 def pair_tokens(example: Mapping[str, Any]) -> int:
@@ -136,8 +146,8 @@ def pack_pairs(
     sizes = [pair_tokens(x) for x in examples]
     if sizes and max(sizes) > token_budget:
         raise ValueError(
-            f"token_budget: expected at least the longest pair's {max(sizes)} tokens, got {token_budget}; raise it or "
-            "lower max_length"
+            f"token_budget: expected at least the longest pair's {max(sizes)} tokens, got "
+            f"{token_budget}; raise it or lower max_length"
         )
     packs: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, pack), sorted

@@ -13,8 +13,10 @@ from treg.data.annotated import (
     is_annotated,
     model_fingerprint,
     read_annotated,
+    stream_columns,
     tokenizer_fingerprint,
 )
+from treg.data.batches import LOSS_STREAMS
 from treg.data.encode import EncodeOptions, load_pairs
 from treg.data.report import Report
 
@@ -42,61 +44,74 @@ class ExampleLoader:
         adapters: bool = True,
         check_fingerprint: bool = True,
     ):
-        self.tokenizer, self.reference, self.max_length = tokenizer, reference, max_length
-        self.need_rewards, self.adapters, self.check_fingerprint = (
-            need_rewards,
-            adapters,
-            check_fingerprint,
-        )
+        self.tokenizer = tokenizer
+        self.reference = reference
+        self.max_length = max_length
+        self.need_rewards = need_rewards
+        self.adapters = adapters
+        self.check_fingerprint = check_fingerprint
         self.reports: dict[str, Report] = {}
 
     def __call__(self, source: Any, name: str) -> Sequence[Mapping[str, Any]]:
         if is_annotated(source):
-            examples, meta = read_annotated(source)
-            if self.check_fingerprint:
-                check_made_with(
-                    str(source),
-                    meta["fingerprint"],
-                    self.tokenizer,
-                    self.reference,
-                    adapters=self.adapters,
-                    fix="set ignore_fingerprint",
-                )
-            longest = max(
-                len(x["prompt_ids"]) + max(len(x["chosen_ids"]), len(x["rejected_ids"]))
-                for x in examples
-            )
-            if self.max_length is not None and longest > self.max_length:
-                raise ValueError(
-                    f"max_length: expected at least {longest}, the longest sequence of {source}, got "
-                    f"{self.max_length}; annotate with a lower max_length, or raise it here"
-                )
+            examples = self._annotated(source)
         elif _are_examples(source):
             examples = [dict(x) for x in source]
         elif self.need_rewards:
             raise ValueError(
-                f"{name}: expected annotated pairs with token rewards, got raw ones; run `treg annotate` on them "
-                "first, or set alpha=0 for the plain objective"
+                f"{name}: expected annotated pairs with token rewards, got raw ones; run `treg "
+                "annotate` on them first, or set alpha=0 for the plain objective"
             )
         else:
-            pairs, self.reports[name] = load_pairs(
-                source, self.tokenizer, EncodeOptions(self.max_length)
-            )
+            options = EncodeOptions(self.max_length)
+            pairs, self.reports[name] = load_pairs(source, self.tokenizer, options)
             examples = [pair.example for pair in pairs]
         if self.need_rewards and REWARD_COLUMNS[0] not in examples[0]:
             raise ValueError(
-                f"{name}: expected the columns {', '.join(REWARD_COLUMNS)}, found none; run `treg annotate`, or set "
-                "alpha=0"
+                f"{name}: expected the columns {', '.join(REWARD_COLUMNS)}, found none; run `treg "
+                "annotate`, or set alpha=0"
             )
-        for group in (ID_COLUMNS, REWARD_COLUMNS, REF_COLUMNS, REF_TOKEN_COLUMNS):
-            wanted = group if group == ID_COLUMNS or group[0] in examples[0] else ()
-            for i, x in enumerate(examples):
-                if any((k in x) != (k in wanted) for k in group):
-                    raise ValueError(
-                        f"{name}: expected {', '.join(wanted) or 'no ' + group[0]} in every pair, as in the first, got "
-                        f"{', '.join(k for k in group if k in x) or 'none'} in pair {i}"
-                    )
+        streams = [stream_columns(stream) for stream in LOSS_STREAMS]
+        for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS):
+            _check_same_columns(examples, group, name)
         return examples
+
+    def _annotated(self, source: Any) -> list[dict[str, Any]]:
+        """The examples of an annotated file that this model and tokenizer have made."""
+        examples, meta = read_annotated(source)
+        if self.check_fingerprint:
+            check_made_with(
+                str(source),
+                meta["fingerprint"],
+                self.tokenizer,
+                self.reference,
+                adapters=self.adapters,
+                fix="set ignore_fingerprint",
+            )
+        longest = max(
+            len(x["prompt_ids"]) + max(len(x["chosen_ids"]), len(x["rejected_ids"]))
+            for x in examples
+        )
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(
+                f"max_length: expected at least {longest}, the longest sequence of {source}, got "
+                f"{self.max_length}; annotate with a lower max_length, or raise it here"
+            )
+        return examples
+
+
+def _check_same_columns(
+    examples: Sequence[Mapping[str, Any]], group: Sequence[str], name: str
+) -> None:
+    """ValueError unless every example has all columns of a group, or none as the first one."""
+    wanted = group if group == ID_COLUMNS or group[0] in examples[0] else ()
+    for i, example in enumerate(examples):
+        present = tuple(column for column in group if column in example)
+        if present != tuple(wanted):
+            raise ValueError(
+                f"{name}: expected {', '.join(wanted) or 'no ' + group[0]} in every pair, as in "
+                f"the first, got {', '.join(present) or 'none'} in pair {i}"
+            )
 
 
 def check_made_with(
@@ -118,8 +133,9 @@ def check_made_with(
     for what, value in found.items():
         if made_with[what] != value:
             raise ValueError(
-                f"{path}: expected data annotated with this {what} ({value}), got {made_with[what]}; annotate with "
-                f"the model that training starts from, give that one as ref_model, or {fix}"
+                f"{path}: expected data annotated with this {what} ({value}), got "
+                f"{made_with[what]}; annotate with the model that training starts from, give that "
+                f"one as ref_model, or {fix}"
             )
 
 

@@ -42,6 +42,10 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ANSWER = "\n\nAssistant:"
 KINDS = {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}
 
+READ_COLUMNS = {
+    *("prompt", "conversations", "messages", "chosen", "rejected"),
+    *("tools", "chat_template_kwargs"),
+}
 Messages = list[dict[str, Any]]
 Located = tuple[str, dict | RowProblem]  # where a row is, and the row or why it cannot be read
 
@@ -56,6 +60,8 @@ class Preference:
     where: str = ""
     tools: list | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # the columns of the row that are not read here, for whoever knows them
+    columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def chat(self) -> bool:
@@ -282,7 +288,9 @@ def _parse_row(row: dict, where: str, chat: bool) -> Preference:
     kwargs = _decoded("chat_template_kwargs", row.get("chat_template_kwargs")) or {}
     if not isinstance(kwargs, dict):
         raise RowProblem("mixed types", f"chat_template_kwargs is {_kind(kwargs)}")
-    return Preference(prompt, chosen, rejected, where, tools or None, _without_none(kwargs))
+    kwargs = _without_none(kwargs)
+    others = {name: value for name, value in row.items() if name not in READ_COLUMNS}
+    return Preference(prompt, chosen, rejected, where, tools or None, kwargs, others)
 
 
 def _prompt_of(row: dict) -> Any:

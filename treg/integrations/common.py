@@ -22,12 +22,11 @@ def rewards_source(
         raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
     if token_rewards is None and alpha:
         raise ValueError(
-            f"token_rewards: expected an annotated file for alpha={alpha}, got None; run `treg annotate`"
+            f"token_rewards: expected an annotated file for alpha={alpha}, got None; run `treg "
+            "annotate`"
         )
-    if not alpha:
+    if token_rewards is None or not alpha:
         return None
-    return (
-        token_rewards
-        if isinstance(token_rewards, TokenRewards)
-        else TokenRewards(token_rewards, tail=tail)
-    )
+    if isinstance(token_rewards, TokenRewards):
+        return token_rewards
+    return TokenRewards(token_rewards, tail=tail)

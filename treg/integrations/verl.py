@@ -27,7 +27,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,9 +40,17 @@ from treg.data import Pair, Preference
 from treg.ops import VocabShard, linear_logprobs
 from treg.ops.entropy import differentiable_entropy
 from treg.ops.head import Head
-from treg.rewards import ContrastivePrompts, contrastive_rewards
+from treg.rewards import (
+    DEFAULT_SOURCE,
+    Context,
+    Response,
+    TokenRewardSource,
+    load_source,
+    make_options,
+    source_class,
+)
+from treg.rewards.base import score_checked
 from treg.rewards.lookup import TokenRewards
-from treg.rewards.scorer import Scorer, content_length
 
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
 SIGNATURE = ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]
@@ -236,10 +244,14 @@ def install_token_scores() -> None:
 class RewardOptions:
     """What stands under reward.reward_kwargs.treg in verl's configuration.
 
-    alpha: >= 0. model: a causal LM with the policy's tokenizer, which judges responses; or
+    alpha: >= 0.
+    model: a causal LM with the policy's tokenizer, the reference of the source; or
     annotated: a file of `treg annotate`, where the responses are not the policy's own, and tail
-    (see `treg.rewards.lookup.TokenRewards`). base: the reward manager that gives the score of a
-    response. device, tokens_per_batch: of the model.
+        (see `treg.rewards.lookup.TokenRewards`).
+    rewards: the source of token rewards, a key of `treg.rewards.SOURCES` or "package.module:Class".
+    rewards_options: values of the fields of its Options.
+    base: the reward manager that gives the score of a response.
+    device, tokens_per_batch: of the model.
     """
 
     alpha: float = 0.1
@@ -249,6 +261,8 @@ class RewardOptions:
     base: str = "naive"
     device: str | None = None
     tokens_per_batch: int = 16384
+    rewards: str = DEFAULT_SOURCE
+    rewards_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.alpha >= 0:
@@ -257,9 +271,16 @@ class RewardOptions:
             )
         if (self.model is None) == (self.annotated is None):
             raise ValueError(
-                "reward_kwargs.treg: expected a model that judges responses, or an annotated file, got "
-                f"model={self.model!r} and annotated={self.annotated!r}"
+                "reward_kwargs.treg: expected a model that judges responses, or an annotated file, "
+                f"got model={self.model!r} and annotated={self.annotated!r}"
             )
+        streams = source_class(self.rewards).streams
+        if "token_rewards" not in streams:
+            raise ValueError(
+                f"reward_kwargs.treg.rewards: expected a source of token_rewards, got "
+                f"{self.rewards!r}, which gives {', '.join(streams)}"
+            )
+        make_options(self.rewards, self.rewards_options)  # refused here, before a model is loaded
 
     @classmethod
     def of(cls, config: Any) -> "RewardOptions":
@@ -278,8 +299,9 @@ class TRegRewardManager:
 
         r_t = alpha * rhat_t + [t is the last token] * score(y)
 
-    rhat_t, in [-0.5, 0.5], is what `treg annotate` gives: how much likelier token t is in a better
-    rewriting of the response than in a worse one, by the model; 0 for what ends the response.
+    rhat_t is what the source gives, as in `treg annotate`. The default source says how much likelier
+    token t is in a better rewriting of the response than in a worse one, by the model, in
+    [-0.5, 0.5]; 0 for what ends the response.
 
     GAE and REINFORCE++ take r_t as it is. GRPO, RLOO and whatever else sums the rewards of a
     response see score + alpha * sum_t rhat_t: longer responses then weigh more, and no token is
@@ -315,7 +337,8 @@ class TRegRewardManager:
             config.get("data", {}).get("apply_chat_template_kwargs", None) or {}
         )
         self.lock = threading.Lock()
-        self.source: Any = None  # a Scorer or TokenRewards, once there is something to score
+        self.context: Any = None
+        self.source: Any = None  # once there is something to score: a source, or TokenRewards
 
     async def run_single(self, data: Any) -> dict[str, Any]:
         """data: DataProto of one trajectory. reward_score: a list, r_t of each token of its last
@@ -359,49 +382,43 @@ class TRegRewardManager:
                     self.options.annotated, tail=self.options.tail
                 )
                 return self.source(torch.cat([prompt, response])[None])[0, len(prompt) :]
-            pair = self._pair(item.non_tensor_batch.get("raw_prompt"), prompt, response)
+            answer = self._response(item.non_tensor_batch.get("raw_prompt"), prompt, response)
             if self.source is None:
-                self.source = self._scorer()
-                self.source.check_sharing([pair])
-            return self._judged(self.source, pair)
+                self.source = self._load_source()
+            return self._scored(self.source, answer)
 
-    def _pair(self, messages: Any, prompt: Tensor, response: Tensor) -> Pair:
+    def _response(self, messages: Any, prompt: Tensor, response: Tensor) -> Response:
         messages = None if messages is None else list(messages)
         if not messages or not all(
             isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages
         ):
             raise ValueError(f"raw_prompt: expected messages of text, got {str(messages)[:200]}")
-        answer = [{"role": "assistant", "content": ""}]  # a truncated pair is read from its ids
+        # what the response says is read from its ids, as that of a truncated pair
+        answer = [{"role": "assistant", "content": ""}]
         row = Preference(messages, answer, answer, template_kwargs=self.template_kwargs)
         ids = response.numpy().astype(np.int32)
-        return Pair(prompt.numpy().astype(np.int32), ids, ids, row, 0, truncated=True)
+        pair = Pair(prompt.numpy().astype(np.int32), ids, ids, row, 0, truncated=True)
+        return Response.of_pair(pair, "chosen", self.tokenizer)
 
-    def _scorer(self) -> Scorer:
+    def _load_source(self) -> TokenRewardSource:
         from transformers import AutoModelForCausalLM
 
-        device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype="auto").to(device)
-        return Scorer(
-            model,
-            self.tokenizer,
-            ContrastivePrompts(),
-            tokens_per_batch=self.options.tokens_per_batch,
-            share_prefix=True,
-        )
+        options = self.options
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device)
+        self.context = Context(model, self.tokenizer, tokens_per_batch=options.tokens_per_batch)
+        return load_source(options.rewards, options.rewards_options, self.context)
 
-    def _judged(self, scorer: Scorer, pair: Pair) -> Tensor:
-        ids = pair.chosen_ids.tolist()
-        contexts = scorer.requests(pair, "chosen")
-        need = max(map(len, contexts)) + len(ids) - 1
-        if need > scorer.longest:
+    def _scored(self, source: TokenRewardSource, response: Response) -> Tensor:
+        problem = source.check(response)
+        if problem is not None:
             raise ValueError(
-                f"responses: expected requests of up to {scorer.longest} tokens, the model's positions, "
-                f"got {need}; lower data.max_response_length"
+                f"responses: the source {self.options.rewards!r} refuses one: {problem.reason}: "
+                f"{problem.detail}; expected requests of up to {self.context.longest} tokens, lower "
+                "data.max_response_length"
             )
-        ((better, worse),) = scorer.judge([(*contexts, ids)])
-        rewards = contrastive_rewards(better, worse).float()
-        rewards[content_length(ids, self.tokenizer) :] = 0.0
-        return rewards
+        (streams,) = score_checked(source, [response])
+        return streams["token_rewards"]
 
 
 def _sequence(item: Any) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,7 @@
-"""Token rewards and reference log-probs of a preference file, by the reference model, once and
-offline.
+"""Per-token signals and reference log-probs of a preference file, once and offline.
 
-Each response y to a prompt x is read by the model in three contexts, forward only:
-
-    x                               log pi_ref(y_t | x, y_<t), of which the sum is kept
-    better(x, y), worse(x, y)       the two requests to rewrite y (`treg.rewards.contrastive`), y then scored as the
-                                    rewritten answer: rhat_t = sigmoid(log p_better - log p_worse) -
-                                        0.5
-
-The ids of y are the same in all three, appended to each context's ids. What ends a response
-(end-of-turn tokens) is no part of a rewritten answer and gets the reward 0.
+Each response y to a prompt x gets what a source gives its tokens (`treg.rewards.base`) and, from
+the reference model, the sum of log pi_ref(y_t | x, y_<t). Forward only.
 
 The pairs, sorted by length, are cut into parts. A part is computed as a whole and written as a
 whole: a run that is killed loses the parts that it was working on, and the next one computes them
@@ -20,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,21 +32,34 @@ from treg.data.annotated import (
     write_annotated,
 )
 from treg.files import locked, replacing
-from treg.rewards import ContrastivePrompts, contrastive_rewards
-from treg.rewards.scorer import Scorer, content_length
+from treg.rewards import (
+    DEFAULT_SOURCE,
+    Context,
+    ContrastivePrompts,
+    Response,
+    TokenRewardSource,
+    load_source,
+    make_options,
+)
+from treg.rewards.base import ResponsePairs, score_checked
 
 PART_PAIRS = 32
-CUTTING = ("tokens_per_batch", "share_prefix")
+CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
 
 
 @dataclass(frozen=True)
 class AnnotateOptions:
-    """encode: how rows become ids. prompts: the two requests. tokens_per_batch: tokens of one
-    forward, with padding.
+    """How a preference file is annotated.
 
+    encode: how rows become ids.
+    prompts: the option of that name of the default source, contrastive prompts.
+    tokens_per_batch: tokens of one forward, with padding.
     per_token: keep the reference's log-prob of each token, which token-weighted margins and
-    `treg/alignment` need. share_prefix: run the common beginning of the two requests once (see
-    `treg.rewards.scorer`).
+        `treg/alignment` need.
+    share_prefix: run the common beginning of two contexts once (see `treg.rewards.scorer`).
+    rewards: the source, a key of `treg.rewards.SOURCES` or "package.module:Class".
+    rewards_options: values of the fields of the source's Options.
+    reference: keep the reference's log-probs; objectives without a reference need none.
     """
 
     encode: EncodeOptions = field(default_factory=EncodeOptions)
@@ -62,12 +67,33 @@ class AnnotateOptions:
     tokens_per_batch: int = 16384
     per_token: bool = False
     share_prefix: bool = True
+    rewards: str = DEFAULT_SOURCE
+    rewards_options: Mapping[str, Any] = field(default_factory=dict)
+    reference: bool = True
 
     def __post_init__(self):
         if not isinstance(self.tokens_per_batch, int) or self.tokens_per_batch < 1:
             raise ValueError(
                 f"tokens_per_batch: expected a positive integer, got {self.tokens_per_batch!r}"
             )
+        if self.per_token and not self.reference:
+            raise ValueError(
+                "per_token: expected False without the reference's log-probs, got True; set "
+                "reference=True"
+            )
+        make_options(self.rewards, self.source_options)  # refused here, before a model is loaded
+
+    @property
+    def source_options(self) -> dict[str, Any]:
+        """The options of the source by name, prompts among them where they are not the default."""
+        given = dict(self.rewards_options)
+        if self.prompts != ContrastivePrompts():
+            if "prompts" in given:
+                raise ValueError(
+                    "prompts: expected them either in prompts or in rewards_options, got both"
+                )
+            given["prompts"] = self.prompts
+        return given
 
 
 def annotate(
@@ -97,56 +123,50 @@ def annotate(
         What became of the rows.
     Raises:
         ValueError: no usable row; an output or parts that were made otherwise; a head that cannot
-            be read.
+            be read; what the source of token rewards refuses.
     """
-    output, state = Path(output), process_state()
+    output = Path(output)
     if output.suffix != ".parquet":
         raise ValueError(f"output: expected a path that ends in .parquet, got {output}")
+    state = process_state()
     pairs, report = load_pairs(
         source, tokenizer, options.encode, split=split, strict=strict, limit=limit
     )
-    made_with = {
-        "fingerprint": {
-            "model": model_fingerprint(model, adapters=True),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "pairs": _pairs_fingerprint(pairs),
-        },
-        "settings": asdict(options)
-        | {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)},
-    }
-    # how the work was cut changes roundings only: after running out of memory one goes on with
-    # smaller batches
-    same = made_with | {
-        "settings": {k: v for k, v in made_with["settings"].items() if k not in CUTTING}
-    }
+    # the longest first: memory runs out early
+    order = sorted(pairs, key=lambda pair: (-pair_tokens(vars(pair)), pair.index))
+    bar = _Progress(progress and state.is_main_process)
+    context = Context(
+        model,
+        tokenizer,
+        tokens_per_batch=options.tokens_per_batch,
+        share_prefix=options.share_prefix,
+        on_tokens=bar.tokens,
+        pairs=ResponsePairs(order, tokenizer),
+    )
+    rewards = load_source(options.rewards, options.source_options, context)
+    made_with = _made_with(context, rewards, pairs, options)
     folder = Path(f"{output}.parts")
     if output.exists():
-        if not is_annotated(output):
-            raise ValueError(
-                f"{output}: not written by `treg annotate`; give another output, or remove {output}"
-            )
-        meta = read_meta(output)
-        _check_same(output, meta, same)
-        if state.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-        return Report(**meta["report"])
+        return _finished(output, folder, _comparable(made_with), state)
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
             if state.is_main_process:
-                stack.enter_context(_claimed(folder, same | {"parts": {"part_pairs": PART_PAIRS}}))
-        files, problems = _annotate_parts(
-            model, tokenizer, pairs, folder, options, strict, progress, state
-        )
+                expected = _comparable(made_with) | {"parts": {"part_pairs": PART_PAIRS}}
+                stack.enter_context(_claimed(folder, expected))
+        run = _Run(context, rewards, options, order, folder, strict)
+        files, problems = _annotate_parts(run, bar, state)
         for problem, truncated in problems:
             report.kept -= 1
             report.truncated -= truncated
             report.problem(problem)
         if not report.kept:
-            raise ValueError(f"data: no pair fits into the model's context: {report}")
+            raise ValueError(
+                "data: the source of token rewards refuses every pair, or no pair fits into the "
+                f"model's context: {report}"
+            )
         if state.is_main_process:
-            for left in output.parent.glob(
-                f"{output.name}.*.tmp"
-            ):  # of a run that was killed while it wrote
+            # of a run that was killed while it wrote
+            for left in output.parent.glob(f"{output.name}.*.tmp"):
                 left.unlink()
             merge_annotated(files, output, made_with | {"report": asdict(report)})
             shutil.rmtree(folder)
@@ -154,57 +174,75 @@ def annotate(
     return report
 
 
+def _finished(output: Path, folder: Path, expected: dict[str, Any], state: PartialState) -> Report:
+    """The report of an output that is there; ValueError if it was made otherwise."""
+    if not is_annotated(output):
+        raise ValueError(
+            f"{output}: not written by `treg annotate`; give another output, or remove {output}"
+        )
+    meta = read_meta(output)
+    _check_same(output, meta, expected)
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Report(**meta["report"])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of a run have in common. order: the pairs, the longest first."""
+
+    context: Context
+    rewards: TokenRewardSource
+    options: AnnotateOptions
+    order: Sequence[Pair]
+    folder: Path
+    strict: bool
+
+
 def _annotate_parts(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    folder: Path,
-    options: AnnotateOptions,
-    strict: bool,
-    progress: bool,
-    state: PartialState,
+    run: _Run, bar: "_Progress", state: PartialState
 ) -> tuple[list[Path], list[tuple[RowProblem, bool]]]:
     """The files of all parts, once every process has done its share; each problem, and if its pair
     was truncated.
     """
-    order = sorted(
-        pairs, key=lambda p: (-pair_tokens(vars(p)), p.index)
-    )  # the longest first: memory runs out early
-    parts = [order[i : i + PART_PAIRS] for i in range(0, len(order), PART_PAIRS)]
-    files = [folder / f"part-{i:05}.parquet" for i in range(len(parts))]
+    starts = range(0, len(run.order), PART_PAIRS)
+    parts = [run.order[start : start + PART_PAIRS] for start in starts]
+    files = [run.folder / f"part-{i:05}.parquet" for i in range(len(parts))]
     todo = [i for i in range(len(parts)) if not files[i].exists()]
     state.wait_for_everyone()  # until everyone has counted, nobody adds a part
     # by what is left, not by number, so that the processes have equal work after a stop as well
     mine = todo[state.process_index :: state.num_processes]
-    with (
-        _Progress([parts[i] for i in mine], progress and state.is_main_process) as bar,
-        torch.inference_mode(),
-    ):
-        scorer = Scorer(
-            model,
-            tokenizer,
-            options.prompts,
-            tokens_per_batch=options.tokens_per_batch,
-            share_prefix=options.share_prefix,
-            on_tokens=bar.tokens,
-        )
-        if mine and options.share_prefix:
-            scorer.check_sharing(
-                order
-            )  # of all pairs, so that every process comes to the same conclusion
+    with bar.over(sum(len(parts[i]) for i in mine)), torch.inference_mode():
         for i in mine:
-            rows, problems = annotate_pairs(scorer, parts[i], per_token=options.per_token)
-            if problems and strict:
-                raise problems[0]
-            cut = {pair.row.where: pair.truncated for pair in parts[i]}
-            details = {
-                "problems": [((p.reason, p.detail, p.where), cut[p.where]) for p in problems]
-            }
-            write_annotated(files[i], rows, details, per_token=options.per_token)
+            _annotate_part(run, parts[i], files[i])
             bar.pairs(len(parts[i]))
     state.wait_for_everyone()
     found = [problem for file in files for problem in read_meta(file)["problems"]]
     return files, [(RowProblem(*problem), truncated) for problem, truncated in found]
+
+
+def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
+    """Write the rows of a part, and its problems into the metadata."""
+    options = run.options
+    rows, problems = annotate_pairs(
+        run.rewards,
+        run.context,
+        part,
+        reference=options.reference,
+        per_token=options.per_token,
+    )
+    if problems and run.strict:
+        raise problems[0]
+    truncated = {pair.row.where: pair.truncated for pair in part}
+    details = [((p.reason, p.detail, p.where), truncated[p.where]) for p in problems]
+    write_annotated(
+        file,
+        rows,
+        {"problems": details},
+        streams=run.rewards.streams,
+        reference=options.reference,
+        per_token=options.per_token,
+    )
 
 
 def process_state() -> PartialState:
@@ -217,44 +255,123 @@ def process_state() -> PartialState:
 
 
 def annotate_pairs(
-    scorer: Scorer, pairs: Sequence[Pair], *, per_token: bool = False
+    rewards: TokenRewardSource,
+    context: Context,
+    pairs: Sequence[Pair],
+    *,
+    reference: bool = True,
+    per_token: bool = False,
 ) -> tuple[list[dict[str, Any]], list[RowProblem]]:
-    """The rows of the annotated file for some pairs, and a problem for each that the model's
-    context cannot hold.
+    """The rows of the annotated file for some pairs, and a problem for each that the source or the
+    model's context refuses.
+
+    Args:
+        reference: whether the rows get the reference's sums; per_token: its log-prob of each token.
     """
-    responses, problems = [], []
+    kept: list[tuple[Pair, Response]] = []
+    problems = []
     for pair in pairs:
-        sides = [
-            (pair, side, getattr(pair, f"{side}_ids").tolist(), scorer.requests(pair, side))
-            for side in SIDES
-        ]
-        need = max(
-            len(context) + len(y) - 1
-            for *_, y, contexts in sides
-            for context in (pair.prompt_ids, *contexts)
-        )
-        if need <= scorer.longest:
-            responses += sides
-            continue
-        detail = f"{need} tokens, the model has {scorer.longest} positions; lower max_length"
-        problems.append(RowProblem("contrastive prompt too long", detail, pair.row.where))
-    ref = scorer.score([(pair.prompt_ids.tolist(), y) for pair, _, y, _ in responses])
-    judged = scorer.judge([(*contexts, y) for *_, y, contexts in responses])
-    rows = {
-        p.index: {"index": p.index, "where": p.row.where, "prompt_ids": p.prompt_ids}
-        for p, *_ in responses
-    }
-    for (pair, side, y, _), logps, (better, worse) in zip(responses, ref, judged, strict=True):
-        rewards = contrastive_rewards(better, worse)
-        rewards[content_length(y, scorer.tokenizer) :] = 0.0
-        rows[pair.index] |= {
-            f"{side}_ids": getattr(pair, f"{side}_ids"),
-            f"{side}_token_rewards": rewards.float().numpy(),
-            f"ref_{side}_logps": logps.double().sum().item(),
+        sides = [Response.of_pair(pair, side, context.tokenizer) for side in SIDES]
+        problem = _problem_of(rewards, context, sides, reference)
+        if problem is None:
+            kept += [(pair, response) for response in sides]
+        else:
+            problems.append(problem)
+    responses = [response for _, response in kept]
+    rows: dict[int, dict[str, Any]] = {}
+    for pair, _ in kept:
+        rows[pair.index] = {
+            "index": pair.index,
+            "where": pair.row.where,
+            "prompt_ids": pair.prompt_ids,
         }
-        if per_token:
-            rows[pair.index][f"ref_{side}_token_logps"] = logps.float().numpy()
+    if reference:
+        sequences = [(x.prompt_ids.tolist(), x.ids.tolist()) for x in responses]
+        scored = context.scorer.score(sequences)
+        for (pair, response), logps in zip(kept, scored, strict=True):
+            row, side = rows[pair.index], response.side
+            row[f"ref_{side}_logps"] = logps.double().sum().item()
+            if per_token:
+                row[f"ref_{side}_token_logps"] = logps.float().numpy()
+    for (pair, response), streams in zip(kept, score_checked(rewards, responses), strict=True):
+        row, side = rows[pair.index], response.side
+        row[f"{side}_ids"] = response.ids
+        for stream, values in streams.items():
+            row[f"{side}_{stream}"] = values.numpy()
     return list(rows.values()), problems
+
+
+def _problem_of(
+    rewards: TokenRewardSource, context: Context, sides: Sequence[Response], reference: bool
+) -> RowProblem | None:
+    """Why a pair cannot be annotated: the first of what the source says of its responses and of
+    what does not fit the reference.
+    """
+    for response in sides:
+        problem = rewards.check(response)
+        if problem is not None:
+            return problem
+    need = max(len(x.prompt_ids) + len(x.ids) - 1 for x in sides)
+    if reference and need > context.longest:
+        detail = f"{need} tokens, the model has {context.longest} positions; lower max_length"
+        return RowProblem("pair too long", detail, sides[0].where)
+    return None
+
+
+def _made_with(
+    context: Context, rewards: TokenRewardSource, pairs: Sequence[Pair], options: AnnotateOptions
+) -> dict[str, Any]:
+    """What goes into the metadata besides the report.
+
+    The settings of the default source stand among the file's, as they always did; those of any
+    other stand under `streams`, which the default file does not have.
+    """
+    model = context.model
+    own = _json_settings(rewards)
+    default = options.rewards == DEFAULT_SOURCE
+    settings = {"encode": asdict(options.encode)}
+    if default:
+        settings |= own
+    settings |= {
+        "tokens_per_batch": options.tokens_per_batch,
+        "per_token": options.per_token,
+        "share_prefix": options.share_prefix,
+    }
+    if not options.reference:
+        settings["reference"] = False
+    settings |= {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)}
+    made_with: dict[str, Any] = {
+        "fingerprint": {
+            "model": model_fingerprint(model, adapters=True),
+            "tokenizer": tokenizer_fingerprint(context.tokenizer),
+            "pairs": _pairs_fingerprint(pairs),
+        },
+        "settings": settings,
+    }
+    if not default:
+        description = {"source": options.rewards, "settings": own, "shaping": []}
+        made_with["streams"] = dict.fromkeys(rewards.streams, description)
+    return made_with
+
+
+def _json_settings(rewards: TokenRewardSource) -> dict[str, Any]:
+    """The settings of a source as a file gives them back."""
+    settings = rewards.settings()
+    try:
+        return json.loads(json.dumps(settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(rewards).__name__}.settings: expected what JSON can hold, got {settings!r}: "
+            f"{error}"
+        ) from error
+
+
+def _comparable(made_with: dict[str, Any]) -> dict[str, Any]:
+    """made_with without how the work was cut, which changes roundings only: after running out of
+    memory one goes on with smaller batches.
+    """
+    settings = {k: v for k, v in made_with["settings"].items() if k not in CUTTING}
+    return made_with | {"settings": settings}
 
 
 def _pairs_fingerprint(pairs: Sequence[Pair]) -> str:
@@ -278,9 +395,8 @@ def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
         if manifest.exists():
             _check_same(folder, json.loads(manifest.read_text()), made_with)
         else:
-            for part in folder.glob(
-                "part-*.parquet"
-            ):  # of an annotation that was stopped while it removed them
+            # of an annotation that was stopped while it removed them
+            for part in folder.glob("part-*.parquet"):
                 part.unlink()
             with replacing(manifest) as temporary:
                 temporary.write_text(json.dumps(made_with, indent=1))
@@ -288,40 +404,40 @@ def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
 
 
 def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """ValueError where a file or its parts were made otherwise than this run would make them."""
     expected = json.loads(json.dumps(expected))  # as a file gives it back
-    for group, values in sorted(
-        expected.items(), reverse=True
-    ):  # settings first: they say what a fingerprint hides
-        for name, value in values.items():
-            got = found.get(group, {}).get(name)
-            if got != value:
+    # settings first: they say what a fingerprint hides
+    for group in sorted(expected.keys() | {"streams"}, reverse=True):
+        now, before = expected.get(group, {}), found.get(group, {})
+        names = [*now, *(name for name in before if name not in now and name not in CUTTING)]
+        for name in names:
+            if before.get(name) != now.get(name):
                 raise ValueError(
-                    f"{path}: made with {name} {got!r}, now it is {value!r}; give another output, or remove {path}"
+                    f"{path}: made with {name} {before.get(name)!r}, now it is "
+                    f"{now.get(name)!r}; give another output, or remove {path}"
                 )
 
 
 class _Progress:
     """A bar over pairs, with tokens/s. Quiet where it is not wanted."""
 
-    def __init__(self, parts: Sequence[Sequence[Pair]], shown: bool):
-        self.bar = tqdm(
-            total=sum(map(len, parts)),
-            unit="pair",
-            desc="annotate",
-            disable=not shown,
-            smoothing=0.1,
-        )
+    def __init__(self, shown: bool):
+        self.shown = shown
         self.seen = 0
+        self.bar: Any = None
 
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
+    @contextlib.contextmanager
+    def over(self, pairs: int) -> Iterator[None]:
+        """Show the bar while the block runs."""
+        self.bar = tqdm(
+            total=pairs, unit="pair", desc="annotate", disable=not self.shown, smoothing=0.1
+        )
+        with self.bar:
+            yield
 
     def tokens(self, count: int) -> None:
         self.seen += count
-        if not self.bar.disable:
+        if self.bar is not None and not self.bar.disable:
             elapsed = max(self.bar.format_dict["elapsed"], 1e-9)
             self.bar.set_postfix_str(f"{self.seen / elapsed:,.0f} tokens/s")
 

@@ -28,17 +28,14 @@ class PairMetrics:
         chosen first.
         """
         rho_w, rho_l = result.chosen_rewards, result.rejected_rewards
-        for name, x in (
-            ("rewards/chosen", rho_w),
-            ("rewards/rejected", rho_l),
-            ("rewards/accuracies", rho_w > rho_l),
-            ("rewards/margins", rho_w - rho_l),
-            ("logps/chosen", result.chosen_logps),
-            ("logps/rejected", result.rejected_logps),
-            ("treg/reg_loss", result.reg_loss),
-            ("treg/weight", result.weights),
-        ):
-            self.add(name, x)
+        self.add("rewards/chosen", rho_w)
+        self.add("rewards/rejected", rho_l)
+        self.add("rewards/accuracies", rho_w > rho_l)
+        self.add("rewards/margins", rho_w - rho_l)
+        self.add("logps/chosen", result.chosen_logps)
+        self.add("logps/rejected", result.rejected_logps)
+        self.add("treg/reg_loss", result.reg_loss)
+        self.add("treg/weight", result.weights)
         chosen = int(lengths[: len(lengths) // 2].sum())
         if rewards is not None:
             self.add("treg/reward_chosen", rewards[:chosen])
@@ -49,7 +46,9 @@ class PairMetrics:
                 self.add("treg/alignment", counted & ((rewards > 0) == (ratio > 0)), counted.sum())
         if result.entropy is not None:
             self.add("entropy", result.entropy)
+        if result.is_top1 is not None:
             self.add("mean_token_accuracy", result.is_top1)
+        if result.mean_logit is not None:
             self.add("logits/chosen", result.mean_logit[:chosen])
             self.add("logits/rejected", result.mean_logit[chosen:])
 

@@ -3,7 +3,7 @@ model's forward.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from treg.data import LOSS_KEYS, ExampleLoader, PairCollator, first_pairs, pack_pairs
-from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS
+from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS, stream_columns
+from treg.data.batches import LOSS_STREAMS
 from treg.heads import check_sequences, install_head, run_head
 from treg.ops import fused_treg_loss, linear_logprobs
 from treg.results import TRegLoss
@@ -22,13 +23,15 @@ from treg.trainer.metrics import PairMetrics
 
 log = logging.getLogger(__name__)
 
+Examples = Sequence[Mapping[str, Any]]
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 CARD = """
 ## Objective
 
-loss_type={loss_type}, beta={beta}, alpha={alpha}, gamma={gamma}, label_smoothing={label_smoothing},
-weighting={weighting}. With alpha > 0 a regularizer pulls the policy's implicit token rewards towards those that the
-reference model gives under contrastive prompts: *T-REG: Preference Optimization with Token-Level Reward Regularization*
+loss_type={loss_type}, beta={beta}, alpha={alpha}, gamma={gamma},
+label_smoothing={label_smoothing}, weighting={weighting}. With alpha > 0 a regularizer pulls the
+policy's implicit token rewards towards those of the data, in the paper the reference model's under
+contrastive prompts: *T-REG: Preference Optimization with Token-Level Reward Regularization*
 ([arXiv 2412.02685](https://arxiv.org/abs/2412.02685)), over *Direct Preference Optimization*
 ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)).
 
@@ -59,13 +62,16 @@ class TRegTrainer(Trainer):
         args: TRegConfig.
         train_dataset, eval_dataset: the path of an annotated file, or its examples; or, with
             alpha=0, anything that `treg.data.load_pairs` reads. eval_dataset also as a dict of
-            them.
+            them. Token rewards and token weights go into the loss wherever the data have them.
         processing_class: the tokenizer; None: the model's.
         peft_config: wraps the model with adapters.
     Raises:
         ValueError: data without token rewards and alpha > 0, annotations of another model, no
-            reference, a head that cannot be read.
+            reference, token weights without the reference's log-prob of each token, a head that
+            cannot be read.
     """
+
+    args: TRegConfig
 
     # the loss is divided by the pairs of a whole step, so that 1 x 8 and 8 x 1 are the same step
     loss_is_scaled_for_ga = True
@@ -82,118 +88,96 @@ class TRegTrainer(Trainer):
         **kwargs: Any,
     ):
         args = TRegConfig("treg-output") if args is None else args
-        for name in (
-            "model_init",
-            "compute_loss_func",
-            "compute_metrics",
-            "preprocess_logits_for_metrics",
-        ):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name}: expected None, got {kwargs[name]!r}; the loss and its metrics are the trainer's"
-                )
-        if model is None or ref_model is model:
-            raise ValueError(
-                "ref_model: expected another model than the one that trains; pass a copy of it"
-                if model is not None
-                else "model: expected a causal LM, got None"
-            )
-        if isinstance(model, (str, Path)):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        _check_arguments(model, ref_model, args, kwargs)
+        policy, tokenizer = _loaded(model, processing_class)
         if args.disable_dropout:
-            for x in (model, ref_model):
-                _disable_dropout(x)
+            _disable_dropout(policy)
+            _disable_dropout(ref_model)
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"expected one GPU a process, got {args.n_gpu}; start with `accelerate launch`"
-            )
+            policy = get_peft_model(policy, peft_config)
+        adapters = hasattr(policy, "disable_adapter")
+        _check_adapters(policy, adapters, args.packing)
         self.loss_options = args.loss_options
-        adapters = hasattr(model, "disable_adapter")
-        if adapters and model.active_peft_config.is_prompt_learning and args.packing:
-            kind = model.active_peft_config.peft_type
-            raise ValueError(
-                f"packing: expected False with {kind}, whose virtual tokens begin a row, got True"
-            )
         load = ExampleLoader(
-            processing_class,
-            model if ref_model is None else ref_model,
+            tokenizer,
+            policy if ref_model is None else ref_model,
             max_length=args.max_length,
             need_rewards=args.alpha > 0,
             adapters=ref_model is not None or not adapters,
             check_fingerprint=not args.ignore_fingerprint,
         )
-        sets = {"train_dataset": train_dataset}
-        several = isinstance(eval_dataset, Mapping)
-        evals = (
-            {f"eval_dataset[{k!r}]": x for k, x in eval_dataset.items()}
-            if several
-            else {"eval_dataset": eval_dataset}
-        )
-        loaded = {name: None if x is None else load(x, name) for name, x in (sets | evals).items()}
+        loaded = {}
+        for name, data in _named_datasets(train_dataset, eval_dataset).items():
+            loaded[name] = None if data is None else load(data, name)
         self.data_reports = load.reports
         self._source = self._reference_source(loaded, ref_model, adapters)
         train_dataset, *rest = loaded.values()
-        eval_dataset = dict(zip(eval_dataset, rest, strict=True)) if several else rest[0]
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = dict(zip(eval_dataset, rest, strict=True))
+        else:
+            eval_dataset = rest[0]
         if args.token_budget is not None and train_dataset is not None:
             train_dataset = pack_pairs(train_dataset, args.token_budget)
-
-        for x in (model, ref_model if self._source == "model" else None):
-            if x is not None:
-                check_sequences(install_head(x), packing=args.packing)
-        if getattr(model.config, "output_router_logits", False):
+        check_sequences(install_head(policy), packing=args.packing)
+        if ref_model is not None and self._source == "model":
+            check_sequences(install_head(ref_model), packing=args.packing)
+        if getattr(policy.config, "output_router_logits", False):
             log.warning(
-                "output_router_logits: the router's auxiliary loss is not part of this trainer's loss"
+                "output_router_logits: the router's auxiliary loss is not part of this trainer's "
+                "loss"
             )
-        kwargs.setdefault(
-            "data_collator", PairCollator(processing_class.pad_token_id or 0, args.packing)
-        )
+        kwargs.setdefault("data_collator", PairCollator(tokenizer.pad_token_id or 0, args.packing))
         super().__init__(
-            model,
+            policy,
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = (
-            True  # what transformers before 5.19 reads for loss_is_scaled_for_ga
-        )
+        # what transformers before 5.19 reads for loss_is_scaled_for_ga
+        self.model_accepts_loss_kwargs = True
         self.ref_model = None
-        if self._source == "model":
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "ref_model: expected None under FSDP and DeepSpeed; annotate the data with it first"
-                )
-            ref_model.requires_grad_(False).eval()
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        if ref_model is not None and self._source == "model":
+            self.ref_model = self._prepared_reference(ref_model)
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
 
-    def _reference_source(self, sets: dict, ref_model: nn.Module | None, adapters: bool) -> str:
+    def _prepared_reference(self, ref_model: nn.Module) -> nn.Module:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "ref_model: expected None under FSDP and DeepSpeed; annotate the data with it first"
+            )
+        ref_model.requires_grad_(False).eval()
+        return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+    def _reference_source(
+        self, sets: Mapping[str, Examples | None], ref_model: nn.Module | None, adapters: bool
+    ) -> str:
         """Where reference log-probs come from: "none", the "data" where all have them, the "model",
         the "adapters".
         """
         if self.loss_options.objective.reference_free:
             return "none"
-        lack = [
-            k
-            for k, x in sets.items()
-            if x is not None and not x[0].keys() & {*REF_COLUMNS, *REF_TOKEN_COLUMNS}
-        ]
-        if lack and ref_model is None and not adapters:
+        lack, needed = "", REF_COLUMNS
+        for name, examples in sets.items():
+            if examples is None or lack:
+                continue
+            weighted = stream_columns("token_weights")[0] in examples[0]
+            usable = {*REF_TOKEN_COLUMNS} if weighted else {*REF_COLUMNS, *REF_TOKEN_COLUMNS}
+            if not examples[0].keys() & usable:
+                lack, needed = name, REF_TOKEN_COLUMNS if weighted else REF_COLUMNS
+        if not lack:
+            return "data"
+        if ref_model is None and not adapters:
+            reason = "" if needed == REF_COLUMNS else " beside token weights"
+            option = "" if needed == REF_COLUMNS else " --per_token"
             raise ValueError(
-                f"{lack[0]}: expected the columns {', '.join(REF_COLUMNS)}, found none; run `treg annotate`, give a "
-                "ref_model, or train adapters"
+                f"{lack}: expected the columns {', '.join(needed)}{reason}, found none; run `treg "
+                f"annotate{option}`, give a ref_model, or train adapters"
             )
-        return "data" if not lack else "adapters" if ref_model is None else "model"
-
-    # -- loss
-    # -----------------------------------------------------------------------------------------------------
+        return "adapters" if ref_model is None else "model"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._unpack(inputs)
@@ -230,6 +214,7 @@ class TRegTrainer(Trainer):
                 _scored_rows(hidden, batch),
                 target=batch["target"],
                 token_rewards=batch["token_rewards"],
+                token_weights=batch["token_weights"],
                 ref_logps=ref,
                 cu_seqlens=batch["cu_seqlens"],
                 reduction=reduction,
@@ -256,23 +241,22 @@ class TRegTrainer(Trainer):
         """A collated batch on the device: the model's own arguments under `model`, the loss's
         beside them.
         """
-        batch = dict(inputs)
-        batch |= {"model": {k: batch.pop(k) for k in list(batch) if k not in LOSS_KEYS}}
+        batch: dict[str, Any] = {k: x for k, x in inputs.items() if k in LOSS_KEYS}
+        batch["model"] = {k: x for k, x in inputs.items() if k not in LOSS_KEYS}
         lengths, device = batch["lengths"], batch["target"].device
         batch["pairs"] = len(lengths) // 2
         batch["cu_seqlens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        for name in ("token_rewards", "ref_logps"):
-            x = None if batch.get(name) is None else torch.from_numpy(batch[name])
-            if x is not None and device.type == "cuda":
-                x = x.pin_memory()  # a pageable copy would wait for the device
-            batch[name] = None if x is None else x.to(device, non_blocking=True)
+        for name in (*LOSS_STREAMS, "ref_logps"):
+            batch[name] = _on_device(batch.get(name), device)
         return batch
 
     @torch.no_grad()
     def _reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
         """Reference log-probs: [2B] sums or [N] of each token from the data, [N] from a model."""
-        if self._source in ("none", "data"):
-            return batch["ref_logps"] if self._source == "data" else None
+        if self._source == "none":
+            return None
+        if self._source == "data":
+            return batch["ref_logps"]
 
         def head_fn(hidden: Tensor, operands: dict) -> Tensor:
             rows = _scored_rows(hidden, batch)
@@ -282,7 +266,7 @@ class TRegTrainer(Trainer):
 
         if self.ref_model is not None:
             return run_head(self.ref_model, head_fn, **batch["model"])
-        bare = self.accelerator.unwrap_model(model)
+        bare: Any = self.accelerator.unwrap_model(model)
         training = bare.training
         try:
             with bare.eval().disable_adapter():  # no dropout or noise in the reference
@@ -298,18 +282,15 @@ class TRegTrainer(Trainer):
         """
         if not batch_samples or "lengths" not in batch_samples[0]:
             return None
-        counts = [
-            sum(len(b["lengths"]) // 2 for b in batch_samples),
-            sum(int(b["num_tokens"]) for b in batch_samples),
-        ]
+        pairs = sum(len(batch["lengths"]) // 2 for batch in batch_samples)
+        tokens = sum(int(batch["num_tokens"]) for batch in batch_samples)
         if self.accelerator.num_processes > 1:  # the host waits for the device here
-            counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
+            counts = torch.tensor([pairs, tokens], device=device)
+            totals: Any = self.accelerator.reduce(counts, "sum")
+            pairs, tokens = totals.tolist()
         if self.args.include_num_input_tokens_seen == "no":  # else transformers counts them
-            self.state.num_input_tokens_seen += counts[1]
-        return counts[0] / self.accelerator.num_processes
-
-    # -- metrics
-    # --------------------------------------------------------------------------------------------------
+            self.state.num_input_tokens_seen += tokens
+        return pairs / self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -324,30 +305,96 @@ class TRegTrainer(Trainer):
         self._metrics["eval"] = PairMetrics()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._metrics["eval"].means(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{k}": x for k, x in means.items()})
-        return output
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | named)
 
     def create_model_card(self, *args, tags: str | list[str] | None = None, **kwargs) -> None:
         """transformers' model card, with the objective, its numbers and the papers."""
+        given = [tags] if isinstance(tags, str) else tags or []
         own = ["treg", "preference-optimization", self.loss_options.loss_type]
-        super().create_model_card(
-            *args, tags=[*([tags] if isinstance(tags, str) else tags or []), *own], **kwargs
-        )
+        super().create_model_card(*args, tags=[*given, *own], **kwargs)
         if self.is_world_process_zero():
-            card = Path(self.args.output_dir) / "README.md"
+            card = Path(self.args.output_dir or ".") / "README.md"
             card.write_text(card.read_text() + CARD.format(**vars(self.loss_options)))
+
+
+def _check_arguments(
+    model: Any, ref_model: Any, args: TRegConfig, kwargs: Mapping[str, Any]
+) -> None:
+    """ValueError for arguments of the trainer that cannot go together."""
+    own = (
+        "model_init",
+        "compute_loss_func",
+        "compute_metrics",
+        "preprocess_logits_for_metrics",
+    )
+    for name in own:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None, got {kwargs[name]!r}; the loss and its metrics are the "
+                "trainer's"
+            )
+    if model is None:
+        raise ValueError("model: expected a causal LM, got None")
+    if ref_model is model:
+        raise ValueError(
+            "ref_model: expected another model than the one that trains; pass a copy of it"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"expected one GPU a process, got {args.n_gpu}; start with `accelerate launch`"
+        )
+
+
+def _check_adapters(model: Any, adapters: bool, packing: bool) -> None:
+    """ValueError for adapters with virtual tokens in rows of several sequences."""
+    if adapters and model.active_peft_config.is_prompt_learning and packing:
+        kind = model.active_peft_config.peft_type
+        raise ValueError(
+            f"packing: expected False with {kind}, whose virtual tokens begin a row, got True"
+        )
+
+
+def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The model, loaded if it is a name or path, and its tokenizer if none is given."""
+    if isinstance(model, (str, Path)):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    return model, tokenizer
+
+
+def _named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The datasets by the names of their arguments."""
+    if isinstance(eval_dataset, Mapping):
+        evals = {f"eval_dataset[{name!r}]": data for name, data in eval_dataset.items()}
+    else:
+        evals = {"eval_dataset": eval_dataset}
+    return {"train_dataset": train_dataset} | evals
+
+
+def _on_device(values: np.ndarray | None, device: torch.device) -> Tensor | None:
+    if values is None:
+        return None
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a pageable copy would wait for the device
+    return tensor.to(device, non_blocking=True)
 
 
 def _scored_rows(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """[N, D] of [S, T, D] hidden states; the virtual tokens of prompt-learning adapters stand
     before the T.
     """
-    return hidden[:, -batch["model"]["input_ids"].shape[1] :].flatten(0, -2)[batch["scored"]]
+    width = batch["model"]["input_ids"].shape[1]
+    return hidden[:, -width:].flatten(0, -2)[batch["scored"]]
 
 
 def _disable_dropout(model: nn.Module | None) -> None:
     """Of the model's own; an adapter's dropout is an option of the adapter."""
-    for path, module in () if model is None else model.named_modules():
+    if model is None:
+        return
+    for path, module in model.named_modules():
         if "lora_dropout" in path:
             continue
         if isinstance(module, nn.Dropout):

@@ -6,14 +6,13 @@ pi_ref,t), the implicit reward. T-REG asks the second to follow the first.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from treg.data import common_prefix
+from treg.data.pieces import token_pieces
 from treg.evaluate import ranks
 
 # where the colours end: fixed, so that two pages can be compared
@@ -29,49 +28,6 @@ HIDDEN = (
 )
 # found in most fonts; the others are shown as code points
 SYMBOLS = {"\n": "↵\n", "\t": "⇥\t", "\r": "↤"}
-
-# Decoding in windows makes the cost of `token_pieces` linear.
-WINDOW = 64  # tokens
-CONTEXT = 8  # tokens on either side, which settle leading spaces and characters cut in two
-
-
-def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """One string per token, such that "".join(pieces) is the decoded text, special tokens kept.
-
-    A piece is what its token adds to the decoded text of the tokens before it, so nothing is
-    assumed of the vocabulary. A character whose bytes span several tokens stands whole at the token
-    that completes it and the others are ""; bytes that are no UTF-8 show as the decoder's U+FFFD,
-    at the first token of an ill-formed sequence.
-    """
-    ids = [int(i) for i in ids]
-
-    def decode(part: list[int]) -> str:
-        if not part:
-            return ""
-        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    pieces = []
-    for start in range(0, len(ids), WINDOW):
-        pieces += _window_pieces(ids, start, start + WINDOW, CONTEXT, decode)
-    if "".join(pieces) == decode(ids):
-        return pieces
-    # a decoder that looks farther than the context (a long run of byte tokens): all in one window
-    return _window_pieces(ids, 0, len(ids), 0, decode)
-
-
-def _window_pieces(
-    ids: list[int], start: int, end: int, context: int, decode: Callable[[list[int]], str]
-) -> list[str]:
-    """Pieces of ids[start:end], decoded with `context` tokens on either side."""
-    low, end = max(0, start - context), min(end, len(ids))
-    text = decode(ids[low : end + context])
-    bounds = [0]  # in text
-    for stop in range(start, end + 1):
-        # an unfinished character decodes to U+FFFD, which the finished text does not have at that
-        # place
-        finished = common_prefix(decode(ids[low:stop]), text)
-        bounds.append(max(bounds[-1], finished))
-    return [text[a:b] for a, b in pairwise(bounds[1:])]
 
 
 def visible(text: str) -> str:

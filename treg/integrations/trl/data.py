@@ -29,14 +29,10 @@ class RewardCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.inner(examples)
         rows = [(example, side) for side in SIDES for example in examples]
-        if self.max_length is None:
-            cut = slice(None)
-        else:
-            cut = (
-                slice(self.max_length)
-                if self.truncation_mode == "keep_start"
-                else slice(-self.max_length, None)
-            )
+        cut = slice(None)
+        if self.max_length is not None:
+            keep_start = self.truncation_mode == "keep_start"
+            cut = slice(self.max_length) if keep_start else slice(-self.max_length, None)
         ids = batch["input_ids"]
         rewards = torch.zeros(ids.shape)
         for row, (example, side) in enumerate(rows):
@@ -47,8 +43,9 @@ class RewardCollator:
                 ids[row, : len(expected)], expected
             ):
                 raise ValueError(
-                    f"{side}_token_rewards: expected one a token of {side}_ids and a collator that pads on the right, "
-                    f"got {len(values) - len(prompt)} rewards, {len(completion)} ids"
+                    f"{side}_token_rewards: expected one a token of {side}_ids and a collator that "
+                    f"pads on the right, got {len(values) - len(prompt)} rewards, "
+                    f"{len(completion)} ids"
                 )
             rewards[row, : len(expected)] = torch.tensor(values[cut])
         return batch | {"token_rewards": rewards}
@@ -80,7 +77,8 @@ def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
             raise FileNotFoundError(f"{name}: no such file: {source}")
         fix = f"treg annotate --model MODEL --data {source} --output annotated.parquet"
         raise ValueError(
-            f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}; run {fix}"
+            f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}; run "
+            f"{fix}"
         )
     examples, files[str(source)] = read_annotated(source)
     return Dataset.from_list(examples)
@@ -103,8 +101,9 @@ def prepared(dataset: Any, name: str, args: Any) -> Any:
         length = len(example["prompt_ids"]) + max(len(example[f"{side}_ids"]) for side in SIDES)
         if summed and length > limit:
             raise ValueError(
-                f"max_length: expected at least {length}, the length of a sequence of {name} whose reference log-prob "
-                f"is a sum over all of it, got {limit}; annotate with a lower max_length, or raise it here"
+                f"max_length: expected at least {length}, the length of a sequence of {name} whose "
+                f"reference log-prob is a sum over all of it, got {limit}; annotate with a lower "
+                "max_length, or raise it here"
             )
         return len(example["prompt_ids"]) < limit or not keep_start
 

@@ -4,6 +4,7 @@ treg.
 
 import contextlib
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import DPOConfig, DPOTrainer
 
 from treg.checks import check_number
+from treg.data import Pair, RowProblem
 from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, REWARD_COLUMNS
 from treg.data.examples import check_made_with
 from treg.heads import HeadSpec, check_sequences, install_head
@@ -34,9 +36,8 @@ from treg.integrations.trl.data import (
 )
 from treg.integrations.trl.patch import STATISTICS
 from treg.losses.regularizer import token_regularizer
-from treg.rewards import ContrastivePrompts
+from treg.rewards import DEFAULT_SOURCE, Context, load_source, make_options
 from treg.rewards.annotate import PART_PAIRS, annotate_pairs
-from treg.rewards.scorer import Scorer
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,24 @@ class TRegDPOConfig(DPOConfig):
     """DPOConfig, and
 
     treg_alpha: weight of the regularizer, >= 0; 0 is the plain objective.
-    treg_prompts: a YAML file with the contrastive prompts (`treg.rewards.ContrastivePrompts.load`),
-        where the trainer makes the token rewards itself. treg_tokens_per_batch: tokens of one
-            forward then.
+    treg_rewards: the source of token rewards where the trainer makes them itself, a key of
+        `treg.rewards.SOURCES` or "package.module:Class".
+    treg_rewards_options: values of the fields of the source's Options, as a dict or as JSON.
+    treg_prompts: its option `prompts`, a YAML file with contrastive prompts.
+    treg_tokens_per_batch: tokens of one forward then.
     treg_memory_budget: bytes of temporaries of the head, see `treg.ops.linear_logprobs`.
     treg_ignore_fingerprint: train also where the annotated data were made with another model or
     tokenizer.
     """
 
     treg_alpha: float = field(default=0.25, metadata={"help": "Weight of the T-REG regularizer."})
+    treg_rewards: str = field(
+        default=DEFAULT_SOURCE,
+        metadata={"help": "Source of token rewards, or package.module:Class for your own."},
+    )
+    treg_rewards_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the source, as JSON."}
+    )
     treg_prompts: str | None = field(
         default=None, metadata={"help": "YAML file with the contrastive prompts."}
     )
@@ -74,13 +84,24 @@ class TRegDPOConfig(DPOConfig):
             raise ValueError(
                 f"treg_alpha: expected a number >= 0 (0: no regularizer), got {self.treg_alpha!r}"
             )
+        make_options(self.treg_rewards, self.source_options)  # refused here, before any model loads
         super().__post_init__()
+
+    @property
+    def source_options(self) -> dict[str, Any]:
+        """The options of the source of token rewards, by name."""
+        given = self.treg_rewards_options or {}
+        options = dict(json.loads(given) if isinstance(given, str) else given)
+        if self.treg_prompts is not None:
+            options["prompts"] = self.treg_prompts
+        return options
 
 
 class TRegDPOTrainer(DPOTrainer):
     """DPOTrainer with T-REG.
 
-        L = L_TRL + treg_alpha * sum_t c_t * ( - rhat_t * lp_t ),     c_t = | d L_TRL / d lp_t |, detached
+        L   = L_TRL + treg_alpha * sum_t c_t * ( - rhat_t * lp_t )
+        c_t = | d L_TRL / d lp_t |, detached
 
     Paper: T-REG, arXiv 2412.02685, Eq. 2, to which this is equal for loss_type="sigmoid".
     Differs: it is defined here for every loss of TRL (see `treg.losses.regularizer`); where several
@@ -162,9 +183,6 @@ class TRegDPOTrainer(DPOTrainer):
                 self.data_collator, args.max_length, args.truncation_mode
             )
 
-    # -- data
-    # -----------------------------------------------------------------------------------------------------
-
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Token ids that are there already are taken as they are."""
         if not set(ID_COLUMNS) <= columns_of(dataset):
@@ -189,8 +207,8 @@ class TRegDPOTrainer(DPOTrainer):
         sets = [x for x in each_of(eval_dataset) if isinstance(x, Dataset | IterableDataset)]
         if self.args.treg_alpha > 0 and not all(set(REWARD_COLUMNS) <= columns_of(x) for x in sets):
             raise ValueError(
-                f"eval_dataset: expected the columns {', '.join(REWARD_COLUMNS)}; run `treg annotate` on the data, or "
-                "give them to the trainer at its construction"
+                f"eval_dataset: expected the columns {', '.join(REWARD_COLUMNS)}; run `treg "
+                "annotate` on the data, or give them to the trainer at its construction"
             )
         annotated = (
             bool(sets)
@@ -203,41 +221,22 @@ class TRegDPOTrainer(DPOTrainer):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _with_rewards(self, dataset: Any, name: str) -> Any:
-        """The dataset with token rewards, made by the reference where there are none."""
+        """The dataset with token rewards, made by the source where there are none."""
         if set(REWARD_COLUMNS) <= columns_of(dataset):
             return dataset
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if (
-            isinstance(dataset, IterableDataset)
-            or sharded
-            or not {"chosen", "rejected"} <= columns_of(dataset)
-        ):
+        text = {"chosen", "rejected"} <= columns_of(dataset)
+        if isinstance(dataset, IterableDataset) or sharded or not text:
             got = "sharded weights" if sharded else type(dataset).__name__
             raise ValueError(
-                f"{name}: expected the columns {', '.join(REWARD_COLUMNS)}, got {got} without; run `treg annotate` on "
-                "the data, or set treg_alpha=0"
+                f"{name}: expected the columns {', '.join(REWARD_COLUMNS)}, got {got} without; run "
+                "`treg annotate` on the data, or set treg_alpha=0"
             )
-        size, rank = self.accelerator.num_processes, self.accelerator.process_index
         pairs, problems = text_pairs(dataset)
-        found = []
-        with torch.inference_mode(), self._as_reference() as model:
-            scorer = Scorer(
-                model,
-                self.processing_class,
-                self._prompts(),
-                share_prefix=True,
-                tokens_per_batch=self.args.treg_tokens_per_batch,
-            )
-            for i in range(rank * PART_PAIRS, len(pairs), size * PART_PAIRS):
-                rows, left = annotate_pairs(scorer, pairs[i : i + PART_PAIRS])
-                found += [
-                    (row["index"], *(row[k].tolist() for k in REWARD_COLUMNS)) for row in rows
-                ]
-                problems += left
-        found = sorted(gather_object(found)) if size > 1 else sorted(found)
+        found, refused = self._rewards_of(pairs)
         left = len(dataset) - len(found)
         if left:
-            why = ", ".join(sorted({p.reason for p in problems}))
+            why = ", ".join(sorted({p.reason for p in [*problems, *refused]}))
             log.warning(
                 "%s: %d of %d pairs get no token rewards and are left out: %s",
                 name,
@@ -253,12 +252,34 @@ class TRegDPOTrainer(DPOTrainer):
             dataset = dataset.add_column(column, list(values))
         return dataset
 
-    def _prompts(self) -> ContrastivePrompts:
-        path = self.args.treg_prompts
-        return ContrastivePrompts() if path is None else ContrastivePrompts.load(path)
-
-    # -- loss
-    # -----------------------------------------------------------------------------------------------------
+    def _rewards_of(
+        self, pairs: list[Pair]
+    ) -> tuple[list[tuple[int, list, list]], list[RowProblem]]:
+        """(index, chosen rewards, rejected rewards) of pairs, over all processes, and what the
+        source refuses in this one.
+        """
+        size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        found, problems = [], []
+        with torch.inference_mode(), self._as_reference() as model:
+            context = Context(
+                model,
+                self.processing_class,
+                tokens_per_batch=self.args.treg_tokens_per_batch,
+            )
+            source = load_source(self.args.treg_rewards, self.args.source_options, context)
+            if "token_rewards" not in source.streams:
+                raise ValueError(
+                    f"treg_rewards: expected a source of token_rewards, got "
+                    f"{self.args.treg_rewards!r}, which gives {', '.join(source.streams)}"
+                )
+            for i in range(rank * PART_PAIRS, len(pairs), size * PART_PAIRS):
+                part = pairs[i : i + PART_PAIRS]
+                rows, refused = annotate_pairs(source, context, part, reference=False)
+                for row in rows:
+                    chosen, rejected = (row[column].tolist() for column in REWARD_COLUMNS)
+                    found.append((row["index"], chosen, rejected))
+                problems += refused
+        return sorted(gather_object(found) if size > 1 else found), problems
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         kept, grad = [], torch.is_grad_enabled()
@@ -402,8 +423,8 @@ def _balance(spec: HeadSpec, router_logits: Any, attention_mask: Tensor | None) 
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if router_logits is None or experts is None:
         raise ValueError(
-            f"router_aux_loss_coef: expected 0 for {type(spec.model).__name__}, which returns no router_logits that a "
-            "balancing loss can be made of"
+            f"router_aux_loss_coef: expected 0 for {type(spec.model).__name__}, which returns no "
+            "router_logits that a balancing loss can be made of"
         )
     return load_balancing_loss_func(
         router_logits, experts, config.num_experts_per_tok, attention_mask

@@ -1,0 +1,283 @@
+"""The seam of token-reward sources: what a source is given, and what it must do.
+
+A source gives every token of a response one number, or several: its streams. `treg annotate`, the
+trainers that make rewards themselves and verl's reward manager all use the same three methods of
+it: `settings`, `check` and `score`. A new source is one class in one file; it is found by its name
+in `treg.rewards.SOURCES`, or by "package.module:Class" where it lies outside this library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treg.data import SIDES, Pair, RowProblem, common_prefix, text_of
+from treg.data.pieces import token_pieces
+from treg.data.rows import Messages
+
+if TYPE_CHECKING:
+    from treg.rewards.scorer import Scorer
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """One answer, as token ids and as text.
+
+    prompt: what was asked, as messages or as plain text.
+    completion: the answer as the row has it, messages or plain text.
+    text: the text of the answer. Of an answer that was cut at max_length: what its tokens say.
+    prompt_ids, ids: [P] and [T] int32; ids are the answer's.
+    content: how many of the T tokens precede what ends the answer (special tokens, and blanks after
+        them).
+    side: "chosen" or "rejected". where: "file:line" of the row.
+    row: the other columns of the row.
+    tools, template_kwargs: what goes on to the chat template.
+    """
+
+    prompt: Messages | str
+    completion: Messages | str
+    text: str
+    prompt_ids: np.ndarray
+    ids: np.ndarray
+    content: int
+    tokenizer: Any = field(repr=False)
+    side: str = "chosen"
+    where: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    tools: list | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_pair(cls, pair: Pair, side: str, tokenizer: Any) -> Response:
+        """The chosen or the rejected answer of a pair."""
+        row = pair.row
+        ids = getattr(pair, f"{side}_ids")
+        completion = getattr(row, side)
+        content = content_length(ids.tolist(), tokenizer)
+        text = text_of(completion)
+        if pair.truncated:
+            text = tokenizer.decode(ids[:content], skip_special_tokens=True)
+        return cls(
+            prompt=row.prompt,
+            completion=completion,
+            text=text,
+            prompt_ids=pair.prompt_ids,
+            ids=ids,
+            content=content,
+            tokenizer=tokenizer,
+            side=side,
+            where=row.where,
+            row=row.columns,
+            tools=row.tools,
+            template_kwargs=row.template_kwargs,
+        )
+
+    @cached_property
+    def messages(self) -> np.ndarray:
+        """[T] int32: which message of the answer each token is in, counted from 0.
+
+        The bounds are found by rendering the first messages alone: what their tokens have in common
+        with the whole belongs to them.
+        """
+        if isinstance(self.completion, str):
+            return np.zeros(len(self.ids), dtype=np.int32)
+        whole = [*self.prompt_ids.tolist(), *self.ids.tolist()]
+        bounds = []
+        for count in range(1, len(self.completion)):
+            text = self.tokenizer.apply_chat_template(
+                [*self.prompt, *self.completion[:count]],
+                tools=self.tools,
+                tokenize=False,
+                **self.template_kwargs,
+            )
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            bounds.append(common_prefix(ids, whole) - len(self.prompt_ids))
+        return np.searchsorted(bounds, np.arange(len(self.ids)), side="right").astype(np.int32)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """[T] int32: the first character of text that each token adds something to.
+
+        Tokens of the chat template between two messages, and at the end, begin where the message
+        before them ends. A character of several tokens belongs to the one that completes it.
+        Raises:
+            ValueError: the tokens do not spell the text, as where a template changes it.
+        """
+        pieces = token_pieces(self.ids.tolist(), self.tokenizer)
+        starts = np.cumsum([0, *map(len, pieces[:-1])])
+        spelled = "".join(pieces)
+        found = np.zeros(len(starts), dtype=np.int32)
+        spelled_end = text_end = 0
+        for part in self._parts():
+            part = part.strip()
+            at = spelled.find(part, spelled_end)
+            if at < 0:
+                raise ValueError(
+                    f"{self.where}: expected tokens that spell the text of {self.side}, got "
+                    f"{spelled[:80]!r} for {part[:80]!r}; the chat template changes the text"
+                )
+            text_start = self.text.index(part, text_end)
+            text_end = text_start + len(part)
+            spelled_end = at + len(part)
+            later = starts >= at
+            found[later] = np.minimum(starts[later] - at + text_start, text_end)
+        return found
+
+    def _parts(self) -> list[str]:
+        """The texts that follow one another in text: one for each message."""
+        whole = text_of(self.completion) == self.text
+        if isinstance(self.completion, str) or not whole:
+            return [self.text]
+        return [text_of([message]) for message in self.completion]
+
+
+def content_length(ids: list[int], tokenizer: Any) -> int:
+    """Tokens of a response before what ends it: special tokens, and blanks after them."""
+    special = set(tokenizer.all_special_ids)
+    end = len(ids)
+    while end and (ids[end - 1] in special or not tokenizer.decode([ids[end - 1]]).strip()):
+        end -= 1
+    return next((i for i in range(end, len(ids)) if ids[i] in special), len(ids))
+
+
+class ResponsePairs(Sequence):
+    """The responses of pairs, (chosen, rejected) of each, made when they are asked for."""
+
+    def __init__(self, pairs: Sequence[Pair], tokenizer: Any):
+        self.pairs = pairs
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        pair = self.pairs[index]
+        return tuple(Response.of_pair(pair, side, self.tokenizer) for side in SIDES)
+
+
+def _ignore(tokens: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a source may use. It is made once for a run; the models in it are not changed.
+
+    model: the reference, a Hugging Face causal LM on its device. tokenizer: its tokenizer.
+    tokens_per_batch: tokens of one forward, with padding, that fit into memory.
+    share_prefix: whether beginnings that contexts share may be run once.
+    on_tokens: is told how many tokens went through a model, for the progress bar.
+    pairs: the responses of every pair of the run, the longest pair first, so that every process can
+        try out on the same ones what a model can do. Empty where responses come one by one.
+    """
+
+    model: Any
+    tokenizer: Any
+    tokens_per_batch: int = 16384
+    share_prefix: bool = True
+    on_tokens: Callable[[int], None] = _ignore
+    pairs: Sequence[tuple[Response, ...]] = ()
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Log-probs by the reference; made when a source first asks for it."""
+        from treg.rewards.scorer import Scorer
+
+        return Scorer(
+            self.model,
+            self.tokenizer,
+            tokens_per_batch=self.tokens_per_batch,
+            share_prefix=self.share_prefix,
+            on_tokens=self.on_tokens,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the reference is."""
+        return self.model.device
+
+    @property
+    def longest(self) -> int:
+        """How many positions the reference has."""
+        return self.scorer.longest
+
+
+class TokenRewardSource(Protocol):
+    """What `treg annotate` and the trainers ask of a source of token rewards."""
+
+    # a frozen dataclass; its fields, of the types str, int, float, bool and lists of them, become
+    # options of the command line and of YAML files
+    Options: ClassVar[type]
+    # what it gives: ("token_rewards",), ("token_weights",), both, or names of its own
+    streams: ClassVar[tuple[str, ...]]
+
+    def __init__(self, options: Any, context: Context): ...
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes the numbers, as JSON: it goes into the file, and a file that was made
+        with other settings is refused.
+        """
+        ...
+
+    def check(self, response: Response) -> RowProblem | None:
+        """Why a response cannot be scored; None if it can."""
+        ...
+
+    def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
+        """The streams of each response by name, [T] floating. Only responses that `check` lets
+        through are given.
+        """
+        ...
+
+
+def score_checked(
+    source: TokenRewardSource, responses: Sequence[Response]
+) -> list[dict[str, Tensor]]:
+    """`source.score(responses)`, held against what the source promises.
+
+    Returns:
+        A dict for each response: stream -> [T] float32 on the CPU, finite.
+    Raises:
+        ValueError: not one dict a response, another set of streams, not one finite number a token.
+    """
+    name = type(source).__name__
+    found = source.score(responses)
+    if len(found) != len(responses):
+        raise ValueError(
+            f"{name}.score: expected {len(responses)} results, one for each response, got "
+            f"{len(found)}"
+        )
+    checked = []
+    for response, streams in zip(responses, found, strict=True):
+        where = f"{name}.score: {response.where}: {response.side}"
+        if streams.keys() != set(source.streams):
+            raise ValueError(
+                f"{where}: expected the streams {', '.join(source.streams)}, got "
+                f"{', '.join(map(str, streams)) or 'none'}"
+            )
+        checked.append(
+            {
+                stream: _one_number_a_token(streams[stream], len(response.ids), where, stream)
+                for stream in source.streams
+            }
+        )
+    return checked
+
+
+def _one_number_a_token(values: Any, length: int, where: str, stream: str) -> Tensor:
+    if not isinstance(values, Tensor) or values.shape != (length,):
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"{where}: expected {stream} as a tensor of shape [{length}], one number a token, got "
+            f"{got}"
+        )
+    values = values.detach().float().cpu()
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{where}: expected finite {stream}, got {values.tolist()}")
+    return values
