@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from treg.data.annotated import ID_COLUMNS, is_annotated
+from treg.data.reading import read_rows
 from treg.data.report import Report, RowProblem
-from treg.data.rows import Messages, Preference, common_prefix, parse_row, read_rows
+from treg.data.rows import Messages, Preference, common_prefix, parse_row
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,16 @@ A row is one of
     {conversations, chosen, rejected}   ShareGPT: {from, value}; also under the name `messages`
 
 and may have `tools` and `chat_template_kwargs`, which go on to the chat template.
-
-Rows come from files (.jsonl, .ndjson, .json, .parquet; .jsonl and .json also as .gz), from a
-folder of these or of `datasets.save_to_disk`, from a dataset object, a list of dicts, or a name on
-the hub.
 """
 
-import gzip
-import io
-import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from treg.data.reading import parse_json
 from treg.data.report import RowProblem
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".parquet")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-PARQUET_BATCH = 256  # rows that are held in memory at once
 PROMPT_COLUMNS = ("prompt", "conversations", "messages")  # the first one that a row has
 COMPLETION_COLUMNS = ("chosen", "rejected")
 SHAREGPT_ROLES = {
@@ -42,12 +31,8 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ANSWER = "\n\nAssistant:"
 KINDS = {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}
 
-READ_COLUMNS = {
-    *("prompt", "conversations", "messages", "chosen", "rejected"),
-    *("tools", "chat_template_kwargs"),
-}
+READ_COLUMNS = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS, "tools", "chat_template_kwargs"}
 Messages = list[dict[str, Any]]
-Located = tuple[str, dict | RowProblem]  # where a row is, and the row or why it cannot be read
 
 
 @dataclass(frozen=True)
@@ -66,190 +51,6 @@ class Preference:
     @property
     def chat(self) -> bool:
         return not isinstance(self.prompt, str)
-
-
-# -- from a source to its rows
-
-
-def read_rows(source: Any, split: str = "train") -> Iterator[Located]:
-    """Every row of a source together with where it is: "file:line", "file:row i" or "row i".
-
-    A row that cannot be read comes as the RowProblem that says why.
-
-    Args:
-        source: a path, a hub name, a `datasets` dataset (or dict of them), or an iterable of dicts.
-        split: of a hub name, a saved dataset dict, or a dict of datasets.
-    Raises:
-        ValueError, FileNotFoundError, TypeError: the source as a whole cannot be read.
-    """
-    if isinstance(source, (str, Path)):
-        return _read_path(source, split)
-    if isinstance(source, dict):
-        if split not in source:
-            raise ValueError(f"split: expected one of {sorted(source)}, got {split!r}")
-        source = source[split]
-    if not isinstance(source, Iterable):
-        raise TypeError(
-            f"data: expected a path, a dataset or an iterable of rows, got {type(source).__name__}"
-        )
-    return _located(source, "row ")
-
-
-def _read_path(source: str | Path, split: str) -> Iterator[Located]:
-    """The rows of a folder, of a file, or of a dataset on the hub."""
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path, split)
-    if path.is_file():
-        return _read_file(path)
-    name = str(source)
-    if not _may_be_on_the_hub(name):
-        raise FileNotFoundError(f"data: no such file: {name}")
-    import datasets
-
-    return _located(datasets.load_dataset(name, split=split), f"{name}[{split}]:")
-
-
-def _may_be_on_the_hub(name: str) -> bool:
-    """Whether a name has the form "owner/dataset" and cannot be meant as a file."""
-    is_local = name.endswith(SUFFIXES) or name.startswith((".", "/", "~"))
-    return name.count("/") == 1 and not is_local
-
-
-def _read_folder(path: Path, split: str) -> Iterator[Located]:
-    """The rows of a saved dataset, or of every data file in a folder, in the order of names."""
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        import datasets
-
-        yield from read_rows(datasets.load_from_disk(str(path)), split)
-        return
-    files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
-    if not files:
-        raise ValueError(
-            f"data: expected files ending in {', '.join(SUFFIXES)} in {path}, found none"
-        )
-    for file in files:
-        yield from _read_file(file)
-
-
-def _read_file(path: Path) -> Iterator[Located]:
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        return _read_parquet(path)
-    if name.endswith(".json"):
-        return _read_json(path)
-    if name.endswith((".jsonl", ".ndjson")):
-        return _read_json_lines(path)
-    raise ValueError(f"data: expected a file ending in {', '.join(SUFFIXES)}, got {path}")
-
-
-def _read_parquet(path: Path) -> Iterator[Located]:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for i, row in enumerate(_rows_of_parquet(file)):
-                where = f"{path}:row {i}"
-                if isinstance(row, RowProblem):
-                    row = RowProblem(row.reason, row.detail, where)
-                yield where, row
-    except (OSError, pyarrow.lib.ArrowException) as error:
-        raise ValueError(f"{path}: expected a parquet file, got: {error}") from error
-
-
-def _rows_of_parquet(file: Any) -> Iterator[dict | RowProblem]:
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-        yield from _rows_of_batch(batch)
-
-
-def _rows_of_batch(batch: Any) -> list[dict | RowProblem]:
-    """The rows of an Arrow batch. A row whose text is not UTF-8 is a problem."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [RowProblem("broken text", str(error))]
-    # one row is broken: read them one at a time to find out which
-    rows = []
-    for i in range(batch.num_rows):
-        rows += _rows_of_batch(batch.slice(i, 1))
-    return rows
-
-
-def _read_json(path: Path) -> Iterator[Located]:
-    try:
-        with _open(path) as file:
-            text = file.read().removeprefix(BYTE_ORDER_MARK)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    try:
-        rows = _parse_json(text)
-    except ValueError as error:
-        if text.lstrip().startswith(b"["):
-            raise ValueError(f"{path}: broken JSON: {error}") from error
-        yield from _read_json_lines(path)  # JSON lines under the name .json are common
-        return
-    if isinstance(rows, dict):
-        rows = [rows]
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
-    yield from _located(rows, f"{path}:row ")
-
-
-def _read_json_lines(path: Path) -> Iterator[Located]:
-    """A row a line. What is wrong with one line does not stop the others; broken gzip does."""
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(BYTE_ORDER_MARK)
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, _row_of_line(line, where)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        where = f"{path}:{number + 1}"
-        yield where, RowProblem("broken gzip", str(error), where)
-
-
-def _row_of_line(line: bytes, where: str) -> dict | RowProblem:
-    try:
-        row = _parse_json(line)
-    except ValueError as error:
-        return RowProblem("broken JSON", str(error), where)
-    return _row_or_problem(row, where)
-
-
-def _located(rows: Iterable, prefix: str) -> Iterator[Located]:
-    """Rows that are numbered from 0."""
-    for i, row in enumerate(rows):
-        where = f"{prefix}{i}"
-        yield where, _row_or_problem(row, where)
-
-
-def _row_or_problem(row: Any, where: str) -> dict | RowProblem:
-    if isinstance(row, dict):
-        return row
-    found = type(row).__name__
-    return RowProblem("not an object", f"expected an object with columns, got {found}", where)
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    return open(path, "rb")
-
-
-def _parse_json(text: str | bytes) -> Any:
-    """`json.loads`, with a ValueError for what is nested too deeply as well."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-# -- from a row to a Preference
 
 
 def parse_row(row: dict, where: str = "", *, chat: bool) -> Preference:
@@ -373,7 +174,7 @@ def _decoded(name: str, value: Any) -> Any:
     if not value.strip():
         return None
     try:
-        return _parse_json(value)
+        return parse_json(value)
     except ValueError as error:
         raise RowProblem("broken JSON", f"in column {name!r}: {error}") from None
 
