@@ -299,8 +299,8 @@ class TRegRewardManager:
 
         r_t = alpha * rhat_t + [t is the last token] * score(y)
 
-    rhat_t is what the source gives, as in `treg annotate`. The default source says how much likelier
-    token t is in a better rewriting of the response than in a worse one, by the model, in
+    rhat_t is what the source gives, as in `treg annotate`. The default source says how much
+    likelier token t is in a better rewriting of the response than in a worse one, by the model, in
     [-0.5, 0.5]; 0 for what ends the response.
 
     GAE and REINFORCE++ take r_t as it is. GRPO, RLOO and whatever else sums the rewards of a
@@ -374,7 +374,8 @@ class TRegRewardManager:
             raise ValueError("responses: expected at least one token, got an empty response")
         if (item.non_tensor_batch.get("__num_turns__") or 0) > 2:
             raise ValueError(
-                "__num_turns__: expected a single answer, got several turns; what tools say has no reward"
+                "__num_turns__: expected a single answer, got several turns; what tools say has no "
+                "reward"
             )
         with self.lock:  # verl scores many responses at once
             if self.options.annotated is not None:
@@ -414,8 +415,8 @@ class TRegRewardManager:
         if problem is not None:
             raise ValueError(
                 f"responses: the source {self.options.rewards!r} refuses one: {problem.reason}: "
-                f"{problem.detail}; expected requests of up to {self.context.longest} tokens, lower "
-                "data.max_response_length"
+                f"{problem.detail}; expected requests of up to {self.context.longest} tokens; "
+                "lower data.max_response_length"
             )
         (streams,) = score_checked(source, [response])
         return streams["token_rewards"]
