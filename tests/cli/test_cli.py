@@ -255,7 +255,8 @@ def test_from_a_file_to_a_page(folder, tmp_path, capsys):
     out, page = tmp_path / "out", tmp_path / "page.html"
     config = tmp_path / "run.yaml"
     config.write_text(
-        "learning_rate: 1e-3\nlogging_steps: 1\npacking: true\nmax_steps: 99\neval_strategy: steps\n"
+        "learning_rate: 1e-3\nlogging_steps: 1\npacking: true\nmax_steps: 99\n"
+        "eval_strategy: steps\n"
         "eval_steps: 2\nreport_to: none\nuse_cpu: true\ndisable_tqdm: true\n"
     )
     command = [

@@ -169,7 +169,7 @@ def module(monkeypatch):
 
 
 # -- rows, trainers and the dense step
-# --------------------------------------------------------------------------------
+# -
 
 ROWS = [
     {

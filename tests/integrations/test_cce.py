@@ -71,7 +71,7 @@ def assert_close(actual, expected, tolerance):
 
 
 # -- values and gradients
-# -----------------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize("shift", [0, 1, True, 2], ids=repr)
@@ -208,7 +208,7 @@ def test_module():
 
 
 # -- a vocabulary in parts
-# ----------------------------------------------------------------------------------------
+# -
 
 PARALLEL = {
     "loss": ({}, 0.0),
@@ -270,7 +270,7 @@ def test_dtensor_equals_dense(folder):
 
 
 # -- cut-cross-entropy's own code
-# ---------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -304,7 +304,7 @@ def test_enum_is_accepted():
 
 
 # -- what is refused
-# ----------------------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def liger(**options):
 
 
 # -- without token rewards: Liger's loss
-# --------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -207,7 +207,7 @@ def test_large_vocabulary_mean():
 
 
 # -- with token rewards
-# -------------------------------------------------------------------------------------------
+# -
 
 
 def dense_reference(loss_type, smoothing, beta, alpha):
@@ -343,7 +343,7 @@ def test_three_products_for_the_policy_and_one_for_the_reference(average, monkey
 
 
 # -- what is refused
-# ----------------------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize(

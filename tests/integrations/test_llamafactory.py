@@ -265,7 +265,7 @@ def module(monkeypatch):
 
 
 # -- trainers and the dense step
-# --------------------------------------------------------------------------------------
+# -
 
 
 def make_trainer(tmp_path, kind, model, ref_model, pairs, callbacks=(), training=None, **options):

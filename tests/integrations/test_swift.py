@@ -323,7 +323,7 @@ def trainer_cls(factory):
 
 
 # -- batches and trainers
-# ---------------------------------------------------------------------------------------------
+# -
 
 
 def collate_packed(pairs):

@@ -199,7 +199,7 @@ def test_without_the_regularizer_it_is_trl(tmp_path, name):
 
 
 # -- with the regularizer
-# ---------------------------------------------------------------------------------------------
+# -
 
 
 def log_probs(model, pair, side):
@@ -764,7 +764,7 @@ def test_length_weights_use_references_of_their_own(tmp_path):
 
 
 # -- the swapped function
-# ---------------------------------------------------------------------------------------------
+# -
 
 
 @pytest.fixture

@@ -61,12 +61,12 @@ def test_names_here_are_all_there_are():
 
 
 # -- by hand
-# ------------------------------------------------------------------------------------------------------ One pair, beta 0.5. Chosen: 2 tokens, log-probs -1 -2, sum -3, reference sum -4.2.
+# One pair, beta 0.5. Chosen: 2 tokens, log-probs -1 -2, sum -3, reference sum -4.2.
 # Rejected: 4 tokens, log-probs -0.5 -1 -1.5 -0.5, sum -3.5, reference sum -3.1.
-#   with a reference      rho_w = 0.5 * 1.2 = 0.6             rho_l = 0.5 * -0.4 = -0.2             m = 0.8
-#   ipo, per token        rho_w = 0.6 / 2   = 0.3             rho_l = -0.2 / 4   = -0.05            m = 0.35
-#   without one (cpo)     rho_w = 0.5 * -3  = -1.5            rho_l = 0.5 * -3.5 = -1.75            m = 0.25
-#   simpo, per token      rho_w = -1.5 / 2  = -0.75           rho_l = -1.75 / 4  = -0.4375          m = -0.3125
+#   with a reference     rho_w = 0.5 * 1.2 = 0.6       rho_l = 0.5 * -0.4 = -0.2       m = 0.8
+#   ipo, per token       rho_w = 0.6 / 2   = 0.3       rho_l = -0.2 / 4   = -0.05      m = 0.35
+#   without one (cpo)    rho_w = 0.5 * -3  = -1.5      rho_l = 0.5 * -3.5 = -1.75      m = 0.25
+#   simpo, per token     rho_w = -1.5 / 2  = -0.75     rho_l = -1.75 / 4  = -0.4375    m = -0.3125
 #   orpo                  mean log-probs -1.5 and -0.875
 
 LOGPS = (-1.0, -2.0, -0.5, -1.0, -1.5, -0.5)
@@ -198,7 +198,8 @@ def test_hinge_on_both_sides_of_the_kink(m, loss, w):
     assert out.weights.tolist() == [w]
 
 
-# L_reg(y_w) = -0.5 (0.2 * -1 + 0.1 * -2) = 0.2          L_reg(y_l) = -0.5 (0.3 * -0.5 + 0.2 * 1.5 - 0.1 * 0.5) = -0.05
+# L_reg(y_w) = -0.5 (0.2 * -1 + 0.1 * -2) = 0.2
+# L_reg(y_l) = -0.5 (0.3 * -0.5 + 0.2 * 1.5 - 0.1 * 0.5) = -0.05
 TOTALS = [
     # w = sigmoid(-m) on both
     ("dpo", {}, -log(s(0.8)) + 0.25 * s(-0.8) * (0.2 - 0.05), [s(-0.8)]),
@@ -278,7 +279,7 @@ def test_token_weights_by_hand():
 
 
 # -- the reference
-# ------------------------------------------------------------------------------------------------
+# -
 
 B, T, D, V = 3, 4, 3, 5
 LAYOUTS = ["padded-sums", "packed-sums", "packed-weighted"]
@@ -366,7 +367,7 @@ def test_exact_far_from_a_tie(loss_type, margin):
 
 
 # -- gradients
-# ----------------------------------------------------------------------------------------------------
+# -
 
 
 def random_pairs(pairs=B, tokens=T, ref="sums"):
@@ -453,7 +454,7 @@ def test_gradcheck(loss_type, alpha, weighting):
 
 
 # -- one unknown scalar a pair
-# ------------------------------------------------------------------------------------
+# -
 
 EVERY_OPTION = [
     (name, eps, alpha, weighting)
@@ -545,7 +546,7 @@ def test_pair_scalar(name, eps, alpha, weighting):
 
 
 # -- relations between calls
-# --------------------------------------------------------------------------------------
+# -
 
 PER_PAIR = (
     "loss",
@@ -701,7 +702,7 @@ def test_takes_tensors_made_in_inference_mode(where):
 
 
 # -- refusals
-# -----------------------------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize(

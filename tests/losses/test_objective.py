@@ -158,7 +158,7 @@ def check(x: dict, options: LossOptions, impl: str) -> None:
 
 
 # -- values and coefficients
-# --------------------------------------------------------------------------------------
+# -
 
 
 def test_every_objective_has_a_kernel():
@@ -263,7 +263,7 @@ def test_many_uneven_pairs(impl):
 
 
 # -- where numbers are extreme
-# ------------------------------------------------------------------------------------
+# -
 
 
 MARGINS = [-1e4, -700.0, -40.0, -1.0, -1e-9, 0.0, 1e-9, 1.0, 40.0, 700.0, 1e4]
@@ -333,7 +333,7 @@ def test_long_improbable_answers(loss_type, impl):
 
 
 # -- what must not matter, and what must
-# --------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -429,7 +429,7 @@ def test_slopes_are_signed(loss_type, impl):
 
 
 # -- the operator
-# -------------------------------------------------------------------------------------------------
+# -
 
 
 def call(x: dict, options: LossOptions, impl: str, logps=None) -> PairLoss:
@@ -558,7 +558,7 @@ def test_bad_input(message, impl):
 
 
 # -- what the compiler makes of it
-# --------------------------------------------------------------------------------
+# -
 
 COMPILE = """
 import json, sys
@@ -574,22 +574,26 @@ nothing = {"static": True, "length_normalised": False, "nll": False, **options}
 def launch(name, dtype, bare):
     row, stats = torch.zeros(64, dtype=dtype), torch.zeros(9, 4, dtype=dtype)
     if bare:
-        tokens, starts = (row, torch.zeros(64, dtype=torch.bool), None, None, None), torch.zeros(9, dtype=torch.int64)
+        tokens = (row, torch.zeros(64, dtype=torch.bool), None, None, None)
+        starts = torch.zeros(9, dtype=torch.int64)
     else:
-        tokens, starts = (row, torch.zeros(64, dtype=torch.int64), row, row, row), torch.zeros(9, dtype=torch.int32)
-    rest = nothing if bare else everything
-    objective.pair_objective(*tokens, starts, 1, 2, stats[0].clone(), stats, row, base=BASES[name], **rest)
+        tokens = (row, torch.zeros(64, dtype=torch.int64), row, row, row)
+        starts = torch.zeros(9, dtype=torch.int32)
+    results, rest = (stats[0].clone(), stats, row), nothing if bare else everything
+    objective.pair_objective(*tokens, starts, 1, 2, *results, base=BASES[name], **rest)
 
 arch, names = sys.argv[1], sys.argv[2:]
 cases = [(name, torch.float32, False) for name in names]
-cases += [("orpo", torch.bfloat16, False), ("dpo", torch.float64, True), ("dpo", torch.float16, True)]
+cases += [("orpo", torch.bfloat16, False)]
+cases += [("dpo", torch.float64, True), ("dpo", torch.float16, True)]
 rows = []
 with fake_device(arch):
     for case in cases:
         objective._pair_kernel.device_caches.clear()
         launch(*case)
         for cache in objective._pair_kernel.device_caches.values():
-            rows += [{"case": [case[0], str(case[1])], **resources(k, arch)} for k in cache[0].values()]
+            named = {"case": [case[0], str(case[1])]}
+            rows += [{**named, **resources(k, arch)} for k in cache[0].values()]
 print(json.dumps(rows))
 """
 

@@ -165,7 +165,7 @@ def warnings(caplog):
 
 
 # -- values
-# -----------------------------------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
@@ -242,7 +242,10 @@ def test_system_turns_and_template_kwargs_reach_the_requests(tmp_path):
         }
     ]
     _, (x,), _ = run(tmp_path, replace(SMALL, prompts=prompts), data)
-    start = f"<|im_start|>style\nshort{END}\n<|im_start|>user\nsystem:be kind;user:the fox?;assistant:is old;"
+    start = (
+        f"<|im_start|>style\nshort{END}\n"
+        "<|im_start|>user\nsystem:be kind;user:the fox?;assistant:is old;"
+    )
     better, worse = (
         dense(
             MODEL,
@@ -274,7 +277,7 @@ def test_batching_changes_nothing(tmp_path):
 
 
 # -- models
-# -----------------------------------------------------------------------------------------------------------
+# -
 
 V = len(CHAT)
 SIZES = dict(
@@ -396,7 +399,7 @@ def test_exactly_as_long_as_the_model(tmp_path):
 
 
 # -- stops and restarts
-# -----------------------------------------------------------------------------------------------
+# -
 
 WORKER = """
 import json, os, sys, time
@@ -414,7 +417,9 @@ model.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 if os.environ.get("RANK") == "1":
     parts = treg.rewards.annotate._annotate_parts
     treg.rewards.annotate._annotate_parts = lambda *args: (time.sleep(late), parts(*args))[1]
-options = treg.rewards.annotate.AnnotateOptions(EncodeOptions(256), ContrastivePrompts(**prompts), tokens_per_batch=512)
+options = treg.rewards.annotate.AnnotateOptions(
+    EncodeOptions(256), ContrastivePrompts(**prompts), tokens_per_batch=512
+)
 treg.rewards.annotate.annotate(model, tokenizer, rows, output, options, progress=False)
 """
 
@@ -517,7 +522,8 @@ NAMES = {"data": "pairs", "fewer-rows": "pairs", "max_length": "encode"}
 def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, small_parts, changed):
     folder, data = stopped(tmp_path, monkeypatch), rows(26, seed=4)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    message = f"a.parquet.*: made with {NAMES.get(changed, changed)} .*, now it is .*; give another output, or remove"
+    name = NAMES.get(changed, changed)
+    message = f"a.parquet.*: made with {name} .*, now it is .*; give another output, or remove"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **{"data": data} | OTHER[changed])
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -767,7 +773,7 @@ def test_limit_and_split(tmp_path):
 
 
 # -- fingerprints
-# -----------------------------------------------------------------------------------------------------
+# -
 
 
 def test_model_fingerprint():
@@ -820,7 +826,7 @@ def test_fingerprints_are_checked_when_examples_are_loaded(tmp_path):
 
 
 # -- annotated files
-# --------------------------------------------------------------------------------------------------
+# -
 
 
 def annotated(index=0, **changed):
@@ -942,7 +948,7 @@ def test_files_that_are_not_annotated(tmp_path):
 
 
 # -- real data
-# --------------------------------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.parametrize(

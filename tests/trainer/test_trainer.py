@@ -248,7 +248,7 @@ def test_virtual_tokens_are_not_packed(tmp_path):
 
 
 # -- one step in parts
-# ----------------------------------------------------------------------------------------------
+# -
 
 
 def steps(tmp_path, pairs, batch, accumulation=1, **options):
@@ -294,7 +294,7 @@ def test_packs_have_the_gradient_of_their_pairs(tmp_path):
 
 
 # -- stopped and resumed
-# ----------------------------------------------------------------------------------------------
+# -
 
 
 def history(trainer):
@@ -382,7 +382,7 @@ def test_last_checkpoint_is_whole(tmp_path):
 
 
 # -- metrics
-# ----------------------------------------------------------------------------------------------------------
+# -
 
 
 @torch.no_grad()
@@ -538,7 +538,7 @@ def test_several_evaluation_sets(tmp_path):
 
 
 # -- memory, precision, dropout, files
-# --------------------------------------------------------------------------------
+# -
 
 
 @pytest.mark.filterwarnings(
@@ -791,7 +791,7 @@ def test_liger_leaves_the_head(tmp_path):
 
 
 # -- what is refused
-# --------------------------------------------------------------------------------------------------
+# -
 
 RAW = [
     {"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5"},
@@ -902,7 +902,7 @@ def test_models_that_cannot_serve(tmp_path):
 
 
 # -- two processes
-# ----------------------------------------------------------------------------------------------------
+# -
 
 
 @pytest.fixture(scope="module")
