@@ -140,7 +140,8 @@ class DemoOptions:
 # of transformers' many training arguments, those that --help shows; --help_all shows the others
 SHOWN = words(
     """
-    output_dir beta alpha gamma loss_type weighting label_smoothing max_length packing token_budget
+    output_dir beta alpha gamma loss_type weighting loss_scalars label_smoothing max_length packing
+    token_budget
     learning_rate per_device_train_batch_size gradient_accumulation_steps max_steps
     num_train_epochs lr_scheduler_type warmup_steps bf16 gradient_checkpointing use_liger_kernel
     eval_strategy eval_steps save_steps save_total_limit logging_steps report_to seed use_cpu

@@ -1,5 +1,6 @@
 """TrainingArguments and what the loss needs."""
 
+import json
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ class TRegConfig(TrainingArguments):
     """TrainingArguments and what the loss needs.
 
     beta, alpha, gamma, label_smoothing, loss_type, weighting: as in `treg.ops.fused_treg_loss`.
+    loss_scalars: the objective's other options, its `scalars`; a dict, or the same as JSON.
     max_length: tokens of prompt and completion, where the trainer tokenizes.
     packing: sequences one after the other without padding instead of padded rows; the loss is the
     same. token_budget: with packing, each of the per_device_train_batch_size items of a batch is a
@@ -35,6 +37,10 @@ class TRegConfig(TrainingArguments):
         default=0.0, metadata={"help": "Share of labels taken as wrong, in [0, 0.5)."}
     )
     loss_type: str = field(default="dpo", metadata={"help": "A key of treg.losses.OBJECTIVES."})
+    loss_scalars: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Other options of the objective as JSON, e.g. '{\"tau\": 0.05}'."},
+    )
     weighting: str = field(
         default="gradient", metadata={"help": "'gradient', or 'static' (w = 1)."}
     )
@@ -95,5 +101,25 @@ class TRegConfig(TrainingArguments):
     @property
     def loss_options(self) -> LossOptions:
         return LossOptions(
-            self.loss_type, self.beta, self.alpha, self.gamma, self.label_smoothing, self.weighting
+            self.loss_type,
+            self.beta,
+            self.alpha,
+            self.gamma,
+            self.label_smoothing,
+            self.weighting,
+            self._scalars(),
         )
+
+    def _scalars(self) -> dict[str, float]:
+        """loss_scalars as a dict. ValueError: anything else than numbers by name."""
+        given = self.loss_scalars or {}
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"loss_scalars: expected a JSON object, got {self.loss_scalars!r}: {error}"
+                ) from error
+        if not isinstance(given, dict):
+            raise ValueError(f"loss_scalars: expected numbers by name, got {given!r}")
+        return given
