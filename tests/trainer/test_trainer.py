@@ -5,6 +5,7 @@ two processes.
 import copy
 import gc
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ from treg.data import PairCollator, first_pairs
 from treg.data.annotated import model_fingerprint, tokenizer_fingerprint, write_annotated
 from treg.data.batches import PER_TOKEN_OR_SEQUENCE
 from treg.files import last_checkpoint
-from treg.trainer import TRegTrainer
+from treg.losses import LossOptions
+from treg.trainer import TRegConfig, TRegTrainer
 
 pytest.importorskip("peft")
 BETA = 0.3
@@ -949,3 +951,24 @@ def test_two_processes_are_one(tmp_path, two_processes, name):
     weights = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
     assert (two_processes / name / "saved-0" / weights).exists()
     assert not (two_processes / name / "saved-1").exists()
+
+
+@pytest.mark.parametrize("given", [{"tau": 0.2}, '{"tau": 0.2}'], ids=["dict", "JSON"])
+def test_other_options_of_an_objective(given, tmp_path):
+    """Of a configuration in Python, and of the command line."""
+    config = TRegConfig(str(tmp_path), loss_type="discopop", loss_scalars=given)
+    assert config.loss_options == LossOptions("discopop", scalars={"tau": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[1", "loss_scalars: expected a JSON object"),
+        ("[1]", "loss_scalars: expected numbers by name"),
+        ('{"tau": "a"}', "tau: expected a finite number"),
+        ({"margin": 1.0}, "scalars: expected options of loss_type='discopop', which takes tau"),
+    ],
+)
+def test_bad_options_of_an_objective(given, message, tmp_path):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        TRegConfig(str(tmp_path), loss_type="discopop", loss_scalars=given)
