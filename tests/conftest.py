@@ -14,6 +14,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+import slow  # noqa: E402
 
 if not GPU:
     import interpreter_bf16
@@ -96,7 +97,17 @@ def open_operators(monkeypatch):
     monkeypatch.setattr(Operator, "__call__", opened)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """What `-m "not slow"` leaves out as a whole need not be imported."""
+    if "not slow" in config.option.markexpr and slow.is_slow_file(collection_path):
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
     for item in items:
+        if slow.is_slow(item):
+            item.add_marker(pytest.mark.slow)
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

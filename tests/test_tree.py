@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import slow
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 500  # of a file
@@ -527,3 +528,13 @@ def test_an_idle_exemption_is_found():
         "treg/results.py: PLR0913",
         "treg/no_such_file.py: C901",
     ]
+
+
+def test_rows_of_the_slow_tests_name_tests():
+    assert slow.idle_rows() == []
+
+
+def test_an_idle_row_of_the_slow_tests_is_found(monkeypatch):
+    monkeypatch.setattr(slow, "FILES", ("ops/test_gone.py",))
+    monkeypatch.setattr(slow, "FUNCTIONS", {"test_tree.py": ("test_gone", "test_tree_keeps")})
+    assert slow.idle_rows() == ["ops/test_gone.py", "test_tree.py::test_gone"]

@@ -1,0 +1,131 @@
+"""Tests that `make quick` leaves out, beside those marked `slow` where they stand.
+
+All that stays takes less than 90 seconds on two cores, and compares values of every folder with an
+oracle. Times are those of a CPU core.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+# minutes each: trainings, compilers, several processes, libraries that are long to import
+FILES = (
+    "heads/test_sharded.py",
+    "integrations/test_axolotl.py",
+    "integrations/test_llamafactory.py",
+    "integrations/test_nemo_rl.py",
+    "integrations/test_openrlhf.py",
+    "integrations/test_swift.py",
+    "integrations/test_trl.py",
+    "integrations/test_verl.py",
+    "ops/test_compile.py",
+    "ops/test_vocab_parallel.py",
+    "test_examples.py",
+)
+
+# cases in Triton's interpreter, a second each and many; ops/test_tiles.py and kernels/ keep some
+INTERPRETED = (
+    "losses/test_objective.py",
+    "ops/test_filtered.py",
+    "ops/test_fused.py",
+    "ops/test_linear_logprobs.py",
+)
+
+# single tests of more than a second, or many cases of a kind; name[part]: cases with part in their
+# id
+FUNCTIONS = {
+    "cli/test_cli.py": (
+        "test_a_finished_run_is_left_alone",
+        "test_adapters_are_no_start",
+        "test_another_reference",
+        "test_from_a_file_to_a_page",
+        "test_killed_training_goes_on",
+        "test_limit_is_for_raw_rows",
+        "test_lora",
+        "test_mixed_precision_sees_the_same_reference",
+        "test_plain_objective_needs_no_annotation",
+        "test_plain_objective_reads_the_rows_that_were_asked_for",
+        "test_the_three_commands",
+        "test_two_runs_in_one_folder",
+    ),
+    "data/test_data.py": (
+        "test_any_text",
+        "test_real_files",
+        "test_real_templates",
+        "test_truncated_gzip",
+    ),
+    "demo/test_demo.py": ("test_demo",),
+    "heads/test_heads.py": ("test_every_causal_lm",),
+    "integrations/test_cce.py": ("test_dtensor_equals_dense", "test_vocab_parallel_equals_dense"),
+    "losses/test_objective.py": (
+        "test_operator_is_registered_right",
+        "test_operator_under_compile",
+    ),
+    "ops/test_bad_input.py": ("test_triton_on_cpu_tensors_without_its_interpreter",),
+    "ops/test_filtered.py": (
+        "test_both_implementations_agree",
+        "test_epsilon_of_zero_keeps_everything",
+        "test_slabs_of_rows_add_up_in_float32",
+    ),
+    "ops/test_fused.py": ("test_memory_stays_within_the_budget",),
+    "ops/test_tiles.py": ("test_every_tile",),
+    "rewards/test_annotate.py": (
+        "test_a_killed_run_goes_on",
+        "test_a_run_that_is_killed_while_it_cleans_up",
+        "test_batching_changes_nothing",
+        "test_left_over_parts_of_a_complete_output_are_removed",
+        "test_real_files",
+        "test_smaller_batches_go_on",
+        "test_two_processes",
+    ),
+    "test_package.py": (
+        "test_kernels_package_would_break_transformers",
+        "test_transformers_imports_beside_our_kernels_folder",
+        "test_wheel_holds_the_library_and_nothing_else",
+    ),
+    "trainer/test_trainer.py": (
+        "test_gradient_is_that_of_dense_logits[-True-]",
+        "test_gradient_is_that_of_dense_logits[gemma2]",
+        "test_gradient_is_that_of_dense_logits[packed]",
+        "test_gradient_is_that_of_dense_logits[tied]",
+        "test_gradient_of_other_adapters",
+        "test_killed_and_resumed_is_uninterrupted",
+        "test_one_by_eight_is_eight_by_one",
+        "test_resumed_is_uninterrupted",
+        "test_tokens_are_counted_across_a_resume_between_log_lines",
+        "test_two_processes_are_one",
+    ),
+}
+
+
+def is_slow_file(path: Path) -> bool:
+    return path.is_relative_to(TESTS) and path.relative_to(TESTS).as_posix() in FILES
+
+
+def is_slow(item: pytest.Item) -> bool:
+    path = item.path.relative_to(TESTS).as_posix()
+    function, _, case = item.name.partition("[")
+    for row in FUNCTIONS.get(path, ()):
+        name, _, part = row.rstrip("]").partition("[")
+        if name == function and part in case:
+            return True
+    if path in INTERPRETED and item.get_closest_marker("interp") is not None:
+        return True
+    return is_slow_file(item.path)
+
+
+def idle_rows() -> list[str]:
+    """Rows above that name no file, or no test of it."""
+    idle = [path for path in (*FILES, *INTERPRETED) if not (TESTS / path).is_file()]
+    for path, functions in FUNCTIONS.items():
+        defined = set()
+        if (TESTS / path).is_file():
+            tree = ast.parse((TESTS / path).read_text())
+            defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for row in functions:
+            if row.partition("[")[0] not in defined:
+                idle.append(f"{path}::{row}")
+    return idle
