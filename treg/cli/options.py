@@ -339,8 +339,10 @@ def _set_defaults(parser: argparse.ArgumentParser, path: str, values: dict[str, 
 def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     """A value of a YAML file as the command line would give it: 1e-5 is a string in YAML."""
     nested = isinstance(value, (list, dict))
-    if action.type is str and action.nargs is None and nested:
+    if nested and action.nargs is None and action.type in (str, int, float):
         raise ValueError(f"{where}: expected one value, got {value!r}")
+    if isinstance(value, bool) and action.type in (int, float):
+        raise ValueError(f"{where}: expected a number, got {value!r}")
     if action.type is None or value is None or nested or isinstance(value, bool):
         return value
     convert: Callable[[str], Any] = action.type  # type: ignore[assignment]

@@ -40,6 +40,7 @@ from treg.data import Pair, Preference
 from treg.ops import VocabShard, linear_logprobs
 from treg.ops.entropy import differentiable_entropy
 from treg.ops.head import Head
+from treg.ops.head.head import autocast_dtype
 from treg.rewards import (
     DEFAULT_SOURCE,
     Context,
@@ -120,10 +121,6 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'sum' or 'mean', got {reduction!r}")
     groups = _rows_of_temperatures(1.0 if temperature is None else temperature, labels)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if len(groups) == 1:
         ((number, _),) = groups
@@ -190,7 +187,8 @@ def _scores(
         if rows.requires_grad:
             # The op sums this gradient over the group: each process is to have a share of it.
             rows.register_hook(lambda grad: grad / size)
-    rounded = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
+    dtype = autocast_dtype(hidden, weight) or hidden.dtype
+    rounded = hidden.device.type == "cpu" and dtype == torch.bfloat16
     found = linear_logprobs(
         rows,
         weight,
@@ -265,7 +263,8 @@ class RewardOptions:
     rewards_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.alpha >= 0:
+        check_number("reward_kwargs.treg.alpha", self.alpha)
+        if self.alpha < 0:
             raise ValueError(
                 f"reward_kwargs.treg.alpha: expected a number >= 0, got {self.alpha!r}"
             )
@@ -414,9 +413,9 @@ class TRegRewardManager:
         problem = source.check(response)
         if problem is not None:
             raise ValueError(
-                f"responses: the source {self.options.rewards!r} refuses one: {problem.reason}: "
-                f"{problem.detail}; expected requests of up to {self.context.longest} tokens; "
-                "lower data.max_response_length"
+                f"responses: expected ones that the source {self.options.rewards!r} can judge, got "
+                f"{problem.reason}: {problem.detail}; if it is too long, lower "
+                "data.max_response_length"
             )
         (streams,) = score_checked(source, [response])
         return streams["token_rewards"]

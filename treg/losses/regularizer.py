@@ -47,6 +47,8 @@ def token_regularizer(
             token (values are checked on a CPU, or under `treg.set_debug(True)`); a base without a
             gradient in logps.
     """
+    for name, x in (("base", base), ("logps", logps), ("token_rewards", token_rewards)):
+        check_tensor(name, x)
     if token_rewards.shape != logps.shape:
         raise ValueError(
             f"token_rewards: expected the shape of logps {list(logps.shape)}, got "

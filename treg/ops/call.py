@@ -55,7 +55,7 @@ class Call:
             "".join("1" if need else "0" for need in self.needs),
             str(self.budget),
             "1" if self.least else "",
-            "" if self.filter_eps is None else str(self.filter_eps),
+            "" if self.filter_eps is None else str(float(self.filter_eps)),
             "1" if self.sharded else "",
             self.loss,
             "1" if self.summed else "",
@@ -92,7 +92,10 @@ def head_numbers(
     logit_scale: float, softcap: float | None, temperature: float
 ) -> tuple[float, float, float]:
     """The numbers of a head as an operator takes them; 0 stands for no softcap."""
-    return logit_scale, 0.0 if softcap is None else softcap, temperature
+    cap = 0.0 if softcap is None else softcap
+    if torch.compiler.is_compiling():  # float() would make a constant of the graph
+        return logit_scale, cap, temperature
+    return float(logit_scale), float(cap), float(temperature)
 
 
 HEAD_NUMBERS = 3
@@ -157,6 +160,13 @@ class Batch:
             hidden_dtype=hidden.dtype,
             weight_dtype=weight.dtype,
         )
+
+    @property
+    def dweight_dtype(self) -> torch.dtype:
+        """Of a dweight that is written at once: the weight's, where a product can have it."""
+        if self.weight_dtype in (self.call.dtype, torch.float32):
+            return self.weight_dtype
+        return self.tiles.compute
 
     @property
     def head(self) -> Head:

@@ -15,9 +15,10 @@ N rows, n rows of a tile, V vocabulary, D hidden size.
 import torch
 from torch import Tensor
 
+from treg import checks
 from treg.operators import LOOKS_AT_VALUES, Operator, scalars
 from treg.ops.head.gemm import add_transposed, logits_into, slab_bytes, times_weight
-from treg.ops.head.head import Head, without_autocast
+from treg.ops.head.head import Head, autocast_dtype, without_autocast
 from treg.ops.head.memory import budget_of
 from treg.ops.head.selection import sees_values
 
@@ -57,15 +58,20 @@ def differentiable_entropy(
         memory_budget: bytes of temporaries (None, "least": see `treg.ops.linear_logprobs`), but at
             least those of one row. A float32 [V, D] sum of the weight's gradient comes on top.
     Returns:
-        [N], a copy of entropy.
+        [N], the numbers of entropy; entropy itself where no gradient is asked for.
     """
     operands = (hidden, head.weight, head.bias)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in operands):
         return entropy
-    device = hidden.device.type
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    checks.check_transforms(hidden=hidden, weight=head.weight, bias=head.bias)
+    checks.check_memory_budget(memory_budget)
+    cast = autocast_dtype(hidden, head.weight)
+    dtype = hidden.dtype if cast is None else cast
+    if cast is None and head.weight.dtype != dtype:
+        raise ValueError(
+            f"weight: expected {dtype} (hidden's dtype), got {head.weight.dtype}; convert one, or "
+            "use torch.autocast"
+        )
     budget = budget_of(memory_budget, hidden.device)
     softcap = 0.0 if head.softcap is None else head.softcap
     (result,) = _ENTROPY(

@@ -1,15 +1,16 @@
 """`linear_logprobs`: per-token log-probs of a language-model head, without [N, V] logits."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from treg.operators import LOOKS_AT_VALUES, Operator, scalars
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
-from treg.ops.head.selection import check_same_rows
+from treg.ops.head.selection import check_same_rows, scored_rows
 from treg.ops.options import HeadOptions, check_numbers, check_targets
-from treg.ops.plans import choose_plan
+from treg.ops.plans import Plan, choose_plan
 from treg.ops.plans.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
 from treg.results import LinearLogprobs
 
@@ -179,12 +180,33 @@ def _differentiate(coef, saved, hidden, weight, bias, target, numbers, text) -> 
     """The gradients that are needed, in the order hidden, weight, bias. coef: like target."""
     call = Call.of(text)
     *values, left_out = saved
-    batch = batch_of(hidden, weight, bias, target, numbers, call)
-    check_same_rows(batch.rows, left_out)
-    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, left_out)
     kept = dict(zip(plan.saved_names, values, strict=True))
     gradients = plan.backward(batch, coef.reshape(-1), kept)
     return [x for x in gradients.like(hidden, weight, bias) if x is not None]
+
+
+def plan_of_backward(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    numbers: Tensor,
+    left_out: Tensor,
+) -> tuple[Plan, Batch]:
+    """The plan of the forward, and its rows where the backward reads them.
+
+    The forward has checked every value. left_out: whether it left rows out.
+    """
+    flat = target.reshape(-1).contiguous()
+    found = numbers.tolist()[:HEAD_NUMBERS]
+    batch = Batch.of_shapes(call, hidden, weight, bias, flat, found)
+    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    if plan.backward_reads_rows:
+        batch = replace(batch, rows=scored_rows(flat, call.ignore_index))
+        check_same_rows(batch.rows, left_out)
+    return plan, batch
 
 
 def _differentiate_fake(coef, saved, hidden, weight, bias, target, numbers, text) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from treg import checks
 from treg.ops.call import Call, head_numbers
 from treg.ops.head.gradients import Needs
+from treg.ops.head.head import autocast_dtype
 from treg.ops.head.memory import budget_of
 from treg.ops.plans.vocab_parallel import VocabShard
 
@@ -44,7 +45,7 @@ class HeadOptions:
             checks.check_tensor(name, x)
         checks.check_tensor("bias", bias, optional=True)
         checks.check_transforms(hidden=hidden, weight=weight, bias=bias)
-        cast = self._autocast(hidden, weight)
+        cast = autocast_dtype(hidden, weight)
         dtype = hidden.dtype if cast is None else cast
         self._check_dtypes(hidden, impl, dtype)
         if cast is None and weight.dtype != hidden.dtype:
@@ -69,14 +70,6 @@ class HeadOptions:
             filter_eps=self.filter_eps,
             sharded=self.shard is not None,
         )
-
-    def _autocast(self, hidden: Tensor, weight: Tensor) -> torch.dtype | None:
-        """The dtype of the products under autocast, as for a linear layer; None without."""
-        device = hidden.device.type
-        casts = hidden.dtype in checks.HEAD_DTYPES and weight.dtype in checks.HEAD_DTYPES
-        if torch.is_autocast_enabled(device) and casts:
-            return torch.get_autocast_dtype(device)
-        return None
 
     def _check_shapes(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None

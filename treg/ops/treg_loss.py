@@ -17,12 +17,13 @@ from treg.losses.segments import segment_sum
 from treg.operators import LOOKS_AT_VALUES, Operator
 from treg.operators import scalars as as_tensor
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
-from treg.ops.head.selection import check_same_rows
+from treg.ops.head.selection import sees_values
 from treg.ops.linear_logprobs import (
     batch_of,
     fake_flag,
     fake_gradients,
     fake_scores,
+    plan_of_backward,
     score,
     spread,
 )
@@ -225,7 +226,8 @@ def _score(
         starts=row_starts(target, cu_seqlens).contiguous(),
         ignore_index=call.ignore_index,
     )
-    scores, saved, outputs = plan.forward_pairs(batch, pairs, options)
+    ends = known_ends(target, cu_seqlens)
+    scores, saved, outputs = plan.forward_pairs(batch, pairs, options, ends)
     found = [scores[name].view(target.shape) for name in ("logprobs", *call.outputs)]
     left_out = torch.tensor(not batch.rows.complete)
     return [outputs.loss, outputs.stats, *found, outputs.coef, *saved.values(), left_out]
@@ -245,6 +247,18 @@ def _score_fake(
     return [loss, stats, *fake_scores(batch, target), coef, *saved.values(), fake_flag()]
 
 
+def known_ends(target: Tensor, cu_seqlens: Tensor | None) -> list[int] | None:
+    """Offsets of the sequences, [2B+1], as far as the host may look; None where it may not."""
+    if cu_seqlens is None:
+        sequences, length = target.shape
+        return [i * length for i in range(sequences + 1)]
+    if not sees_values(cu_seqlens):
+        return None
+    ends = cu_seqlens.tolist()
+    checks.check_ends(ends, "hidden", target.shape[0])
+    return ends
+
+
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
@@ -258,9 +272,7 @@ def _differentiate(
     """
     call = Call.of(text)
     coef, *values, left_out = saved
-    batch = batch_of(hidden, weight, bias, target, numbers, call)
-    check_same_rows(batch.rows, left_out)
-    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, left_out)
     kept = dict(zip(plan.saved_names, values, strict=True))
     if call.summed:
         of_row = upstream[:1]

@@ -18,13 +18,14 @@ class TRegConfig(TrainingArguments):
     loss_scalars: the objective's other options, its `scalars`; a dict, or the same as JSON.
     max_length: tokens of prompt and completion, where the trainer tokenizes.
     packing: sequences one after the other without padding instead of padded rows; the loss is the
-    same. token_budget: with packing, each of the per_device_train_batch_size items of a batch is a
-        pack of whole pairs of at most so many tokens, instead of one pair; set
+        same.
+    token_budget: with packing, each of the per_device_train_batch_size items of a batch is a pack
+        of whole pairs of at most so many tokens, instead of one pair; set
         per_device_train_batch_size=1 for one pack a forward.
     memory_budget: bytes of temporaries of the loss; None: see `treg.ops.linear_logprobs`.
     disable_dropout: of policy and reference.
     ignore_fingerprint: train also where the annotated data were made with another model or
-    tokenizer.
+        tokenizer.
     """
 
     beta: float = field(default=0.1, metadata={"help": "Scale of the implicit reward, > 0."})

@@ -108,7 +108,7 @@ class _Chunked:
         )
         entropy = found.entropy
         if entropy is not None:
-            head = Head.of(weight, bias, logit_scale, final_logit_softcapping, temperature, -100)
+            head = Head(weight, bias, logit_scale, final_logit_softcapping, temperature)
             entropy = differentiable_entropy(
                 entropy, hidden, targets, head, memory_budget=self.memory_budget
             )

@@ -91,8 +91,22 @@ class TRegDPOConfig(DPOConfig):
     def source_options(self) -> dict[str, Any]:
         """The options of the source of token rewards, by name."""
         given = self.treg_rewards_options or {}
-        options = dict(json.loads(given) if isinstance(given, str) else given)
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"treg_rewards_options: expected a JSON object, got {given!r}: {error}"
+                ) from error
+        if not isinstance(given, dict):
+            raise ValueError(f"treg_rewards_options: expected values by name, got {given!r}")
+        options = dict(given)
         if self.treg_prompts is not None:
+            if "prompts" in options:
+                raise ValueError(
+                    "treg_prompts: expected None beside prompts in treg_rewards_options, got "
+                    f"{self.treg_prompts!r}"
+                )
             options["prompts"] = self.treg_prompts
         return options
 

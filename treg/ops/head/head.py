@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from treg.checks import HEAD_DTYPES
+
 # Targets as a part of the vocabulary sees them (`local_target`).
 IGNORED = -1  # not scored
 ABSENT = -2  # scored, and held by another part
@@ -51,6 +53,17 @@ def without_autocast(x: Tensor):
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype of products under autocast, as for a linear layer; None where nothing is cast.
+
+    float64 operands are left as they are.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and {hidden.dtype, weight.dtype} <= set(HEAD_DTYPES):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def on_device(x: Tensor):

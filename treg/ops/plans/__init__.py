@@ -11,7 +11,7 @@
     filtered        1 + 3 rho        filter_eps; frozen 1 + 2 rho
     vocab_parallel  as kept          the head is in parts on several ranks
 
-A new plan is a file, its row in PLANS, and its line in `choose_plan`.
+A new plan is a file, its row in PLANS, and its line in `plan_name`.
 """
 
 import torch

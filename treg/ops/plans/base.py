@@ -30,6 +30,11 @@ class Plan(Protocol):
     @property
     def saved_names(self) -> tuple[str, ...]: ...
 
+    @property
+    def backward_reads_rows(self) -> bool:
+        """Whether `backward` looks which rows are scored. They must be those of `forward`."""
+        ...
+
     def saved(self, batch: Batch) -> Saved:
         """What `forward` saves, not filled. Its shapes and dtypes follow from shapes alone,
         whatever rows are scored: this serves the operators' fake kernels.
@@ -49,9 +54,13 @@ class Plan(Protocol):
         ...
 
     def forward_pairs(
-        self, batch: Batch, pairs: TokenInputs, options: LossOptions
+        self, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: list[int] | None
     ) -> tuple[Scores, Saved, PairOutputs]:
-        """Score pairs and evaluate their loss; pairs.logps is not looked at."""
+        """Score pairs and evaluate their loss; pairs.logps is not looked at.
+
+        ends: where the 2B sequences begin and end, [2B+1] offsets; None where only the device
+            knows.
+        """
         ...
 
     def backward_pairs(
@@ -68,8 +77,14 @@ class Plan(Protocol):
 class ScoredFirst:
     """A plan that scores all pairs, and differentiates them when the upstream gradient is known."""
 
+    backward_reads_rows = True
+
     def forward_pairs(
-        self: Plan, batch: Batch, pairs: TokenInputs, options: LossOptions
+        self: Plan,
+        batch: Batch,
+        pairs: TokenInputs,
+        options: LossOptions,
+        ends: list[int] | None,
     ) -> tuple[Scores, Saved, PairOutputs]:
         scores, saved = self.forward(batch)
         logps = scores["logprobs"]

@@ -45,7 +45,7 @@ class Columns(ScoredFirst):
         if needs.hidden:
             total = hidden.new_zeros(len(rows), columns, dtype=tiles.compute)
         if needs.weight:
-            dweight = hidden.new_empty(words, columns, dtype=batch.weight_dtype)
+            dweight = hidden.new_empty(words, columns, dtype=batch.dweight_dtype)
         if needs.bias:
             dbias = hidden.new_empty(words, dtype=tiles.compute)
         step = self._words(batch, len(rows))

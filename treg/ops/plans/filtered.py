@@ -100,7 +100,7 @@ def _by_triton(
     scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
     step = batch.call.budget // _slab_row_bytes(batch) // TILE * TILE
     one_slab = 0 < len(rows) <= step
-    sums = _empty(batch, batch.weight_dtype if one_slab else tiles.compute)
+    sums = _empty(batch, batch.dweight_dtype if one_slab else tiles.compute)
     if not len(rows):
         return _zeroed(sums), []
     slab = batch.hidden.new_empty(filtered.slab_shape(min(len(rows), step), words))

@@ -18,6 +18,7 @@ from treg.ops.plans.base import Saved, ScoredFirst, Scores, scored_coefficients
 class Frozen(ScoredFirst):
     name = "frozen"
     saved_names = ("dhidden", "factor")
+    backward_reads_rows = False
 
     def saved(self, batch: Batch) -> Saved:
         return {

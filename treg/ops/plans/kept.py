@@ -52,7 +52,10 @@ class Kept(ScoredFirst):
         stash, factor = self._of_kept_rows(batch, saved)
         coef = scored_coefficients(batch, coef)
         sums = differentiate_rows(batch, saved["norm"], coef, stash, factor)
-        return Gradients(sums.scaled_hidden_gradient(batch.hidden_dtype), sums.dweight, sums.dbias)
+        dhidden = sums.dhidden  # of complete gradients, if no row was kept
+        if stash is not None:
+            dhidden = sums.scaled_hidden_gradient(batch.hidden_dtype)
+        return Gradients(dhidden, sums.dweight, sums.dbias)
 
     def _kept(self, batch: Batch, rows: int) -> int:
         if batch.call.dtype == torch.float16:
@@ -103,7 +106,7 @@ def differentiate_rows(
         tiles,
         batch.call.needs,
         complete=rows.complete,
-        dweight_dtype=batch.weight_dtype if one_tile else None,
+        dweight_dtype=batch.dweight_dtype if one_tile else None,
     )
     with without_autocast(batch.hidden):
         if stash is not None and factor is not None:

@@ -20,14 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treg.checks import check_ends
 from treg.losses import LossOptions
 from treg.losses.pairs import STATS, PairOutputs, TokenInputs, evaluate_pairs
 from treg.ops.call import Batch
 from treg.ops.head.gemm import scaled_to
 from treg.ops.head.gradients import Gradients, GradientSums
 from treg.ops.head.memory import check_budget, empty_rows, tile_rows, tile_step
-from treg.ops.head.selection import RowSelection, sees_values
+from treg.ops.head.selection import RowSelection
 from treg.ops.plans.base import Saved, Scores, row_factors
 
 MIN_TILE_ROWS = 16  # below this a product reads the weight more often than it is worth
@@ -36,12 +35,12 @@ MIN_TILE_ROWS = 16  # below this a product reads the weight more often than it i
 class PairGroups:
     name = "pair_groups"
     saved_names = ("dhidden", "row_scale", "dweight", "dbias", "weight_scale")
+    backward_reads_rows = False
 
     def saved(self, batch: Batch) -> Saved:
         hidden, head, needs = batch.hidden, batch.head, batch.call.needs
-        nothing = hidden.new_empty(0)
         compute = batch.tiles.compute
-        found: Saved = {name: nothing for name in self.saved_names}
+        found: Saved = {name: hidden.new_empty(0) for name in self.saved_names}
         found["row_scale"] = hidden.new_empty(hidden.shape[0], dtype=compute)
         found["weight_scale"] = hidden.new_empty((), dtype=compute)
         if needs.hidden:
@@ -53,27 +52,32 @@ class PairGroups:
         return found
 
     def forward(self, batch: Batch) -> tuple[Scores, Saved]:
-        raise TypeError("pair_groups: expected pairs with a loss, got log-probs alone")
+        raise NotImplementedError("pair_groups takes pairs whose loss is known: forward_pairs")
 
     def forward_pairs(
-        self, batch: Batch, pairs: TokenInputs, options: LossOptions
+        self, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: list[int] | None
     ) -> tuple[Scores, Saved, PairOutputs]:
         call = batch.call
         check_budget(batch.tiles, call.budget, stash=True, outputs=call.outputs)
-        work = GroupWork.of(batch, pairs, options)
+        work = GroupWork.of(batch, pairs, options, ends)
         work.run()
-        sums, nothing = work.sums, batch.hidden.new_empty(0)
+        sums = work.sums
+
+        def given(x: Tensor | None) -> Tensor:
+            # each its own: an operator's results share no memory
+            return batch.hidden.new_empty(0) if x is None else x
+
         saved = {
-            "dhidden": nothing if sums.dhidden is None else sums.dhidden,
+            "dhidden": given(sums.dhidden),
             "row_scale": sums.row_scale,
-            "dweight": nothing if sums.dweight is None else sums.dweight,
-            "dbias": nothing if sums.dbias is None else sums.dbias,
+            "dweight": given(sums.dweight),
+            "dbias": given(sums.dbias),
             "weight_scale": work.weight_scale,
         }
         return work.scores, saved, work.outputs
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
-        raise TypeError("pair_groups: expected pairs with a loss, got log-probs alone")
+        raise NotImplementedError("pair_groups takes pairs whose loss is known: forward_pairs")
 
     def backward_pairs(
         self, batch: Batch, upstream: Tensor, coef: Tensor, saved: Saved
@@ -129,12 +133,10 @@ def plan_groups(
     return groups
 
 
-def scored_lengths(batch: Batch, starts: Tensor) -> list[int] | None:
-    """Scored rows of each sequence; None where the host may not look. starts: [2B+1]."""
-    if not sees_values(starts):
+def scored_lengths(batch: Batch, ends: list[int] | None) -> list[int] | None:
+    """Scored rows of each sequence, as far as the host knows. ends: [2B+1] offsets of all rows."""
+    if ends is None:
         return None
-    ends = starts.tolist()
-    check_ends(ends, "hidden", batch.hidden.shape[0])
     if not batch.rows.complete:
         listed = batch.rows.numbers
         ends = torch.searchsorted(listed, torch.tensor(ends, device=listed.device)).tolist()
@@ -158,11 +160,13 @@ class GroupWork:
     _apart: GradientSums | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, batch: Batch, pairs: TokenInputs, options: LossOptions) -> "GroupWork":
+    def of(
+        cls, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: list[int] | None
+    ) -> "GroupWork":
         scores = empty_rows(batch.hidden, batch.tiles, ("logprobs", *batch.call.outputs))
         logps = scores["logprobs"]
         count = (pairs.starts.shape[0] - 1) // 2
-        lengths = scored_lengths(batch, pairs.starts)
+        lengths = scored_lengths(batch, ends)
         return cls(
             batch=batch,
             pairs=replace(pairs, logps=logps),
