@@ -58,10 +58,9 @@ def linear_logprobs(
         memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight,
             [N]-sized rows, with filter_eps [N, V / 128] numbers, and on a GPU copies of a tile's
             rows of hidden where ignored tokens are left out, come on top. With a trainable head, or
-                a shard, they are held until the backward: several calls
-            before one backward hold as much each. None: 1 GiB on a GPU, 384 MiB on a CPU. "least":
-                192 and 96 MiB,
-            and dhidden in float32 in place of that sum of dweight: 4 products for a trainable head.
+            a shard, they are held until the backward: several calls before one backward hold as
+            much each. None: 1 GiB on a GPU, 384 MiB on a CPU. "least": 192 and 96 MiB, and dhidden
+            in float32 in place of that sum of dweight: 4 products for a trainable head.
         logits_dtype: dtype in which impl="torch" holds a tile's logits. None: float32, except for
             bfloat16 inputs on a CPU, where they are rounded to bfloat16, which doubles the speed of
             that product; torch.float32 keeps them exact there. Triton never rounds logits.

@@ -123,7 +123,7 @@ def fused_treg_loss(
         L       = base(rho_w, rho_l) + alpha * (w_w * L_reg,w + w_l * L_reg,l)
 
     Sums become means for the length-normalised objectives; orpo and cpo add the chosen answer's
-    mean negative log-likelihood. Arguments as in `treg.ops.fused_treg_loss`.
+    mean negative log-likelihood. Arguments as in `treg.ops.fused_treg_loss`; discopop's tau is 0.05.
     """
     scores = linear_logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
     lp = scores.logprobs.flatten()
