@@ -403,7 +403,7 @@ def test_heads_that_trl_misreads(tmp_path, model_type):
     """One step's loss against the model's own logits, padded rows included; what TRL's own head
     gives is printed.
     """
-    from test_heads import CAUSAL_LMS, build
+    from causal_lms import CAUSAL_LMS, build
 
     if model_type not in CAUSAL_LMS:
         pytest.skip("not in this transformers")

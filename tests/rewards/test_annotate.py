@@ -417,6 +417,8 @@ model.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 if os.environ.get("RANK") == "1":
     parts = treg.rewards.annotate._annotate_parts
     treg.rewards.annotate._annotate_parts = lambda *args: (time.sleep(late), parts(*args))[1]
+    read = treg.rewards.annotate.read_meta
+    treg.rewards.annotate.read_meta = lambda file: (time.sleep(late), read(file))[1]
 options = treg.rewards.annotate.AnnotateOptions(
     EncodeOptions(256), ContrastivePrompts(**prompts), tokens_per_batch=512
 )
@@ -728,7 +730,9 @@ def test_left_over_parts_of_a_complete_output_are_removed(tmp_path, monkeypatch,
 
 
 def test_two_processes(tmp_path, whole):
-    """One of them counts what is left to do when the other could long have begun."""
+    """One of them counts what is left to do when the other could long have begun, and reads what
+    became of the parts when the other could long have removed them.
+    """
     output = tmp_path / "a.parquet"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -218,6 +218,7 @@ def _annotate_parts(
             bar.pairs(len(parts[i]))
     state.wait_for_everyone()
     found = [problem for file in files for problem in read_meta(file)["problems"]]
+    state.wait_for_everyone()  # until everyone has read them, nobody removes the parts
     return files, [(RowProblem(*problem), truncated) for problem, truncated in found]
 
 
