@@ -1,7 +1,10 @@
 """Every causal LM type of transformers, small, with numbers in its head that are not 1."""
 
+import inspect
+
 import torch
 import transformers
+from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from treg.heads import tables as heads
