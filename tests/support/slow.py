@@ -37,6 +37,7 @@ INTERPRETED = (
 # single tests of more than a second, or many cases of a kind; name[part]: cases with part in their
 # id
 FUNCTIONS = {
+    "benchmarks/test_benchmarks.py": ("test_report_of_a_gpu", "test_slices_of_the_whole_script"),
     "cli/test_cli.py": (
         "test_a_finished_run_is_left_alone",
         "test_adapters_are_no_start",
