@@ -224,3 +224,25 @@ def test_scratch_objective_through_the_head(impl, reduction):
     check_against_reference(
         case, fused_treg_loss, dense, upstream, torch.float32, device_of(impl), impl=impl
     )
+
+
+FAULTY = {
+    "a tuple": (lambda w, l, _: (w - l, torch.ones_like(w), -torch.ones_like(l)), TypeError),
+    "a mean": (
+        lambda w, l, _: Base((w - l).mean(), torch.ones_like(w), -torch.ones_like(l)),
+        ValueError,
+    ),
+    "float32": (
+        lambda w, l, _: Base((w - l).float(), torch.ones_like(w), -torch.ones_like(l)),
+        ValueError,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_formula_that_gives_something_else_is_refused(fault, monkeypatch):
+    formula, error = FAULTY[fault]
+    monkeypatch.setitem(OBJECTIVES, "faulty", Objective(formula))
+    logps, rewards = -torch.rand(4, 5), torch.rand(4, 5)
+    with pytest.raises(error, match=r"^faulty: expected .*, got "):
+        treg_loss(logps, rewards, torch.zeros(4), LossOptions("faulty"))

@@ -488,3 +488,12 @@ def test_any_call(impl, lengths, D, V, rows, sums, dtype, seed, **options):
     torch.manual_seed(seed)
     case = make_case(lengths + lengths[::-1], D, V, **options)
     check(case, dtype, impl, memory_budget=budget_for(case, impl, dtype, rows, sums))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_other_options_of_an_objective(impl):
+    """discopop's tau reaches the loss of the head, in both implementations."""
+    case = make_case(loss_type="discopop", scalars={"tau": 0.3})
+    found = check(case, torch.float32, impl)
+    usual = check(make_case(loss_type="discopop"), torch.float32, impl)
+    assert error(found["loss"], usual["loss"].double()) > 1e-3

@@ -95,7 +95,8 @@ def _check(options: Options) -> None:
         )
     source = options.rewards.rewards or DEFAULT_SOURCE
     streams = source_class(source).streams
-    if config.alpha > 0 and "token_rewards" not in streams and not is_annotated(options.rows.data):
+    raw = [x for x in (options.rows.data, options.own.eval_data) if x and not is_annotated(x)]
+    if config.alpha > 0 and "token_rewards" not in streams and raw:
         raise ValueError(
             f"alpha: expected 0 with --rewards {source}, which gives {', '.join(streams)} and no "
             f"token_rewards, got {config.alpha}"

@@ -273,6 +273,16 @@ class RewardOptions:
                 "reward_kwargs.treg: expected a model that judges responses, or an annotated file, "
                 f"got model={self.model!r} and annotated={self.annotated!r}"
             )
+        if self.annotated is not None and (self.rewards_options or self.rewards != DEFAULT_SOURCE):
+            raise ValueError(
+                "reward_kwargs.treg.rewards: expected none beside an annotated file, which has its "
+                f"rewards, got {self.rewards!r} with {dict(self.rewards_options)}"
+            )
+        if self.model is not None and self.tail:
+            raise ValueError(
+                "reward_kwargs.treg.tail: expected 0 beside a model, for it is of an annotated "
+                f"file, got {self.tail}"
+            )
         streams = source_class(self.rewards).streams
         if "token_rewards" not in streams:
             raise ValueError(

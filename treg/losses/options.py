@@ -76,7 +76,19 @@ class LossOptions:
 
     def base(self, rho_w: Tensor, rho_l: Tensor) -> Base:
         """Value and slopes of the objective at implicit rewards [B], float64."""
-        return self.objective.base(rho_w, rho_l, Scalars(self.beta, self.declared()))
+        found = self.objective.base(rho_w, rho_l, Scalars(self.beta, self.declared()))
+        if not isinstance(found, Base):
+            raise TypeError(
+                f"{self.loss_type}: expected its formula to return treg.losses.Base, got "
+                f"{type(found).__name__}"
+            )
+        for name, x in zip(Base._fields, found, strict=True):
+            if x.shape != rho_w.shape or x.dtype != rho_w.dtype:
+                raise ValueError(
+                    f"{self.loss_type}: expected {name} {list(rho_w.shape)} {rho_w.dtype}, one a "
+                    f"pair, got {list(x.shape)} {x.dtype}"
+                )
+        return found
 
     def declared(self) -> dict[str, float]:
         """Every option that the objective takes, in the order in which it declares them."""

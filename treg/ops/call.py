@@ -43,6 +43,8 @@ class Call:
 
     def with_loss(self, loss: str, *, summed: bool) -> "Call":
         """The call of pairs whose loss is `LossOptions.text()`."""
+        if "|" in loss:
+            raise ValueError(f"loss_type: expected a name without '|', got {loss!r}")
         return replace(self, loss=loss, summed=summed)
 
     def text(self) -> str:

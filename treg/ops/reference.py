@@ -9,7 +9,7 @@ length. y_t is the target of row t, lp_t its log-prob.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,7 @@ def fused_treg_loss(
     alpha: float = 0.25,
     loss_type: str = "dpo",
     gamma: float = 0.0,
+    scalars: Mapping[str, float] | None = None,
     label_smoothing: float = 0.0,
     weighting: str = "gradient",
     token_weights: Tensor | None = None,
@@ -123,7 +124,7 @@ def fused_treg_loss(
         L       = base(rho_w, rho_l) + alpha * (w_w * L_reg,w + w_l * L_reg,l)
 
     Sums become means for the length-normalised objectives; orpo and cpo add the chosen answer's
-    mean negative log-likelihood. Arguments as in `treg.ops.fused_treg_loss`; discopop's tau is 0.05.
+    mean negative log-likelihood. Arguments as in `treg.ops.fused_treg_loss`.
     """
     scores = linear_logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
     lp = scores.logprobs.flatten()
@@ -143,7 +144,8 @@ def fused_treg_loss(
         reg.append(-(beta * rhat[r] * lp_s).sum() / norm)
 
     def base(rho_w: Tensor, rho_l: Tensor) -> Tensor:
-        return _base(loss_type, rho_w, rho_l, beta, gamma, label_smoothing)
+        options = {"gamma": gamma, "eps": label_smoothing, "tau": 0.05, **(scalars or {})}
+        return _base(loss_type, rho_w, rho_l, beta, options)
 
     losses, weights_w, weights_l = [], [], []  # of each pair
     for b in range(pairs):
@@ -236,17 +238,18 @@ def _slopes(
 
 
 def _base(
-    loss_type: str, rho_w: Tensor, rho_l: Tensor, beta: float, gamma: float, eps: float
+    loss_type: str, rho_w: Tensor, rho_l: Tensor, beta: float, options: Mapping[str, float]
 ) -> Tensor:
-    """The objective of one pair; eps is the label smoothing. Papers: `docs/methods.md`."""
+    """The objective of one pair. Papers: `docs/methods.md`."""
     if loss_type in OF_BOTH_REWARDS:
         return _of_both_rewards(loss_type, rho_w, rho_l, beta)
-    return _of_margin(loss_type, rho_w - rho_l, beta, gamma, eps)
+    return _of_margin(loss_type, rho_w - rho_l, beta, options)
 
 
-def _of_margin(loss_type: str, m: Tensor, beta: float, gamma: float, eps: float) -> Tensor:
-    """Objectives of the margin m = rho_w - rho_l alone."""
+def _of_margin(loss_type: str, m: Tensor, beta: float, options: Mapping[str, float]) -> Tensor:
+    """Objectives of the margin m = rho_w - rho_l alone; eps is the label smoothing."""
     logsigmoid, sigmoid = F.logsigmoid, torch.sigmoid
+    gamma, eps, tau = options["gamma"], options["eps"], options["tau"]
     if loss_type in ("dpo", "sigmoid", "cpo"):
         return -(1 - eps) * logsigmoid(m) - eps * logsigmoid(-m)
     if loss_type == "simpo":
@@ -262,7 +265,7 @@ def _of_margin(loss_type: str, m: Tensor, beta: float, gamma: float, eps: float)
         q = torch.tensor([1 - eps, eps], dtype=p.dtype, device=p.device)
         return (p * (p / q).log()).sum()
     if loss_type == "discopop":
-        gate = sigmoid(m / 0.05)
+        gate = sigmoid(m / tau)
         return -logsigmoid(m) * (1 - gate) + torch.exp(-m) * gate
     raise ValueError(f"loss_type: unknown {loss_type!r}")
 

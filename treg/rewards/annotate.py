@@ -413,9 +413,12 @@ def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> 
         names = [*now, *(name for name in before if name not in now and name not in CUTTING)]
         for name in names:
             if before.get(name) != now.get(name):
+                # the default source stands in no file
+                missing = DEFAULT_SOURCE if group == "streams" else None
+                was, wanted = (values.get(name, missing) for values in (before, now))
                 raise ValueError(
-                    f"{path}: made with {name} {before.get(name)!r}, now it is "
-                    f"{now.get(name)!r}; give another output, or remove {path}"
+                    f"{path}: made with {name} {was!r}, now it is {wanted!r}; give another output, "
+                    f"or remove {path}"
                 )
 
 
