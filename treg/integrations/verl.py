@@ -423,7 +423,8 @@ class TRegRewardManager:
         problem = source.check(response)
         if problem is not None:
             raise ValueError(
-                f"responses: expected ones that the source {self.options.rewards!r} can judge, got "
+                f"responses: expected ones that the source {self.options.rewards!r} can judge, "
+                f"requests of up to {self.context.longest} tokens among them, got "
                 f"{problem.reason}: {problem.detail}; if it is too long, lower "
                 "data.max_response_length"
             )
