@@ -251,7 +251,11 @@ def test_trainers_under_fsdp2(tmp_path):
     for kind, expected in logs["alone"].items():
         for line, found in zip(expected[:2], logs["fsdp"][kind][:2], strict=True):
             assert line.keys() == found.keys() and {"loss", "grad_norm"} <= line.keys()
+            # while the policy is the reference, margins are 0 but for roundings: no sign to compare
+            unmoved = abs(line["rewards/margins"]) < 1e-5
             for key, value in line.items():
+                if unmoved and key in ("rewards/accuracies", "treg/alignment"):
+                    continue
                 assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (kind, key)
     for ours, theirs in zip(
         logs["alone"]["TRegTrainer"][:2], logs["alone"]["TRegDPOTrainer"][:2], strict=True

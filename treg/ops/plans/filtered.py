@@ -111,7 +111,7 @@ def _by_triton(
             c, lse = selection.read(coef), selection.read(norm)
             top = selection.read(tops)
             found.append(active.active_tiles(top, tiles.top_width, lse, c, y, threshold, words))
-            out = None if sums.hidden is None else torch.empty_like(h)
+            out = None if sums.hidden is None else h.new_empty(h.shape)
             filtered.filtered_gradients(
                 h,
                 head.weight,

@@ -53,7 +53,7 @@ class Kept(ScoredFirst):
         coef = scored_coefficients(batch, coef)
         sums = differentiate_rows(batch, saved["norm"], coef, stash, factor)
         dhidden = sums.dhidden  # of complete gradients, if no row was kept
-        if stash is not None:
+        if stash is not None or batch.hidden_dtype != batch.call.dtype:
             dhidden = sums.scaled_hidden_gradient(batch.hidden_dtype)
         return Gradients(dhidden, sums.dweight, sums.dbias)
 
