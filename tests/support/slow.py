@@ -21,6 +21,7 @@ FILES = (
     "integrations/test_swift.py",
     "integrations/test_trl.py",
     "integrations/test_verl.py",
+    "ops/test_cold.py",
     "ops/test_compile.py",
     "ops/test_vocab_parallel.py",
     "test_examples.py",
@@ -37,7 +38,13 @@ INTERPRETED = (
 # single tests of more than a second, or many cases of a kind; name[part]: cases with part in their
 # id
 FUNCTIONS = {
-    "benchmarks/test_benchmarks.py": ("test_report_of_a_gpu", "test_slices_of_the_whole_script"),
+    "benchmarks/test_benchmarks.py": (
+        "test_peer_that_raises_is_named_and_the_others_are_timed",
+        "test_report_of_a_gpu",
+        "test_slices_of_the_whole_script",
+        "test_worker_that_hangs_or_dies",
+        "test_wrong_result_is_not_timed",
+    ),
     "cli/test_cli.py": (
         "test_a_finished_run_is_left_alone",
         "test_adapters_are_no_start",
@@ -49,8 +56,10 @@ FUNCTIONS = {
         "test_mixed_precision_sees_the_same_reference",
         "test_plain_objective_needs_no_annotation",
         "test_plain_objective_reads_the_rows_that_were_asked_for",
+        "test_rewards_of_ones_own_source_train_dpo",
         "test_the_three_commands",
         "test_two_runs_in_one_folder",
+        "test_weights_of_ones_own_source_train_simpo",
     ),
     "data/test_data.py": (
         "test_any_text",
@@ -59,19 +68,37 @@ FUNCTIONS = {
         "test_truncated_gzip",
     ),
     "demo/test_demo.py": ("test_demo",),
-    "heads/test_heads.py": ("test_every_causal_lm",),
+    "heads/test_heads.py": ("test_every_causal_lm", "test_without_a_row_the_check_refuses"),
     "integrations/test_cce.py": ("test_dtensor_equals_dense", "test_vocab_parallel_equals_dense"),
     "losses/test_objective.py": (
         "test_operator_is_registered_right",
         "test_operator_under_compile",
     ),
+    "losses/test_treg_loss.py": (
+        "test_a_first_call_on_a_cpu_imports_no_compiler",
+        "test_a_schedule_needs_no_more_graphs",
+        "test_bad_numbers_are_refused_inside_a_graph",
+    ),
     "ops/test_bad_input.py": ("test_triton_on_cpu_tensors_without_its_interpreter",),
+    "ops/test_entropy.py": (
+        "test_compiled_with_a_temperature_that_changes",
+        "test_the_operators_schemas",
+    ),
     "ops/test_filtered.py": (
         "test_both_implementations_agree",
         "test_epsilon_of_zero_keeps_everything",
         "test_slabs_of_rows_add_up_in_float32",
     ),
-    "ops/test_fused.py": ("test_memory_stays_within_the_budget",),
+    "ops/test_fused.py": (
+        "test_any_call",
+        "test_every_way",
+        "test_matrix_products",
+        "test_memory_stays_within_the_budget",
+    ),
+    "ops/test_linear_logprobs.py": (
+        "test_least_memory_has_no_float32_sum_of_dweight",
+        "test_memory_stays_within_the_budget",
+    ),
     "ops/test_tiles.py": ("test_every_tile",),
     "rewards/test_annotate.py": (
         "test_a_killed_run_goes_on",
@@ -81,8 +108,10 @@ FUNCTIONS = {
         "test_real_files",
         "test_smaller_batches_go_on",
         "test_two_processes",
+        "test_what_was_made_otherwise_is_refused",
     ),
     "test_package.py": (
+        "test_import_loads_nothing_heavy_and_reads_no_environment",
         "test_kernels_package_would_break_transformers",
         "test_transformers_imports_beside_our_kernels_folder",
         "test_wheel_holds_the_library_and_nothing_else",
@@ -93,12 +122,14 @@ FUNCTIONS = {
         "test_gradient_is_that_of_dense_logits[packed]",
         "test_gradient_is_that_of_dense_logits[tied]",
         "test_gradient_of_other_adapters",
+        "test_gradient_with_token_weights",
         "test_killed_and_resumed_is_uninterrupted",
         "test_one_by_eight_is_eight_by_one",
         "test_resumed_is_uninterrupted",
         "test_tokens_are_counted_across_a_resume_between_log_lines",
         "test_two_processes_are_one",
     ),
+    "viz/test_viz.py": ("test_a_panel_for_each_quantity", "test_embedded"),
 }
 
 
