@@ -86,6 +86,7 @@ def active_tiles(
     N, blocks = tops.shape
     tiles_n, tiles_v = tiles_of(N, V)
     assert width % TILE_V == 0 and blocks == triton.cdiv(V, width)
+    assert norm.shape == (N, 2) and coef.shape == target.shape == (N,)
     assert all(x.is_contiguous() for x in (tops, norm, coef, target))
     active = torch.empty(tiles_n, tiles_v, dtype=torch.bool, device=tops.device)
     if N > 0:

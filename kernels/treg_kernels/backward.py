@@ -92,6 +92,7 @@ def logits_gradient(
     """
     N, D = hidden.shape
     V = weight.shape[0]
+    assert norm.shape == (N, 2) and coef.shape == target.shape == (N,) and out.shape == (N, V)
     assert all(x is None or x.is_contiguous() for x in (target, bias, norm, coef, out))
     if N == 0:
         return

@@ -173,6 +173,7 @@ def filtered_gradients(
     tiles_n, tiles_v = tiles_of(N, V)
     assert active.shape == (tiles_n, tiles_v) and slab.shape[1] == tiles_v * TILE_V
     assert slab.shape[0] >= tiles_n * TILE_N and slab.dtype == weight.dtype
+    assert norm.shape == (N, 2) and coef.shape == target.shape == (N,)
     needed = (target, bias, norm, coef, active, slab, dhidden, dweight, dbias)
     assert all(x is None or x.is_contiguous() for x in needed)
     slab = slab[: tiles_n * TILE_N]
