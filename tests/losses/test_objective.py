@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from autograd_loss import pair_loss, reward_gradient
+from autograd_loss import pair_loss as reference_loss
+from autograd_loss import reward_gradient
 from helpers import DEVICE, EPS, IMPLS, device_of
 
 from treg.losses import OBJECTIVES, LossOptions, treg_loss
-from treg.losses.pairs import STATS, PairOutputs, TokenInputs, evaluate_pairs, row_starts
+from treg.losses.pairs import (
+    STATS,
+    PairOutputs,
+    TokenInputs,
+    evaluate_pairs,
+    pair_loss,
+    row_starts,
+)
 from treg.operators import scalars
 from treg.results import PairLoss
 from treg_kernels.bases import BASES
@@ -37,7 +45,6 @@ def pair_objective(
 ):
     """PairLoss and d sum_b loss_b / d lp_t, of tensors with any strides."""
     flat = {
-        "logps": logps,
         "target": target,
         "token_rewards": token_rewards,
         "ref_logps": ref_logps,
@@ -46,9 +53,10 @@ def pair_objective(
     }
     flat = {k: None if x is None else x.reshape(-1).contiguous() for k, x in flat.items()}
     inputs = TokenInputs(**flat, ignore_index=ignore_index)
-    outputs = PairOutputs.empty((inputs.starts.shape[0] - 1) // 2, inputs.logps)
-    evaluate_pairs(impl, inputs, options, outputs)
-    return outputs.results(options), outputs.coef.view(logps.shape)
+    rows = logps.reshape(-1).contiguous()
+    outputs = PairOutputs.empty((inputs.starts.shape[0] - 1) // 2, rows)
+    evaluate_pairs(impl, rows, inputs, options, outputs)
+    return pair_loss(outputs.loss, outputs.stats, options), outputs.coef.view(logps.shape)
 
 
 def options_of(loss_type, **more):
@@ -117,7 +125,7 @@ def expected(x: dict, options: LossOptions) -> tuple[PairLoss, torch.Tensor]:
     }
     logps = x.pop("logps").requires_grad_()
     rest = [x[k] for k in ("token_rewards", "ref_logps")]
-    out = pair_loss(logps, *rest, options, x["cu_seqlens"], x["mask"], x["token_weights"])
+    out = reference_loss(logps, *rest, options, x["cu_seqlens"], x["mask"], x["token_weights"])
     (coef,) = torch.autograd.grad(out.loss.sum(), logps)
     return PairLoss(*(v.detach() for v in out)), coef
 
@@ -395,14 +403,13 @@ def test_some_of_the_pairs(loss_type, first, count, impl):
     for out in (loss, stats, coef):
         out.fill_(123.0)
     inputs = TokenInputs(
-        logps,
         x["mask"],
         x["token_rewards"],
         x["ref_logps"],
         None,
         row_starts(logps, x["cu_seqlens"]),
     )
-    evaluate_pairs(impl, inputs, options, outputs, first, count)
+    evaluate_pairs(impl, logps, inputs, options, outputs, first, count)
     here = torch.arange(B).sub(first).ge(0) & torch.arange(B).lt(first + count)
     assert torch.equal(coef.cpu(), torch.where(inside, exact_coef, 123.0))
     assert torch.equal(loss.cpu(), torch.where(here, exact.loss, 123.0))
@@ -416,11 +423,9 @@ def test_some_of_the_pairs(loss_type, first, count, impl):
 def test_slopes_are_signed(loss_type, impl):
     x = to_device(make(loss_type), impl)
     options, B = options_of(loss_type), len(LENGTHS) // 2
-    inputs = TokenInputs(
-        x["logps"], None, x["token_rewards"], x["ref_logps"], None, x["cu_seqlens"]
-    )
+    inputs = TokenInputs(None, x["token_rewards"], x["ref_logps"], None, x["cu_seqlens"])
     outputs = PairOutputs.empty(B, x["logps"])
-    evaluate_pairs(impl, inputs, options, outputs)
+    evaluate_pairs(impl, x["logps"], inputs, options, outputs)
     named = dict(zip(STATS, outputs.stats.cpu(), strict=True))
     slopes = reward_gradient(named["chosen_rewards"], named["rejected_rewards"], options)
     for side, slope in zip(("chosen", "rejected"), slopes, strict=True):
@@ -461,7 +466,7 @@ def test_operator_equals_autograd(loss_type, layout, impl):
     leaves = [x["logps"].clone().requires_grad_() for _ in range(2)]
     kept = [x[k] for k in ("cu_seqlens", "mask", "token_weights")]
     found = call(x, options, impl, 2 * leaves[0])
-    exact = pair_loss(2 * leaves[1], x["token_rewards"], x["ref_logps"], options, *kept)
+    exact = reference_loss(2 * leaves[1], x["token_rewards"], x["ref_logps"], options, *kept)
     assert [v.requires_grad for v in found] == [True] + [False] * 6
     for out in (found, exact):
         out.loss.backward(upstream)

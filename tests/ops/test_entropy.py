@@ -1,16 +1,21 @@
 """The gradient of entropies against float64 autograd through dense logits."""
 
+import bisect
+
 import pytest
 import torch
+from batches import batch_of_tiles, call_of
 from helpers import DTYPES, EPS, assert_within_budget, error
+from looks import patch_looks
 from memory import PeakMemory
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import treg.ops.entropy
+from treg.operators import scalars
 from treg.ops import linear_logprobs
 from treg.ops.entropy import differentiable_entropy
-from treg.ops.head import Head
+from treg.ops.head import Head, make_tiles
 
 N, D, V = 17, 12, 50
 HEADS = {
@@ -64,10 +69,15 @@ def gradients(entropy, upstream, leaves):
 
 def bytes_of_rows(n, dtype):
     """A budget for tiles of n rows."""
-    weight = torch.empty(V, D, dtype=dtype)
-    compute = torch.promote_types(dtype, torch.float32)
-    tile_rows = treg.ops.entropy._tile_rows
-    return next(b for b in range(512, 1 << 30, 512) if tile_rows(weight, compute, b) == n)
+    head = Head(torch.empty(V, D, dtype=dtype))
+    hidden, target = torch.empty(1, D, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+
+    tiles = make_tiles("torch", head, None)
+
+    def rows(budget):
+        return treg.ops.entropy._tile_rows(batch_of_tiles(tiles, hidden, target, budget=budget))
+
+    return 1 + bisect.bisect_left(range(1, 1 << 30), n, key=rows)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
@@ -121,7 +131,7 @@ def test_logits_with_a_common_offset():
 def test_rows_that_have_no_part_may_hold_anything(capturing, why, value, dtype, monkeypatch):
     """1e4: logits of which an exponential overflows."""
     if capturing:
-        monkeypatch.setattr(treg.ops.entropy, "sees_values", lambda x: False)
+        patch_looks(monkeypatch, lambda x: False)
     hidden, weight, bias = operands(dtype, bias=True)
     used = torch.ones(N, dtype=torch.bool)
     used[[0, 4, 5, N - 1]] = False
@@ -295,7 +305,7 @@ def test_memory():
     hidden, weight, _ = operands(torch.float32, n=4096)
     known, budget = torch.rand(4096), 1 << 20
     with PeakMemory() as mode:
-        found = treg.ops.entropy._gradients(
+        found = torch.ops.treg.linear_entropy_grad(
             torch.ones(4096),
             known,
             None,
@@ -303,9 +313,8 @@ def test_memory():
             weight.detach(),
             None,
             torch.zeros(4096, dtype=torch.int64),
-            treg.ops.entropy.scalars(1.0, 0.0, 1.0),
-            treg.ops.entropy._encode(torch.float32, False, -100, budget),
-            "110",
+            scalars(1.0, 0.0, 1.0),
+            call_of(needs=(True, True, False), budget=budget).text(),
         )
     rows = 4096 * 16  # of which are used, by number
     assert 0 < mode.peak <= budget + sum(x.nbytes for x in found) + rows
@@ -341,13 +350,12 @@ def test_compiled_with_a_temperature_that_changes():
 def test_the_operators_schemas():
     known, hidden, weight, bias, target = compiled_case(1.0)
     known, lse = known.detach(), torch.zeros(N, dtype=torch.float64)
-    numbers = treg.ops.entropy.scalars(1.0, 3.0, 1.0)
-    fixed = treg.ops.entropy._encode(torch.float64, True, -100, 1 << 20)
+    call = call_of(dtype=torch.float64, needs=(True, False, True)).text()
     for given in (None, lse):
-        arguments = (known, given, hidden, weight, bias, target, numbers, fixed)
+        arguments = (known, given, hidden, weight, bias, target, scalars(1.0, 3.0, 1.0), call)
         opcheck(torch.ops.treg.linear_entropy.default, arguments)
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-        opcheck(torch.ops.treg.linear_entropy_grad.default, (known, *plain, "101"))
+        opcheck(torch.ops.treg.linear_entropy_grad.default, (known, *plain))
 
 
 def test_second_derivatives_are_refused():

@@ -30,18 +30,17 @@ STATS = (
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """N tokens of 2B sequences, chosen sequences first. All tensors are flat and contiguous.
+    """What a loss takes beside the log-probs of N tokens of 2B sequences, chosen sequences first.
+    All tensors are flat and contiguous.
 
     Args:
-        logps: [N] floating, nats. Those of pairs that are not asked for need not be there yet.
         target: [N] integer, scored where it is not ignore_index; or bool, scored where True; None:
             all tokens are scored. Nothing is read of a token that is not scored.
         token_rewards, token_weights: [N] floating, or None (0, and 1).
         ref_logps: [N], or sums [2B], floating; None: 0.
-        starts: [2B+1] integer on logps' device; see `row_starts`.
+        starts: [2B+1] integer on the device of the log-probs; see `row_starts`.
     """
 
-    logps: Tensor
     target: Tensor | None
     token_rewards: Tensor | None
     ref_logps: Tensor | None
@@ -49,9 +48,9 @@ class TokenInputs:
     starts: Tensor
     ignore_index: int = -100
 
-    @property
-    def reference_per_token(self) -> bool:
-        return self.ref_logps is not None and self.ref_logps.shape == self.logps.shape
+    def reference_per_token(self, logps: Tensor) -> bool:
+        """Whether ref_logps has a number for each of these tokens, and not the sequences' sums."""
+        return self.ref_logps is not None and self.ref_logps.shape == logps.shape
 
 
 @dataclass(frozen=True)
@@ -72,26 +71,28 @@ class PairOutputs:
         stats = like.new_empty(len(STATS), pairs)
         return cls(loss, stats, torch.zeros_like(like))
 
-    def results(self, options: LossOptions) -> PairLoss:
-        """The fields of a PairLoss; w of both sequences where the objective has two."""
-        rows = dict(zip(STATS, self.stats.unbind(), strict=True))
-        if options.objective.margin_only:
-            weights = rows["chosen_weight"]
-        else:
-            weights = torch.cat([rows["chosen_weight"], rows["rejected_weight"]])
-        return PairLoss(
-            loss=self.loss,
-            chosen_logps=rows["chosen_logps"],
-            rejected_logps=rows["rejected_logps"],
-            chosen_rewards=rows["chosen_rewards"],
-            rejected_rewards=rows["rejected_rewards"],
-            reg_loss=rows["reg_loss"],
-            weights=weights,
-        )
+
+def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
+    """From the fields of `PairOutputs`; w of both sequences where the objective has two."""
+    rows = dict(zip(STATS, stats.unbind(), strict=True))
+    if options.objective.margin_only:
+        weights = rows["chosen_weight"]
+    else:
+        weights = torch.cat([rows["chosen_weight"], rows["rejected_weight"]])
+    return PairLoss(
+        loss=loss,
+        chosen_logps=rows["chosen_logps"],
+        rejected_logps=rows["rejected_logps"],
+        chosen_rewards=rows["chosen_rewards"],
+        rejected_rewards=rows["rejected_rewards"],
+        reg_loss=rows["reg_loss"],
+        weights=weights,
+    )
 
 
 def evaluate_pairs(
     impl: str,
+    logps: Tensor,
     inputs: TokenInputs,
     options: LossOptions,
     outputs: PairOutputs,
@@ -105,6 +106,7 @@ def evaluate_pairs(
     Args:
         impl: "triton" takes one launch, where the objective has a Triton form; an objective
             without one is computed in PyTorch, as with "torch".
+        logps: [N] floating, nats, contiguous. Those of other pairs need not be there yet.
         count: None: all pairs from first on.
     """
     if count is None:
@@ -114,9 +116,9 @@ def evaluate_pairs(
 
         base = BASES.get(options.loss_type)
         if base is not None:
-            _launch(base, inputs, options, outputs, first, count)
+            _launch(base, logps, inputs, options, outputs, first, count)
             return
-    _evaluate_in_torch(inputs, options, outputs, first, count)
+    _evaluate_in_torch(logps, inputs, options, outputs, first, count)
 
 
 def row_starts(logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -138,6 +140,7 @@ def sequence_of_row(starts: Tensor, rows: int) -> Tensor:
 
 def _launch(
     base: object,
+    logps: Tensor,
     inputs: TokenInputs,
     options: LossOptions,
     outputs: PairOutputs,
@@ -147,9 +150,9 @@ def _launch(
     from treg_kernels.objective import pair_objective
 
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(inputs.logps):
+    with torch.cuda.device_of(logps):
         pair_objective(
-            inputs.logps,
+            logps,
             inputs.target,
             inputs.token_rewards,
             inputs.ref_logps,
@@ -182,39 +185,45 @@ class _Tokens:
     ratios: Tensor  # u_t (lp_t - ref_t); u_t lp_t where the reference is a sum or none
 
     @classmethod
-    def of(cls, inputs: TokenInputs) -> "_Tokens":
-        scored = _scored(inputs)
+    def of(cls, logps: Tensor, inputs: TokenInputs) -> "_Tokens":
+        scored = _scored(logps, inputs)
+        per_token = inputs.reference_per_token(logps)
 
         def clean(x: Tensor) -> Tensor:
             return torch.where(scored, x.double(), 0.0)
 
-        logps = clean(inputs.logps)
+        logps = clean(logps)
         rewards, weights = torch.zeros_like(logps), torch.ones_like(logps)
         if inputs.token_rewards is not None:
             rewards = clean(inputs.token_rewards)
         if inputs.token_weights is not None:
             weights = clean(inputs.token_weights)
         ratios = logps
-        if inputs.ref_logps is not None and inputs.reference_per_token:
+        if inputs.ref_logps is not None and per_token:
             ratios = ratios - clean(inputs.ref_logps)
         return cls(scored, logps, rewards, weights, ratios * weights)
 
 
-def _scored(inputs: TokenInputs) -> Tensor:
+def _scored(logps: Tensor, inputs: TokenInputs) -> Tensor:
     """[N] bool."""
     if inputs.target is None:
-        return torch.ones_like(inputs.logps, dtype=torch.bool)
+        return torch.ones_like(logps, dtype=torch.bool)
     if inputs.target.dtype == torch.bool:
         return inputs.target
     return inputs.target != inputs.ignore_index
 
 
 def _evaluate_in_torch(
-    inputs: TokenInputs, options: LossOptions, outputs: PairOutputs, first: int, count: int
+    logps: Tensor,
+    inputs: TokenInputs,
+    options: LossOptions,
+    outputs: PairOutputs,
+    first: int,
+    count: int,
 ) -> None:
     """The kernel in PyTorch: it computes all pairs, and keeps those that are asked for."""
     objective, alpha = options.objective, options.alpha
-    tokens = _Tokens.of(inputs)
+    tokens = _Tokens.of(logps, inputs)
 
     def total(x: Tensor) -> Tensor:
         return segment_sum(x, inputs.starts)
@@ -226,7 +235,7 @@ def _evaluate_in_torch(
     if objective.length_normalised:
         scale = scale / lengths
     rho = total(tokens.ratios)
-    if inputs.ref_logps is not None and not inputs.reference_per_token:
+    if inputs.ref_logps is not None and not inputs.reference_per_token(logps):
         rho = rho - inputs.ref_logps.double()
     rho = scale * rho
     regularizer = -scale * total(tokens.rewards * tokens.logps)

@@ -21,6 +21,7 @@ from treg.losses.pairs import (
     PairOutputs,
     TokenInputs,
     evaluate_pairs,
+    pair_loss,
     row_starts,
     sequence_of_row,
 )
@@ -92,7 +93,7 @@ def treg_loss(
     if not isinstance(options, LossOptions):
         raise TypeError(f"options: expected a LossOptions, got {type(options).__name__}")
     impl = checks.resolve_impl(impl, logps)
-    loss, stats, coef = _pair_objective(
+    loss, stats, _ = _pair_objective(
         logps,
         token_rewards,
         ref_logps,
@@ -102,7 +103,7 @@ def treg_loss(
         scalars(*options.numbers()),
         f"{impl} {options.text()}",
     )
-    return PairOutputs(loss, stats, coef).results(options)
+    return pair_loss(loss, stats, options)
 
 
 def _losses(
@@ -123,16 +124,16 @@ def _losses(
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().reshape(-1).contiguous()
 
+    rows = logps.detach().reshape(-1).contiguous()
     inputs = TokenInputs(
-        logps=logps.detach().reshape(-1).contiguous(),
         target=flat(mask),
         token_rewards=flat(token_rewards),
         ref_logps=flat(ref_logps),
         token_weights=flat(token_weights),
         starts=row_starts(logps, cu_seqlens).contiguous(),
     )
-    outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), inputs.logps)
-    evaluate_pairs(impl, inputs, options, outputs)
+    outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), rows)
+    evaluate_pairs(impl, rows, inputs, options, outputs)
     return [outputs.loss, outputs.stats, outputs.coef.view(logps.shape)]
 
 

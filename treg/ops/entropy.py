@@ -15,12 +15,13 @@ N rows, n rows of a tile, V vocabulary, D hidden size.
 import torch
 from torch import Tensor
 
-from treg import checks
 from treg.operators import LOOKS_AT_VALUES, Operator, scalars
-from treg.ops.head.gemm import add_transposed, logits_into, slab_bytes, times_weight
-from treg.ops.head.head import Head, autocast_dtype, without_autocast
-from treg.ops.head.memory import budget_of
-from treg.ops.head.selection import sees_values
+from treg.ops.call import Batch, Call
+from treg.ops.head.gemm import logits_into, slab_bytes
+from treg.ops.head.gradients import Gradients, GradientSums
+from treg.ops.head.head import Head, without_autocast
+from treg.ops.head.selection import rows_where, sees_values
+from treg.ops.options import HeadOptions
 
 # Tensors of a tile's shape [n, V] that are alive at once: logits, their slopes, and a temporary.
 TILE_BUFFERS = 3
@@ -63,116 +64,85 @@ def differentiable_entropy(
     operands = (hidden, head.weight, head.bias)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in operands):
         return entropy
-    checks.check_transforms(hidden=hidden, weight=head.weight, bias=head.bias)
-    checks.check_memory_budget(memory_budget)
-    cast = autocast_dtype(hidden, head.weight)
-    dtype = hidden.dtype if cast is None else cast
-    if cast is None and head.weight.dtype != dtype:
-        raise ValueError(
-            f"weight: expected {dtype} (hidden's dtype), got {head.weight.dtype}; convert one, or "
-            "use torch.autocast"
-        )
-    budget = budget_of(memory_budget, hidden.device)
-    softcap = 0.0 if head.softcap is None else head.softcap
-    (result,) = _ENTROPY(
+    options = HeadOptions(
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        temperature=head.temperature,
+        ignore_index=head.ignore_index,
+        outputs=(),
+        impl="torch",
+        memory_budget=memory_budget,
+        logits_dtype=None,
+        shard=None,
+        filter_eps=None,
+    )
+    call = options.call(hidden, head.weight, target, head.bias)
+    (result,) = _forward(
         entropy.detach(),
         None if lse is None else lse.detach(),
-        hidden,
-        head.weight,
-        head.bias,
+        *operands,
         target,
-        scalars(head.logit_scale, softcap, head.temperature),
-        _encode(dtype, head.softcap is not None, head.ignore_index, budget),
+        scalars(*options.numbers()),
+        call.text(),
     )
     return result
 
 
-def _encode(dtype: torch.dtype, softcapped: bool, ignore_index: int, budget: int) -> str:
-    """What is fixed in a run, as the operators take it."""
-    return f"{str(dtype).removeprefix('torch.')} {int(softcapped)} {ignore_index} {budget}"
-
-
-def _decode(
-    fixed: str, weight: Tensor, bias: Tensor | None, numbers: Tensor
-) -> tuple[Head, torch.dtype, int]:
-    """The head, the dtype of the products, and the memory budget."""
-    dtype, softcapped, ignore_index, budget = fixed.split()
-    logit_scale, softcap, temperature = numbers.tolist()
-    cap = softcap if softcapped == "1" else None
-    head = Head(weight, bias, logit_scale, cap, temperature, int(ignore_index))
-    return head, getattr(torch, dtype), int(budget)
-
-
-def _forward(
-    entropy: Tensor,
-    lse: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    numbers: Tensor,
-    fixed: str,
-) -> list[Tensor]:
+def _copy(entropy, lse, hidden, weight, bias, target, numbers, text) -> list[Tensor]:
     return [entropy.clone(memory_format=torch.contiguous_format)]
 
 
-def _gradients(
-    upstream: Tensor,
-    entropy: Tensor,
-    lse: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    numbers: Tensor,
-    fixed: str,
-    needs: str,
+def _copy_fake(entropy, lse, hidden, weight, bias, target, numbers, text) -> list[Tensor]:
+    return [torch.empty_like(entropy, memory_format=torch.contiguous_format)]
+
+
+def _differentiate(
+    upstream, entropy, lse, hidden, weight, bias, target, numbers, text
 ) -> list[Tensor]:
-    """dhidden, dweight and dbias; empty where needs has a 0. upstream: [N], d loss / d entropy."""
-    head, dtype, budget = _decode(fixed, weight, bias, numbers)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    total = _Sums(hidden, weight, bias, needs, compute)
-    used = (target != head.ignore_index) & (upstream != 0.0)
-    rows = _selected(used)
-    weight = weight.to(dtype)
-    step = _tile_rows(weight, compute, budget)
+    """The gradients that are needed, in the order hidden, weight, bias. upstream: [N]."""
+    call = Call.of(text)
+    batch = Batch.of_shapes(call, hidden, weight, bias, target, numbers.tolist())
+    used = (target != call.ignore_index) & (upstream != 0.0)
+    rows, compute = rows_where(used), batch.tiles.compute
+    sums = GradientSums(batch.hidden, batch.tiles, call.needs, complete=rows.complete)
     with without_autocast(hidden):
-        for chosen in rows.split(step):
-            h = hidden[chosen].to(dtype)
-            unused = None
+        for chosen in rows.chunks(_tile_rows(batch)):
+            h = chosen.read(batch.hidden)
+            factor = unused = None
             if not sees_values(used):
                 # All rows are here, and what the unused ones hold must not reach a product.
-                unused = ~used[chosen].unsqueeze(1)
-                h.masked_fill_(unused, 0.0)
-            known = None if lse is None else (lse[chosen], entropy[chosen])
-            coef = upstream[chosen].to(compute)
-            slope = _logit_gradient(h, weight, head, coef, known)
+                unused = ~chosen.read(used).unsqueeze(1)
+                factor = chosen.read(used).to(compute)
+                h = h.masked_fill(unused, 0.0)
+            known = None if lse is None else (chosen.read(lse), chosen.read(entropy))
+            slope = _logit_gradient(h, batch.head, chosen.read(upstream).to(compute), known)
             if unused is not None:
                 slope.masked_fill_(unused, 0.0)
-            if total.dbias is not None:
-                total.dbias += slope.sum(0)
-            total.add(slope.to(dtype), h, weight, chosen)
-    return total.results()
+            sums.add(slope.to(call.dtype), chosen, factor)
+    sums.finish()
+    dhidden = sums.scaled_hidden_gradient(batch.hidden_dtype)
+    found = Gradients(dhidden, sums.dweight, sums.dbias).like(hidden, weight, bias)
+    return [x for x in found if x is not None]
 
 
-def _selected(used: Tensor) -> Tensor:
-    """Numbers of the rows that are used; of all rows where values cannot be looked at."""
-    if sees_values(used):
-        return used.nonzero().squeeze(1)
-    return torch.arange(used.shape[0], device=used.device)
+def _differentiate_fake(
+    upstream, entropy, lse, hidden, weight, bias, target, numbers, text
+) -> list[Tensor]:
+    return Call.of(text).needs.empty(hidden, weight, bias)
 
 
-def _tile_rows(weight: Tensor, compute: torch.dtype, budget: int) -> int:
+def _tile_rows(batch: Batch) -> int:
     """Rows of a tile whose temporaries fit into the budget; at least one."""
+    weight, compute = batch.head.weight, batch.tiles.compute
     V, D = weight.shape
     fixed_bytes, row_bytes = slab_bytes(D, weight.dtype, weight.device)
     row_bytes += TILE_BUFFERS * V * compute.itemsize + V * weight.dtype.itemsize
     row_bytes += ROW_BUFFERS * D * compute.itemsize
-    return max(1, (budget - fixed_bytes) // row_bytes)
+    return max(1, (batch.call.budget - fixed_bytes) // row_bytes)
 
 
 def _logit_gradient(
-    hidden: Tensor, weight: Tensor, head: Head, coef: Tensor, known: tuple[Tensor, Tensor] | None
+    hidden: Tensor, head: Head, coef: Tensor, known: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """coef_t * dH_t / da_tv, [n, V], in coef's dtype.
 
@@ -180,8 +150,8 @@ def _logit_gradient(
     vocabulary. Otherwise they are computed anew from the tile: then the gradients of a row add up
     to 0 whatever the size of its logits, which those that were rounded once do not.
     """
-    z = coef.new_empty(hidden.shape[0], weight.shape[0])
-    logits_into(hidden, weight, z)
+    z = coef.new_empty(hidden.shape[0], head.weight.shape[0])
+    logits_into(hidden, head.weight, z)
     if head.bias is not None:
         z += head.bias
     slope = None
@@ -205,73 +175,10 @@ def _logit_gradient(
     return gradient if slope is None else gradient.mul_(slope)
 
 
-class _Sums:
-    """dhidden, dweight and dbias, added up tile by tile; None where not needed."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: str,
-        compute: torch.dtype,
-    ):
-        self.leaves = (hidden, weight, bias)
-        wanted = [need == "1" for need in needs]
-        self.dhidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
-        self.dweight = weight.new_empty(weight.shape, dtype=compute) if wanted[1] else None
-        self.dbias = None
-        if bias is not None and wanted[2]:
-            self.dbias = bias.new_zeros(bias.shape, dtype=compute)
-        self.empty = True
-
-    def add(self, tile: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
-        """tile: [n, V], d loss / d a of these rows of hidden; all in the dtype of the products."""
-        if self.dhidden is not None:
-            out = tile.new_empty(hidden.shape, dtype=self.dhidden.dtype)
-            if out.dtype == tile.dtype:
-                times_weight(tile, weight, out)
-            else:
-                # A float32 hidden under autocast: the product is not rounded to 16 bits.
-                add_transposed(out, tile.T, weight, first=True)
-            self.dhidden[rows] = out
-        if self.dweight is not None:
-            add_transposed(self.dweight, tile, hidden, first=self.empty)
-        self.empty = False
-
-    def results(self) -> list[Tensor]:
-        if self.dweight is not None and self.empty:
-            self.dweight.zero_()
-        found = []
-        sums = (self.dhidden, self.dweight, self.dbias)
-        for total, leaf in zip(sums, self.leaves, strict=True):
-            if total is None or leaf is None:
-                found.append(self.leaves[0].new_empty(0))
-            else:
-                found.append(total.to(leaf.dtype))
-        return found
-
-
-def _fake_forward(entropy: Tensor, *_) -> list[Tensor]:
-    return [torch.empty_like(entropy, memory_format=torch.contiguous_format)]
-
-
-def _fake_gradients(
-    upstream, entropy, lse, hidden, weight, bias, target, numbers, fixed, needs
-) -> list[Tensor]:
-    found = []
-    for need, leaf in zip(needs, (hidden, weight, bias), strict=True):
-        if leaf is None or need == "0":
-            found.append(hidden.new_empty(0))
-        else:
-            found.append(leaf.new_empty(leaf.shape))
-    return found
-
-
 def _save(ctx, inputs, output) -> None:
-    *tensors, fixed = inputs
+    *tensors, text = inputs
     ctx.save_for_backward(*tensors)
-    ctx.fixed = fixed
+    ctx.call = Call.of(text)
     ctx.set_materialize_grads(False)
 
 
@@ -284,24 +191,20 @@ def _backward(ctx, grads):
     visible = type(upstream) is Tensor and sees_values(upstream)
     if visible and not bool(upstream.any()):
         return nothing
-    needs = "".join("1" if need else "0" for need in ctx.needs_input_grad[2:5])
-    found = _GRADIENTS(upstream, *ctx.saved_tensors, ctx.fixed, needs)
-    dhidden, dweight, dbias = (
-        x if need == "1" else None for x, need in zip(found, needs, strict=True)
-    )
-    return None, None, dhidden, dweight, dbias, None, None, None
+    found = _gradient(upstream, *ctx.saved_tensors, ctx.call.text())
+    return None, None, *ctx.call.needs.spread(found), None, None, None
 
 
 _OPERANDS = (
     "Tensor entropy, Tensor? lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor numbers, str fixed"
+    "Tensor numbers, str call"
 )
-_ENTROPY = Operator(f"linear_entropy({_OPERANDS}) -> Tensor[]", _forward, _fake_forward)
-_ENTROPY.differentiable(_save, _backward)
-_GRADIENTS = Operator(
-    f"linear_entropy_grad(Tensor upstream, {_OPERANDS}, str needs) -> Tensor[]",
-    _gradients,
-    _fake_gradients,
+_forward = Operator(f"linear_entropy({_OPERANDS}) -> Tensor[]", _copy, _copy_fake)
+_forward.differentiable(_save, _backward)
+_gradient = Operator(
+    f"linear_entropy_grad(Tensor upstream, {_OPERANDS}) -> Tensor[]",
+    _differentiate,
+    _differentiate_fake,
     LOOKS_AT_VALUES,
 )
-_GRADIENTS.first_derivatives_only()
+_gradient.first_derivatives_only()

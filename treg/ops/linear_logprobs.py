@@ -209,22 +209,7 @@ def plan_of_backward(
 
 
 def _differentiate_fake(coef, saved, hidden, weight, bias, target, numbers, text) -> list[Tensor]:
-    return fake_gradients(Call.of(text), hidden, weight, bias)
-
-
-def fake_gradients(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The gradients that are needed, not filled."""
-    found = []
-    for x, needed in zip((hidden, weight, bias), call.needs, strict=True):
-        if needed and x is not None:
-            found.append(x.new_empty(x.shape))
-    return found
-
-
-def spread(call: Call, gradients: list[Tensor]) -> list[Tensor | None]:
-    """The gradients of hidden, weight and bias, None where none is needed."""
-    left = iter(gradients)
-    return [next(left) if needed else None for needed in call.needs]
+    return Call.of(text).needs.empty(hidden, weight, bias)
 
 
 _forward = Operator(
@@ -260,7 +245,7 @@ def _backward(ctx, grads):
     hidden, weight, bias, target, numbers, *saved = ctx.saved_tensors
     text = ctx.call.text()
     found = _gradient(coef, saved, hidden, weight, bias, target, numbers, text)
-    return *spread(ctx.call, found), None, None, None
+    return *ctx.call.needs.spread(found), None, None, None
 
 
 _forward.differentiable(_save, _backward)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treg import checks
 from treg.losses import LossOptions, check_reference, treg_loss
-from treg.losses.pairs import STATS, PairOutputs, TokenInputs, row_starts, sequence_of_row
+from treg.losses.pairs import STATS, TokenInputs, pair_loss, row_starts, sequence_of_row
 from treg.losses.segments import segment_sum
 from treg.operators import LOOKS_AT_VALUES, Operator
 from treg.operators import scalars as as_tensor
@@ -21,11 +21,9 @@ from treg.ops.head.selection import sees_values
 from treg.ops.linear_logprobs import (
     batch_of,
     fake_flag,
-    fake_gradients,
     fake_scores,
     plan_of_backward,
     score,
-    spread,
 )
 from treg.ops.options import HeadOptions
 from treg.ops.plans import choose_plan
@@ -155,7 +153,7 @@ def fused_treg_loss(
         )
         names = ("logprobs", *call.outputs)
         found = dict(zip(names, scores, strict=False))
-        result = PairOutputs(loss, stats, found["logprobs"]).results(loss_options)
+        result = pair_loss(loss, stats, loss_options)
     else:
         found = score(options, call, hidden, weight, bias, target)
         scored = target != ignore_index
@@ -218,7 +216,6 @@ def _score(
     batch = batch_of(hidden, weight, bias, target, numbers, call)
     plan = choose_plan(call, batch.tiles, hidden.shape[0])
     pairs = TokenInputs(
-        logps=batch.hidden,  # not yet there
         target=batch.target,
         token_rewards=_flat(token_rewards),
         ref_logps=_flat(ref_logps),
@@ -286,7 +283,7 @@ def _differentiate(
 def _differentiate_fake(
     upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, text
 ) -> list[Tensor]:
-    return fake_gradients(Call.of(text), hidden, weight, bias)
+    return Call.of(text).needs.empty(hidden, weight, bias)
 
 
 _forward = Operator(
@@ -324,7 +321,7 @@ def _backward(ctx, grads):
     hidden, weight, bias, target, cu_seqlens, numbers, *saved = ctx.saved_tensors
     text = ctx.call.text()
     found = _gradient(upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, text)
-    return *spread(ctx.call, found), *others
+    return *ctx.call.needs.spread(found), *others
 
 
 _forward.differentiable(_save, _backward)

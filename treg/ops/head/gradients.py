@@ -23,6 +23,19 @@ class Needs(NamedTuple):
         """Whether the head itself is trained."""
         return self.weight or self.bias
 
+    def empty(self, *operands: Tensor | None) -> list[Tensor]:
+        """Room for the gradients of hidden, weight and bias that are needed."""
+        found = []
+        for x, needed in zip(operands, self, strict=True):
+            if needed and x is not None:
+                found.append(x.new_empty(x.shape))
+        return found
+
+    def spread(self, gradients: list[Tensor]) -> list[Tensor | None]:
+        """Those of hidden, weight and bias, None where none is needed; gradients: as `empty`."""
+        left = iter(gradients)
+        return [next(left) if needed else None for needed in self]
+
 
 class Gradients(NamedTuple):
     """Of the tensors that need one; None for the others."""

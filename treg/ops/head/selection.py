@@ -75,13 +75,15 @@ class RowSelection:
 
 def scored_rows(target: Tensor, ignore_index: int) -> RowSelection:
     """The rows with a target. All rows where values may not be looked at."""
-    everything = RowSelection.all(target.shape[0])
-    if not sees_values(target):
+    return rows_where(target != ignore_index)
+
+
+def rows_where(used: Tensor) -> RowSelection:
+    """The rows where used [N] is True. All rows where values may not be looked at."""
+    everything = RowSelection.all(used.shape[0])
+    if not sees_values(used) or bool(used.all()):
         return everything
-    scored = target != ignore_index
-    if bool(scored.all()):
-        return everything
-    return RowSelection(target.shape[0], (scored.nonzero().squeeze(1),))
+    return RowSelection(used.shape[0], (used.nonzero().squeeze(1),))
 
 
 def sees_values(x: Tensor) -> bool:

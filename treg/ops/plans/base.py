@@ -1,6 +1,5 @@
 """What a plan is: an order in which rows go through a head, forward and backward."""
 
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -56,7 +55,7 @@ class Plan(Protocol):
     def forward_pairs(
         self, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: list[int] | None
     ) -> tuple[Scores, Saved, PairOutputs]:
-        """Score pairs and evaluate their loss; pairs.logps is not looked at.
+        """Score pairs and evaluate their loss.
 
         ends: where the 2B sequences begin and end, [2B+1] offsets; None where only the device
             knows.
@@ -89,7 +88,7 @@ class ScoredFirst:
         scores, saved = self.forward(batch)
         logps = scores["logprobs"]
         outputs = PairOutputs.empty((pairs.starts.shape[0] - 1) // 2, logps)
-        evaluate_pairs(batch.call.impl, replace(pairs, logps=logps), options, outputs)
+        evaluate_pairs(batch.call.impl, logps, pairs, options, outputs)
         return scores, saved, outputs
 
     def backward_pairs(

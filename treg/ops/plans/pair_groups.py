@@ -14,7 +14,7 @@ Which, is decided on the host from lengths alone. All pairs must get the same up
 """
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -169,7 +169,7 @@ class GroupWork:
         lengths = scored_lengths(batch, ends)
         return cls(
             batch=batch,
-            pairs=replace(pairs, logps=logps),
+            pairs=pairs,
             options=options,
             lengths=lengths,
             groups=plan_groups(batch, count, lengths, options.pair_scalar),
@@ -275,8 +275,8 @@ class GroupWork:
     def _evaluate(self, group: Group) -> None:
         """Loss, statistics and coefficients of a group whose log-probs are there."""
         count = group.last - group.first
-        impl = self.batch.call.impl
-        evaluate_pairs(impl, self.pairs, self.options, self.outputs, group.first, count)
+        impl, logps = self.batch.call.impl, self.scores["logprobs"]
+        evaluate_pairs(impl, logps, self.pairs, self.options, self.outputs, group.first, count)
 
     def _known_coefficients(self, group: Group, rows: RowSelection) -> Tensor:
         """s_t = d L / d lp_t / w, for one pair:
