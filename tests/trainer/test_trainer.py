@@ -966,7 +966,7 @@ def test_other_options_of_an_objective(given, tmp_path):
     ("given", "message"),
     [
         ("[1", "loss_scalars: expected a JSON object"),
-        ("[1]", "loss_scalars: expected numbers by name"),
+        ("[1]", "loss_scalars: expected values by name"),
         ('{"tau": "a"}', "tau: expected a finite number"),
         ({"margin": 1.0}, "scalars: expected options of loss_type='discopop', which takes tau"),
     ],

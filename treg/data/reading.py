@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +197,18 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_object(name: str, given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Options by name, or the same as JSON; empty for None and "". ValueError: anything else."""
+    if given is None or given == "":
+        return {}
+    found = given
+    if isinstance(given, str):
+        try:
+            found = parse_json(given)
+        except ValueError as error:
+            raise ValueError(f"{name}: expected a JSON object, got {given!r}: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name}: expected values by name, got {given!r}")
+    return dict(found)

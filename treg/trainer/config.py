@@ -1,13 +1,13 @@
 """TrainingArguments and what the loss needs."""
 
-import json
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
 from treg.data import EncodeOptions
-from treg.losses import LossOptions
+from treg.data.reading import json_object
+from treg.losses import OBJECTIVES, LossOptions
 
 
 @dataclass
@@ -37,7 +37,7 @@ class TRegConfig(TrainingArguments):
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of labels taken as wrong, in [0, 0.5)."}
     )
-    loss_type: str = field(default="dpo", metadata={"help": "A key of treg.losses.OBJECTIVES."})
+    loss_type: str = field(default="dpo", metadata={"help": f"Objective: {', '.join(OBJECTIVES)}."})
     loss_scalars: dict[str, float] | str | None = field(
         default=None,
         metadata={"help": "Other options of the objective as JSON, e.g. '{\"tau\": 0.05}'."},
@@ -108,19 +108,5 @@ class TRegConfig(TrainingArguments):
             self.gamma,
             self.label_smoothing,
             self.weighting,
-            self._scalars(),
+            json_object("loss_scalars", self.loss_scalars),
         )
-
-    def _scalars(self) -> dict[str, float]:
-        """loss_scalars as a dict. ValueError: anything else than numbers by name."""
-        given = self.loss_scalars or {}
-        if isinstance(given, str):
-            try:
-                given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"loss_scalars: expected a JSON object, got {self.loss_scalars!r}: {error}"
-                ) from error
-        if not isinstance(given, dict):
-            raise ValueError(f"loss_scalars: expected numbers by name, got {given!r}")
-        return given

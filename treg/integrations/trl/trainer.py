@@ -4,7 +4,6 @@ treg.
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from treg.checks import check_number
 from treg.data import Pair, RowProblem
 from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, REWARD_COLUMNS
 from treg.data.examples import check_made_with
+from treg.data.reading import json_object
 from treg.heads import HeadSpec, check_sequences, install_head
 from treg.heads.logprobs import token_logprobs
 from treg.integrations.trl.data import (
@@ -90,17 +90,7 @@ class TRegDPOConfig(DPOConfig):
     @property
     def source_options(self) -> dict[str, Any]:
         """The options of the source of token rewards, by name."""
-        given = self.treg_rewards_options or {}
-        if isinstance(given, str):
-            try:
-                given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"treg_rewards_options: expected a JSON object, got {given!r}: {error}"
-                ) from error
-        if not isinstance(given, dict):
-            raise ValueError(f"treg_rewards_options: expected values by name, got {given!r}")
-        options = dict(given)
+        options = json_object("treg_rewards_options", self.treg_rewards_options)
         if self.treg_prompts is not None:
             if "prompts" in options:
                 raise ValueError(
@@ -320,8 +310,10 @@ class TRegDPOTrainer(DPOTrainer):
             loss, *rest = found if return_outputs else (found,)
             if rewards is not None:
                 logps, rewards = kept[0], rewards[:, 1:].to(kept[0].device)
-                loss = loss + token_regularizer(loss, logps, rewards, self.args.treg_alpha)
-                self._record(logps.detach(), rewards, inputs["completion_mask"][:, 1:].bool())
+                scored = inputs["completion_mask"][:, 1:].bool().to(logps.device)
+                alpha = self.args.treg_alpha
+                loss = loss + token_regularizer(loss, logps, rewards, alpha, mask=scored)
+                self._record(logps.detach(), rewards, scored)
         loss = loss if grad else loss.detach()
         return (loss, *rest) if return_outputs else loss
 
