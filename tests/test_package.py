@@ -232,8 +232,15 @@ def test_imports_that_are_shown_resolve():
 
 
 @pytest.mark.parametrize(("module", "name"), OLD_NAMES)
-def test_old_names_still_work(module, name):
-    assert imported(module, name) is imported(OLD_NAMES[module, name], name)
+def test_old_names_still_work_and_say_the_new_ones(module, name):
+    sys.modules.pop(module, None)
+    new = OLD_NAMES[module, name]
+    with pytest.warns(
+        DeprecationWarning, match=f"^{re.escape(module)} is now {re.escape(new)};"
+    ) as w:
+        importlib.import_module(module)
+    assert w[0].filename == importlib.__file__
+    assert getattr(sys.modules[module], name) is imported(new, name)
 
 
 def test_every_old_name_is_tested():

@@ -72,7 +72,14 @@ MAY_IMPORT = {
     },
     "treg.__main__": {"treg.cli"},
     "treg.integrations": {"*"},
-    "treg.old_names": {"treg.heads", "treg.losses", "treg.ops", "treg.rewards", "treg.viz"},
+    "treg.old_names": {
+        "treg.old_names",
+        "treg.heads",
+        "treg.losses",
+        "treg.ops",
+        "treg.rewards",
+        "treg.viz",
+    },
 }
 # The package itself only gathers public names.
 MAY_IMPORT["treg"] = MAY_IMPORT.keys() - {
