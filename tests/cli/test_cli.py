@@ -18,6 +18,7 @@ import treg
 from treg.cli import main
 from treg.data.annotated import read_annotated
 from treg.files import locked
+from treg.losses import OBJECTIVES
 
 ROWS = 24
 
@@ -82,9 +83,11 @@ def test_help(command, capsys):
         main([command, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and text.startswith(f"usage: treg {command}") and "--config" in text
-    assert command != "train" or (
-        "--beta" in text and "--fsdp" not in text and "--help_all" in text
-    )
+    if command == "train":
+        assert "--beta" in text and "--fsdp" not in text and "--help_all" in text
+        # one spelling of a switch
+        assert "--disable_dropout" in text and "--no_disable_dropout" not in text
+        assert all(name in text for name in OBJECTIVES)
 
 
 def test_help_all(capsys):

@@ -241,6 +241,8 @@ def _hide(parser: argparse.ArgumentParser, training: set[str], *, every: bool) -
     """Make --help short: one spelling of each option, and of training's those that are SHOWN."""
     for action in parser._actions:
         unwanted = action.dest in training.difference(SHOWN) and not every
+        # --no_NAME, which transformers adds to a switch that is on, with the text of the switch
+        unwanted |= isinstance(action, argparse._StoreFalseAction)
         if unwanted or (action.dest == "help_all" and not training):
             action.help = argparse.SUPPRESS
         spellings = action.option_strings
