@@ -3,6 +3,7 @@ on.
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from safetensors.torch import load_file
 
 import treg
 from treg.cli import main
+from treg.cli.options import RewardsOptions, RowOptions, parse
 from treg.data.annotated import read_annotated
 from treg.files import locked
 from treg.losses import OBJECTIVES
+from treg.trainer import TRegConfig
 
 ROWS = 24
 
@@ -489,6 +492,81 @@ def test_rewards_of_ones_own_source_train_dpo(folder, tmp_path, own_sources, cap
     assert main(refused) == 2
     assert "which gives token_weights and no token_rewards" in capsys.readouterr().err
     assert not list((tmp_path / "no").glob("*.parquet"))
+
+
+LISTS = """
+from dataclasses import dataclass
+from typing import Literal
+from own_token_rewards import Lengths
+
+@dataclass(frozen=True)
+class Options:
+    scales: list[float] | None = None
+    words: tuple[str, ...] = ()
+    flags: list[bool] | None = None
+    kinds: list[Literal["a", "b"]] | None = None
+
+class Lists(Lengths):
+    Options = Options
+"""
+LIST_VALUES = {
+    "scales": (["1e-5", "2"], "[1e-5, 2]", [1e-5, 2.0]),
+    "one number": (["1e-5"], "1e-5", [1e-5]),
+    "words": (["a b", "1"], "[a b, 1]", ["a b", "1"]),
+    "one word": (["a b"], "a b", ["a b"]),
+    "flags": (["false", "yes"], "[false, yes]", [False, True]),
+    "kinds": (["b", "a"], "[b, a]", ["b", "a"]),
+}
+
+
+def source_options(*argv) -> dict:
+    argv = ["--data", "x", "--rewards", "own_lists:Lists", *argv]
+    _, options = parse("annotate", argv, (RowOptions, RewardsOptions), "")
+    return options.rewards_options
+
+
+@pytest.fixture
+def own_lists(own_sources, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "own_lists", raising=False)
+    (tmp_path / "own_lists.py").write_text(LISTS)
+
+
+@pytest.mark.parametrize("case", LIST_VALUES)
+def test_lists_in_yaml_are_those_of_the_command_line(case, own_lists, tmp_path):
+    words, text, expected = LIST_VALUES[case]
+    name = {"one number": "scales", "one word": "words"}.get(case, case)
+    config = tmp_path / "run.yaml"
+    config.write_text(f"rewards:\n  name: own_lists:Lists\n  {name}: {text}\n")
+    for argv in ([f"--rewards.{name}", *words], ["--config", str(config)]):
+        assert source_options(*argv) == {name: expected}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scales: [fast]", "rewards.scales: could not convert"),
+        ("scales: [true]", "rewards.scales: expected a number, got True"),
+        ("scales: [[1]]", "rewards.scales: expected one value, got [1]"),
+        ("kinds: [a, c]", "rewards.kinds: expected one of a, b, got 'c'"),
+    ],
+)
+def test_lists_in_yaml_that_are_refused(text, message, own_lists, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"rewards:\n  name: own_lists:Lists\n  {text}\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        source_options("--config", str(config))
+
+
+def test_options_by_name_in_yaml(tmp_path):
+    """A mapping where the command line takes JSON."""
+    config = tmp_path / "run.yaml"
+    config.write_text("loss_type: discopop\nloss_scalars: {tau: 0.1}\n")
+    argv = ["--output_dir", str(tmp_path)]
+    (found,) = parse("train", [*argv, "--config", str(config)], (TRegConfig,), "")
+    scalars = ["--loss_type", "discopop", "--loss_scalars", '{"tau": 0.1}']
+    (expected,) = parse("train", [*argv, *scalars], (TRegConfig,), "")
+    assert found.loss_scalars == expected.loss_scalars
+    assert found.loss_options == expected.loss_options
 
 
 def test_help_of_a_source(own_sources, capsys):

@@ -10,6 +10,7 @@ it, and `--rewards.OPTION` are the fields of its own dataclass. In YAML they may
 
 import argparse
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -169,7 +170,7 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any], text: str) -> li
         parser.print_help()
         raise SystemExit(0)
     if early.config:
-        _set_defaults(parser, early.config, values)
+        _set_defaults(parser, early.config, values, _options_by_name(kinds))
     known = parser._option_string_actions
     for given in (x.partition("=")[0] for x in argv if x.startswith("--")):
         if given not in known:
@@ -296,7 +297,9 @@ def _reading(what: str, annotation: Any) -> dict[str, Any]:
             choices = typing.get_args(member)
             return {"type": type(choices[0]), "choices": choices}
         if typing.get_origin(member) in (list, tuple):
-            return {"type": typing.get_args(member)[0], "nargs": "+"}
+            one = _reading(what, typing.get_args(member)[0])
+            one.pop("const", None)  # what a switch means without a value
+            return one | {"nargs": "+"}
     raise ValueError(
         f"{what}: expected a type that the command line can read (str, int, float, bool, Literal, "
         f"or a list of one of them), got {annotation}"
@@ -321,34 +324,59 @@ def _flat_yaml(path: str) -> dict[str, Any]:
     return flat
 
 
-def _set_defaults(parser: argparse.ArgumentParser, path: str, values: dict[str, Any]) -> None:
-    """Let the values of a YAML file stand in for options that the command line does not give."""
+def _set_defaults(
+    parser: argparse.ArgumentParser, path: str, values: dict[str, Any], by_name: set[str]
+) -> None:
+    """Let the values of a YAML file stand in for options that the command line does not give.
+
+    by_name: options that hold values by name; the command line takes them as JSON.
+    """
     actions = {action.dest: action for action in parser._actions}
     for name, value in values.items():
         if name not in actions or name in ("help", "help_all", "config"):
             raise ValueError(f"{path}: unknown option {name!r}{nearest(str(name), actions)}")
         action = actions[name]
-        value = _converted(action, value, f"{path}: {name}")
-        if action.choices is not None and value not in action.choices:
-            raise ValueError(
-                f"{path}: {name}: expected one of {', '.join(map(str, action.choices))}, got "
-                f"{value!r}"
-            )
+        if name in by_name and isinstance(value, dict):
+            value = json.dumps(value, default=str)
+        elif value is not None or action.choices is not None:
+            value = _converted(action, value, f"{path}: {name}")
         action.required = False
         parser.set_defaults(**{name: value})
 
 
+def _options_by_name(kinds: Sequence[Any]) -> set[str]:
+    """The fields that take a dict or the same as JSON."""
+    names = set()
+    for kind in kinds:
+        for name, annotation in typing.get_type_hints(kind).items():
+            members = typing.get_args(annotation)
+            if str in members and any((typing.get_origin(x) or x) is dict for x in members):
+                names.add(name)
+    return names
+
+
 def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     """A value of a YAML file as the command line would give it: 1e-5 is a string in YAML."""
+    if action.nargs in ("+", "*"):
+        given = value if isinstance(value, list) else [value]
+        return [_converted_one(action, x, where) for x in given]
+    return _converted_one(action, value, where)
+
+
+def _converted_one(action: argparse.Action, value: Any, where: str) -> Any:
     nested = isinstance(value, (list, dict))
-    if nested and action.nargs is None and action.type in (str, int, float):
+    if nested and action.type in (str, int, float):
         raise ValueError(f"{where}: expected one value, got {value!r}")
     if isinstance(value, bool) and action.type in (int, float):
         raise ValueError(f"{where}: expected a number, got {value!r}")
-    if action.type is None or value is None or nested or isinstance(value, bool):
-        return value
-    convert: Callable[[str], Any] = action.type  # type: ignore[assignment]
-    try:
-        return convert(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+    if action.type is not None and not nested and not isinstance(value, bool):
+        convert: Callable[[str], Any] = action.type  # type: ignore[assignment]
+        try:
+            value = convert(str(value))
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(
+            f"{where}: expected one of {', '.join(map(str, action.choices))}, got {value!r}"
+        )
+    return value
