@@ -346,8 +346,16 @@ def test_limit_is_for_raw_rows(folder, tmp_path, capsys):
     command = ["inspect", "--data", out / "annotated.parquet", "--model", out, "--output", page]
     assert main([str(x) for x in command]) == 0 and page.exists()
     again = train_options(folder, tmp_path / "again", data=out / "annotated.parquet", max_steps=1)
-    assert main([*again, "--limit", "2"]) == 2
-    assert "limit: expected none with annotated data" in capsys.readouterr().err
+    no_source = "expected none with annotated data"
+    for option, value, message in (
+        ("limit", "2", f"limit: {no_source}, got 2"),
+        ("rewards", "contrastive", f"rewards: {no_source}, got 'contrastive'"),
+        ("rewards.prompts", "p.yaml", f"rewards.prompts: {no_source}, got 'p.yaml'"),
+        ("prompts", "p.yaml", f"prompts: {no_source}, got 'p.yaml'"),
+    ):
+        assert main([*again, f"--{option}", value]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()  # refused before the run has its folder
     assert main(again) == 0
 
 
@@ -459,6 +467,11 @@ def test_weights_of_ones_own_source_train_simpo(folder, tmp_path, own_sources, c
     inspect = ["inspect", "--data", annotated, "--tokenizer", folder / "model", "--output", page]
     assert main([str(x) for x in inspect]) == 0 and page.exists()
     capsys.readouterr()
+    # without a regularizer nothing is annotated unless a source is named
+    plain = train_options(folder, tmp_path / "d", alpha=0.0)
+    for option in ("prompts", "rewards.prompts"):
+        assert main([*plain, f"--{option}", "p.yaml"]) == 2
+        assert f"{option}: expected none with alpha=0" in capsys.readouterr().err
     # what the data lack is named
     assert main(train_options(folder, tmp_path / "b", data=annotated)) == 2
     assert "expected the columns chosen_token_rewards" in capsys.readouterr().err
@@ -492,6 +505,21 @@ def test_rewards_of_ones_own_source_train_dpo(folder, tmp_path, own_sources, cap
     assert main(refused) == 2
     assert "which gives token_weights and no token_rewards" in capsys.readouterr().err
     assert not list((tmp_path / "no").glob("*.parquet"))
+
+
+def test_options_that_a_source_refuses(folder, tmp_path, own_sources, capsys):
+    """Named before a model is loaded and before the run has its folder."""
+    raises = ("raise ValueError('short_word: too much')", "len(3)")
+    for number, (fault, message) in enumerate(zip(raises, ("too much", "no len()"), strict=True)):
+        text = SOURCE.replace("STREAM", "token_rewards").replace(
+            "class Lengths", f"    def __post_init__(self):\n        {fault}\n\nclass Lengths"
+        )
+        (tmp_path / f"strict{number}.py").write_text(text)
+        source = f"strict{number}:Lengths"
+        assert main([*train_options(folder, tmp_path / "out", rewards=source, model="./no")]) == 2
+        error = capsys.readouterr().err
+        assert f"rewards.*: the source {source!r} refuses its options" in error
+        assert message in error and not (tmp_path / "out").exists()
 
 
 LISTS = """

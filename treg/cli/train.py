@@ -9,11 +9,19 @@ from typing import Any
 import torch
 
 from treg.cli.loading import annotate_options, drawable, load_model, load_tokenizer, say
-from treg.cli.options import ModelOptions, RewardsOptions, RowOptions, TrainOptions, parse, words
+from treg.cli.options import (
+    SOURCE_PREFIX,
+    ModelOptions,
+    RewardsOptions,
+    RowOptions,
+    TrainOptions,
+    parse,
+    words,
+)
 from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import is_annotated
 from treg.files import last_checkpoint, locked, replacing
-from treg.rewards import DEFAULT_SOURCE, source_class
+from treg.rewards import source_class
 from treg.rewards.annotate import annotate, process_state
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.viz import plot_curves
@@ -93,13 +101,41 @@ def _check(options: Options) -> None:
         raise ValueError(
             "use_liger_kernel: expected a GPU, got a CPU; Liger's layers are Triton kernels"
         )
-    source = options.rewards.rewards or DEFAULT_SOURCE
-    streams = source_class(source).streams
-    raw = [x for x in (options.rows.data, options.own.eval_data) if x and not is_annotated(x)]
-    if config.alpha > 0 and "token_rewards" not in streams and raw:
+    data = [x for x in (options.rows.data, options.own.eval_data) if x]
+    raw = [x for x in data if not is_annotated(x)]
+    limit = options.rows.limit
+    if limit is not None and len(raw) < len(data):
         raise ValueError(
-            f"alpha: expected 0 with --rewards {source}, which gives {', '.join(streams)} and no "
-            f"token_rewards, got {config.alpha}"
+            f"limit: expected none with annotated data, got {limit}; annotate fewer rows"
+        )
+    _check_rewards(options, raw)
+
+
+def _check_rewards(options: Options, raw: list[str]) -> None:
+    """ValueError for options of token rewards that are wrong or have no effect; raw: the data that
+    are not annotated.
+    """
+    rewards, alpha = options.rewards, options.config.alpha
+    given = {"rewards": rewards.rewards, "prompts": rewards.prompts}
+    given |= {f"{SOURCE_PREFIX}{name}": x for name, x in rewards.rewards_options.items()}
+    for name, value in given.items():
+        if value is not None and not raw:
+            raise ValueError(
+                f"{name}: expected none with annotated data, got {value!r}; annotate them again"
+            )
+        if value is not None and not options.annotates:
+            raise ValueError(
+                f"{name}: expected none with alpha=0, for which nothing is annotated, got "
+                f"{value!r}; name the source with --rewards to annotate all the same"
+            )
+    if not raw or not options.annotates:
+        return
+    made = annotate_options(rewards, options.config.max_length, per_token=True)
+    streams = source_class(made.rewards).streams
+    if alpha > 0 and "token_rewards" not in streams:
+        raise ValueError(
+            f"alpha: expected 0 with --rewards {made.rewards}, which gives {', '.join(streams)} "
+            f"and no token_rewards, got {alpha}"
         )
 
 
@@ -173,16 +209,11 @@ class _DataPreparation:
 
     def __call__(self, source: str, name: str, split: str) -> str | list:
         """source: what --data names. name: of the annotated file."""
-        rows = self.options.rows
         if is_annotated(source):
-            if rows.limit is not None:
-                raise ValueError(
-                    f"limit: expected none with annotated data, got {rows.limit}; annotate fewer "
-                    "rows"
-                )
             return source
         if self.options.annotates:
             return self._annotated(source, name, split)
+        rows = self.options.rows
         pairs, report = load_pairs(
             source,
             self.tokenizer,

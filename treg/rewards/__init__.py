@@ -90,7 +90,8 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
     """The Options of a source, from values by name.
 
     Raises:
-        ValueError: a name that is no option of it, with the nearest one; an option that is missing.
+        ValueError: a name that is no option of it, with the nearest one; an option that is missing;
+            what Options itself refuses.
     """
     kind = source_class(name).Options
     known = {x.name: x for x in fields(kind) if x.init}
@@ -106,7 +107,10 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
             raise ValueError(
                 f"rewards.{option}: expected a value, which the source {name!r} needs, got none"
             )
-    return kind(**given)
+    try:
+        return kind(**given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"rewards.*: the source {name!r} refuses its options: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
