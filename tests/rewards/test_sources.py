@@ -25,8 +25,8 @@ from treg.rewards import (
     make_options,
     source_class,
 )
-from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import Response, ResponsePairs, score_checked
+from treg.rewards.annotate import AnnotateOptions, annotate, annotate_pairs
+from treg.rewards.base import Response, ResponsePairs, check_response, score_checked
 from treg.rewards.lookup import TokenRewards
 
 TOKENIZER = tiny_tokenizer()
@@ -354,6 +354,61 @@ def test_what_a_source_gives_is_checked(wrong):
     found, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
         score_checked(Wrong(found), responses())
+
+
+class Refuses(Wrong):
+    """One that refuses what says "sun", in the way that a test says."""
+
+    def __init__(self, problem, found=lambda xs: [{"token_rewards": ones(x)} for x in xs]):
+        super().__init__(found)
+        self.problem = problem
+
+    def check(self, response):
+        return self.problem if "sun" in response.text else None
+
+
+def test_where_a_problem_is_need_not_be_said(tmp_path, monkeypatch):
+    class Own(Refuses):
+        def __init__(self, options, context):
+            super().__init__(RowProblem("the sun", "it shines"))
+
+    monkeypatch.setitem(SOURCES, "own", Own)
+    options = AnnotateOptions(rewards="own")
+    report = annotate(MODEL, TOKENIZER, ROWS, tmp_path / "a.parquet", options, progress=False)
+    assert report.dropped == {"the sun": 1} and report.kept == 1
+    assert report.examples == {"the sun": ["row 0: the sun: it shines"]}
+
+
+@pytest.mark.parametrize("problem", [True, False, "too long", ValueError("no")])
+def test_what_check_returns_is_checked(problem):
+    with pytest.raises(ValueError, match=r"Refuses\.check: row 0: rejected: expected None or a Ro"):
+        for response in responses():
+            check_response(Refuses(problem), response)
+
+
+def test_nothing_is_scored_where_every_pair_is_refused():
+    def found(given):
+        raise AssertionError("asked for nothing")
+
+    pairs, _ = load_pairs(ROWS[:1], TOKENIZER, EncodeOptions(256))
+    context = Context(MODEL, TOKENIZER)
+    source = Refuses(RowProblem("the sun"), found)
+    rows, (problem,) = annotate_pairs(source, context, pairs)
+    assert rows == [] and problem.where == "row 0"
+
+
+def test_the_model_is_in_eval_mode_when_a_source_sees_it(tmp_path, monkeypatch):
+    model, modes = tiny_llama(len(TOKENIZER)).train(), []
+
+    class Looks(Refuses):
+        def __init__(self, options, context):
+            super().__init__(None)
+            modes.append(context.model.training)
+
+    monkeypatch.setitem(SOURCES, "own", Looks)
+    options = AnnotateOptions(rewards="own", reference=False)
+    annotate(model, TOKENIZER, ROWS, tmp_path / "a.parquet", options, progress=False)
+    assert modes == [False]
 
 
 def test_settings_that_are_no_json(tmp_path, monkeypatch):

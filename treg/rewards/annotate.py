@@ -41,7 +41,7 @@ from treg.rewards import (
     load_source,
     make_options,
 )
-from treg.rewards.base import ResponsePairs, score_checked
+from treg.rewards.base import ResponsePairs, check_response, score_checked
 
 PART_PAIRS = 32
 CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
@@ -135,6 +135,7 @@ def annotate(
     # the longest first: memory runs out early
     order = sorted(pairs, key=lambda pair: (-pair_tokens(vars(pair)), pair.index))
     bar = _Progress(progress and state.is_main_process)
+    model.eval()  # before the source sees it
     context = Context(
         model,
         tokenizer,
@@ -278,6 +279,8 @@ def annotate_pairs(
             kept += [(pair, response) for response in sides]
         else:
             problems.append(problem)
+    if not kept:
+        return [], problems
     responses = [response for _, response in kept]
     rows: dict[int, dict[str, Any]] = {}
     for pair, _ in kept:
@@ -309,7 +312,7 @@ def _problem_of(
     what does not fit the reference.
     """
     for response in sides:
-        problem = rewards.check(response)
+        problem = check_response(rewards, response)
         if problem is not None:
             return problem
     need = max(len(x.prompt_ids) + len(x.ids) - 1 for x in sides)

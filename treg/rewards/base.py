@@ -226,7 +226,7 @@ class TokenRewardSource(Protocol):
         ...
 
     def check(self, response: Response) -> RowProblem | None:
-        """Why a response cannot be scored; None if it can."""
+        """Why a response cannot be scored; None if it can. The row is filled in by the caller."""
         ...
 
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
@@ -234,6 +234,23 @@ class TokenRewardSource(Protocol):
         through are given.
         """
         ...
+
+
+def check_response(source: TokenRewardSource, response: Response) -> RowProblem | None:
+    """`source.check(response)`, held against what the source promises; the row is filled in.
+
+    Raises:
+        ValueError: it returns something else than None or a RowProblem.
+    """
+    problem = source.check(response)
+    if problem is None:
+        return None
+    if not isinstance(problem, RowProblem):
+        raise ValueError(
+            f"{type(source).__name__}.check: {response.where}: {response.side}: expected None or a "
+            f"RowProblem, got {problem!r}"
+        )
+    return RowProblem(problem.reason, problem.detail, response.where)
 
 
 def score_checked(
