@@ -24,6 +24,7 @@ from helpers import EPS, assert_within_budget, error
 from tiny import environment, tiny_llama, tiny_tokenizer
 
 import treg.ops.entropy
+from treg.data import RowProblem
 from treg.data.annotated import read_annotated
 from treg.integrations import verl as integration
 from treg.rewards.annotate import annotate
@@ -750,7 +751,20 @@ def test_judging_refuses_prompts_that_are_not_text(prompt, annotated, verl_modul
 def test_judging_refuses_what_the_model_cannot_hold(annotated, verl_modules, tmp_path):
     tiny_llama(len(annotated.tokenizer), max_position_embeddings=64).save_pretrained(tmp_path)
     manager = make_manager(annotated, make_config(model=str(tmp_path), device="cpu"))
-    with pytest.raises(ValueError, match="requests of up to 64 tokens"):
+    with pytest.raises(ValueError, match="the model has 64 positions"):
+        run(manager, make_proto(annotated))
+
+
+def test_a_refusal_asks_nothing_of_the_model(annotated, verl_modules):
+    """An own source may have a model whose head cannot be read."""
+
+    class Refuses:
+        def check(self, response):
+            return RowProblem("no opinion")
+
+    manager = make_manager(annotated, make_config(model=annotated.model))
+    manager.source = Refuses()
+    with pytest.raises(ValueError, match=r"responses: expected ones .* got no opinion"):
         run(manager, make_proto(annotated))
 
 

@@ -50,7 +50,7 @@ from treg.rewards import (
     make_options,
     source_class,
 )
-from treg.rewards.base import score_checked
+from treg.rewards.base import check_response, score_checked
 from treg.rewards.lookup import TokenRewards
 
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
@@ -346,7 +346,6 @@ class TRegRewardManager:
             config.get("data", {}).get("apply_chat_template_kwargs", None) or {}
         )
         self.lock = threading.Lock()
-        self.context: Any = None
         self.source: Any = None  # once there is something to score: a source, or TokenRewards
 
     async def run_single(self, data: Any) -> dict[str, Any]:
@@ -416,16 +415,15 @@ class TRegRewardManager:
         options = self.options
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device)
-        self.context = Context(model, self.tokenizer, tokens_per_batch=options.tokens_per_batch)
-        return load_source(options.rewards, options.rewards_options, self.context)
+        context = Context(model, self.tokenizer, tokens_per_batch=options.tokens_per_batch)
+        return load_source(options.rewards, options.rewards_options, context)
 
     def _scored(self, source: TokenRewardSource, response: Response) -> Tensor:
-        problem = source.check(response)
+        problem = check_response(source, response)
         if problem is not None:
             raise ValueError(
                 f"responses: expected ones that the source {self.options.rewards!r} can judge, "
-                f"requests of up to {self.context.longest} tokens among them, got "
-                f"{problem.reason}: {problem.detail}; if it is too long, lower "
+                f"got {problem.reason}: {problem.detail}; if it is too long, lower "
                 "data.max_response_length"
             )
         (streams,) = score_checked(source, [response])
