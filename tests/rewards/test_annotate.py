@@ -657,8 +657,39 @@ def test_sharing_is_judged_on_the_longest_pair(tmp_path, caplog):
     )
     for tried, shared in ((pairs[1:], True), (pairs, False)):
         source = contrastive(model, SHORT, ResponsePairs(tried, CHAT))
+        assert not source.context.scorer.share  # nothing is shared that was not tried
         source.score(ResponsePairs(pairs, CHAT)[1])
         assert source.context.scorer.share == shared
+
+
+@pytest.mark.parametrize(("known", "tries"), [(0, 1), (1, 1), (2, 2)])
+def test_sharing_is_tried_once_on_the_same_responses(known, tries, monkeypatch):
+    found, tried = load_pairs(rows(2), CHAT)[0], []
+    pairs = ResponsePairs(found, CHAT)
+    source = contrastive(MODEL, SHORT, ResponsePairs(found[:known], CHAT))
+    try_sharing = source.context.scorer.try_sharing
+    monkeypatch.setattr(
+        source.context.scorer, "try_sharing", lambda x: (tried.append(x), try_sharing(x))
+    )
+    source.score(pairs[0])
+    source.score(pairs[1])
+    assert len(tried) == tries and source.context.scorer.share
+
+
+def test_a_source_of_ones_own_shares_what_it_has_tried():
+    """Until then both contexts are run whole."""
+    seen = []
+    scorer = Context(MODEL, CHAT, on_tokens=seen.append).scorer
+    both = [([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [7, 8])]
+    for share, tokens in ((False, 12), (True, 8)):
+        if share:
+            scorer.try_sharing(both)
+        seen.clear()
+        scorer.score_both(both)
+        assert sum(seen) == tokens
+    off = Context(MODEL, CHAT, share_prefix=False).scorer
+    off.try_sharing(both)
+    assert not off.share
 
 
 def test_parts_of_another_size_are_refused(tmp_path, monkeypatch, small_parts):

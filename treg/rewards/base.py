@@ -186,7 +186,11 @@ class Context:
 
     @cached_property
     def scorer(self) -> Scorer:
-        """Log-probs by the reference; made when a source first asks for it."""
+        """Log-probs by the reference; made when a source first asks for it.
+
+        Its `score_both` runs the common beginning of two contexts once as soon as a source has let
+        `try_sharing` find the same log-probs that way.
+        """
         from treg.rewards.scorer import Scorer
 
         return Scorer(

@@ -239,10 +239,11 @@ class ContrastiveSource:
             return
         self._sharing_tried = True
         pairs = self.context.pairs or [tuple(responses)]
-        fitting = (pair for pair in pairs if self._fits(pair))
-        tried = [pair for pair in (next(fitting, None), pairs[-1]) if pair and self._fits(pair)]
-        for pair in tried:
-            self.context.scorer.try_sharing([self._row(response) for response in pair])
+        last = len(pairs) - 1
+        longest = next((i for i, pair in enumerate(pairs) if self._fits(pair)), last)
+        for pair in (pairs[i] for i in dict.fromkeys((longest, last))):
+            if self._fits(pair):
+                self.context.scorer.try_sharing([self._row(response) for response in pair])
 
     def _fits(self, responses: Sequence[Response]) -> bool:
         return all(self.check(response) is None for response in responses)

@@ -37,7 +37,8 @@ class Scorer:
     Args:
         model: a Hugging Face causal LM, on its device; it is put into eval mode.
         tokens_per_batch: tokens of one forward, with padding.
-        share_prefix: whether the common beginning of two contexts is run once.
+        share_prefix: whether the common beginning of two contexts may be run once: it is, when
+            `try_sharing` has found the same log-probs that way.
         on_tokens: is told how many tokens each forward had.
     """
 
@@ -53,7 +54,8 @@ class Scorer:
         self.spec: HeadSpec = install_head(model)
         check_sequences(self.spec)
         self.tokens_per_batch = tokens_per_batch
-        self.share = share_prefix
+        self.may_share = share_prefix
+        self.share = False
         self.on_tokens = on_tokens
         model.eval()
         weight: Any = self.spec.projection.weight
@@ -136,11 +138,12 @@ class Scorer:
         return scored
 
     def try_sharing(self, rows: list[TwoContexts]) -> None:
-        """Give up the shared beginning for good where log-probs are not the same with it."""
-        if not self.share:
+        """Share the beginning from now on if log-probs are the same with it; never, if not."""
+        if not self.may_share:
             return
         with torch.inference_mode():
             try:
+                self.share = True
                 shared = self.score_both(rows)
             except Exception as error:  # whatever a model without a usable cache raises
                 log.warning(
@@ -148,7 +151,7 @@ class Scorer:
                     type(error).__name__,
                     error,
                 )
-                self.share = False
+                self.share = self.may_share = False
                 return
             self.share = False
             apart = self.score_both(rows)
@@ -158,7 +161,7 @@ class Scorer:
             for a, b in zip(with_it, without, strict=True)
         ]
         difference = torch.cat(differences).mean().item()
-        self.share = difference <= SHARED_TOLERANCE[self.dtype]
+        self.share = self.may_share = difference <= SHARED_TOLERANCE[self.dtype]
         if not self.share:
             log.warning(
                 "the common beginning of the two requests is not shared: log-probs differ by "
