@@ -22,6 +22,7 @@ from treg.data import EncodeOptions
 from treg.data.annotated import read_annotated
 from treg.integrations.trl import TRegDPOConfig, TRegDPOTrainer, patch_chunked_logprobs
 from treg.integrations.trl.data import RewardCollator
+from treg.rewards import SOURCES
 from treg.rewards.annotate import AnnotateOptions, annotate
 
 SIDES = ("chosen", "rejected")
@@ -569,6 +570,43 @@ def test_adapters_are_off_while_rewards_are_made(tmp_path):
         found.append(trainer.train_dataset["chosen_token_rewards"])
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_source_knows_every_pair(tmp_path, monkeypatch):
+    """The longest first, as in treg annotate: a shared beginning is judged on it."""
+    module, found = treg.integrations.trl.trainer, []
+    load = module.load_source
+    monkeypatch.setattr(module, "load_source", lambda *args: found.append(args[2]) or load(*args))
+    rows = [messages(row) for row in sorted(TEXTS, key=lambda row: len(str(row)))]
+    trainer_of(tmp_path, make_model(), Dataset.from_list(rows), make_model())
+    lengths = [
+        sum(len(x.prompt_ids) + len(x.ids) for x in responses) for responses in found[0].pairs
+    ]
+    assert len(lengths) == len(rows) and lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
+
+
+def test_token_weights_are_refused(tmp_path, monkeypatch):
+    """TRL's margins take none: a file or a source of them would be trained without."""
+
+    class Weights(SOURCES["contrastive"]):
+        streams = ("token_rewards", "token_weights")
+
+    monkeypatch.setitem(SOURCES, "weights", Weights)
+    options = {"treg_rewards": "weights", "use_cpu": True, "bf16": False}
+    with pytest.raises(ValueError, match=r"treg_rewards: .* no token_weights, got 'weights'"):
+        TRegDPOConfig(str(tmp_path), **options)
+    TRegDPOConfig(str(tmp_path), treg_alpha=0.0, **options)  # it is not asked
+    weighted = make_pairs()
+    for pair in weighted:
+        for side in SIDES:
+            pair[f"{side}_token_weights"] = [1.0] * len(pair[f"{side}_ids"])
+    for alpha in (0.0, 0.25):
+        with pytest.raises(ValueError, match="expected train without chosen_token_weights"):
+            make_trainer(tmp_path, make_model(), weighted, make_model(), treg_alpha=alpha)
+    trainer = make_trainer(tmp_path, make_model(), make_pairs(), make_model())
+    with pytest.raises(ValueError, match=r"expected .* without chosen_token_weights"):
+        trainer.evaluate(dataset(weighted))
 
 
 def test_pairs_that_cannot_be_judged_are_left_out(tmp_path, caplog):

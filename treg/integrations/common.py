@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+from treg.data.annotated import is_annotated, read_meta, streams_of
 from treg.rewards.lookup import TokenRewards
 
 
@@ -16,7 +17,7 @@ def rewards_source(
     token_rewards: str | Path | TokenRewards | None, alpha: float, tail: int
 ) -> TokenRewards | None:
     """Where rewards are looked up, None for alpha 0. ValueError: alpha < 0, or > 0 without a
-    source.
+    source; a file that has token weights as well, which the trainers' own margins do not take.
     """
     if not alpha >= 0:
         raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
@@ -29,4 +30,9 @@ def rewards_source(
         return None
     if isinstance(token_rewards, TokenRewards):
         return token_rewards
+    if is_annotated(token_rewards) and "token_weights" in streams_of(read_meta(token_rewards)):
+        raise ValueError(
+            f"token_rewards: expected a file without token_weights, got {token_rewards}, which has "
+            "them; annotate without, or train with treg.trainer.TRegTrainer, which takes both"
+        )
     return TokenRewards(token_rewards, tail=tail)

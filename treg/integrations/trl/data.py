@@ -10,7 +10,13 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from treg.data import SIDES, Pair, RowProblem, parse_row
-from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, is_annotated, read_annotated
+from treg.data.annotated import (
+    ID_COLUMNS,
+    REF_COLUMNS,
+    is_annotated,
+    read_annotated,
+    stream_columns,
+)
 
 
 @dataclass
@@ -88,8 +94,15 @@ def prepared(dataset: Any, name: str, args: Any) -> Any:
     """A dataset with token ids, as TRL's own preparation leaves it. args: the trainer's.
 
     Reference log-probs that it has are sums over whole completions: dropped where ld_alpha weighs
-    tokens within the sums, refused for a sequence that would be cut.
+    tokens within the sums, refused for a sequence that would be cut. Token weights are refused:
+    TRL's margins take none.
     """
+    weights = [x for x in stream_columns("token_weights") if x in columns_of(dataset)]
+    if weights:
+        raise ValueError(
+            f"dataset: expected {name} without {', '.join(weights)}, which TRL's losses do not "
+            "take; remove the columns, or train with treg.trainer.TRegTrainer"
+        )
     summed = set(REF_COLUMNS) <= columns_of(dataset)
     if summed and args.ld_alpha is not None:
         dataset, summed = dataset.remove_columns(REF_COLUMNS), False

@@ -19,7 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import DPOConfig, DPOTrainer
 
 from treg.checks import check_number
-from treg.data import Pair, RowProblem
+from treg.data import Pair, RowProblem, pair_tokens
 from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, REWARD_COLUMNS
 from treg.data.examples import check_made_with
 from treg.data.reading import json_object
@@ -36,8 +36,9 @@ from treg.integrations.trl.data import (
 )
 from treg.integrations.trl.patch import STATISTICS
 from treg.losses.regularizer import token_regularizer
-from treg.rewards import DEFAULT_SOURCE, Context, load_source, make_options
+from treg.rewards import DEFAULT_SOURCE, Context, load_source, make_options, source_class
 from treg.rewards.annotate import PART_PAIRS, annotate_pairs
+from treg.rewards.base import ResponsePairs
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,14 @@ class TRegDPOConfig(DPOConfig):
             raise ValueError(
                 f"treg_alpha: expected a number >= 0 (0: no regularizer), got {self.treg_alpha!r}"
             )
-        make_options(self.treg_rewards, self.source_options)  # refused here, before any model loads
+        # refused here, before any model loads
+        make_options(self.treg_rewards, self.source_options)
+        streams = source_class(self.treg_rewards).streams
+        if self.treg_alpha and ("token_rewards" not in streams or "token_weights" in streams):
+            raise ValueError(
+                "treg_rewards: expected a source of token_rewards and no token_weights, got "
+                f"{self.treg_rewards!r}, which gives {', '.join(streams)}; TRegTrainer takes both"
+            )
         super().__post_init__()
 
     @property
@@ -264,18 +272,15 @@ class TRegDPOTrainer(DPOTrainer):
         """
         size, rank = self.accelerator.num_processes, self.accelerator.process_index
         found, problems = [], []
+        longest_first = sorted(pairs, key=lambda pair: -pair_tokens(vars(pair)))
         with torch.inference_mode(), self._as_reference() as model:
             context = Context(
                 model,
                 self.processing_class,
                 tokens_per_batch=self.args.treg_tokens_per_batch,
+                pairs=ResponsePairs(longest_first, self.processing_class),
             )
             source = load_source(self.args.treg_rewards, self.args.source_options, context)
-            if "token_rewards" not in source.streams:
-                raise ValueError(
-                    f"treg_rewards: expected a source of token_rewards, got "
-                    f"{self.args.treg_rewards!r}, which gives {', '.join(source.streams)}"
-                )
             for i in range(rank * PART_PAIRS, len(pairs), size * PART_PAIRS):
                 part = pairs[i : i + PART_PAIRS]
                 rows, refused = annotate_pairs(source, context, part, reference=False)
