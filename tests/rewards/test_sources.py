@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict, fields, replace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
@@ -411,6 +412,13 @@ def test_the_model_is_in_eval_mode_when_a_source_sees_it(tmp_path, monkeypatch):
     assert modes == [False]
 
 
+def test_negative_weights_are_refused_when_they_are_made():
+    source = Wrong(lambda xs: [{"token_weights": -ones(x)} for x in xs])
+    source.streams = ("token_weights",)
+    with pytest.raises(ValueError, match=r"row 0: chosen: expected token_weights >= 0, got -1\.0"):
+        score_checked(source, responses())
+
+
 def test_settings_that_are_no_json(tmp_path, monkeypatch):
     monkeypatch.setattr(SOURCES["contrastive"], "settings", lambda self: {"x": {1, 2}})
     with pytest.raises(ValueError, match="settings: expected what JSON can hold"):
@@ -444,6 +452,36 @@ def test_files_of_other_streams(tmp_path):
     (example,), meta = read_annotated(path)
     assert read_meta(path) == meta == STREAMS
     assert {k: v if isinstance(v, (int, str)) else v.tolist() for k, v in example.items()} == given
+
+
+@pytest.mark.parametrize(
+    ("stream", "chosen", "message"),
+    [
+        ("token_weights", [1, 2], "row 0: expected 3 finite numbers in chosen_token_weights"),
+        ("token_weights", [1, -1, 0], "row 0: expected chosen_token_weights >= 0, got -1.0"),
+        ("token_rewards", [1, 2, float("inf")], "3 finite numbers in chosen_token_rewards"),
+    ],
+)
+def test_what_the_loss_takes_is_checked_though_no_metadata_name_it(
+    tmp_path, stream, chosen, message
+):
+    path = tmp_path / "a.parquet"
+    streams = ("surprise", stream)
+    given = row(**numbers("surprise", [0, 1, 2], [3]), **numbers(stream, chosen, [1]))
+    write_annotated(path, [given], {"streams": {"surprise": {}}}, streams=streams, reference=False)
+    with pytest.raises(ValueError, match=message):
+        read_annotated(path)
+
+
+def test_half_of_a_stream_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    given = row(**numbers("token_rewards", [1, 0, 2], [1]))
+    write_annotated(path, [given], {}, reference=False)
+    table = pyarrow.parquet.read_table(path)
+    weights = table.column("chosen_token_rewards")
+    pyarrow.parquet.write_table(table.append_column("chosen_token_weights", weights), path)
+    with pytest.raises(ValueError, match="got one without the columns rejected_token_weights"):
+        read_annotated(path)
 
 
 @pytest.mark.parametrize(

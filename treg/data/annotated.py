@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from treg.data.batches import SIDES
+from treg.data.batches import LOSS_STREAMS, SIDES
 from treg.files import replacing
 
 if TYPE_CHECKING:
@@ -187,7 +187,10 @@ def read_annotated(path: str | Path) -> tuple[list[dict[str, Any]], dict[str, An
     table = _read_table(path)
     metadata = (table.schema.metadata or {}).get(b"treg")
     meta = json.loads(metadata or b"{}")
-    groups = _groups(table.column_names, streams_of(meta))
+    # the loss takes what is there, whether the metadata name it or not
+    taken = [x for x in LOSS_STREAMS if set(stream_columns(x)) & set(table.column_names)]
+    streams = tuple(dict.fromkeys((*streams_of(meta), *taken)))
+    groups = _groups(table.column_names, streams)
     missing = [name for group in groups for name in group if name not in table.column_names]
     if metadata is None or missing:
         lack = "its metadata" if metadata is None else "the columns " + ", ".join(missing)
@@ -203,7 +206,7 @@ def read_annotated(path: str | Path) -> tuple[list[dict[str, Any]], dict[str, An
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
     for example in examples:
-        _check_example(example, streams_of(meta), path)
+        _check_example(example, streams, path)
     return examples, meta
 
 
@@ -279,6 +282,11 @@ def _check_example(example: Mapping[str, Any], streams: Sequence[str], path: str
         for name in (*(f"{side}_{stream}" for stream in streams), f"ref_{side}_token_logps"):
             if name in example:
                 _check_numbers(where, name, example[name], length, f"{side}_ids")
+        weights = example.get(f"{side}_token_weights")
+        if weights is not None and weights.min() < 0:
+            raise ValueError(
+                f"{where}: expected {side}_token_weights >= 0, got {weights.min().item()}"
+            )
         total = example.get(f"ref_{side}_logps", 0.0)
         if total is None or not np.isfinite(total):
             raise ValueError(f"{where}: expected a finite ref_{side}_logps, got {total}")

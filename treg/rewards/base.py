@@ -265,7 +265,8 @@ def score_checked(
     Returns:
         A dict for each response: stream -> [T] float32 on the CPU, finite.
     Raises:
-        ValueError: not one dict a response, another set of streams, not one finite number a token.
+        ValueError: not one dict a response, another set of streams, not one finite number a token,
+            negative token_weights.
     """
     name = type(source).__name__
     found = source.score(responses)
@@ -301,4 +302,6 @@ def _one_number_a_token(values: Any, length: int, where: str, stream: str) -> Te
     values = values.detach().float().cpu()
     if not bool(values.isfinite().all()):
         raise ValueError(f"{where}: expected finite {stream}, got {values.tolist()}")
+    if stream == "token_weights" and bool((values < 0).any()):
+        raise ValueError(f"{where}: expected token_weights >= 0, got {values.min().item()}")
     return values
