@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import treg
 from treg.cli import main
 from treg.cli.options import RewardsOptions, RowOptions, parse
-from treg.data.annotated import read_annotated
+from treg.data.annotated import read_annotated, write_annotated
 from treg.files import locked
 from treg.losses import OBJECTIVES
 from treg.trainer import TRegConfig
@@ -391,6 +391,15 @@ def test_the_three_commands(folder, tmp_path, capsys):
     tiny.tiny_tokenizer(crossing=True).save_pretrained(tmp_path / "other")
     assert main([*inspect, "--tokenizer", str(tmp_path / "other")]) == 2
     assert "was annotated with another tokenizer" in capsys.readouterr().err
+
+
+def test_a_page_of_a_file_without_fingerprints(folder, tmp_path):
+    """The tokenizer that is given is taken."""
+    row = {"index": 0, "where": "f:0", "prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    row |= {"chosen_token_rewards": [0.1], "rejected_token_rewards": [0.2]}
+    write_annotated(tmp_path / "a.parquet", [row], {}, reference=False)
+    inspect = ["inspect", "--data", tmp_path / "a.parquet", "--tokenizer", folder / "model"]
+    assert main([str(x) for x in inspect]) == 0 and (tmp_path / "a.html").exists()
 
 
 SOURCE = """

@@ -858,6 +858,11 @@ def test_fingerprints_are_checked_when_examples_are_loaded(tmp_path):
         with pytest.raises(ValueError, match=f"expected data annotated with this {what}"):
             ExampleLoader(*args, **options)(path, "train")
         assert len(ExampleLoader(*args, **options, check_fingerprint=False)(path, "train")) == 5
+    # a file of another program may say nothing of what made it
+    write_annotated(path, [annotated()], {})
+    with pytest.raises(ValueError, match=r"a\.parquet: .* \(\w+\), got none; .*ignore_fingerprint"):
+        ExampleLoader(CHAT, MODEL, **options)(path, "train")
+    assert ExampleLoader(CHAT, MODEL, **options, check_fingerprint=False)(path, "train")
 
 
 # -- annotated files

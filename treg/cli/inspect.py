@@ -71,14 +71,15 @@ def run(argv: list[str]) -> None:
 
 
 def _tokenizer(options: InspectOptions, meta: dict[str, Any]) -> Any:
-    """The tokenizer that the file was annotated with."""
+    """The tokenizer that the file was annotated with, if it says which."""
     path = options.tokenizer or options.model
     if path is None:
         raise ValueError(
             "tokenizer: expected --tokenizer or --model to decode the tokens, got neither"
         )
     tokenizer = load_tokenizer(path)
-    if tokenizer_fingerprint(tokenizer) != meta["fingerprint"]["tokenizer"]:
+    found = meta.get("fingerprint", {}).get("tokenizer")
+    if found is not None and found != tokenizer_fingerprint(tokenizer):
         raise ValueError(
             f"tokenizer: {options.data} was annotated with another tokenizer or chat template; "
             "give --tokenizer"

@@ -82,7 +82,7 @@ class ExampleLoader:
         if self.check_fingerprint:
             check_made_with(
                 str(source),
-                meta["fingerprint"],
+                meta,
                 self.tokenizer,
                 self.reference,
                 adapters=self.adapters,
@@ -116,25 +116,27 @@ def _check_same_columns(
 
 def check_made_with(
     path: str,
-    made_with: Mapping[str, str],
+    meta: Mapping[str, Any],
     tokenizer: Any,
     reference: Any,
     *,
     adapters: bool,
     fix: str,
 ) -> None:
-    """ValueError unless a file was annotated with this tokenizer and this model; fix: how to train
-    all the same.
+    """ValueError unless a file with this meta was annotated with this tokenizer and this model.
+
+    fix: how to train all the same.
     """
+    made_with = meta.get("fingerprint", {})
     found = {
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": model_fingerprint(reference, adapters=adapters),
     }
     for what, value in found.items():
-        if made_with[what] != value:
+        if made_with.get(what) != value:
             raise ValueError(
                 f"{path}: expected data annotated with this {what} ({value}), got "
-                f"{made_with[what]}; annotate with the model that training starts from, give that "
+                f"{made_with.get(what, 'none')}; annotate with the model that training starts from, give that "
                 f"one as ref_model, or {fix}"
             )
 

@@ -182,7 +182,7 @@ class TRegDPOTrainer(DPOTrainer):
         for path, meta in () if args.treg_ignore_fingerprint else files.items():
             check_made_with(
                 path,
-                meta["fingerprint"],
+                meta,
                 self.processing_class,
                 reference,
                 adapters=adapters,
