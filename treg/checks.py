@@ -1,8 +1,9 @@
 """What the public functions accept. Every message names the argument, what was expected and what
 came.
 
-Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`, in neither case
-under torch.compile; shapes, dtypes and devices always.
+Values are checked on CPU tensors always, on a GPU under `treg.set_debug(True)`; shapes, dtypes and
+devices always. What torch.compile traces has no values: there the operators check when the graph
+runs.
 """
 
 import math

@@ -8,7 +8,7 @@ An operator takes tensors and one string. The string holds all that is fixed in 
 a schedule may change come as one float64 tensor on the CPU (see `scalars`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ NAMESPACE = "treg"
 # It must live as long as the operators.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
-# An operator with this tag looks at values: which rows are scored. Inductor then leaves it out of
-# the CUDA graphs that it captures.
-LOOKS_AT_VALUES = (torch.Tag.cudagraph_unsafe,)
+# Operators read values on the host: their numbers, and which rows are scored. Inductor leaves an
+# operator with this tag out of the CUDA graphs that it captures, which would replay old values.
+READS_VALUES = (torch.Tag.cudagraph_unsafe,)
 
 
 class Operator:
@@ -31,7 +31,6 @@ class Operator:
             are a list of tensors, `Tensor[]`, whose names the caller knows.
         implementation: the function itself; eager, on any device.
         fake: the same results from shapes alone, not filled; for torch.compile.
-        tags: of the operator, e.g. LOOKS_AT_VALUES.
     """
 
     def __init__(
@@ -39,14 +38,13 @@ class Operator:
         schema: str,
         implementation: Callable[..., list[Tensor]],
         fake: Callable[..., list[Tensor]],
-        tags: Sequence[torch.Tag] = (),
     ):
         self.implementation = implementation
         self.save: Callable[..., None] | None = None
         self.backward: Callable[..., Any] | None = None
         name = schema.partition("(")[0]
         self.qualified_name = f"{NAMESPACE}::{name}"
-        LIBRARY.define(schema, tags=tuple(tags))
+        LIBRARY.define(schema, tags=READS_VALUES)
         LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(self.qualified_name, fake, lib=LIBRARY)
         self._call = getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -21,7 +21,7 @@ class LinearLogprobs(NamedTuple):
 
 
 class PairLoss(NamedTuple):
-    """Unreduced losses of B pairs, float32. Only `loss` carries a gradient."""
+    """Unreduced losses of B pairs, in the log-probs' dtype. Only `loss` carries a gradient."""
 
     loss: Tensor  # [B]
     chosen_logps: Tensor  # [B] plain sums of log-probs, nats

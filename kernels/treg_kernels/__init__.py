@@ -1,10 +1,15 @@
-"""Triton kernels of the loss head: torch tensors in and out, no autograd, no objective.
+"""Triton kernels of the loss head: torch tensors in and out, no autograd.
 
-tiles.py     device helpers: tile order, one logits tile, the logit transform
-configs.py   the tile shapes that are tried
-forward.py   log-prob, lse and statistics; optionally the stash, the unscaled
-             gradient of the logits
-backward.py  the gradient of the logits for a known coefficient per token
+tiles.py      device helpers: tile order, one logits tile, the logit transform
+configs.py    the tile shape of each GPU, dtype and size, from measured.json
+launch.py     a weight in slabs, pointers or descriptors: what a launch needs
+forward.py    log-prob, norm and statistics; optionally the stash, the unscaled gradient of the
+              logits
+backward.py   the gradient of the logits for a known coefficient per token
+active.py     which tiles a filtered backward computes
+filtered.py   the gradients from those tiles
+bases.py      each objective's value and slopes
+objective.py  the loss of pairs, and the coefficient of each token
 """
 
 from treg_kernels.backward import logits_gradient

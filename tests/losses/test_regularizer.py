@@ -211,6 +211,11 @@ def make_inputs(**replace):
         ({"token_rewards": torch.full((2, 3), float("inf"))}, "token_rewards: expected finite"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask: expected shape \[2, 3\]"),
         ({"mask": torch.ones(2, 3)}, "mask: expected torch.bool, got torch.float32"),
+        (
+            {"token_rewards": torch.ones(2, 3, dtype=torch.int64)},
+            "token_rewards: expected a floating-point tensor",
+        ),
+        ({"token_rewards": torch.ones(2, 3, device="meta")}, "token_rewards: expected a tensor"),
         ({"alpha": -0.1}, r"alpha: expected a number >= 0 \(0: no regularizer\), got -0.1"),
         ({"alpha": float("nan")}, "alpha: expected a finite number, got nan"),
         ({"base": torch.tensor(1.0)}, "base: expected a loss that is differentiable in logps"),

@@ -254,6 +254,26 @@ def test_bad_numbers_under_compile_are_refused_when_the_graph_runs():
             compiled(batch("torch"), bad)
 
 
+def test_a_softcap_of_0_under_compile_is_no_missing_softcap():
+    def fn(b, cap):
+        return linear_logprobs(b["hidden"], b["weight"], b["target"], softcap=cap).logprobs
+
+    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)
+    inputs = batch("torch")
+    assert torch.equal(compiled(inputs, 5.0), fn(inputs, 5.0))
+    for bad in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^softcap: expected a finite number > 0"):
+            compiled(inputs, bad)
+
+
+def test_operators_are_left_out_of_captured_graphs():
+    """They read numbers and targets on the host, which a replay would not."""
+    packets = [getattr(torch.ops.treg, name) for name in torch.ops.treg]
+    assert {"treg_loss", "pair_objective"} <= {packet.__name__ for packet in packets}
+    for packet in packets:
+        assert torch.Tag.cudagraph_unsafe in packet.default.tags, packet
+
+
 def test_an_impossible_target_under_compile_is_refused_on_a_cpu():
     compiled = torch.compile(SCHEDULED["log-probs"], backend="aot_eager", fullgraph=True)
     b = batch("torch")

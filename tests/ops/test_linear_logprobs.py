@@ -794,6 +794,39 @@ def test_autocast_casts_both_operands():
     assert error(case.weight.grad, exact["dweight"]) < 2e-2
 
 
+@pytest.mark.parametrize("budget", [None, "least"])
+def test_an_ignore_index_beyond_the_vocabulary_while_nobody_looks(
+    budget, cheap_passes, monkeypatch
+):
+    """As in a CUDA graph: ignored rows are computed, and their target must index nothing."""
+    case = make_case(outputs=()).at(torch.float32)
+    ignored = case.weight.shape[0] + 5
+    target = case.rest["target"].masked_fill(case.rest["target"] == -100, ignored)
+    assert (target == ignored).any()
+    if budget is None:
+        budget = budget_for(case, torch.float32, "torch", 2)
+    options = case.rest | {"target": target, "ignore_index": ignored, "memory_budget": budget}
+    leaves = (case.hidden, case.weight)
+
+    def gradients():
+        return torch.autograd.grad(weighted(linear_logprobs(*leaves, **options)), leaves)
+
+    exact = gradients()
+    patch_looks(monkeypatch, lambda x: False)
+    for a, b in zip(gradients(), exact, strict=True):
+        assert error(a, b) < 1e-6
+
+
+def test_a_frozen_head_is_not_cast_again_in_the_backward():
+    """Under autocast: what the backward multiplies by was made in the forward."""
+    hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4000, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_logprobs(hidden, weight, torch.arange(8))
+    with PeakMemory() as memory:
+        out.logprobs.sum().backward()
+    assert 0 < memory.peak < weight.numel()
+
+
 def test_a_backward_under_autocast_keeps_float32():
     """What was computed in float32 is differentiated in float32."""
     case = make_case(N=20, outputs=()).at(torch.float32)

@@ -121,7 +121,7 @@ def run_head(
     )
     rest = {"product": lambda *operands: None, "tile": tile}
     if kind == "gradient":
-        K.logits_gradient(*head, row, row, out, **rest)
+        K.logits_gradient(*head, torch.empty(rows, 2), row, out, **rest)
     else:
         K.logprob_forward(*head, STATISTICS if statistics else (), out, **rest)
 
@@ -170,8 +170,9 @@ def run_filtered(dtype: torch.dtype, options: bool, *, add: bool):
 
     hidden, weight = torch.empty(ROWS, HIDDEN, dtype=dtype), torch.empty(VOCAB, HIDDEN, dtype=dtype)
     target, row = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
+    norm = torch.empty(ROWS, 2)
     tops = torch.empty(ROWS, -(-VOCAB // 256))
-    kept = active.active_tiles(tops, 256, row, row, target, torch.empty(()), VOCAB)
+    kept = active.active_tiles(tops, 256, norm, row, target, torch.empty(()), VOCAB)
     slab = torch.empty(filtered.slab_shape(ROWS, VOCAB), dtype=dtype)
     wide = torch.float32 if add else dtype
     filtered.filtered_gradients(
@@ -180,7 +181,7 @@ def run_filtered(dtype: torch.dtype, options: bool, *, add: bool):
         target,
         torch.empty(VOCAB, dtype=dtype) if options else None,
         scalars_of(options),
-        row,
+        norm,
         row,
         kept,
         slab,

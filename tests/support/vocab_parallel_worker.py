@@ -94,6 +94,7 @@ TORCH = {
     "ipo, frozen head": Call(loss={"loss_type": "ipo", "alpha": 0.0}, needs=("hidden",)),
 }
 ANY[FAR] = Call(target="far", rows=2, kept="none")
+ANY["common offset"] = Call(target="offset", rows=2, kept="none")
 CALLS = {
     f"{impl}: {name}": dataclasses.replace(call, impl=impl)
     for impl, calls in (("torch", ANY | TORCH), ("triton", ANY))
@@ -129,6 +130,8 @@ def case_of(name: str, world: int) -> Case:
         weight = weight * 0.01
         for t in range(rows):
             weight[top[t]] += peaks[t] * hidden[t] / hidden[t].square().sum()
+    if call.target == "offset":  # all logits of a row are near -10000
+        hidden[:, 0], weight[:, 0] = -100.0, 100.0
     target[:: 1 if call.target == "ignored" else 6] = call.head.get("ignore_index", -100)
     rest = {"target": target, "outputs": call.outputs, **call.head}
     if call.loss is not None:

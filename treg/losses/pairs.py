@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from treg.losses.options import LossOptions
+from treg import checks
+from treg.losses.options import LossOptions, check_reference
 from treg.losses.segments import segment_sum
 from treg.results import PairLoss
 
@@ -88,6 +89,33 @@ def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
         reg_loss=rows["reg_loss"],
         weights=weights,
     )
+
+
+def check_pairs(
+    name: str,
+    like: Tensor,
+    scored: Tensor | None,
+    token_rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: LossOptions,
+) -> None:
+    """Shapes always, and values where they may be looked at.
+
+    Args:
+        name: of the argument that tells which tokens are scored, for messages.
+        like: [2B, T], or [N] with cu_seqlens. scored: like it, bool, or None: all are.
+    """
+    count = checks.check_sequences(name, like, 2, cu_seqlens)
+    checks.check_pair_inputs(
+        like, scored, token_rewards, ref_logps, token_weights, count, options.alpha
+    )
+    per_token = ref_logps is not None and ref_logps.shape == like.shape
+    check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
+    if checks.values_visible(like):
+        kept = torch.ones_like(like, dtype=torch.float32) if scored is None else scored.float()
+        checks.check_lengths(name, segment_sum(kept, cu_seqlens).tolist())
 
 
 def evaluate_pairs(

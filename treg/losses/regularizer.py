@@ -6,7 +6,15 @@ For trainers that keep their own objective.
 import torch
 from torch import Tensor
 
-from treg.checks import check_finite, check_number, check_shape, check_tensor, values_visible
+from treg.checks import (
+    check_device,
+    check_finite,
+    check_floating,
+    check_number,
+    check_shape,
+    check_tensor,
+    values_visible,
+)
 
 
 def token_regularizer(
@@ -54,12 +62,16 @@ def token_regularizer(
             f"token_rewards: expected the shape of logps {list(logps.shape)}, got "
             f"{list(token_rewards.shape)}; of rows that are not shifted take token_rewards[:, 1:]"
         )
+    for name, x in (("logps", logps), ("token_rewards", token_rewards)):
+        check_floating(name, x)
+        check_device(name, x, logps)
     check_number("alpha", alpha)
     if alpha < 0:
         raise ValueError(f"alpha: expected a number >= 0 (0: no regularizer), got {alpha!r}")
     check_tensor("mask", mask, optional=True)
     if mask is not None:
         check_shape("mask", mask, logps.shape, "one per token")
+        check_device("mask", mask, logps)
         if mask.dtype != torch.bool:
             raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
     check_finite("token_rewards", token_rewards, mask)

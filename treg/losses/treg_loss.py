@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from treg import checks
-from treg.losses.options import LossOptions, check_reference
+from treg.losses.options import LossOptions
 from treg.losses.pairs import (
     PairOutputs,
     TokenInputs,
+    check_pairs,
     evaluate_pairs,
     pair_loss,
     row_starts,
     sequence_of_row,
 )
-from treg.losses.segments import segment_sum
 from treg.operators import Operator, scalars
 from treg.results import PairLoss
 
@@ -119,7 +119,14 @@ def _losses(
     """loss [B], stats [len(STATS), B], coef like logps. Checked here, where values are known."""
     impl, _, text = call.partition(" ")
     options = LossOptions.of(text, scalars.tolist())
-    _check(logps, token_rewards, ref_logps, token_weights, mask, cu_seqlens, options)
+    checks.check_floating("logps", logps)
+    if mask is not None:
+        checks.check_shape("mask", mask, logps.shape, "one per token")
+        checks.check_device("mask", mask, logps)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+    name = "logps" if mask is None else "mask"
+    check_pairs(name, logps, mask, token_rewards, ref_logps, token_weights, cu_seqlens, options)
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().reshape(-1).contiguous()
@@ -135,33 +142,6 @@ def _losses(
     outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), rows)
     evaluate_pairs(impl, rows, inputs, options, outputs)
     return [outputs.loss, outputs.stats, outputs.coef.view(logps.shape)]
-
-
-def _check(
-    logps: Tensor,
-    token_rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: LossOptions,
-) -> None:
-    checks.check_floating("logps", logps)
-    count = checks.check_sequences("logps", logps, 2, cu_seqlens)
-    if mask is not None:
-        checks.check_shape("mask", mask, logps.shape, "one per token")
-        checks.check_device("mask", mask, logps)
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
-    checks.check_pair_inputs(
-        logps, mask, token_rewards, ref_logps, token_weights, count, options.alpha
-    )
-    per_token = ref_logps is not None and ref_logps.shape == logps.shape
-    check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
-    if checks.values_visible(logps):
-        scored = torch.ones_like(logps) if mask is None else mask.to(logps.dtype)
-        name = "logps" if mask is None else "mask"
-        checks.check_lengths(name, segment_sum(scored, cu_seqlens).tolist())
 
 
 def _pairs_of(logps: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from treg.ops.head import Head, Tiles, make_tiles
+from treg.ops.head.gemm import widened
 from treg.ops.head.gradients import Needs
 from treg.ops.head.selection import RowSelection, scored_rows
 
@@ -25,7 +26,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Call:
     """Everything of a call that is fixed in a run; an operator takes it as one string.
 
-    The numbers that a schedule may change come beside it: see `head_numbers`.
+    The numbers that a schedule may change come beside it: see `HeadOptions.numbers`.
     """
 
     impl: str  # "torch" or "triton"
@@ -37,7 +38,7 @@ class Call:
     budget: int  # bytes of temporaries
     least: bool = False  # memory_budget="least"
     filter_eps: float | None = None
-    sharded: bool = False  # the head is this rank's part of the vocabulary
+    softcapped: bool = False  # whether the head's numbers hold a softcap
     loss: str = ""  # LossOptions.text(), where the rows are pairs whose loss is known
     summed: bool = False  # all pairs' losses get the same upstream gradient
 
@@ -58,7 +59,7 @@ class Call:
             str(self.budget),
             "1" if self.least else "",
             "" if self.filter_eps is None else str(float(self.filter_eps)),
-            "1" if self.sharded else "",
+            "1" if self.softcapped else "",
             self.loss,
             "1" if self.summed else "",
         )
@@ -68,10 +69,16 @@ class Call:
     def of(cls, text: str) -> "Call":
         return _read(text)
 
+    def head(self, weight: Tensor, bias: Tensor | None, numbers: Sequence[float]) -> Head:
+        """The head that these tensors and the first of an operator's numbers make."""
+        logit_scale, softcap, temperature = numbers[:HEAD_NUMBERS]
+        cap = softcap if self.softcapped else None
+        return Head(weight, bias, logit_scale, cap, temperature, self.ignore_index)
+
 
 @functools.lru_cache(maxsize=1024)
 def _read(text: str) -> Call:
-    impl, dtype, logits, ignored, outputs, needs, budget, least, eps, sharded, loss, summed = (
+    impl, dtype, logits, ignored, outputs, needs, budget, least, eps, capped, loss, summed = (
         text.split("|")
     )
     return Call(
@@ -84,23 +91,13 @@ def _read(text: str) -> Call:
         budget=int(budget),
         least=bool(least),
         filter_eps=float(eps) if eps else None,
-        sharded=bool(sharded),
+        softcapped=bool(capped),
         loss=loss,
         summed=bool(summed),
     )
 
 
-def head_numbers(
-    logit_scale: float, softcap: float | None, temperature: float
-) -> tuple[float, float, float]:
-    """The numbers of a head as an operator takes them; 0 stands for no softcap."""
-    cap = 0.0 if softcap is None else softcap
-    if torch.compiler.is_compiling():  # float() would make a constant of the graph
-        return logit_scale, cap, temperature
-    return float(logit_scale), float(cap), float(temperature)
-
-
-HEAD_NUMBERS = 3
+HEAD_NUMBERS = 3  # logit_scale, softcap (anything where there is none), temperature
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class Batch:
         target: Tensor,
         numbers: Sequence[float],
     ) -> "Batch":
-        """From an operator's arguments. numbers: from `head_numbers`."""
+        """From an operator's arguments."""
         batch = cls.of_shapes(call, hidden, weight, bias, target, numbers)
         rows = scored_rows(target, call.ignore_index)
         return replace(batch, rows=rows)
@@ -142,30 +139,34 @@ class Batch:
         bias: Tensor | None,
         target: Tensor,
         numbers: Sequence[float] = (1.0, 0.0, 1.0),
+        *,
+        cast: bool = True,
     ) -> "Batch":
-        """The same from shapes alone: no value is looked at, and all rows count as scored."""
-        logit_scale, softcap, temperature = numbers
-        head = Head(
-            weight.to(call.dtype),
-            bias,
-            logit_scale,
-            softcap or None,
-            temperature,
-            call.ignore_index,
-        )
+        """The same from shapes alone: no value is looked at, and all rows count as scored.
+
+        cast: False for a backward that multiplies by neither hidden nor weight, and so needs no
+            copy of them in call.dtype.
+        """
+        hidden_dtype, weight_dtype = hidden.dtype, weight.dtype
+        if cast:
+            hidden, weight = hidden.to(call.dtype), weight.to(call.dtype)
+        head = call.head(weight, bias, numbers)
         return cls(
             call=call,
             tiles=make_tiles(call.impl, head, call.logits_dtype),
-            hidden=hidden.to(call.dtype),
+            hidden=hidden,
             target=target,
             rows=RowSelection.all(hidden.shape[0]),
-            hidden_dtype=hidden.dtype,
-            weight_dtype=weight.dtype,
+            hidden_dtype=hidden_dtype,
+            weight_dtype=weight_dtype,
         )
 
     @property
     def dweight_dtype(self) -> torch.dtype:
         """Of a dweight that is written at once: the weight's, where a product can have it."""
+        head = self.head.weight
+        if widened(head.dtype, head.device):
+            return self.tiles.compute
         if self.weight_dtype in (self.call.dtype, torch.float32):
             return self.weight_dtype
         return self.tiles.compute

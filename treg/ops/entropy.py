@@ -15,7 +15,7 @@ N rows, n rows of a tile, V vocabulary, D hidden size.
 import torch
 from torch import Tensor
 
-from treg.operators import LOOKS_AT_VALUES, Operator, scalars
+from treg.operators import Operator, scalars
 from treg.ops.call import Batch, Call
 from treg.ops.head.gemm import logits_into, slab_bytes
 from treg.ops.head.gradients import Gradients, GradientSums
@@ -205,6 +205,5 @@ _gradient = Operator(
     f"linear_entropy_grad(Tensor upstream, {_OPERANDS}) -> Tensor[]",
     _differentiate,
     _differentiate_fake,
-    LOOKS_AT_VALUES,
 )
 _gradient.first_derivatives_only()

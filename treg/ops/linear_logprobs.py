@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from treg.operators import LOOKS_AT_VALUES, Operator, scalars
-from treg.ops.call import HEAD_NUMBERS, Batch, Call
+from treg.operators import Operator, scalars
+from treg.ops.call import Batch, Call
 from treg.ops.head.selection import check_same_rows, scored_rows
 from treg.ops.options import HeadOptions, check_numbers, check_targets
-from treg.ops.plans import Plan, choose_plan
+from treg.ops.plans import Plan, choose_plan, fake_note, note_of, read_note
 from treg.ops.plans.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
 from treg.results import LinearLogprobs
 
@@ -49,18 +49,20 @@ def linear_logprobs(
         target: [...] int64, already aligned: target[i] is the token predicted from hidden[i].
         bias: [V] floating, or None. logit_scale: any finite number. softcap, temperature: > 0.
         ignore_index: targets that are not scored: log-prob 0, gradient 0. They cost nothing: a GPU
-            is waited for, once in the forward and once in the backward, to leave them out (while a
-            CUDA graph is captured it is not, and they are computed).
+            is waited for, in the forward and in the backward, to leave them out (while a CUDA graph
+            is captured it is not, and they are computed).
         outputs: any of "lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; see
             `LinearLogprobs`.
         impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls
             back.
         memory_budget: bytes of temporaries, whatever N is; a float32 [V, D] sum of dweight,
             [N]-sized rows, with filter_eps [N, V / 128] numbers, and on a GPU copies of a tile's
-            rows of hidden where ignored tokens are left out, come on top. With a trainable head, or
+            rows of hidden where ignored tokens are left out (with "least" of all scored rows, and
+            on a CPU as well), come on top. With a trainable head, or
             a shard, they are held until the backward: several calls before one backward hold as
             much each. None: 1 GiB on a GPU, 384 MiB on a CPU. "least": 192 and 96 MiB, and dhidden
-            in float32 in place of that sum of dweight: 4 products for a trainable head.
+            in float32 in place of that sum of dweight: 4 products for a trainable head. With a
+            shard or filter_eps it is a smaller budget and nothing else.
         logits_dtype: dtype in which impl="torch" holds a tile's logits. None: float32, except for
             bfloat16 inputs on a CPU, where they are rounded to bfloat16, which doubles the speed of
             that product; torch.float32 keeps them exact there. Triton never rounds logits.
@@ -136,22 +138,21 @@ def batch_of(
     Args:
         hidden: [N, D]. target: [...] of N elements. numbers: the head's come first.
     """
-    found = numbers.tolist()[:HEAD_NUMBERS]
-    logit_scale, softcap, temperature = found
-    check_numbers(logit_scale, softcap or None, temperature)
     check_targets(target, weight.shape[0], call.ignore_index)
-    return Batch.of(call, hidden, weight, bias, target.reshape(-1).contiguous(), found)
+    flat = target.reshape(-1).contiguous()
+    batch = Batch.of(call, hidden, weight, bias, flat, numbers.tolist())
+    check_numbers(batch.head.logit_scale, batch.head.softcap, batch.head.temperature)
+    return batch
 
 
 def _score(hidden, weight, bias, target, numbers, text) -> list[Tensor]:
-    """Log-probs and the outputs, like target; what the plan saved; whether rows were left out."""
+    """Log-probs and the outputs, like target; what the plan saved; the note."""
     call = Call.of(text)
     batch = batch_of(hidden, weight, bias, target, numbers, call)
     plan = choose_plan(call, batch.tiles, hidden.shape[0])
     scores, saved = plan.forward(batch)
     found = [scores[name].view(target.shape) for name in ("logprobs", *call.outputs)]
-    left_out = torch.tensor(not batch.rows.complete)
-    return [*found, *saved.values(), left_out]
+    return [*found, *saved.values(), note_of(plan, batch)]
 
 
 def _score_fake(hidden, weight, bias, target, numbers, text) -> list[Tensor]:
@@ -159,7 +160,7 @@ def _score_fake(hidden, weight, bias, target, numbers, text) -> list[Tensor]:
     batch = Batch.of_shapes(call, hidden, weight, bias, target.reshape(-1))
     plan = choose_plan(call, batch.tiles, hidden.shape[0])
     saved = plan.saved(batch)
-    return [*fake_scores(batch, target), *saved.values(), fake_flag()]
+    return [*fake_scores(batch, target), *saved.values(), fake_note()]
 
 
 def fake_scores(batch: Batch, target: Tensor) -> list[Tensor]:
@@ -171,15 +172,11 @@ def fake_scores(batch: Batch, target: Tensor) -> list[Tensor]:
     return found
 
 
-def fake_flag() -> Tensor:
-    return torch.empty((), dtype=torch.bool, device="cpu")
-
-
 def _differentiate(coef, saved, hidden, weight, bias, target, numbers, text) -> list[Tensor]:
     """The gradients that are needed, in the order hidden, weight, bias. coef: like target."""
     call = Call.of(text)
-    *values, left_out = saved
-    plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, left_out)
+    *values, note = saved
+    plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, note)
     kept = dict(zip(plan.saved_names, values, strict=True))
     gradients = plan.backward(batch, coef.reshape(-1), kept)
     return [x for x in gradients.like(hidden, weight, bias) if x is not None]
@@ -192,17 +189,17 @@ def plan_of_backward(
     bias: Tensor | None,
     target: Tensor,
     numbers: Tensor,
-    left_out: Tensor,
+    note: Tensor,
 ) -> tuple[Plan, Batch]:
     """The plan of the forward, and its rows where the backward reads them.
 
-    The forward has checked every value. left_out: whether it left rows out.
+    The forward has checked every value. note: from `note_of`.
     """
-    flat = target.reshape(-1).contiguous()
-    found = numbers.tolist()[:HEAD_NUMBERS]
-    batch = Batch.of_shapes(call, hidden, weight, bias, flat, found)
-    plan = choose_plan(call, batch.tiles, hidden.shape[0])
-    if plan.backward_reads_rows:
+    plan, left_out = read_note(note)
+    reads = plan.backward_reads_rows
+    flat, known = target.reshape(-1).contiguous(), numbers.tolist()
+    batch = Batch.of_shapes(call, hidden, weight, bias, flat, known, cast=reads)
+    if reads:
         batch = replace(batch, rows=scored_rows(flat, call.ignore_index))
         check_same_rows(batch.rows, left_out)
     return plan, batch
@@ -217,14 +214,12 @@ _forward = Operator(
     "str call) -> Tensor[]",
     _score,
     _score_fake,
-    LOOKS_AT_VALUES,
 )
 _gradient = Operator(
     "linear_logprobs_grad(Tensor coef, Tensor[] saved, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor target, Tensor numbers, str call) -> Tensor[]",
     _differentiate,
     _differentiate_fake,
-    LOOKS_AT_VALUES,
 )
 
 

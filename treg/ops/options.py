@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from treg import checks
-from treg.ops.call import Call, head_numbers
+from treg.ops.call import Call
 from treg.ops.head.gradients import Needs
 from treg.ops.head.head import autocast_dtype
 from treg.ops.head.memory import budget_of
@@ -30,7 +30,11 @@ class HeadOptions:
     filter_eps: float | None
 
     def numbers(self) -> tuple[float, float, float]:
-        return head_numbers(self.logit_scale, self.softcap, self.temperature)
+        """The numbers of the head as an operator takes them; see `Call.softcapped`."""
+        cap = 0.0 if self.softcap is None else self.softcap
+        if torch.compiler.is_compiling():  # float() would make a constant of the graph
+            return self.logit_scale, cap, self.temperature
+        return float(self.logit_scale), float(cap), float(self.temperature)
 
     def call(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Call:
         """What is fixed in the call, once every argument is checked.
@@ -68,7 +72,7 @@ class HeadOptions:
             budget=budget_of(self.memory_budget, hidden.device),
             least=self.memory_budget == "least",
             filter_eps=self.filter_eps,
-            sharded=self.shard is not None,
+            softcapped=self.softcap is not None,
         )
 
     def _check_shapes(

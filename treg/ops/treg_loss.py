@@ -5,28 +5,34 @@ head. A batch whose stash fits into the budget keeps it until the backward; of a
 `pair_groups` takes the gradients in the forward, group by group, so that no logits are made twice.
 """
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from treg import checks
-from treg.losses import LossOptions, check_reference, treg_loss
-from treg.losses.pairs import STATS, TokenInputs, pair_loss, row_starts, sequence_of_row
-from treg.losses.segments import segment_sum
-from treg.operators import LOOKS_AT_VALUES, Operator
+from treg.losses import LossOptions, treg_loss
+from treg.losses.pairs import (
+    STATS,
+    TokenInputs,
+    check_pairs,
+    pair_loss,
+    row_starts,
+    sequence_of_row,
+)
+from treg.operators import Operator
 from treg.operators import scalars as as_tensor
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
 from treg.ops.head.selection import sees_values
 from treg.ops.linear_logprobs import (
     batch_of,
-    fake_flag,
     fake_scores,
     plan_of_backward,
     score,
 )
 from treg.ops.options import HeadOptions
-from treg.ops.plans import choose_plan
+from treg.ops.plans import choose_plan, fake_note, note_of
 from treg.ops.plans.vocab_parallel import VocabShard, local_operands
 from treg.results import PairLoss, TRegLoss
 
@@ -128,12 +134,15 @@ def fused_treg_loss(
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     call = options.call(hidden, weight, target, bias)
     count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
+    inputs = {
+        "token_rewards": token_rewards,
+        "ref_logps": ref_logps,
+        "token_weights": token_weights,
+    }
+    for name, x in inputs.items():
+        checks.check_tensor(name, x, optional=True)
     token_rewards, ref_logps, token_weights = (
-        x.detach() if isinstance(x, Tensor) else x
-        for x in (token_rewards, ref_logps, token_weights)
-    )
-    check_pairs(
-        loss_options, target, token_rewards, ref_logps, token_weights, cu_seqlens, call.ignore_index
+        None if x is None else x.detach() for x in inputs.values()
     )
     if shard is None:
         call = call.with_loss(loss_options.text(), summed=reduction != "none")
@@ -180,38 +189,17 @@ def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str, count: in
     return TRegLoss(loss, *pairs[1:], token_logps, **detached)
 
 
-def check_pairs(
-    options: LossOptions,
-    target: Tensor,
-    token_rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-) -> None:
-    """Shapes always, and values where they may be looked at."""
-    scored = target != ignore_index
-    count = target.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    checks.check_pair_inputs(
-        target, scored, token_rewards, ref_logps, token_weights, count, options.alpha
-    )
-    per_token = ref_logps is not None and ref_logps.shape == target.shape
-    check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
-    if checks.values_visible(target):
-        lengths = segment_sum(scored.float(), cu_seqlens)
-        checks.check_lengths("target", lengths.tolist())
-
-
 def _score(
     hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_seqlens, numbers, text
 ) -> list[Tensor]:
     """loss [B], stats, log-probs and outputs like target; coef where the plan scores first; what
-    the plan saved; whether rows were left out.
+    the plan saved; the note.
     """
     call = Call.of(text)
     options = LossOptions.of(call.loss, tuple(numbers.tolist()[HEAD_NUMBERS:]))
+    scored = target != call.ignore_index
     check_pairs(
-        options, target, token_rewards, ref_logps, token_weights, cu_seqlens, call.ignore_index
+        "target", target, scored, token_rewards, ref_logps, token_weights, cu_seqlens, options
     )
     batch = batch_of(hidden, weight, bias, target, numbers, call)
     plan = choose_plan(call, batch.tiles, hidden.shape[0])
@@ -223,11 +211,11 @@ def _score(
         starts=row_starts(target, cu_seqlens).contiguous(),
         ignore_index=call.ignore_index,
     )
-    ends = known_ends(target, cu_seqlens)
+    ends = functools.partial(known_ends, target, cu_seqlens)
     scores, saved, outputs = plan.forward_pairs(batch, pairs, options, ends)
     found = [scores[name].view(target.shape) for name in ("logprobs", *call.outputs)]
-    left_out = torch.tensor(not batch.rows.complete)
-    return [outputs.loss, outputs.stats, *found, outputs.coef, *saved.values(), left_out]
+    note = note_of(plan, batch)
+    return [outputs.loss, outputs.stats, *found, outputs.coef, *saved.values(), note]
 
 
 def _score_fake(
@@ -241,7 +229,7 @@ def _score_fake(
     loss = coef.new_empty(sequences // 2)
     stats = coef.new_empty(len(STATS), sequences // 2)
     saved = plan.saved(batch)
-    return [loss, stats, *fake_scores(batch, target), coef, *saved.values(), fake_flag()]
+    return [loss, stats, *fake_scores(batch, target), coef, *saved.values(), fake_note()]
 
 
 def known_ends(target: Tensor, cu_seqlens: Tensor | None) -> list[int] | None:
@@ -268,8 +256,8 @@ def _differentiate(
     upstream: [B], all the same where the pairs' losses are summed.
     """
     call = Call.of(text)
-    coef, *values, left_out = saved
-    plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, left_out)
+    coef, *values, note = saved
+    plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, note)
     kept = dict(zip(plan.saved_names, values, strict=True))
     if call.summed:
         of_row = upstream[:1]
@@ -292,14 +280,12 @@ _forward = Operator(
     "-> Tensor[]",
     _score,
     _score_fake,
-    LOOKS_AT_VALUES,
 )
 _gradient = Operator(
     "treg_loss_grad(Tensor upstream, Tensor[] saved, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor target, Tensor? cu_seqlens, Tensor numbers, str call) -> Tensor[]",
     _differentiate,
     _differentiate_fake,
-    LOOKS_AT_VALUES,
 )
 
 

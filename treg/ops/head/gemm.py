@@ -101,11 +101,12 @@ def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> N
         torch.addmm(acc, tile.T, rows, beta=beta, out=acc)
     elif tile.is_cuda:
         torch.addmm(acc, tile.T, rows, out_dtype=acc.dtype, beta=beta, out=acc)
+    elif widened(tile.dtype, tile.device):
+        _add_transposed_widened(acc, tile, rows, beta)
     else:
-        rows = rows.to(acc.dtype) if widened(tile.dtype, tile.device) else rows
         step = slab_rows(rows.shape[1])
         for a in range(0, acc.shape[0], step):
-            product = tile[:, a : a + step].to(rows.dtype).T @ rows
+            product = tile[:, a : a + step].T @ rows
             if first:
                 acc[a : a + step] = product
             else:
@@ -113,12 +114,23 @@ def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> N
             del product  # before its successor
 
 
+def _add_transposed_widened(acc: Tensor, tile: Tensor, rows: Tensor, beta: float) -> None:
+    """The same in float32, of slabs of both operands: neither is widened as a whole."""
+    step = slab_rows(rows.shape[1])
+    for b in range(0, tile.shape[0], step):
+        wide = rows[b : b + step].float()
+        for a in range(0, acc.shape[0], step):
+            part = tile[b : b + step, a : a + step].float()
+            total = acc[a : a + step]
+            torch.addmm(total, part.T, wide, beta=1.0 if b else beta, out=total)
+
+
 def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x * factor (a scalar or one number a row), rounded once to dtype; x is [n] or [n, D]."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if x.device.type != "cpu" or x.dtype == dtype:
+    if x.device.type != "cpu" or {x.dtype, torch.result_type(x, factor)} == {dtype}:
         return torch.mul(x, factor, out=out)
-    step = slab_rows(max(1, x[:1].numel()))  # a CPU would make a wide copy of all of it
+    step = slab_rows(max(1, x[:1].numel()))  # a CPU would make wide copies of all of it
     for a in range(0, x.shape[0], step):
         out[a : a + step] = x[a : a + step] * (factor if factor.ndim == 0 else factor[a : a + step])
     return out

@@ -89,7 +89,7 @@ def rows_where(used: Tensor) -> RowSelection:
 def sees_values(x: Tensor) -> bool:
     """Whether a tensor's values may be looked at: not while a CUDA graph is captured.
 
-    Elsewhere a GPU is waited for, once in the forward and once in the backward. What that costs is
+    Elsewhere a GPU is waited for, in the forward and in the backward. What that costs is
     far less than the products of prompts and padding.
     """
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -105,8 +105,8 @@ class TorchTiles:
         for name, x in found.items():
             if x.dtype == torch.bool:
                 found[name] = x & scored
-            elif x.ndim == 1:
-                found[name] = x.masked_fill_(~scored, 0.0)
+            else:
+                found[name] = x.masked_fill_(~(scored if x.ndim == 1 else scored.unsqueeze(1)), 0.0)
         return found
 
     def _softmax(
@@ -145,11 +145,11 @@ class TorchTiles:
     ) -> None:
         scored = target != self.head.ignore_index
         hidden = self._cleaned(hidden, scored)
-        y = target.clamp(min=0).unsqueeze(-1)
+        y = torch.where(scored, target, 0).clamp(min=0).unsqueeze(-1)
         lse, rounding = norm.to(self.compute).split(1, dim=1)
         # p = exp(z - lse) * shrink: what the rounding of lse took from all of a row alike
         shrink = torch.exp(-rounding)
-        one = (target >= 0).to(self.compute).unsqueeze(-1) / shrink
+        one = (scored & (target >= 0)).to(self.compute).unsqueeze(-1) / shrink
         factor = torch.where(scored, -self.head.scale * coef, 0.0).to(self.compute).unsqueeze(-1)
         factor = factor * shrink
         logits = self._matmul(hidden, out)

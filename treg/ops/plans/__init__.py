@@ -15,8 +15,9 @@ A new plan is a file, its row in PLANS, and its line in `plan_name`.
 """
 
 import torch
+from torch import Tensor
 
-from treg.ops.call import Call
+from treg.ops.call import Batch, Call
 from treg.ops.head import Tiles
 from treg.ops.head.memory import tile_rows
 from treg.ops.plans.base import Plan
@@ -43,9 +44,25 @@ def choose_plan(call: Call, tiles: Tiles, rows: int) -> Plan:
 
     rows: N, ignored ones included.
     """
-    return PLANS[
-        plan_name(call, tile_rows(tiles, call.budget, stash=True, outputs=call.outputs), rows)
-    ]
+    capacity = tile_rows(tiles, call.budget, stash=True, outputs=call.outputs)
+    return PLANS[plan_name(call, capacity, rows)]
+
+
+def note_of(plan: Plan, batch: Batch) -> Tensor:
+    """What a forward notes for its backward beside tensors: the plan, and whether rows were left
+    out; [2] on the CPU.
+    """
+    return torch.tensor([list(PLANS).index(plan.name), not batch.rows.complete])
+
+
+def read_note(note: Tensor) -> tuple[Plan, bool]:
+    """The plan, and whether rows were left out."""
+    number, left_out = note.tolist()
+    return list(PLANS.values())[number], bool(left_out)
+
+
+def fake_note() -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 def plan_name(call: Call, capacity: int, rows: int) -> str:

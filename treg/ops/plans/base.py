@@ -1,5 +1,6 @@
 """What a plan is: an order in which rows go through a head, forward and backward."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,6 +15,9 @@ from treg.ops.head.selection import sees_values
 
 Saved = dict[str, Tensor]  # what a backward needs, by name
 Scores = dict[str, Tensor]  # of each row: "logprobs", and the statistics asked for, by name
+# Where the 2B sequences begin and end, [2B+1] offsets; None where only the device knows. The call
+# may wait for the device.
+Ends = Callable[[], list[int] | None]
 
 
 class Plan(Protocol):
@@ -31,7 +35,9 @@ class Plan(Protocol):
 
     @property
     def backward_reads_rows(self) -> bool:
-        """Whether `backward` looks which rows are scored. They must be those of `forward`."""
+        """Whether `backward` reads rows of hidden and target, or the weight. Which rows are scored
+        must then be as in `forward`. Otherwise they may have any dtype.
+        """
         ...
 
     def saved(self, batch: Batch) -> Saved:
@@ -53,13 +59,9 @@ class Plan(Protocol):
         ...
 
     def forward_pairs(
-        self, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: list[int] | None
+        self, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: Ends
     ) -> tuple[Scores, Saved, PairOutputs]:
-        """Score pairs and evaluate their loss.
-
-        ends: where the 2B sequences begin and end, [2B+1] offsets; None where only the device
-            knows.
-        """
+        """Score pairs and evaluate their loss."""
         ...
 
     def backward_pairs(
@@ -83,7 +85,7 @@ class ScoredFirst:
         batch: Batch,
         pairs: TokenInputs,
         options: LossOptions,
-        ends: list[int] | None,
+        ends: Ends,
     ) -> tuple[Scores, Saved, PairOutputs]:
         scores, saved = self.forward(batch)
         logps = scores["logprobs"]

@@ -150,7 +150,7 @@ def _by_torch(
         found.append(active)
         if len(listed):
             _add_tiles(batch, RowSelection(batch.rows.total, (listed,)), active, norm, coef, sums)
-    return sums, [tiles for tiles in found if len(tiles)]
+    return sums, found
 
 
 def _add_tiles(

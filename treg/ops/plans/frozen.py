@@ -3,7 +3,7 @@
     d lp_t / d h_t = factor_t * (E_t W)      made in the forward; the backward multiplies by coef_t
 
 The stash E of a tile is used at once. In float16 the product could overflow before it is scaled:
-float16 takes the plan `kept`, with no row kept.
+float16 takes the plan `kept`, with no row kept, or `columns`.
 """
 
 from torch import Tensor

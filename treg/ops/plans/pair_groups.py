@@ -27,7 +27,7 @@ from treg.ops.head.gemm import scaled_to
 from treg.ops.head.gradients import Gradients, GradientSums
 from treg.ops.head.memory import check_budget, empty_rows, tile_rows, tile_step
 from treg.ops.head.selection import RowSelection
-from treg.ops.plans.base import Saved, Scores, row_factors
+from treg.ops.plans.base import Ends, Saved, Scores, row_factors
 
 MIN_TILE_ROWS = 16  # below this a product reads the weight more often than it is worth
 
@@ -55,11 +55,11 @@ class PairGroups:
         raise NotImplementedError("pair_groups takes pairs whose loss is known: forward_pairs")
 
     def forward_pairs(
-        self, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: list[int] | None
+        self, batch: Batch, pairs: TokenInputs, options: LossOptions, ends: Ends
     ) -> tuple[Scores, Saved, PairOutputs]:
         call = batch.call
         check_budget(batch.tiles, call.budget, stash=True, outputs=call.outputs)
-        work = GroupWork.of(batch, pairs, options, ends)
+        work = GroupWork.of(batch, pairs, options, ends())
         work.run()
         sums = work.sums
 
@@ -84,7 +84,8 @@ class PairGroups:
     ) -> Gradients:
         needs = batch.call.needs
         scale = saved["weight_scale"] * upstream[0]
-        rows = (saved["row_scale"] * upstream[0]).unsqueeze(-1)
+        scale_of_row = saved["row_scale"]  # 0 where nothing is scored, whatever upstream is
+        rows = torch.where(scale_of_row == 0.0, 0.0, scale_of_row * upstream[0]).unsqueeze(-1)
         dhidden = dweight = dbias = None
         if needs.hidden:
             dhidden = scaled_to(saved["dhidden"], rows, batch.hidden_dtype)

@@ -166,7 +166,7 @@ def run_vocab_parallel(
             f"outputs: expected names among {list(MERGED)} with a shard, got {missing}"
         )
     local = local_target(target, shard.start, weight.shape[0], call.ignore_index)
-    call = replace(call, ignore_index=IGNORED, sharded=True)
+    call = replace(call, ignore_index=IGNORED)
     plan = VocabParallel(shard, target)
     values = _Sharded.apply(hidden, weight, bias, local, call, numbers, plan)
     return dict(zip(("logprobs", *call.outputs), values, strict=True))
@@ -270,7 +270,7 @@ class VocabParallel(Kept):
         def owner(x: Tensor) -> Tensor:
             return torch.where(held, x, 0.0).sum(0)
 
-        lse_r = ranks["norm"] / batch.tiles.norm_per_nat
+        lse_r = (ranks["norm"] + ranks["norm_rest"]) / batch.tiles.norm_per_nat
         # NaN from here on where no rank or several hold the target; ignored rows are cleared at the
         # end
         lse = torch.where(good | unscored, lse_r.logsumexp(0), float("nan"))
@@ -305,13 +305,14 @@ def _gather(
 ) -> dict[str, Tensor]:
     """Every rank's numbers of each row by name, [R, N] float64."""
     local = batch.target
-    norm = found["norm"][:, 0].contiguous()
+    norm, rest = found["norm"].unbind(1)
     table = {
         "target": whole_target.masked_fill(local == IGNORED, IGNORED),
         "start": torch.full_like(local, shard.start),
         "count": torch.full_like(local, batch.head.weight.shape[0]),
         **found,
         "norm": norm,
+        "norm_rest": rest,
     }
     mine = torch.stack([x.to(norm.dtype) for x in table.values()])
     ranks = mine.new_empty(dist.get_world_size(shard.group), *mine.shape)
