@@ -370,6 +370,7 @@ def test_the_three_commands(folder, tmp_path, capsys):
     assert main(train) == 0
     inspect = ["inspect", "--data", str(annotated), "--model", str(out), "--output", str(page)]
     assert main(inspect) == 0 and "implicit" in page.read_text()
+    assert '<dt>source</dt><dd dir="auto">contrastive</dd>' in page.read_text()
     capsys.readouterr()
     assert main(train_options(folder, tmp_path / "b", data=annotated, max_length=12)) == 2
     assert "max_length: expected at least" in capsys.readouterr().err
@@ -400,6 +401,8 @@ def test_a_page_of_a_file_without_fingerprints(folder, tmp_path):
     write_annotated(tmp_path / "a.parquet", [row], {}, reference=False)
     inspect = ["inspect", "--data", tmp_path / "a.parquet", "--tokenizer", folder / "model"]
     assert main([str(x) for x in inspect]) == 0 and (tmp_path / "a.html").exists()
+    assert main([str(x) for x in (*inspect, "--stream", "token_rewards")]) == 0
+    assert (tmp_path / "a.token_rewards.html").exists()  # each stream has its page
 
 
 SOURCE = """
@@ -474,7 +477,11 @@ def test_weights_of_ones_own_source_train_simpo(folder, tmp_path, own_sources, c
     other = json.loads((plain / "trainer_state.json").read_text())["log_history"]
     assert log[0]["loss"] != other[0]["loss"]
     inspect = ["inspect", "--data", annotated, "--tokenizer", folder / "model", "--output", page]
-    assert main([str(x) for x in inspect]) == 0 and page.exists()
+    assert main([str(x) for x in inspect]) == 0
+    html = page.read_text()
+    assert '<h1 dir="auto">Token weights: a.parquet' in html
+    for fact, value in (("stream", "token_weights"), ("source", "own_token_weights:Lengths")):
+        assert f'<dt>{fact}</dt><dd dir="auto">{value}</dd>' in html
     capsys.readouterr()
     # without a regularizer nothing is annotated unless a source is named
     plain = train_options(folder, tmp_path / "d", alpha=0.0)

@@ -13,6 +13,7 @@ import re
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -468,6 +469,22 @@ class TestPage:
         assert known & {"margin", "sum_chosen", "sum_rejected", "agreement", "lowest"} == set(
             keys
         ) - {"n", "where"}
+
+    def test_another_stream_has_its_own_name_and_no_comparison(self, tmp_path):
+        pytest.importorskip("jinja2")
+        shown = [replace(pair(), stream="token_weights")]
+        write_page(tmp_path / "p.html", shown, title="t", settings={})
+        page = Page(tmp_path / "p.html")
+        keys = [a["data-key"] for a in page.tags("th") if "data-key" in a]
+        assert keys == ["n", "where", "margin", "sum_chosen", "sum_rejected", "lowest"]
+        assert page.data()["limits"].keys() == {"rewards", "implicit"}
+        html = (tmp_path / "p.html").read_text(encoding="utf-8")
+        assert "Σ token_weights chosen" in html and "mean token_weights, chosen" in html
+        for word in ("r̂", "token reward", "contrastive", "orrelation", "mean_product", "same sign"):
+            assert word not in re.sub("<script>.*?</script>", "", html, flags=re.DOTALL), word
+        assert agreement(shown).keys() == {
+            *("pairs", "tokens", "mean_reward_chosen", "mean_reward_rejected")
+        }
 
     def test_numbers_of_some_pairs_leave_the_others_cells_empty(self, tmp_path):
         pytest.importorskip("jinja2")

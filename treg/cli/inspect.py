@@ -8,6 +8,7 @@ from treg.cli.loading import drawable, load_model, load_tokenizer, say
 from treg.cli.options import InspectOptions, parse, words
 from treg.data.annotated import read_annotated, streams_of, tokenizer_fingerprint
 from treg.files import last_checkpoint
+from treg.rewards import DEFAULT_SOURCE
 from treg.rewards.annotate import process_state
 from treg.viz import plot_curves, print_pairs, write_page
 from treg.viz.views import pair_views
@@ -22,7 +23,7 @@ rewards beside the token rewards, and the curves of its training.
 # what a page says of a run
 FACTS = words(
     """
-    loss_type beta alpha gamma learning_rate num_train_epochs max_steps use_peft seed
+    loss_type loss_scalars beta alpha gamma learning_rate num_train_epochs max_steps use_peft seed
     per_device_train_batch_size gradient_accumulation_steps ref_model
     """
 )
@@ -43,20 +44,23 @@ def run(argv: list[str]) -> None:
     kept = "ref_chosen_token_logps" in examples[0]
     if options.model is not None and reference is None and not kept:
         reference = settings.get("ref_model") or settings.get("model")  # what the run started from
+    stream = options.stream or _default_stream(meta)
     pairs = pair_views(
         examples,
         tokenizer,
         policy=_load(options.model),
         reference=_load(reference),
         beta=beta,
-        stream=options.stream or _default_stream(meta),
+        stream=stream,
     )
-    output = Path(options.output or Path(options.data).with_suffix(".html"))
-    facts = {"data": options.data, "model": options.model or "none"}
+    suffix = f".{options.stream}.html" if options.stream else ".html"
+    output = Path(options.output or Path(options.data).with_suffix(suffix))
+    facts = {"data": options.data, "stream": stream, "source": _source(meta, stream)}
+    facts |= {"model": options.model or "none"}
     facts |= {name: str(settings[name]) for name in FACTS if name in settings}
     facts["beta"] = str(beta)
     curves = {run.name: history} if drawable(history) else None
-    title = f"Token rewards: {Path(options.data).name}"
+    title = f"{stream.replace('_', ' ').capitalize()}: {Path(options.data).name}"
     write_page(output, pairs, title=title, settings=facts, history=curves)
     if options.curves:
         if curves is None:
@@ -94,6 +98,13 @@ def _load(path: str | None) -> Any:
 def _default_stream(meta: dict[str, Any]) -> str:
     streams = streams_of(meta)
     return "token_rewards" if "token_rewards" in streams else streams[0]
+
+
+def _source(meta: dict[str, Any], stream: str) -> str:
+    """What made a stream, as far as the file says it."""
+    if "streams" in meta:
+        return str(meta["streams"].get(stream, {}).get("source", "unknown"))
+    return DEFAULT_SOURCE if stream == "token_rewards" else "unknown"
 
 
 def _settings(run: Path) -> dict[str, Any]:

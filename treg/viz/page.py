@@ -74,6 +74,7 @@ def write_page(
     template = _environment().from_string(source)
     html = template.render(
         title=title,
+        stream=pairs[0].stream,
         settings=settings,
         agreement=agreement_of(numbers),
         tables=tables,

@@ -46,7 +46,7 @@ def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | Non
     console.rule(Text(f"agreement over {len(pairs)} pairs, {len(printed)} of them above"))
     scale = [-0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5]
     labels = [f" {value:+.3f} " for value in scale]
-    console.print(_coloured(labels, scale, REWARD_LIMIT), "token reward")
+    console.print(_coloured(labels, scale, REWARD_LIMIT), pairs[0].stream.replace("_", " "))
     for name, value in agreement_of(numbers).items():
         console.print(f"{name.replace('_', ' '):22}{round(value, 3):>9}", highlight=False)
 

@@ -15,6 +15,7 @@ import numpy as np
 from treg.data.pieces import token_pieces
 from treg.evaluate import ranks
 
+TOKEN_REWARDS = "token_rewards"
 # where the colours end: fixed, so that two pages can be compared
 REWARD_LIMIT = 0.5
 IMPLICIT_LIMIT = 0.2
@@ -47,7 +48,7 @@ class Side:
     """One response: a piece of text per token and, where known, the numbers of each token."""
 
     pieces: list[str]
-    rewards: list[float] | None = None  # rhat_t
+    rewards: list[float] | None = None  # rhat_t, or another stream of the pair
     implicit: list[float] | None = None  # beta * (log pi_t - log pi_ref,t)
     special: Sequence[int] = ()  # positions of special tokens, shown as chips
 
@@ -66,12 +67,13 @@ class Side:
 
 @dataclass(frozen=True)
 class PairView:
-    """A preference pair to show."""
+    """A preference pair to show. stream: what `rewards` of its sides are."""
 
     where: str  # file:line
     prompt: str
     chosen: Side
     rejected: Side
+    stream: str = TOKEN_REWARDS
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,13 @@ class SideNumbers:
 
 @dataclass(frozen=True)
 class PairNumbers:
-    """The numbers of a pair."""
+    """The numbers of a pair. compared: whether they are token rewards, which the implicit rewards
+    are to follow.
+    """
 
     chosen: SideNumbers
     rejected: SideNumbers
+    compared: bool = True
 
 
 def numbers_of(pairs: Sequence[PairView]) -> list[PairNumbers]:
@@ -102,7 +107,7 @@ def numbers_of(pairs: Sequence[PairView]) -> list[PairNumbers]:
         label = f"pairs[{n}] ({pair.where})"
         chosen = _side_numbers(f"{label}: chosen", pair.chosen)
         rejected = _side_numbers(f"{label}: rejected", pair.rejected)
-        numbers.append(PairNumbers(chosen, rejected))
+        numbers.append(PairNumbers(chosen, rejected, pair.stream == TOKEN_REWARDS))
     return numbers
 
 
@@ -138,7 +143,7 @@ def agreement(pairs: Sequence[PairView]) -> dict[str, float | int]:
         in either is a tie; sign_agreement = agree / (agree + disagree); pearson, spearman (ties
         share their mean rank); mean_reward_chosen, mean_reward_rejected; large_rewards, the share
         of |rhat| > 0.1. A key is absent where its numbers are (no rewards, no implicit rewards, a
-        constant under a correlation).
+        constant under a correlation); of another stream there are the means alone.
     Raises:
         ValueError: no pair; numbers that are not finite or not one per piece, by pair and token.
     """
@@ -155,8 +160,9 @@ def agreement_of(numbers: Sequence[PairNumbers]) -> dict[str, float | int]:
         "tokens": sum(side.tokens for side in sides),
     }
 
+    compared = all(pair.compared for pair in numbers)
     both = [s for s in sides if s.rewards is not None and s.implicit is not None]
-    if both:
+    if both and compared:
         rewards = np.concatenate([side.rewards for side in both])
         implicit = np.concatenate([side.implicit for side in both])
         found |= _sign_agreement(rewards, implicit)
@@ -169,7 +175,7 @@ def agreement_of(numbers: Sequence[PairNumbers]) -> dict[str, float | int]:
         found["mean_reward_chosen"] = float(chosen.mean())
     if rejected.size:
         found["mean_reward_rejected"] = float(rejected.mean())
-    if chosen.size or rejected.size:
+    if compared and (chosen.size or rejected.size):
         large = np.abs(np.concatenate([chosen, rejected])) > LARGE_REWARD
         found["large_rewards"] = float(large.mean())
     return found
@@ -213,7 +219,7 @@ def pair_data(pair: PairView, numbers: PairNumbers) -> dict[str, Any]:
         ("chosen", pair.chosen, numbers.chosen),
         ("rejected", pair.rejected, numbers.rejected),
     ):
-        data[name] = _side_data(side, side_numbers)
+        data[name] = _side_data(side, side_numbers, numbers.compared)
         if side_numbers.rewards is not None:
             data[f"sum_{name}"] = data[name]["sum_rewards"]
             of_side = zip(side_numbers.rewards.tolist(), side.pieces, strict=True)
@@ -225,16 +231,17 @@ def pair_data(pair: PairView, numbers: PairNumbers) -> dict[str, Any]:
     return data
 
 
-def _side_data(side: Side, numbers: SideNumbers) -> dict[str, Any]:
+def _side_data(side: Side, numbers: SideNumbers, compared: bool) -> dict[str, Any]:
     """pieces, special; rewards, implicit and their sums; mean_product of the two and their
-    `agreement` in this response.
+    `agreement` in this response, if they are compared.
     """
     data: dict[str, Any] = {"pieces": side.pieces, "special": list(side.special)}
     for name, values in (("rewards", numbers.rewards), ("implicit", numbers.implicit)):
         if values is not None:
             data[name] = [float(f"{value:.5g}") for value in values]
             data[f"sum_{name}"] = float(values.sum())
-    if numbers.rewards is not None and numbers.implicit is not None and side.pieces:
+    known = numbers.rewards is not None and numbers.implicit is not None
+    if compared and known and side.pieces:
         data["mean_product"] = float((numbers.rewards * numbers.implicit).mean())
         data |= agreement_of([PairNumbers(chosen=numbers, rejected=SideNumbers(tokens=0))])
     return data

@@ -29,7 +29,8 @@ def pair_views(
             are shown.
         reference: the model that pi_ref comes from; None: the log-probs that the examples keep of
             each token.
-        stream: the per-token signal that is shown as the token rewards.
+        stream: the per-token signal that is shown; only token rewards are compared with implicit
+            rewards.
     Raises:
         ValueError: no such stream; a policy and no reference log-probs of each token.
     """
@@ -58,7 +59,7 @@ def pair_views(
         prompt = tokenizer.decode(
             example["prompt_ids"], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        views.append(PairView(example["where"], prompt, *sides))
+        views.append(PairView(example["where"], prompt, *sides, stream))
     return views
 
 
