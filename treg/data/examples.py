@@ -133,11 +133,11 @@ def check_made_with(
         "model": model_fingerprint(reference, adapters=adapters),
     }
     for what, value in found.items():
-        if made_with.get(what) != value:
+        made = made_with.get(what, "none")
+        if made != value:
             raise ValueError(
-                f"{path}: expected data annotated with this {what} ({value}), got "
-                f"{made_with.get(what, 'none')}; annotate with the model that training starts from, give that "
-                f"one as ref_model, or {fix}"
+                f"{path}: expected data annotated with this {what} ({value}), got {made}; annotate "
+                f"with the model that training starts from, give that one as ref_model, or {fix}"
             )
 
 
