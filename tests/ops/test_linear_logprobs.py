@@ -817,6 +817,7 @@ def test_an_ignore_index_beyond_the_vocabulary_while_nobody_looks(
         assert error(a, b) < 1e-6
 
 
+@pytest.mark.usefixtures("open_operators")
 def test_a_frozen_head_is_not_cast_again_in_the_backward():
     """Under autocast: what the backward multiplies by was made in the forward."""
     hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4000, 64)
