@@ -136,11 +136,6 @@ def test_a_response_of_a_pair(chat):
     assert chosen.row == {"spans": [1]}
     assert tokenizer.decode(chosen.ids[: chosen.content]).strip() == "is déjà 🦊 old"
     assert chosen.content < len(chosen.ids)
-    # each token begins in the text where the tokens before it end
-    for t, offset in enumerate(chosen.offsets):
-        before = tokenizer.decode(chosen.ids[:t]).rstrip("�")
-        expected = min(len(before), len(chosen.text)) if t <= chosen.content else len(chosen.text)
-        assert offset == expected, t
     assert chosen.messages.tolist() == [0] * len(chosen.ids)
 
 
@@ -154,26 +149,10 @@ def test_messages_of_a_response():
     rejected = [{"role": "assistant", "content": "no"}]
     chosen, _ = responses([{"prompt": prompt, "chosen": turns, "rejected": rejected}])
     assert chosen.text == "the owl\n42 owl\nit is 42"
-    for i, (turn, text_start) in enumerate(zip(turns, (0, 8, 15), strict=True)):
-        inside = chosen.ids[chosen.messages == i]
-        offsets = chosen.offsets[chosen.messages == i]
-        start = TOKENIZER.decode(inside).index(turn["content"])
-        end = start + len(turn["content"])
-        compared = 0
-        for t, offset in enumerate(offsets):
-            at = len(TOKENIZER.decode(inside[:t]))
-            if start <= at < end:
-                assert offset == text_start + at - start
-                compared += 1
-        assert compared >= 3
-
-
-def test_a_template_that_changes_the_text_has_no_offsets():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content | upper")
-    chosen, _ = responses([ROWS[0]], tokenizer)
-    with pytest.raises(ValueError, match="row 0: expected tokens that spell the text of chosen"):
-        _ = chosen.offsets
+    for i, turn in enumerate(turns):
+        inside = TOKENIZER.decode(chosen.ids[chosen.messages == i])
+        others = [other["content"] for other in turns if other is not turn]
+        assert turn["content"] in inside and not any(other in inside for other in others)
 
 
 # -- a source of one's own

@@ -31,19 +31,18 @@ class PairCollator:
         position_ids [1, L], one sequence after the other; attention starts anew where position_ids
         is 0.
     pad_token_id, pad_to_multiple_of: of the padded layout.
-    streams: names of the per-token signals that the loss takes; others in the examples are left.
     Returns a dict: the model's input_ids and attention_mask or position_ids (the last token of a
         sequence, which predicts nothing, is left out); scored [N] int64, the rows of the flattened
         hidden states that are scored; target [N] int64; lengths [2B], numbers of scored tokens;
-        where the examples have them, each stream [N] float32, and ref_logps, [2B] float64 sums or,
-        if all have ref_chosen_token_logps, [N] float32. Those from lengths on are numpy arrays,
-        because trainers move the tensors of a batch, and some round them to the model's dtype.
+        where the examples have them, token_rewards and token_weights, [N] float32, and ref_logps,
+        [2B] float64 sums or, if all have ref_chosen_token_logps, [N] float32. Those from lengths on
+        are numpy arrays, because trainers move the tensors of a batch, and some round them to the
+        model's dtype.
     """
 
     pad_token_id: int = 0
     packing: bool = False
     pad_to_multiple_of: int | None = None
-    streams: tuple[str, ...] = LOSS_STREAMS
 
     def __call__(
         self, examples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
@@ -72,7 +71,7 @@ class PairCollator:
         batch["target"] = torch.from_numpy(completions.astype(np.int64))
         batch["lengths"] = np.array([len(completion) for _, completion in sequences])
         batch["num_tokens"] = np.array(sum(map(len, inputs)))
-        for stream in self.streams:
+        for stream in LOSS_STREAMS:
             if (values := _gather(pairs, f"{{}}_{stream}")) is not None:
                 batch[stream] = np.concatenate(values).astype(np.float32)
         if (per_token := _gather(pairs, "ref_{}_token_logps")) is not None:

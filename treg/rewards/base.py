@@ -1,9 +1,10 @@
 """The seam of token-reward sources: what a source is given, and what it must do.
 
 A source gives every token of a response one number, or several: its streams. `treg annotate`, the
-trainers that make rewards themselves and verl's reward manager all use the same three methods of
-it: `settings`, `check` and `score`. A new source is one class in one file; it is found by its name
-in `treg.rewards.SOURCES`, or by "package.module:Class" where it lies outside this library.
+trainers that make rewards themselves and verl's reward manager all use its methods `check` and
+`score`; its `settings` go into the annotated file. A new source is one class in one file; it is
+found by its name in `treg.rewards.SOURCES`, or by "package.module:Class" where it lies outside this
+library.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from treg.data import SIDES, Pair, RowProblem, common_prefix, text_of
-from treg.data.pieces import token_pieces
 from treg.data.rows import Messages
 
 if TYPE_CHECKING:
@@ -100,42 +99,6 @@ class Response:
             bounds.append(common_prefix(ids, whole) - len(self.prompt_ids))
         return np.searchsorted(bounds, np.arange(len(self.ids)), side="right").astype(np.int32)
 
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """[T] int32: the first character of text that each token adds something to.
-
-        Tokens of the chat template between two messages, and at the end, begin where the message
-        before them ends. A character of several tokens belongs to the one that completes it.
-        Raises:
-            ValueError: the tokens do not spell the text, as where a template changes it.
-        """
-        pieces = token_pieces(self.ids.tolist(), self.tokenizer)
-        starts = np.cumsum([0, *map(len, pieces[:-1])])
-        spelled = "".join(pieces)
-        found = np.zeros(len(starts), dtype=np.int32)
-        spelled_end = text_end = 0
-        for part in self._parts():
-            part = part.strip()
-            at = spelled.find(part, spelled_end)
-            if at < 0:
-                raise ValueError(
-                    f"{self.where}: expected tokens that spell the text of {self.side}, got "
-                    f"{spelled[:80]!r} for {part[:80]!r}; the chat template changes the text"
-                )
-            text_start = self.text.index(part, text_end)
-            text_end = text_start + len(part)
-            spelled_end = at + len(part)
-            later = starts >= at
-            found[later] = np.minimum(starts[later] - at + text_start, text_end)
-        return found
-
-    def _parts(self) -> list[str]:
-        """The texts that follow one another in text: one for each message."""
-        whole = text_of(self.completion) == self.text
-        if isinstance(self.completion, str) or not whole:
-            return [self.text]
-        return [text_of([message]) for message in self.completion]
-
 
 def content_length(ids: list[int], tokenizer: Any) -> int:
     """Tokens of a response before what ends it: special tokens, and blanks after them."""
@@ -167,14 +130,15 @@ def _ignore(tokens: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a source may use. It is made once for a run; the models in it are not changed.
+    """What a source may use. It is made once for a run; no weight of the model in it is changed.
 
     model: the reference, a Hugging Face causal LM on its device. tokenizer: its tokenizer.
     tokens_per_batch: tokens of one forward, with padding, that fit into memory.
     share_prefix: whether beginnings that contexts share may be run once.
     on_tokens: is told how many tokens went through a model, for the progress bar.
     pairs: the responses of every pair of the run, the longest pair first, so that every process can
-        try out on the same ones what a model can do. Empty where responses come one by one.
+        try out on the same ones what a model can do. Empty where they are not known, as in verl,
+        whose responses come one by one.
     """
 
     model: Any
@@ -200,11 +164,6 @@ class Context:
             share_prefix=self.share_prefix,
             on_tokens=self.on_tokens,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the reference is."""
-        return self.model.device
 
     @property
     def longest(self) -> int:
