@@ -21,7 +21,8 @@ class TokenRewards:
     """Token rewards of whole sequences (prompt and completion), looked up by their ids.
 
     Args:
-        source: the path of an annotated file, or its examples (see `treg.data.read_annotated`).
+        source: the path of an annotated file, or its examples (see
+            `treg.data.annotated.read_annotated`).
         tail: so many tokens at the end of a sequence may differ from the annotated ones, as where a
             trainer ends a response otherwise; their reward is 0.
         stream: the per-token signal that is looked up, where it is not the token rewards.

@@ -29,9 +29,10 @@ CARD = """
 ## Objective
 
 loss_type={loss_type}, beta={beta}, alpha={alpha}, gamma={gamma},
-label_smoothing={label_smoothing}, weighting={weighting}, loss_scalars={scalars}. With alpha > 0 a regularizer pulls the
-policy's implicit token rewards towards those of the data, in the paper the reference model's under
-contrastive prompts: *T-REG: Preference Optimization with Token-Level Reward Regularization*
+label_smoothing={label_smoothing}, loss_scalars={scalars}, weighting={weighting}. With alpha > 0 a
+regularizer pulls the policy's implicit token rewards towards those of the data, in the paper the
+reference model's under contrastive prompts:
+*T-REG: Preference Optimization with Token-Level Reward Regularization*
 ([arXiv 2412.02685](https://arxiv.org/abs/2412.02685)), over *Direct Preference Optimization*
 ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)).
 
