@@ -240,8 +240,8 @@ def _side_data(side: Side, numbers: SideNumbers, compared: bool) -> dict[str, An
         if values is not None:
             data[name] = [float(f"{value:.5g}") for value in values]
             data[f"sum_{name}"] = float(values.sum())
-    known = numbers.rewards is not None and numbers.implicit is not None
-    if compared and known and side.pieces:
-        data["mean_product"] = float((numbers.rewards * numbers.implicit).mean())
+    rewards, implicit = numbers.rewards, numbers.implicit
+    if compared and side.pieces and rewards is not None and implicit is not None:
+        data["mean_product"] = float((rewards * implicit).mean())
         data |= agreement_of([PairNumbers(chosen=numbers, rejected=SideNumbers(tokens=0))])
     return data

@@ -59,7 +59,7 @@ def pair_views(
         prompt = tokenizer.decode(
             example["prompt_ids"], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        views.append(PairView(example["where"], prompt, *sides, stream))
+        views.append(PairView(example["where"], prompt, *sides, stream=stream))
     return views
 
 
