@@ -5,8 +5,8 @@ against dense.
 
 Time: N = 4096 rows (two pairs of 2 x 1024), D = 512, V = 32000, trainable head, forward and
 backward; all methods of a dtype take turns in one process. Memory: what one forward and backward
-holds beyond its inputs, gradients included, each in a fresh process. Other work on the machine
-shows in the spread of a ratio and in the load average beside it.
+holds beyond its inputs, gradients included, each in a fresh process, cold. Other work on the
+machine shows in the spread of a ratio and in the load average beside it.
 """
 
 import argparse
@@ -111,10 +111,8 @@ def peaks(labels: Iterable[str] = HELD) -> dict[str, int | None]:
 
 
 def _peak(label: str) -> int | None:
+    """Of this process, in which nothing has been computed yet: what a first call loads counts."""
     name, case = HELD[label]
-    step(
-        METHODS[name], batch_of(replace(case, length=16, vocab=1000))
-    )  # what a first call loads is not counted
     return peak_bytes(functools.partial(step, METHODS[name], batch_of(case)))
 
 
@@ -129,24 +127,41 @@ def main() -> None:
     parser.add_argument(
         "--peak", choices=HELD, help="print the peak extra bytes of one entry and end"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="measure memory again and leave the times of --out"
+    )
     args = parser.parse_args()
     if args.peak is not None:
         print(json.dumps(_peak(args.peak)))
         return
+    found = json.loads(args.out.read_text()) if args.memory else timed(args.rounds)
+    found["memory"] = {
+        "environment": environment(),
+        "budget_bytes": DEFAULT_BUDGET["cpu"],
+        "peak_extra_bytes": peaks(),
+    }
+    show(found)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
 
+
+def timed(rounds: int) -> dict:
+    """The part of the record that is not memory."""
     load = [os.getloadavg()[0]]
     found: dict = {"environment": environment(), "time": {}}
     for dtype in DTYPES:
         run = alternation(dtype)
-        for _ in range(args.rounds):
+        for _ in range(rounds):
             run.round()
         found["time"][dtype] = times(run)
         load.append(os.getloadavg()[0])
     found["load_average"] = load  # over a minute: before, after each dtype
-    found["memory"] = {"budget_bytes": DEFAULT_BUDGET["cpu"], "peak_extra_bytes": peaks()}
+    return found
 
+
+def show(found: dict) -> None:
     for dtype, result in found["time"].items():
-        print(f"\n{dtype}, median of {args.rounds}")
+        print(f"\n{dtype}, median of {result['rounds']}")
         for name, seconds in result["median_seconds"].items():
             print(f"  {name:<45} {seconds:6.2f} s (best {result['best_seconds'][name]:.2f})")
         for name, x in result["ratios"].items():
@@ -155,9 +170,8 @@ def main() -> None:
     print("\npeak extra memory, fp32")
     for name, held in found["memory"]["peak_extra_bytes"].items():
         print(f"  {name:<45} " + ("not known" if held is None else f"{held / 2**20:6.0f} MiB"))
-    print("\nload average before and after each dtype: " + ", ".join(f"{x:.1f}" for x in load))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    load = ", ".join(f"{x:.1f}" for x in found["load_average"])
+    print(f"\nload average before and after each dtype: {load}")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,8 @@ from treg.ops.plans.pair_groups import PairGroups
 
 # `vocab_parallel` is not here: it carries a process group, and so is made for its call.
 PLANS: dict[str, Plan] = {
-    "forward_only": ForwardOnly(),
-    "frozen": Frozen(),
-    "kept": Kept(),
-    "pair_groups": PairGroups(),
-    "columns": Columns(),
-    "filtered": Filtered(),
+    plan.name: plan
+    for plan in (ForwardOnly(), Frozen(), Kept(), PairGroups(), Columns(), Filtered())
 }
 
 
