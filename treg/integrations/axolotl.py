@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from treg.heads import check_sequences, install_head, run_head
 from treg.heads.logprobs import token_logprobs
-from treg.integrations.common import parameters_of
+from treg.integrations.common import looked_up, parameters_of
 from treg.losses import LossOptions
 from treg.losses.pairwise import DISCOPOP_TAU
 from treg.ops import fused_treg_loss
@@ -166,7 +166,7 @@ def make_trainer(base: type) -> type:
             _check_no_router_loss(self)
             self._treg_rewards = None
             if args.treg_alpha:
-                self._treg_rewards = TokenRewards(args.treg_token_rewards, tail=args.treg_tail)
+                self._treg_rewards = looked_up(args.treg_token_rewards, args.treg_tail)
 
         def _compute_loss(self, model, inputs, return_outputs):
             _check_no_outputs(return_outputs)

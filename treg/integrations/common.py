@@ -17,7 +17,7 @@ def rewards_source(
     token_rewards: str | Path | TokenRewards | None, alpha: float, tail: int
 ) -> TokenRewards | None:
     """Where rewards are looked up, None for alpha 0. ValueError: alpha < 0, or > 0 without a
-    source; a file that has token weights as well, which the trainers' own margins do not take.
+    source; what `looked_up` refuses.
     """
     if not alpha >= 0:
         raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
@@ -28,6 +28,13 @@ def rewards_source(
         )
     if token_rewards is None or not alpha:
         return None
+    return looked_up(token_rewards, tail)
+
+
+def looked_up(token_rewards: str | Path | TokenRewards, tail: int) -> TokenRewards:
+    """The rewards of an annotated file. ValueError: it has token weights as well, which a trainer's
+    own margin does not take.
+    """
     if isinstance(token_rewards, TokenRewards):
         return token_rewards
     if is_annotated(token_rewards) and "token_weights" in streams_of(read_meta(token_rewards)):

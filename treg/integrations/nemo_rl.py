@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treg.integrations.common import looked_up
 from treg.losses.regularizer import token_regularizer
 from treg.rewards.lookup import TokenRewards
 
@@ -131,7 +132,7 @@ class TRegLossFn:
 
 @functools.lru_cache(maxsize=1)
 def _token_rewards(path: str, tail: int) -> TokenRewards:
-    return TokenRewards(path, tail=tail)
+    return looked_up(path, tail)
 
 
 def _dpo_loss_fn() -> type:

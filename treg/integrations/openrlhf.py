@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from treg.heads import install_head
 from treg.heads.logprobs import token_logprobs
+from treg.integrations.common import looked_up
 from treg.losses.regularizer import token_regularizer
 from treg.rewards.lookup import TokenRewards
 
@@ -166,11 +167,7 @@ def make_trainer(
         )
     if not alpha >= 0:
         raise ValueError(f"alpha: expected a number >= 0, got {alpha!r}")
-    rewards_of = (
-        token_rewards
-        if isinstance(token_rewards, TokenRewards)
-        else TokenRewards(token_rewards, tail=tail)
-    )
+    rewards_of = looked_up(token_rewards, tail)
 
     class TRegDPOTrainer(base):
         _treg_base = base
