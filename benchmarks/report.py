@@ -73,8 +73,9 @@ def cpu_part(found: dict) -> str:
         D {TIMED.hidden}, V {TIMED.vocab}. `python benchmarks/bars.py`; the record, with the ratios'
         spread, is `benchmarks/results/cpu/bars.json`."""
     memory = f"""Extra peak memory in a cold process, float32, {shape.rows} tokens,
-        D {shape.hidden}, V {shape.vocab}: treg {held["treg_fused"]} MiB, dense {held["dense_log_softmax"]} (log_softmax) or
-        {held["dense_logsumexp"]} MiB (logsumexp); with twice and four times the tokens treg takes
+        D {shape.hidden}, V {shape.vocab}: treg {held["treg_fused"]} MiB, dense
+        {held["dense_log_softmax"]} (log_softmax) or {held["dense_logsumexp"]} MiB
+        (logsumexp); with twice and four times the tokens treg takes
         {held["treg_fused, 2 N"]} and {held["treg_fused, 4 N"]} MiB."""
     lines = ["| seconds | float32 | bfloat16 |", "|---|---|---|", *rows]
     return "\n\n".join([_paragraph(about), "\n".join(lines), _paragraph(memory)])
