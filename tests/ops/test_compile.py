@@ -254,12 +254,14 @@ def test_bad_numbers_under_compile_are_refused_when_the_graph_runs():
             compiled(batch("torch"), bad)
 
 
-def test_a_softcap_of_0_under_compile_is_no_missing_softcap():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_softcap_of_0_under_compile_is_no_missing_softcap(impl):
     def fn(b, cap):
-        return linear_logprobs(b["hidden"], b["weight"], b["target"], softcap=cap).logprobs
+        out = linear_logprobs(b["hidden"], b["weight"], b["target"], softcap=cap, impl=impl)
+        return out.logprobs
 
     compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)
-    inputs = batch("torch")
+    inputs = batch(impl)
     assert torch.equal(compiled(inputs, 5.0), fn(inputs, 5.0))
     for bad in (0.0, float("nan")):
         with pytest.raises(ValueError, match=r"^softcap: expected a finite number > 0"):

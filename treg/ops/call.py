@@ -138,7 +138,7 @@ class Batch:
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        numbers: Sequence[float] = (1.0, 0.0, 1.0),
+        numbers: Sequence[float] = (1.0, 1.0, 1.0),
         *,
         cast: bool = True,
     ) -> "Batch":

@@ -138,11 +138,12 @@ def batch_of(
     Args:
         hidden: [N, D]. target: [...] of N elements. numbers: the head's come first.
     """
+    known = numbers.tolist()
+    head = call.head(weight, bias, known)
+    check_numbers(head.logit_scale, head.softcap, head.temperature)
     check_targets(target, weight.shape[0], call.ignore_index)
     flat = target.reshape(-1).contiguous()
-    batch = Batch.of(call, hidden, weight, bias, flat, numbers.tolist())
-    check_numbers(batch.head.logit_scale, batch.head.softcap, batch.head.temperature)
-    return batch
+    return Batch.of(call, hidden, weight, bias, flat, known)
 
 
 def _score(hidden, weight, bias, target, numbers, text) -> list[Tensor]:
