@@ -220,7 +220,8 @@ SCHEDULED = {
     "gamma": lambda b, x: (
         fused_treg_loss(**b | {"ref_logps": None}, loss_type="simpo", beta=2.0, gamma=x).loss
     ),
-    "smoothing": lambda b, x: fused_treg_loss(**b, label_smoothing=x / 2).loss,
+    "smoothing": lambda b, x: fused_treg_loss(**b, label_smoothing=x).loss,
+    "computed in the graph": lambda b, x: fused_treg_loss(**b, label_smoothing=x / 2).loss,
     "log-probs": lambda b, x: linear_logprobs(
         b["hidden"], b["weight"], b["target"], temperature=x
     ).logprobs.mean(),
@@ -233,12 +234,14 @@ def test_a_schedule_neither_recompiles_nor_breaks_the_graph(call, dynamic):
     """At most one graph of a constant and one of an input, whatever number of values; with
     dynamic=True no compilation after the first call.
     """
+    if call == "computed in the graph" and torch.__version__ < (2, 13):
+        pytest.skip("torch 2.11 takes a number that only arithmetic uses for a constant")
     counter = CompileCounterWithBackend("aot_eager")
     fn = SCHEDULED[call]
     compiled = torch.compile(fn, backend=counter, fullgraph=True, dynamic=dynamic)
     inputs, after = batch("torch"), []
     leaves = [inputs["hidden"], inputs["weight"]]
-    for x in (0.3, 0.4, 0.5, 0.6, 0.7):
+    for x in (0.1, 0.2, 0.3, 0.4, 0.45):
         loss, exact = compiled(inputs, x), fn(inputs, x)
         assert torch.equal(loss, exact)
         found, right = torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, leaves)
