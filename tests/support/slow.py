@@ -69,8 +69,9 @@ FUNCTIONS = {
     ),
     "demo/test_demo.py": ("test_demo",),
     "heads/test_heads.py": ("test_every_causal_lm", "test_without_a_row_the_check_refuses"),
+    "integrations/test_liger.py": ("test_three_products_for_the_policy_and_one_for_the_reference",),
     "integrations/test_cce.py": ("test_dtensor_equals_dense", "test_vocab_parallel_equals_dense"),
-    "losses/test_losses.py": ("test_pair_scalar",),
+    "losses/test_losses.py": ("test_gradcheck", "test_pair_scalar"),
     "losses/test_objective.py": (
         "test_operator_is_registered_right",
         "test_operator_under_compile",
@@ -96,7 +97,12 @@ FUNCTIONS = {
         "test_matrix_products",
         "test_memory_stays_within_the_budget",
     ),
+    "ops/test_gemm.py": (
+        "test_float16_is_widened_slab_by_slab",
+        "test_scaled_to_makes_no_wide_copy",
+    ),
     "ops/test_linear_logprobs.py": (
+        "test_any_shape_option_and_budget",
         "test_least_memory_has_no_float32_sum_of_dweight",
         "test_memory_stays_within_the_budget",
     ),
@@ -124,6 +130,7 @@ FUNCTIONS = {
         "test_gradient_is_that_of_dense_logits[packed]",
         "test_gradient_is_that_of_dense_logits[tied]",
         "test_gradient_of_other_adapters",
+        "test_checkpointed_activations_leave_the_gradient",
         "test_gradient_with_token_weights",
         "test_killed_and_resumed_is_uninterrupted",
         "test_one_by_eight_is_eight_by_one",
@@ -131,7 +138,13 @@ FUNCTIONS = {
         "test_tokens_are_counted_across_a_resume_between_log_lines",
         "test_two_processes_are_one",
     ),
-    "viz/test_viz.py": ("test_a_panel_for_each_quantity", "test_embedded"),
+    "viz/test_viz.py": (
+        "test_a_panel_for_each_quantity",
+        "test_embedded",
+        "test_nothing_to_draw",
+        "test_pieces_join_to_the_decoded_text",
+        "test_text_cut_anywhere",
+    ),
 }
 
 
