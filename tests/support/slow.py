@@ -13,8 +13,10 @@ TESTS = Path(__file__).resolve().parents[1]
 
 # minutes each: trainings, compilers, several processes, libraries that are long to import
 FILES = (
+    "benchmarks/test_benchmarks.py",
     "heads/test_sharded.py",
     "integrations/test_axolotl.py",
+    "integrations/test_liger.py",
     "integrations/test_llamafactory.py",
     "integrations/test_nemo_rl.py",
     "integrations/test_openrlhf.py",
@@ -38,13 +40,6 @@ INTERPRETED = (
 # single tests of more than a second, or many cases of a kind; name[part]: cases with part in their
 # id
 FUNCTIONS = {
-    "benchmarks/test_benchmarks.py": (
-        "test_peer_that_raises_is_named_and_the_others_are_timed",
-        "test_report_of_a_gpu",
-        "test_slices_of_the_whole_script",
-        "test_worker_that_hangs_or_dies",
-        "test_wrong_result_is_not_timed",
-    ),
     "cli/test_cli.py": (
         "test_a_finished_run_is_left_alone",
         "test_adapters_are_no_start",
@@ -69,7 +64,6 @@ FUNCTIONS = {
     ),
     "demo/test_demo.py": ("test_demo",),
     "heads/test_heads.py": ("test_every_causal_lm", "test_without_a_row_the_check_refuses"),
-    "integrations/test_liger.py": ("test_three_products_for_the_policy_and_one_for_the_reference",),
     "integrations/test_cce.py": ("test_dtensor_equals_dense", "test_vocab_parallel_equals_dense"),
     "losses/test_losses.py": ("test_gradcheck", "test_pair_scalar"),
     "losses/test_objective.py": (
