@@ -119,6 +119,14 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
         )
 
 
+def check_mask(mask: Tensor, like: Tensor) -> None:
+    """One bool a token."""
+    check_shape("mask", mask, like.shape, "one per token")
+    check_device("mask", mask, like)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+
+
 def check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise ValueError(

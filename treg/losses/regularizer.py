@@ -10,8 +10,8 @@ from treg.checks import (
     check_device,
     check_finite,
     check_floating,
+    check_mask,
     check_number,
-    check_shape,
     check_tensor,
     values_visible,
 )
@@ -70,10 +70,7 @@ def token_regularizer(
         raise ValueError(f"alpha: expected a number >= 0 (0: no regularizer), got {alpha!r}")
     check_tensor("mask", mask, optional=True)
     if mask is not None:
-        check_shape("mask", mask, logps.shape, "one per token")
-        check_device("mask", mask, logps)
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+        check_mask(mask, logps)
     check_finite("token_rewards", token_rewards, mask)
     fix = "pass mask, False where no token is scored"
     if mask is not None:

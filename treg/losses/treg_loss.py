@@ -121,10 +121,7 @@ def _losses(
     options = LossOptions.of(text, scalars.tolist())
     checks.check_floating("logps", logps)
     if mask is not None:
-        checks.check_shape("mask", mask, logps.shape, "one per token")
-        checks.check_device("mask", mask, logps)
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+        checks.check_mask(mask, logps)
     name = "logps" if mask is None else "mask"
     check_pairs(name, logps, mask, token_rewards, ref_logps, token_weights, cu_seqlens, options)
 
