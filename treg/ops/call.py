@@ -164,10 +164,8 @@ class Batch:
     @property
     def dweight_dtype(self) -> torch.dtype:
         """Of a dweight that is written at once: the weight's, where a product can have it."""
-        head = self.head.weight
-        if widened(head.dtype, head.device):
-            return self.tiles.compute
-        if self.weight_dtype in (self.call.dtype, torch.float32):
+        possible = self.weight_dtype in (self.call.dtype, torch.float32)
+        if possible and not widened(self.call.dtype, self.hidden.device):
             return self.weight_dtype
         return self.tiles.compute
 

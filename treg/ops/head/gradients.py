@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treg.ops.head.gemm import add_transposed, scaled_to, times_weight, widened
+from treg.ops.head.gemm import add_transposed, scaled_to, times_weight
 from treg.ops.head.head import Tiles
 from treg.ops.head.selection import RowSelection, sees_values
 
@@ -72,7 +72,7 @@ class GradientSums:
         dweight_dtype: torch.dtype | None = None,
     ):
         """complete: every row of hidden [N, D] will be added; else the others stay 0.
-        dweight_dtype: None for that of sums; another where one tile makes all of dweight.
+        dweight_dtype: None for that of sums; `Batch.dweight_dtype` where one tile makes all of it.
         """
         self.hidden = hidden
         self.weight = tiles.head.weight
@@ -86,9 +86,8 @@ class GradientSums:
             make = hidden.new_empty if complete else hidden.new_zeros
             self.dhidden = make(hidden.shape)
         if needs.weight:
-            if dweight_dtype is None or widened(self.weight.dtype, self.weight.device):
-                dweight_dtype = tiles.compute
-            self.dweight = hidden.new_empty(self.weight.shape, dtype=dweight_dtype)
+            dtype = dweight_dtype or tiles.compute
+            self.dweight = hidden.new_empty(self.weight.shape, dtype=dtype)
         if needs.bias and tiles.head.bias is not None:
             self.dbias = hidden.new_empty(tiles.head.bias.shape, dtype=tiles.compute)
 
