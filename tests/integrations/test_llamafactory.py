@@ -39,10 +39,10 @@ from dense_dpo import (
     with_lora,
 )
 from helpers import error
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import file_with_weights, tiny_llama, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
-from treg.data.annotated import stream_columns, write_annotated
+from treg.data.annotated import write_annotated
 from treg.integrations import llamafactory
 from treg.rewards.lookup import TokenRewards
 
@@ -539,14 +539,9 @@ def test_versions_that_are_served(monkeypatch, version):
 
 def test_files_with_token_weights_are_refused(module, tmp_path):
     """The margin would be trained without them."""
-    row = {"index": 0, "where": "f:0", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
-    streams = ("token_rewards", "token_weights")
-    for stream in streams:
-        row |= {name: [1.0] for name in stream_columns(stream)}
-    meta = {"streams": {stream: {} for stream in streams}}
-    write_annotated(tmp_path / "a.parquet", [row], meta, streams=streams, reference=False)
+    file = file_with_weights(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="token_rewards: expected a file without token_weights"):
-        llamafactory.make_trainer(module.CustomDPOTrainer, tmp_path / "a.parquet")
+        llamafactory.make_trainer(module.CustomDPOTrainer, file)
 
 
 def test_bad_input(module, annotated):

@@ -18,10 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import error
-from tiny import tiny_llama
+from tiny import file_with_weights, tiny_llama
 from torch import nn
 
-from treg.data.annotated import stream_columns, write_annotated
+from treg.data.annotated import write_annotated
 from treg.integrations import openrlhf as integration
 from treg.rewards.lookup import TokenRewards
 
@@ -557,14 +557,9 @@ def test_patch_refuses(openrlhf):
 
 def test_a_file_with_token_weights_is_refused(openrlhf, tmp_path):
     """The margin would be trained without them."""
-    row = {"index": 0, "where": "f:0", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
-    streams = ("token_rewards", "token_weights")
-    for stream in streams:
-        row |= {name: [1.0] for name in stream_columns(stream)}
-    meta = {"streams": {stream: {} for stream in streams}}
-    write_annotated(tmp_path / "a.parquet", [row], meta, streams=streams, reference=False)
+    file = file_with_weights(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="token_rewards: expected a file without token_weights"):
-        integration.make_trainer(openrlhf.trainer.DPOTrainer, tmp_path / "a.parquet")
+        integration.make_trainer(openrlhf.trainer.DPOTrainer, file)
 
 
 def test_trainer_refuses(openrlhf):

@@ -1,5 +1,6 @@
 """Tokenizers and models small enough to be built in code, and where the real data lies."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from surroundings import environment as environment
 from surroundings import shared_data as shared_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from treg.data.annotated import stream_columns, write_annotated
 
 TEXT = (
     "Once upon a time there was a little fox who lived in a wood. "
@@ -77,3 +80,14 @@ def seeded(make, seed: int = 0):
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return make()
+
+
+def file_with_weights(path: Path) -> Path:
+    """An annotated file of one pair with token rewards and token weights."""
+    row = {"index": 0, "where": "f:0", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    streams = ("token_rewards", "token_weights")
+    for stream in streams:
+        row |= {name: [1.0] for name in stream_columns(stream)}
+    meta = {"streams": {stream: {} for stream in streams}}
+    write_annotated(path, [row], meta, streams=streams, reference=False)
+    return path
