@@ -155,6 +155,51 @@ def test_messages_of_a_response():
         assert turn["content"] in inside and not any(other in inside for other in others)
 
 
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
+@pytest.mark.parametrize("text", ["déjà 🦊 old, 東京!", "  the owl  \n", "x"])
+def test_characters_of_a_response(chat, text):
+    """The tokens' spans tile the text, and each span holds what its token says."""
+    tokenizer = tiny_tokenizer(chat=chat)
+    chosen, _ = responses([{"prompt": "the fox?", "chosen": text, "rejected": "was"}], tokenizer)
+    spans = chosen.spans
+    assert spans[0, 0] == 0 and spans[-1, 1] == len(chosen.text)
+    assert (spans[1:, 0] == spans[:-1, 1]).all()
+    for token, (start, end) in zip(chosen.ids.tolist(), spans.tolist(), strict=True):
+        said = tokenizer.decode([token])
+        if end > start and "\ufffd" not in said:
+            assert chosen.text[start:end] == said
+    # a character of several tokens belongs to the one that completes it
+    if "🦊" in text:
+        at = chosen.text.index("🦊")
+        (whole,) = [i for i, (a, b) in enumerate(spans.tolist()) if a <= at < b]
+        assert "🦊" in tokenizer.decode(chosen.ids[: whole + 1])
+        assert "🦊" not in tokenizer.decode(chosen.ids[:whole])
+
+
+def test_characters_of_several_messages():
+    turns = [
+        {"role": "assistant", "content": "the owl"},
+        {"role": "tool", "content": "42 owl"},
+        {"role": "assistant", "content": "it is 42"},
+    ]
+    row = {
+        "prompt": [{"role": "user", "content": "the fox?"}],
+        "chosen": turns,
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    chosen, rejected = responses([row])
+    assert chosen.other_ids is rejected.ids and rejected.other_ids is chosen.ids
+    for i, turn in enumerate(turns):
+        mine = chosen.spans[chosen.messages == i]
+        mine = mine[mine[:, 1] > mine[:, 0]]
+        assert chosen.text[mine[0, 0] : mine[-1, 1]].strip() == turn["content"]
+
+
+def test_a_text_that_the_tokens_do_not_say_has_no_spans():
+    chosen, _ = responses()[:2]
+    assert replace(chosen, text="another text", completion="another text").spans is None
+
+
 # -- a source of one's own
 
 SOURCE = """

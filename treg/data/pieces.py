@@ -1,8 +1,10 @@
 """What each token adds to the text of a response."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
+
+import numpy as np
 
 from treg.data.rows import common_prefix
 
@@ -51,3 +53,46 @@ def _window_pieces(
         # place
         bounds.append(max(bounds[-1], common_prefix(part, text)))
     return [text[a:b] for a, b in pairwise(bounds[1:])]
+
+
+def text_spans(pieces: Sequence[str], parts: Sequence[str]) -> np.ndarray | None:
+    """Which characters of a text each token holds.
+
+    What the tokens hold beside the text, such as the markers of a chat template, takes no part.
+
+    Args:
+        pieces: of T tokens, from `token_pieces`.
+        parts: the text is "\\n".join(parts); each part, or what is left of it without the blanks
+            around it, must lie in the decoded text as it is, one after the other.
+    Returns:
+        [T, 2] int32: the first character, and the one after the last. A character that several
+        tokens share belongs to the one that completes it; a token that holds nothing of the text
+        has an empty span, which lies where the token stands. None where a part is not found.
+    """
+    decoded = "".join(pieces)
+    # characters of the text that precede each place of the decoded text
+    before = np.zeros(len(decoded) + 1, dtype=np.int32)
+    cursor = start = 0
+    for part in parts:
+        found = _found(decoded, part, cursor)
+        if found is None:
+            return None
+        place, skipped, length = found
+        before[place:] = start + skipped + length
+        before[place : place + length] = start + skipped + np.arange(length)
+        cursor = place + length
+        start += len(part) + 1
+    ends = list(accumulate(map(len, pieces), initial=0))
+    return np.stack([before[ends[:-1]], before[ends[1:]]], 1)
+
+
+def _found(decoded: str, part: str, cursor: int) -> tuple[int, int, int] | None:
+    """Where a part lies in the decoded text from a place on: place, characters of the part that are
+    left out at its beginning, and length.
+    """
+    stripped = part.strip()
+    for text, skipped in ((part, 0), (stripped, len(part) - len(part.lstrip()))):
+        place = decoded.find(text, cursor)
+        if place >= 0:
+            return place, skipped, len(text)
+    return None

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from treg.data import SIDES, Pair, RowProblem, common_prefix, text_of
+from treg.data.pieces import text_spans, token_pieces
 from treg.data.rows import Messages
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class Response:
     content: how many of the T tokens precede what ends the answer (special tokens, and blanks after
         them).
     side: "chosen" or "rejected". where: "file:line" of the row.
-    row: the other columns of the row.
+    row: the other columns of the row. other_ids: the ids of the pair's other answer, [T'] int32;
+        None of a response that comes without one.
     tools, template_kwargs: what goes on to the chat template.
     """
 
@@ -49,6 +51,7 @@ class Response:
     side: str = "chosen"
     where: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
+    other_ids: np.ndarray | None = None
     tools: list | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -73,9 +76,20 @@ class Response:
             side=side,
             where=row.where,
             row=row.columns,
+            other_ids=getattr(pair, f"{SIDES[side == SIDES[0]]}_ids"),
             tools=row.tools,
             template_kwargs=row.template_kwargs,
         )
+
+    @cached_property
+    def spans(self) -> np.ndarray | None:
+        """[T, 2] int32: the characters of `text` that each token holds, see `text_spans`; None
+        where the text cannot be found in what the tokens say.
+        """
+        parts = [self.text]
+        if not isinstance(self.completion, str) and self.text == text_of(self.completion):
+            parts = [text_of([message]) for message in self.completion]
+        return text_spans(token_pieces(self.ids.tolist(), self.tokenizer), parts)
 
     @cached_property
     def messages(self) -> np.ndarray:
