@@ -251,24 +251,33 @@ def check_pair_inputs(
     token_weights,
     count: int,
     alpha: float,
+    kl=None,
+    kl_weights=None,
 ) -> None:
     """Per-token inputs have like's shape, ref_logps may be [2B]; values matter where scored (None:
     everywhere).
     """
     check_tensor("token_rewards", token_rewards, optional=alpha == 0)
-    for name, x in (("token_rewards", token_rewards), ("token_weights", token_weights)):
+    per_token = {
+        "token_rewards": token_rewards,
+        "token_weights": token_weights,
+        "kl": kl,
+        "kl_weights": kl_weights,
+    }
+    for name, x in per_token.items():
         check_tensor(name, x, optional=True)
         if x is not None:
             check_shape(name, x, like.shape, "one per token")
             check_floating(name, x)
             check_device(name, x, like)
             check_finite(name, x, scored)
-    if token_weights is not None and values_visible(token_weights):
-        bad = token_weights < 0 if scored is None else (token_weights < 0) & scored
+    for name in ("token_weights", "kl_weights"):
+        x = per_token[name]
+        if x is None or not values_visible(x):
+            continue
+        bad = x < 0 if scored is None else (x < 0) & scored
         if bool(bad.any()):
-            raise ValueError(
-                f"token_weights: expected values >= 0, got {token_weights[bad].min().item()}"
-            )
+            raise ValueError(f"{name}: expected values >= 0, got {x[bad].min().item()}")
     check_tensor("ref_logps", ref_logps, optional=True)
     if ref_logps is not None:
         if tuple(ref_logps.shape) not in ((count,), tuple(like.shape)):

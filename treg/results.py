@@ -30,6 +30,7 @@ class PairLoss(NamedTuple):
     rejected_rewards: Tensor  # [B]
     reg_loss: Tensor  # [B] L_reg(chosen) + L_reg(rejected), before alpha and w
     weights: Tensor  # w: [B] for objectives of the margin alone, else [2B]
+    kept: Tensor  # [2B] scored tokens that enter rho with a weight other than 0
 
 
 class TRegLoss(NamedTuple):
@@ -42,6 +43,7 @@ class TRegLoss(NamedTuple):
     rejected_rewards: Tensor  # [B]
     reg_loss: Tensor  # [B]
     weights: Tensor  # [B] or [2B]
+    kept: Tensor  # [2B]
     token_logps: Tensor  # like target, nats, 0 where ignored
     lse: Tensor | None = None  # like target; these five where asked for, as in LinearLogprobs
     entropy: Tensor | None = None

@@ -60,7 +60,8 @@ def _sums(
     logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, sequence, start, end, ignore_index,
     REF_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of a sequence: scored tokens, sum lp, sum u (lp - ref), sum rhat lp."""
+    """Of a sequence: scored tokens, those with u != 0, sum lp, sum u (lp - ref), sum rhat lp."""
+    kept = tl.zeros([BLOCK], dtype=tl.float64)
     count = tl.zeros([BLOCK], dtype=tl.float64)
     total = tl.zeros([BLOCK], dtype=tl.float64)
     ratios = tl.zeros([BLOCK], dtype=tl.float64)
@@ -72,7 +73,9 @@ def _sums(
         if REF_PER_TOKEN:
             ratio -= _load(ref_ptr, rows, scored)
         if weights_ptr is not None:
-            ratio *= _load(weights_ptr, rows, scored)
+            weights = _load(weights_ptr, rows, scored)
+            ratio *= weights
+            kept += (weights != 0.0).to(tl.float64)
         if rewards_ptr is not None:
             rewarded += _load(rewards_ptr, rows, scored) * lp
         count += scored.to(tl.float64)
@@ -81,7 +84,10 @@ def _sums(
     ratio = tl.sum(ratios, axis=0)
     if ref_ptr is not None and not REF_PER_TOKEN:
         ratio -= tl.load(ref_ptr + sequence).to(tl.float64)
-    return tl.sum(count, axis=0), tl.sum(total, axis=0), ratio, tl.sum(rewarded, axis=0)
+    if weights_ptr is None:
+        kept = count
+    total, rewarded = tl.sum(total, axis=0), tl.sum(rewarded, axis=0)
+    return tl.sum(count, axis=0), tl.sum(kept, axis=0), total, ratio, rewarded
 
 
 @triton.jit
@@ -116,11 +122,11 @@ def _pair_kernel(
     rejected = B + chosen
     start_w, end_w = _span(starts_ptr, chosen, N)
     start_l, end_l = _span(starts_ptr, rejected, N)
-    count_w, total_w, ratio_w, rewarded_w = _sums(
+    count_w, kept_w, total_w, ratio_w, rewarded_w = _sums(
         logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr,
         chosen, start_w, end_w, ignore_index, REF_PER_TOKEN, BLOCK,
     )  # fmt: skip
-    count_l, total_l, ratio_l, rewarded_l = _sums(
+    count_l, kept_l, total_l, ratio_l, rewarded_l = _sums(
         logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr,
         rejected, start_l, end_l, ignore_index, REF_PER_TOKEN, BLOCK,
     )  # fmt: skip
@@ -159,6 +165,8 @@ def _pair_kernel(
     tl.store(stats_ptr + 6 * B + chosen, weight_l.to(out))
     tl.store(stats_ptr + 7 * B + chosen, slope_w.to(out))
     tl.store(stats_ptr + 8 * B + chosen, slope_l.to(out))
+    tl.store(stats_ptr + 9 * B + chosen, kept_w.to(out))
+    tl.store(stats_ptr + 10 * B + chosen, kept_l.to(out))
     _store_coefficients(
         coef_ptr, target_ptr, rewards_ptr, weights_ptr, start_w, end_w, ignore_index,
         scale_w * slope_w, -scale_w * strength_w, likelihood, BLOCK,
@@ -205,16 +213,16 @@ def pair_objective(
             True; None: all are. Nothing is read of a row that is not scored.
         ref_logps: [N], or [2B] sums, floating; None: 0.
         starts: [2B+1] int32 or int64; sequence i has rows starts[i]..starts[i+1]-1.
-        loss: [B], stats: [9, B], of one floating dtype; the columns of the pairs are written. Rows
+        loss: [B], stats: [11, B], of one floating dtype; the columns of the pairs are written. Rows
             of stats: sum_t lp_t of chosen and of rejected, rho_w, rho_l, reg_w + reg_l, w_w, w_l,
-                slope_w, slope_l.
+                slope_w, slope_l, tokens with u_t != 0 of chosen and of rejected.
         coef: [N] floating; rows of the pairs are written, 0 where not scored.
         base: a function of `treg_kernels.bases`. options: at most two numbers that it takes.
         static: w_s = 1. length_normalised, nll: what `treg.losses.OBJECTIVES` says of it.
     """
     tensors = (logps, target, token_rewards, ref_logps, token_weights, starts, loss, stats, coef)
     assert all(x is None or x.is_contiguous() for x in tensors)
-    assert loss.dtype == stats.dtype and stats.shape == (9, loss.shape[0])
+    assert loss.dtype == stats.dtype and stats.shape == (11, loss.shape[0])
     assert len(options) <= 2
     first_option, second_option = (*options, 0.0, 0.0)[:2]
     if count == 0:

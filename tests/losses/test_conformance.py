@@ -23,6 +23,14 @@ def grid(rewards=REWARDS):
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
 
+def numbers_of_pairs(loss_type, count):
+    """Numbers of pairs of 0 and 1, those that the objective needs."""
+    found = {}
+    for i, name in enumerate(OBJECTIVES[loss_type].pair_columns):
+        found[name] = torch.arange(count, dtype=torch.float64).div(i + 1, rounding_mode="floor") % 2
+    return found
+
+
 def option_sets(loss_type):
     """Each option that the objective declares at two values or three, all together."""
     values = {"gamma": (0.0, 0.7), "label_smoothing": (0.0, 0.1, 0.3)}
@@ -54,8 +62,9 @@ def test_slopes_are_those_of_the_value(loss_type, values, beta):
     """1e-15 is what autograd's own 1 - sigmoid is rounded to."""
     options = options_of(loss_type, values, beta=beta)
     rho_w, rho_l = grid()
-    found = options.base(rho_w, rho_l)
-    exact = reward_gradient(rho_w, rho_l, options)
+    numbers = numbers_of_pairs(loss_type, len(rho_w))
+    found = options.base(rho_w, rho_l, numbers)
+    exact = reward_gradient(rho_w, rho_l, options, numbers)
     for name, x in found._asdict().items():
         assert x.shape == rho_w.shape and x.dtype == torch.float64, name
         assert torch.isfinite(x).all(), name
@@ -70,7 +79,8 @@ def test_flags_say_what_the_slopes_are(loss_type):
     rho_w, rho_l = grid([x for x in REWARDS if abs(x) < 100])
     opposite, falling, falling_smoothed = True, True, True
     for values in option_sets(loss_type):
-        base = options_of(loss_type, values, beta=1.0).base(rho_w, rho_l)
+        numbers = numbers_of_pairs(loss_type, len(rho_w))
+        base = options_of(loss_type, values, beta=1.0).base(rho_w, rho_l, numbers)
         opposite &= torch.equal(base.slope_l, -base.slope_w)
         never_rises = bool((base.slope_w <= 0).all())
         falling_smoothed &= never_rises
@@ -92,12 +102,15 @@ def test_rows_say_where_they_come_from(loss_type):
 @pytest.mark.parametrize("loss_type", OBJECTIVES)
 def test_options_come_back_from_text_and_numbers(loss_type, weighting):
     for values in option_sets(loss_type):
-        options = options_of(loss_type, values, beta=0.3, alpha=0.7, weighting=weighting)
+        alpha = 0.7 if OBJECTIVES[loss_type].regularized else 0.0
+        options = options_of(loss_type, values, beta=0.3, alpha=alpha, weighting=weighting)
         numbers = options.numbers()
-        assert numbers == (0.3, 0.7, *values.values())
+        assert numbers == (0.3, alpha, *values.values())
         again = LossOptions.of(options.text(), numbers)
         assert again == options and hash(again) == hash(options)
         for i in range(len(numbers)):
+            if i == 1 and not alpha:
+                continue
             changed = [0.4 if i == k else x for k, x in enumerate(numbers)]
             assert LossOptions.of(options.text(), changed) != options
 

@@ -57,7 +57,8 @@ def log(x):
 
 
 def test_names_here_are_all_there_are():
-    assert sorted(NAMES) == sorted(OBJECTIVES)
+    """The others give tokens credit of their own: test_methods.py."""
+    assert sorted(NAMES) == sorted(name for name, row in OBJECTIVES.items() if row.alpha)
 
 
 # -- by hand
@@ -145,7 +146,7 @@ BY_HAND = [
 
 
 def test_every_objective_is_worked_out():
-    assert {name for name, _, _ in BY_HAND} == OBJECTIVES.keys()
+    assert {name for name, _, _ in BY_HAND} == set(NAMES)
 
 
 @pytest.mark.parametrize(("loss_type", "options", "expected"), BY_HAND)

@@ -12,7 +12,9 @@ from treg.losses.regularizer import token_regularizer
 B, T = 3, 7
 EXACT = 1e-12  # relative, float64
 OPTIONS = {
-    name: {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {} for name in OBJECTIVES
+    name: {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {}
+    for name, row in OBJECTIVES.items()
+    if row.alpha  # with weights of its own a token's slope is no longer w
 }
 OPTIONS |= {"simpo": {"gamma": 0.2}, "dpo smoothed": {"label_smoothing": 0.3}}
 

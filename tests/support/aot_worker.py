@@ -205,7 +205,7 @@ def run_objective(name: str, dtype: torch.dtype, everything: bool):
     from treg_kernels.bases import BASES
     from treg_kernels.objective import pair_objective
 
-    row, stats = torch.zeros(64, dtype=dtype), torch.zeros(9, 4, dtype=dtype)
+    row, stats = torch.zeros(64, dtype=dtype), torch.zeros(11, 4, dtype=dtype)
     if everything:
         tokens = (
             row,

@@ -25,6 +25,7 @@ def make_case(
     not count.
     """
     S, objective = len(lengths), OBJECTIVES[loss_type]
+    sums = sums and not objective.reference_per_token
     prompt = 3
     total = [n + prompt for n in lengths]
     target = [torch.cat([torch.full((prompt,), -100), torch.randint(0, V, (n,))]) for n in lengths]
@@ -50,9 +51,17 @@ def make_case(
             rest["ref_logps"] = -torch.rand(S) * 3 * torch.tensor(lengths)
     if token_weights:
         rest["token_weights"] = per_token(torch.rand(target.shape) + 0.5)
-    rest |= {"exo_pair": {"label_smoothing": 0.1}, "simpo": {"gamma": 0.3}}.get(
-        loss_type, {}
-    ) | more
+    if objective.pair_columns:
+        values = {name: (torch.rand(S // 2) < 0.5).float() for name in objective.pair_columns}
+        rest["pair_values"] = values
+    rest |= {
+        "exo_pair": {"label_smoothing": 0.1},
+        "simpo": {"gamma": 0.3},
+        # a target within reach: at 50 nothing else is seen
+        "bfpo": {"scalars": {"tau": 0.5}},
+        # untrained heads are sure of nothing
+        "figa": {"scalars": {"gate": 5.0}},
+    }.get(loss_type, {}) | more
     return Case(hidden, torch.randn(V, D) * spread, torch.randn(V) if bias else None, rest)
 
 

@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from treg.losses.tokens import Credit, Tokens
+
 # These two are arguments of their own in every public function.
 ARGUMENTS = ("gamma", "label_smoothing")
+# What an objective may need of each token beside its log-prob.
+TOKEN_NEEDS = ("token_rewards", "token_weights", "kl")
 
 
 class Base(NamedTuple):
@@ -29,10 +33,13 @@ def base_of_margin(value: Tensor, slope: Tensor) -> Base:
 
 @dataclass(frozen=True)
 class Scalars:
-    """The numbers that a formula sees: beta, and the objective's own options by name."""
+    """The numbers that a formula sees: beta, the objective's own options by name, and the numbers
+    of each pair that it needs, [B] float64, by the names of their columns.
+    """
 
     beta: float
     options: Mapping[str, float]
+    pairs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         return self.options[name]
@@ -55,6 +62,14 @@ class Objective:
         options: the scalars that the formula takes beside beta, with their defaults. gamma and
             label_smoothing are arguments of their own, whose default is 0 for every objective.
         positive: those of the options that must be above 0.
+        credit: how tokens enter rho, from `Tokens` and Scalars; None: all alike. Weights that
+            depend on log-probs count as constants in the gradient.
+        needs: what it cannot do without, of TOKEN_NEEDS: a stream of the data by its name, or "kl",
+            the KL divergence of the reference from the policy at each token.
+        pair_columns: names of the numbers of a pair that the formula needs.
+        alpha: the weight of T-REG's regularizer where the caller gives none. Objectives that are a
+            method of their own have 0.
+        regularized: whether T-REG may stand on top of it.
     """
 
     base: Callable[[Tensor, Tensor, Scalars], Base]
@@ -67,6 +82,11 @@ class Objective:
     nll: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
+    credit: Callable[[Tokens, Scalars], Credit] | None = None
+    needs: tuple[str, ...] = ()
+    pair_columns: tuple[str, ...] = ()
+    alpha: float = 0.25
+    regularized: bool = True
 
     def __post_init__(self):
         for name in ARGUMENTS:
@@ -76,3 +96,15 @@ class Objective:
         for name in self.positive:
             if name not in self.options:
                 raise ValueError(f"positive: expected names among options, got {name!r}")
+        for name in self.needs:
+            if name not in TOKEN_NEEDS:
+                raise ValueError(f"needs: expected some of {', '.join(TOKEN_NEEDS)}, got {name!r}")
+        if "kl" in self.needs and self.credit is None:
+            raise ValueError("needs: expected a credit that says how kl enters rho, got none")
+        if not self.regularized and self.alpha:
+            raise ValueError(f"alpha: expected 0 where regularized is False, got {self.alpha}")
+
+    @property
+    def reference_per_token(self) -> bool:
+        """Whether the reference's log-prob of each token is needed, and not the sums alone."""
+        return self.credit is not None and not self.reference_free

@@ -2,6 +2,15 @@
 
 from treg.losses import pairwise
 from treg.losses.base import Objective
+from treg.losses.bfpo import BFPO
+from treg.losses.confpo import CONFPO
+from treg.losses.d2po import D2PO
+from treg.losses.figa import FIGA
+from treg.losses.messagewise import MESSAGEWISE
+from treg.losses.sepo import SEPO
+from treg.losses.tdpo import SPARSEPO, TDPO1, TDPO2
+from treg.losses.tgdpo import TGDPO
+from treg.losses.tis_dpo import TIS_DPO
 
 OBJECTIVES: dict[str, Objective] = {
     "dpo": pairwise.DPO,
@@ -19,4 +28,15 @@ OBJECTIVES: dict[str, Objective] = {
     "discopop": pairwise.DISCOPOP,
     "orpo": pairwise.ORPO,
     "cpo": pairwise.CPO,
+    "tgdpo": TGDPO,
+    "tis_dpo": TIS_DPO,
+    "sepo": SEPO,
+    "d2po": D2PO,
+    "confpo": CONFPO,
+    "messagewise": MESSAGEWISE,
+    "figa": FIGA,
+    "bfpo": BFPO,
+    "tdpo1": TDPO1,
+    "tdpo2": TDPO2,
+    "sparsepo": SPARSEPO,
 }

@@ -3,13 +3,15 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from treg.checks import check_number
+from treg.checks import check_finite, check_number, check_shape, check_tensor
 from treg.losses.base import ARGUMENTS, Base, Objective, Scalars
 from treg.losses.objectives import OBJECTIVES
+from treg.losses.tokens import Credit, Tokens
 
 WEIGHTINGS = ("gradient", "static")
 
@@ -21,7 +23,8 @@ class LossOptions:
     Args:
         loss_type: a key of `treg.losses.OBJECTIVES`.
         beta: > 0, reward scale.
-        alpha: >= 0, weight of the regularizer; 0 turns it off.
+        alpha: >= 0, weight of the regularizer; 0 turns it off. None: what the objective has, 0.25,
+            or 0 for objectives that are another method of token credit.
         gamma: a margin in rewards, for objectives that take one.
         label_smoothing: in [0, 0.5), for objectives that take it.
         weighting: "gradient", or "static" (w = 1).
@@ -33,7 +36,7 @@ class LossOptions:
 
     loss_type: str = "dpo"
     beta: float = 0.1
-    alpha: float = 0.25
+    alpha: Any = None  # a float once it is made
     gamma: float = 0.0
     label_smoothing: float = 0.0
     weighting: str = "gradient"
@@ -41,6 +44,8 @@ class LossOptions:
 
     def __post_init__(self):
         self._check_names()
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", self.objective.alpha)
         scalars = {}
         for name in self.objective.options:
             if name not in ARGUMENTS:
@@ -67,16 +72,19 @@ class LossOptions:
         m must be known.
         """
         objective = self.objective
-        if not objective.margin_only or objective.nll:
+        if not objective.margin_only or objective.nll or objective.credit is not None:
             return False
         if self.alpha == 0:
             return True
         smoothed = self.label_smoothing != 0 and not objective.decreasing_smoothed
         return self.weighting == "gradient" and objective.decreasing and not smoothed
 
-    def base(self, rho_w: Tensor, rho_l: Tensor) -> Base:
-        """Value and slopes of the objective at implicit rewards [B], float64."""
-        found = self.objective.base(rho_w, rho_l, Scalars(self.beta, self.declared()))
+    def base(self, rho_w: Tensor, rho_l: Tensor, pairs: Mapping[str, Tensor] | None = None) -> Base:
+        """Value and slopes of the objective at implicit rewards [B], float64.
+
+        pairs: the numbers of each pair that the objective needs, [B] float64, by name.
+        """
+        found = self.objective.base(rho_w, rho_l, Scalars(self.beta, self.declared(), pairs or {}))
         if not isinstance(found, Base):
             raise TypeError(
                 f"{self.loss_type}: expected its formula to return treg.losses.Base, got "
@@ -87,6 +95,25 @@ class LossOptions:
                 raise ValueError(
                     f"{self.loss_type}: expected {name} {list(rho_w.shape)} {rho_w.dtype}, one a "
                     f"pair, got {list(x.shape)} {x.dtype}"
+                )
+        return found
+
+    def credit(self, tokens: Tokens) -> Credit:
+        """How each token enters the implicit rewards."""
+        if self.objective.credit is None:
+            return Credit()
+        found = self.objective.credit(tokens, Scalars(self.beta, self.declared()))
+        if not isinstance(found, Credit):
+            raise TypeError(
+                f"{self.loss_type}: expected its credit to return treg.losses.Credit, got "
+                f"{type(found).__name__}"
+            )
+        shapes = dict.fromkeys(Credit._fields, tokens.logps.shape) | {"norm": tokens.lengths.shape}
+        for name, x in found._asdict().items():
+            if x is not None and (x.shape != shapes[name] or x.dtype != tokens.logps.dtype):
+                raise ValueError(
+                    f"{self.loss_type}: expected {name} of its credit {list(shapes[name])} "
+                    f"{tokens.logps.dtype}, got {list(x.shape)} {x.dtype}"
                 )
         return found
 
@@ -164,6 +191,11 @@ class LossOptions:
             raise ValueError(
                 f"alpha: expected a number >= 0, got {self.alpha}; 0 turns the regularizer off"
             )
+        if self.alpha > 0 and not self.objective.regularized:
+            raise ValueError(
+                f"alpha: expected 0 for loss_type={self.loss_type!r}, on which T-REG cannot stand, "
+                f"got {self.alpha}"
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"label_smoothing: expected 0 <= value < 0.5, got {self.label_smoothing}"
@@ -184,17 +216,62 @@ def check_reference(
     options: LossOptions, ref_logps: Tensor | None, *, per_token: bool, weighted: bool
 ) -> None:
     """Raise ValueError where ref_logps and the objective do not go together."""
-    if options.objective.reference_free:
+    objective, name = options.objective, f"loss_type={options.loss_type!r}"
+    if objective.reference_free:
         if ref_logps is not None:
             raise ValueError(
-                "ref_logps: expected None for the reference-free "
-                f"loss_type={options.loss_type!r}, got a tensor"
+                f"ref_logps: expected None for the reference-free {name}, got a tensor"
             )
-    elif ref_logps is None:
-        raise ValueError(
-            f"ref_logps: expected a tensor for loss_type={options.loss_type!r}, got None"
+        return
+    if ref_logps is None:
+        raise ValueError(f"ref_logps: expected a tensor for {name}, got None")
+    if (weighted or objective.reference_per_token) and not per_token:
+        beside = "beside token_weights" if weighted else f"for {name}"
+        raise ValueError(f"ref_logps: expected per-token log-probs {beside}, got per-sequence sums")
+
+
+def check_needs(options: LossOptions, given: Mapping[str, object | None]) -> None:
+    """Raise ValueError where the objective needs something of its tokens or pairs that is not
+    given, or does not take what is.
+
+    given: token_rewards, token_weights, kl, kl_weights, and pair_values (its names), None where
+    there is none.
+    """
+    objective, name = options.objective, f"loss_type={options.loss_type!r}"
+    for what in objective.needs:
+        if given.get(what) is None:
+            raise ValueError(f"{what}: expected a tensor for {name}, got None")
+    if "kl" not in objective.needs:
+        for what in ("kl", "kl_weights"):
+            if given.get(what) is not None:
+                raise ValueError(f"{what}: expected None for {name}, which takes none, got one")
+
+
+def pair_table(
+    options: LossOptions, values: Mapping[str, Tensor] | None, like: Tensor, pairs: int
+) -> Tensor | None:
+    """The numbers of the pairs as an operator takes them: [K, B] float64 in the order of the
+    objective's pair_columns, on the device of like; None where it needs none.
+
+    Raises:
+        TypeError: values is no mapping of tensors. ValueError: a name that is missing or not
+            needed, a shape that is not [B], a number that is not finite.
+    """
+    names = options.objective.pair_columns
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(
+            f"pair_values: expected a mapping from names to tensors, got {type(values).__name__}"
         )
-    elif weighted and not per_token:
+    given = values or {}
+    if set(given) != set(names):
         raise ValueError(
-            "ref_logps: expected per-token log-probs beside token_weights, got per-sequence sums"
+            f"pair_values: expected {', '.join(names) or 'none'} for "
+            f"loss_type={options.loss_type!r}, got {', '.join(map(str, given)) or 'none'}"
         )
+    if not names:
+        return None
+    for name in names:
+        check_tensor(f"pair_values[{name!r}]", given[name])
+        check_shape(f"pair_values[{name!r}]", given[name], (pairs,), "B")
+        check_finite(f"pair_values[{name!r}]", given[name])
+    return torch.stack([given[name].detach().to(like.device, torch.float64) for name in names])

@@ -5,14 +5,17 @@ Triton. Both implementations compute in float64 and without autograd, so that op
 them. Inputs have been checked by the caller.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from treg import checks
-from treg.losses.options import LossOptions, check_reference
+from treg.losses.options import LossOptions, check_needs, check_reference
 from treg.losses.segments import segment_sum
+from treg.losses.tokens import Tokens
 from treg.results import PairLoss
 
 # The rows of `PairOutputs.stats`.
@@ -26,7 +29,35 @@ STATS = (
     "rejected_weight",
     "chosen_slope",
     "rejected_slope",
+    "chosen_kept",
+    "rejected_kept",
 )
+# Inputs beside log-probs in which a loss can be asked for its gradient.
+OTHER_SLOPES = ("token_weights", "kl", "kl_weights")
+
+
+class Given(NamedTuple):
+    """What a loss takes beside log-probs, of their shape unless said; None for what is not given.
+
+    token_rewards, token_weights: floating (0, and 1). ref_logps: or sums [2B], floating (0). kl:
+    floating, nats. kl_weights: floating (token_weights). pair_values: [K, B] float64, see
+    `treg.losses.options.pair_table`.
+    """
+
+    token_rewards: Tensor | None = None
+    ref_logps: Tensor | None = None
+    token_weights: Tensor | None = None
+    kl: Tensor | None = None
+    kl_weights: Tensor | None = None
+    pair_values: Tensor | None = None
+
+    def flat(self) -> "Given":
+        """The same of flat log-probs, contiguous."""
+        flat = {}
+        for name, x in self._asdict().items():
+            if x is not None and name != "pair_values":
+                flat[name] = x.detach().reshape(-1).contiguous()
+        return self._replace(**flat)
 
 
 @dataclass(frozen=True)
@@ -37,21 +68,22 @@ class TokenInputs:
     Args:
         target: [N] integer, scored where it is not ignore_index; or bool, scored where True; None:
             all tokens are scored. Nothing is read of a token that is not scored.
-        token_rewards, token_weights: [N] floating, or None (0, and 1).
-        ref_logps: [N], or sums [2B], floating; None: 0.
+        given: of N tokens.
         starts: [2B+1] integer on the device of the log-probs; see `row_starts`.
     """
 
     target: Tensor | None
-    token_rewards: Tensor | None
-    ref_logps: Tensor | None
-    token_weights: Tensor | None
+    given: Given
     starts: Tensor
     ignore_index: int = -100
 
-    def reference_per_token(self, logps: Tensor) -> bool:
-        """Whether ref_logps has a number for each of these tokens, and not the sequences' sums."""
-        return self.ref_logps is not None and self.ref_logps.shape == logps.shape
+    def scored(self, logps: Tensor) -> Tensor:
+        """[N] bool."""
+        if self.target is None:
+            return torch.ones_like(logps, dtype=torch.bool)
+        if self.target.dtype == torch.bool:
+            return self.target
+        return self.target != self.ignore_index
 
 
 @dataclass(frozen=True)
@@ -61,16 +93,20 @@ class PairOutputs:
     loss: Tensor  # [B]
     stats: Tensor  # [len(STATS), B], of loss' dtype
     coef: Tensor  # [N]
+    # d loss / d x_t [N] of those of OTHER_SLOPES that are asked for
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, pairs: int, like: Tensor) -> "PairOutputs":
+    def empty(cls, pairs: int, like: Tensor, others: tuple[str, ...] = ()) -> "PairOutputs":
         """Room for B = pairs, in the dtype of like [N]. loss and stats are not initialised.
 
         coef is 0: a token that belongs to no pair has no coefficient.
         """
         loss = like.new_empty(pairs)
         stats = like.new_empty(len(STATS), pairs)
-        return cls(loss, stats, torch.zeros_like(like))
+        return cls(
+            loss, stats, torch.zeros_like(like), {name: torch.zeros_like(like) for name in others}
+        )
 
 
 def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
@@ -88,6 +124,7 @@ def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
         rejected_rewards=rows["rejected_rewards"],
         reg_loss=rows["reg_loss"],
         weights=weights,
+        kept=torch.cat([rows["chosen_kept"], rows["rejected_kept"]]),
     )
 
 
@@ -95,9 +132,7 @@ def check_pairs(
     name: str,
     like: Tensor,
     scored: Tensor | None,
-    token_rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
+    given: Given,
     cu_seqlens: Tensor | None,
     options: LossOptions,
 ) -> None:
@@ -109,10 +144,20 @@ def check_pairs(
     """
     count = checks.check_sequences(name, like, 2, cu_seqlens)
     checks.check_pair_inputs(
-        like, scored, token_rewards, ref_logps, token_weights, count, options.alpha
+        like,
+        scored,
+        given.token_rewards,
+        given.ref_logps,
+        given.token_weights,
+        count,
+        options.alpha,
+        given.kl,
+        given.kl_weights,
     )
+    check_needs(options, given._asdict())
+    ref_logps, weighted = given.ref_logps, given.token_weights is not None
     per_token = ref_logps is not None and ref_logps.shape == like.shape
-    check_reference(options, ref_logps, per_token=per_token, weighted=token_weights is not None)
+    check_reference(options, ref_logps, per_token=per_token, weighted=weighted)
     if checks.values_visible(like):
         kept = torch.ones_like(like, dtype=torch.float32) if scored is None else scored.float()
         checks.check_lengths(name, segment_sum(kept, cu_seqlens).tolist())
@@ -143,7 +188,7 @@ def evaluate_pairs(
         from treg_kernels.bases import BASES
 
         base = BASES.get(options.loss_type)
-        if base is not None:
+        if base is not None and not outputs.others:
             _launch(base, logps, inputs, options, outputs, first, count)
             return
     _evaluate_in_torch(logps, inputs, options, outputs, first, count)
@@ -158,12 +203,6 @@ def row_starts(logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return cu_seqlens.to(logps.device, non_blocking=True)
     sequences, length = logps.shape
     return torch.arange(sequences + 1, device=logps.device) * length
-
-
-def sequence_of_row(starts: Tensor, rows: int) -> Tensor:
-    """The sequence that each of so many rows belongs to, [rows] int64."""
-    ends = starts[1:].long()
-    return torch.searchsorted(ends, torch.arange(rows, device=starts.device), right=True)
 
 
 def _launch(
@@ -182,9 +221,9 @@ def _launch(
         pair_objective(
             logps,
             inputs.target,
-            inputs.token_rewards,
-            inputs.ref_logps,
-            inputs.token_weights,
+            inputs.given.token_rewards,
+            inputs.given.ref_logps,
+            inputs.given.token_weights,
             inputs.starts,
             first,
             count,
@@ -202,43 +241,69 @@ def _launch(
         )
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Each token in float64, [N]; 0 where it is not scored, whatever stands there."""
+def _tokens(logps: Tensor, inputs: TokenInputs) -> Tokens:
+    """Each token in float64."""
+    given, scored = inputs.given, inputs.scored(logps)
 
-    scored: Tensor  # bool
-    logps: Tensor
-    rewards: Tensor  # rhat_t
-    weights: Tensor  # u_t
-    ratios: Tensor  # u_t (lp_t - ref_t); u_t lp_t where the reference is a sum or none
+    def clean(x: Tensor) -> Tensor:
+        return torch.where(scored, x.double(), 0.0)
+
+    def clean_or(x: Tensor | None, default: float) -> Tensor:
+        return torch.full_like(logps, default, dtype=torch.float64) if x is None else clean(x)
+
+    ref = given.ref_logps
+    weights = clean_or(given.token_weights, 1.0)
+    return Tokens(
+        scored=scored,
+        logps=clean(logps),
+        ref_logps=clean(ref) if ref is not None and ref.shape == logps.shape else None,
+        rewards=clean_or(given.token_rewards, 0.0),
+        weights=weights,
+        kl=None if given.kl is None else clean(given.kl),
+        kl_weights=weights if given.kl_weights is None else clean_or(given.kl_weights, 0.0),
+        starts=inputs.starts,
+    )
+
+
+@dataclass(frozen=True)
+class _Rewards:
+    """The implicit rewards, and what the derivative in each input of a token is made of."""
+
+    rho: Tensor  # [2B]
+    scale: Tensor  # [2B], beta / norm_s
+    weights: Tensor  # [N], u_t, those of the data included
+    slopes: dict[str, Tensor]  # [N], d (rho_s / scale_s) / d x_t of OTHER_SLOPES
 
     @classmethod
-    def of(cls, logps: Tensor, inputs: TokenInputs) -> "_Tokens":
-        scored = _scored(logps, inputs)
-        per_token = inputs.reference_per_token(logps)
-
-        def clean(x: Tensor) -> Tensor:
-            return torch.where(scored, x.double(), 0.0)
-
-        logps = clean(logps)
-        rewards, weights = torch.zeros_like(logps), torch.ones_like(logps)
-        if inputs.token_rewards is not None:
-            rewards = clean(inputs.token_rewards)
-        if inputs.token_weights is not None:
-            weights = clean(inputs.token_weights)
-        ratios = logps
-        if inputs.ref_logps is not None and per_token:
-            ratios = ratios - clean(inputs.ref_logps)
-        return cls(scored, logps, rewards, weights, ratios * weights)
-
-
-def _scored(logps: Tensor, inputs: TokenInputs) -> Tensor:
-    """[N] bool."""
-    if inputs.target is None:
-        return torch.ones_like(logps, dtype=torch.bool)
-    if inputs.target.dtype == torch.bool:
-        return inputs.target
-    return inputs.target != inputs.ignore_index
+    def of(cls, tokens: Tokens, inputs: TokenInputs, options: LossOptions) -> "_Rewards":
+        credit = options.credit(tokens)
+        weights = own = tokens.weights
+        if credit.weights is not None:
+            weights = torch.where(tokens.scored, credit.weights, 0.0) * tokens.weights
+            own = credit.weights
+        scale = torch.full_like(tokens.lengths, options.beta)
+        if credit.norm is not None:
+            scale = scale / credit.norm
+        elif options.objective.length_normalised:
+            scale = scale / tokens.lengths
+        ratios = tokens.logps
+        if tokens.ref_logps is not None:
+            ratios = ratios - tokens.ref_logps
+        total = tokens.total(weights * ratios)
+        ref = inputs.given.ref_logps
+        if ref is not None and tokens.ref_logps is None:
+            total = total - ref.double()
+        slopes = {"token_weights": ratios if credit.weights is None else own * ratios}
+        if credit.kl is not None and tokens.kl is not None:
+            total = total + tokens.total(credit.kl * tokens.kl_weights * tokens.kl)
+            in_kl = credit.kl if credit.kl_slope is None else credit.kl_slope
+            slopes["kl"] = in_kl * tokens.kl_weights
+            in_weights = credit.kl * tokens.kl
+            if inputs.given.kl_weights is None:
+                slopes["token_weights"] = slopes["token_weights"] + in_weights
+            else:
+                slopes["kl_weights"] = in_weights
+        return cls(scale * total, scale, weights, slopes)
 
 
 def _evaluate_in_torch(
@@ -251,30 +316,23 @@ def _evaluate_in_torch(
 ) -> None:
     """The kernel in PyTorch: it computes all pairs, and keeps those that are asked for."""
     objective, alpha = options.objective, options.alpha
-    tokens = _Tokens.of(logps, inputs)
-
-    def total(x: Tensor) -> Tensor:
-        return segment_sum(x, inputs.starts)
+    tokens = _tokens(logps, inputs)
 
     # Of each sequence, [2B].
-    lengths = total(tokens.scored.double())
-    sums = total(tokens.logps)
-    scale = torch.full_like(lengths, options.beta)
-    if objective.length_normalised:
-        scale = scale / lengths
-    rho = total(tokens.ratios)
-    if inputs.ref_logps is not None and not inputs.reference_per_token(logps):
-        rho = rho - inputs.ref_logps.double()
-    rho = scale * rho
-    regularizer = -scale * total(tokens.rewards * tokens.logps)
-    base = options.base(*rho.chunk(2))
+    sums = tokens.total(tokens.logps)
+    found = _Rewards.of(tokens, inputs, options)
+    scale = found.scale
+    regularizer = -scale * tokens.total(tokens.rewards * tokens.logps)
+    rho_w, rho_l = found.rho.chunk(2)
+    base = options.base(rho_w, rho_l, _numbers_of_pairs(inputs.given, options))
     slope = torch.cat([base.slope_w, base.slope_l])
     weight = slope.abs()
     if options.weighting == "static":
         weight = torch.ones_like(slope)
-    likelihood = torch.zeros_like(lengths)  # d nll / d lp_t
+    likelihood = torch.zeros_like(sums)  # d nll / d lp_t
     if objective.nll:
-        likelihood.chunk(2)[0].copy_(-1 / lengths.chunk(2)[0])
+        likelihood.chunk(2)[0].copy_(-1 / tokens.lengths.chunk(2)[0])
+    kept = tokens.total((tokens.scored & (found.weights != 0)).double())
 
     # Of each pair, [B].
     loss = base.value
@@ -284,18 +342,33 @@ def _evaluate_in_torch(
     if objective.nll:
         loss = loss + (likelihood * sums).chunk(2)[0]
     reg_w, reg_l = regularizer.chunk(2)
-    stats = [*sums.chunk(2), *rho.chunk(2), reg_w + reg_l, *weight.chunk(2), *slope.chunk(2)]
+    stats = [*sums.chunk(2), rho_w, rho_l, reg_w + reg_l]
+    stats += [*weight.chunk(2), *slope.chunk(2), *kept.chunk(2)]
 
     # Of each token, [N].
-    sequence = sequence_of_row(inputs.starts, tokens.logps.shape[0])
-    coef = (scale * slope)[sequence] * tokens.weights + likelihood[sequence]
+    of_rho = tokens.spread(scale * slope)
+    coef = of_rho * found.weights + tokens.spread(likelihood)
     if alpha:
-        coef = coef - (alpha * scale * weight)[sequence] * tokens.rewards
-    coef = torch.where(tokens.scored, coef, 0.0).to(outputs.coef.dtype)
+        coef = coef - tokens.spread(alpha * scale * weight) * tokens.rewards
 
     pairs, last = loss.shape[0], first + count
     outputs.loss[first:last] = loss[first:last]
     outputs.stats[:, first:last] = torch.stack(stats)[:, first:last]
-    pair = sequence % pairs
-    asked = (pair >= first) & (pair < last)
-    outputs.coef.copy_(torch.where(asked, coef, outputs.coef))
+    pair = tokens.sequence % pairs
+    asked = tokens.scored & (pair >= first) & (pair < last)
+
+    def write(out: Tensor, values: Tensor) -> None:
+        others = (pair < first) | (pair >= last)
+        out.copy_(torch.where(others, out, torch.where(asked, values, 0.0).to(out.dtype)))
+
+    write(outputs.coef, coef)
+    for name, out in outputs.others.items():
+        write(out, of_rho * found.slopes[name])
+
+
+def _numbers_of_pairs(given: Given, options: LossOptions) -> dict[str, Tensor]:
+    """[B] float64 each, by name."""
+    if given.pair_values is None:
+        return {}
+    names = options.objective.pair_columns
+    return dict(zip(names, given.pair_values.unbind(), strict=True))

@@ -6,26 +6,32 @@ B pairs are S = 2B sequences, chosen first. rho_s is the implicit reward of sequ
     rho_s = beta * mean_t u_t * (lp_t - ref_t)           length-normalised objectives
     m     = rho_w - rho_l
 
+Objectives that give tokens credit of their own have other u_t, and perhaps a KL term: see
+`treg.losses.tokens.Credit`.
+
 The operator `treg::pair_objective` computes the loss of each pair and its derivative in each
 log-prob, the coefficients. `treg::pair_objective_grad`, its backward, multiplies them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from treg import checks
-from treg.losses.options import LossOptions
+from treg.losses.options import LossOptions, pair_table
 from treg.losses.pairs import (
+    OTHER_SLOPES,
+    Given,
     PairOutputs,
     TokenInputs,
     check_pairs,
     evaluate_pairs,
     pair_loss,
     row_starts,
-    sequence_of_row,
 )
+from treg.losses.tokens import sequence_of_row
 from treg.operators import Operator, scalars
 from treg.results import PairLoss
 
@@ -41,6 +47,9 @@ def treg_loss(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    pair_values: Mapping[str, Tensor] | None = None,
     impl: str | None = None,
 ) -> PairLoss:
     """T-REG over any objective, from log-probs that the caller already has; unreduced.
@@ -62,83 +71,95 @@ def treg_loss(
         logps: [2B, T], or [N] with cu_seqlens; floating, nats; chosen sequences first.
         token_rewards: like logps; rhat_t, in [-0.5, 0.5] for contrastive rewards. May be None when
             alpha is 0.
-        ref_logps: [2B] sums, or like logps (needed with token_weights); None for reference-free
-            objectives.
+        ref_logps: [2B] sums, or like logps (needed with token_weights, and by objectives that
+            weigh tokens); None for reference-free objectives.
         options: loss type and its scalars.
         cu_seqlens: [2B+1] integer offsets of packed sequences. On logps' device they cost no copy,
             as a CUDA graph needs it.
         mask: like logps, bool; True where a token is scored. None: all are.
-        token_weights: like logps, u_t >= 0 in the margin.
+        token_weights: like logps, u_t >= 0 in the margin; they multiply those of the objective.
+        kl: like logps, nats; for objectives with a KL term, as `treg.ops.linear_kl` gives it.
+        kl_weights: like logps, >= 0, weights of kl; None: token_weights.
+        pair_values: numbers of each pair by name, [B] each, for objectives that need them:
+            `OBJECTIVES[name].pair_columns`.
         impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls
             back; an objective without a Triton form is computed in PyTorch under either.
     Returns:
-        PairLoss, in logps' dtype (computed in float64); loss [B] carries the gradient in logps,
-        first derivatives only.
+        PairLoss, in logps' dtype (computed in float64); loss [B] carries the gradient in logps, kl,
+        token_weights and kl_weights, first derivatives only. T-REG's w is a constant in all of
+        them, and so is what an objective makes of log-probs and rewards.
     Raises:
         TypeError: an argument that must be a tensor is none. ValueError: any other bad input, by
             name. RuntimeError: a second or a forward-mode derivative, or a transform of
             torch.func, is asked for.
     """
     checks.check_tensor("logps", logps)
+    if not isinstance(options, LossOptions):
+        raise TypeError(f"options: expected a LossOptions, got {type(options).__name__}")
     others = {
         "token_rewards": token_rewards,
         "ref_logps": ref_logps,
         "token_weights": token_weights,
+        "kl": kl,
+        "kl_weights": kl_weights,
         "mask": mask,
         "cu_seqlens": cu_seqlens,
     }
     for name, x in others.items():
         checks.check_tensor(name, x, optional=True)
     checks.check_transforms(logps=logps, **others)
-    if not isinstance(options, LossOptions):
-        raise TypeError(f"options: expected a LossOptions, got {type(options).__name__}")
+    pairs = pair_table(options, pair_values, logps, _pairs_of(logps, cu_seqlens))
     impl = checks.resolve_impl(impl, logps)
-    loss, stats, _ = _pair_objective(
+    slopes = "".join(
+        "1" if x is not None and x.requires_grad else "0" for x in (token_weights, kl, kl_weights)
+    )
+    loss, stats, *_ = _pair_objective(
         logps,
         token_rewards,
         ref_logps,
         token_weights,
+        kl,
+        kl_weights,
+        pairs,
         mask,
         cu_seqlens,
         scalars(*options.numbers()),
-        f"{impl} {options.text()}",
+        f"{impl} {slopes} {options.text()}",
     )
     return pair_loss(loss, stats, options)
 
 
-def _losses(
-    logps: Tensor,
-    token_rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scalars: Tensor,
-    call: str,
-) -> list[Tensor]:
-    """loss [B], stats [len(STATS), B], coef like logps. Checked here, where values are known."""
-    impl, _, text = call.partition(" ")
+def _read(call: str) -> tuple[str, tuple[str, ...], str]:
+    """impl, which of OTHER_SLOPES are asked for, and the text of the options."""
+    impl, slopes, text = call.split(" ", 2)
+    asked = [name for name, flag in zip(OTHER_SLOPES, slopes, strict=True) if flag == "1"]
+    return impl, tuple(asked), text
+
+
+def _losses(logps: Tensor, *others: Any) -> list[Tensor]:
+    """loss [B], stats [len(STATS), B], coef like logps, and the other slopes that are asked for.
+
+    Checked here, where values are known.
+    """
+    *tensors, mask, cu_seqlens, scalars, call = others
+    impl, asked, text = _read(call)
     options = LossOptions.of(text, scalars.tolist())
     checks.check_floating("logps", logps)
     if mask is not None:
         checks.check_mask(mask, logps)
     name = "logps" if mask is None else "mask"
-    check_pairs(name, logps, mask, token_rewards, ref_logps, token_weights, cu_seqlens, options)
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().reshape(-1).contiguous()
-
+    given = Given(*tensors)
+    check_pairs(name, logps, mask, given, cu_seqlens, options)
     rows = logps.detach().reshape(-1).contiguous()
     inputs = TokenInputs(
-        target=flat(mask),
-        token_rewards=flat(token_rewards),
-        ref_logps=flat(ref_logps),
-        token_weights=flat(token_weights),
+        target=None if mask is None else mask.reshape(-1).contiguous(),
+        given=given.flat(),
         starts=row_starts(logps, cu_seqlens).contiguous(),
     )
-    outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), rows)
+    outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), rows, asked)
     evaluate_pairs(impl, rows, inputs, options, outputs)
-    return [outputs.loss, outputs.stats, outputs.coef.view(logps.shape)]
+    slopes = [outputs.coef, *outputs.others.values()]
+    return [outputs.loss, outputs.stats, *(x.view(logps.shape) for x in slopes)]
 
 
 def _pairs_of(logps: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -146,29 +167,23 @@ def _pairs_of(logps: Tensor, cu_seqlens: Tensor | None) -> int:
     return sequences // 2
 
 
-def _losses_fake(
-    logps: Tensor,
-    token_rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scalars: Tensor,
-    call: str,
-) -> list[Tensor]:
+def _losses_fake(logps: Tensor, *others: Any) -> list[Tensor]:
+    *_, cu_seqlens, _, call = others
+    _, asked, _ = _read(call)
     coef = torch.empty_like(logps, memory_format=torch.contiguous_format)
-    outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), coef)
-    return [outputs.loss, outputs.stats, outputs.coef]
+    outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), coef, asked)
+    return [outputs.loss, outputs.stats, outputs.coef, *outputs.others.values()]
 
 
 def _multiply(
     upstream: Tensor,
-    coef: Tensor,
+    slopes: list[Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     logps: Tensor,
 ) -> list[Tensor]:
-    """coef times upstream [B] of the token's pair, like logps; 0 where a token is not scored.
+    """slopes, each like logps, times upstream [B] of the token's pair; 0 where a token is not
+    scored.
 
     logps is here so that a second derivative reaches this operator.
     """
@@ -176,42 +191,50 @@ def _multiply(
     if cu_seqlens is None:
         of_token = of_sequence.unsqueeze(1)
     else:
-        rows = sequence_of_row(row_starts(coef, cu_seqlens), coef.shape[0])
+        rows = sequence_of_row(row_starts(logps, cu_seqlens), logps.shape[0])
         of_token = of_sequence[rows]
-    found = coef * of_token
+    found = [x * of_token for x in slopes]
     # 0 times an infinite upstream would be NaN
-    return [found if mask is None else torch.where(mask, found, 0.0)]
+    return found if mask is None else [torch.where(mask, x, 0.0) for x in found]
 
 
 def _multiply_fake(
     upstream: Tensor,
-    coef: Tensor,
+    slopes: list[Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     logps: Tensor,
 ) -> list[Tensor]:
-    return [torch.empty_like(coef)]
+    return [torch.empty_like(x) for x in slopes]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    logps, _, _, _, mask, cu_seqlens, _, _ = inputs
-    _, stats, coef = output
-    ctx.mark_non_differentiable(stats, coef)
+    logps, _, _, token_weights, kl, kl_weights, _, mask, cu_seqlens, _, call = inputs
+    _, *others = output
+    _, ctx.asked, _ = _read(call)
+    others_given = {"token_weights": token_weights, "kl": kl, "kl_weights": kl_weights}
+    ctx.dtypes = {name: others_given[name].dtype for name in ctx.asked}
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(coef, mask, cu_seqlens, logps)
+    ctx.save_for_backward(mask, cu_seqlens, logps, *output[2:])
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    upstream, _, _ = grads
-    gradient = None
+    upstream = grads[0]
+    found: dict[str, Tensor] = {}
     if upstream is not None:
-        (gradient,) = _gradient(upstream, *ctx.saved_tensors)
-    return gradient, None, None, None, None, None, None, None
+        mask, cu_seqlens, logps, *slopes = ctx.saved_tensors
+        gradients = _gradient(upstream, slopes, mask, cu_seqlens, logps)
+        found = dict(zip(("logps", *ctx.asked), gradients, strict=True))
+        for name, dtype in ctx.dtypes.items():
+            found[name] = found[name].to(dtype)
+    names = ("logps", "", "", "token_weights", "kl", "kl_weights")
+    return *(found.get(name) for name in names), None, None, None, None, None
 
 
 _TENSORS = (
-    "Tensor logps, Tensor? token_rewards, Tensor? ref_logps, Tensor? token_weights, "
-    "Tensor? mask, Tensor? cu_seqlens"
+    "Tensor logps, Tensor? token_rewards, Tensor? ref_logps, Tensor? token_weights, Tensor? kl, "
+    "Tensor? kl_weights, Tensor? pairs, Tensor? mask, Tensor? cu_seqlens"
 )
 _pair_objective = Operator(
     f"pair_objective({_TENSORS}, Tensor scalars, str call) -> Tensor[]", _losses, _losses_fake
@@ -219,7 +242,7 @@ _pair_objective = Operator(
 _pair_objective.differentiable(_save, _backward)
 
 _gradient = Operator(
-    "pair_objective_grad(Tensor upstream, Tensor coef, Tensor? mask, Tensor? cu_seqlens, "
+    "pair_objective_grad(Tensor upstream, Tensor[] slopes, Tensor? mask, Tensor? cu_seqlens, "
     "Tensor logps) -> Tensor[]",
     _multiply,
     _multiply_fake,

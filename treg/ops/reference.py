@@ -9,6 +9,7 @@ length. y_t is the target of row t, lp_t its log-prob.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,7 +20,16 @@ from treg.results import LinearLogprobs, TRegLoss
 
 LENGTH_NORMALISED = ("simpo", "ipo", "orpo")  # means over tokens in place of sums
 WITH_LIKELIHOOD = ("orpo", "cpo")  # the chosen answer's mean negative log-likelihood is added
-OF_BOTH_REWARDS = ("nca_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard", "orpo")
+OF_BOTH_REWARDS = ("nca_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard", "orpo", "figa")
+# the objectives that give tokens credit, and the one that they are on their weighted sums
+AS_DPO = ("tgdpo", "tis_dpo", "d2po", "messagewise", "tdpo1", "tdpo2", "sparsepo")
+AS_SIMPO = ("sepo", "confpo")
+OWN_CREDIT = (*AS_DPO, *AS_SIMPO, "figa", "bfpo")  # T-REG stands on them only on request
+DEFAULTS = {
+    **{"strength": 0.5, "low": 0.7, "high": 1.3, "clamp": 0.0, "keep": 0.3},
+    **{"decay": 0.98, "baseline": 0.0, "added": 1.0, "removed": 0.5, "gate": 0.6, "shift": 0.5},
+    "kl_weight": 0.5,
+}
 
 
 # -- the head
@@ -105,26 +115,30 @@ def fused_treg_loss(
     *,
     cu_seqlens: Tensor | None = None,
     beta: float = 0.1,
-    alpha: float = 0.25,
+    alpha: float | None = None,
     loss_type: str = "dpo",
     gamma: float = 0.0,
     scalars: Mapping[str, float] | None = None,
     label_smoothing: float = 0.0,
     weighting: str = "gradient",
     token_weights: Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    pair_values: Mapping[str, Tensor] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     **head,
 ) -> TRegLoss:
     """T-REG (arXiv 2412.02685, Eq. 1-3) over any base objective, pair by pair.
 
-        rho_s   = beta * sum_t u_t (lp_t - ref_t)              implicit reward of a sequence
+        rho_s   = beta * sum_t ( u_t (lp_t - ref_t) + v_t kl_t )  implicit reward of a sequence
         L_reg,s = -sum_t beta * rhat_t * lp_t                  regularizer of a sequence
         w_s     = |d base / d rho_s|, a constant; 1 with weighting="static"
         L       = base(rho_w, rho_l) + alpha * (w_w * L_reg,w + w_l * L_reg,l)
 
     Sums become means for the length-normalised objectives; orpo and cpo add the chosen answer's
-    mean negative log-likelihood. Arguments as in `treg.ops.fused_treg_loss`.
+    mean negative log-likelihood. Arguments as in `treg.ops.fused_treg_loss`; kl: like target, the
+    KL divergence of each token, which may carry a gradient.
     """
     scores = linear_logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
     lp = scores.logprobs.flatten()
@@ -132,25 +146,40 @@ def fused_treg_loss(
     pairs = len(rows) // 2
 
     ref, ref_sum = _reference(ref_logps, target, lp, len(rows))
-    u = _numbers_or(1.0, token_weights, lp)
+    given_u = _numbers_or(1.0, token_weights, lp)
+    given_v = given_u if kl_weights is None else _numbers_or(0.0, kl_weights, lp)
+    kl = _numbers_or(0.0, kl, lp)
     rhat = _numbers_or(0.0, token_rewards, lp)
+    tau = 0.01 if loss_type == "bfpo" else 0.05
+    options = {**DEFAULTS, "tau": tau, "gamma": gamma, "eps": label_smoothing, **(scalars or {})}
+    if alpha is None:
+        alpha = 0.0 if loss_type in OWN_CREDIT else 0.25
 
-    sums, rho, reg = [], [], []  # of each sequence
+    own_u, own_v = torch.zeros_like(lp), torch.zeros_like(lp)
     for s, r in enumerate(rows):
-        lp_s = lp[r]
-        norm = len(lp_s) if loss_type in LENGTH_NORMALISED else 1
-        sums.append(lp_s.sum())
-        rho.append(beta * ((u[r] * (lp_s - ref[r])).sum() - ref_sum[s]) / norm)
-        reg.append(-(beta * rhat[r] * lp_s).sum() / norm)
+        own_u[r], own_v[r] = _credit(loss_type, s < pairs, lp[r].detach(), rhat[r], options)
+    u, v = own_u * given_u, own_v * given_v
 
-    def base(rho_w: Tensor, rho_l: Tensor) -> Tensor:
-        options = {"gamma": gamma, "eps": label_smoothing, "tau": 0.05, **(scalars or {})}
-        return _base(loss_type, rho_w, rho_l, beta, options)
+    sums, rho, reg, kept = [], [], [], []  # of each sequence
+    for s, r in enumerate(rows):
+        lp_s, kl_s = lp[r], kl[r]
+        if loss_type == "tdpo2" and s < pairs:
+            kl_s = kl_s.detach()
+        norm = _norm(loss_type, own_u, r, rows[(s + pairs) % len(rows)])
+        sums.append(lp_s.sum())
+        ratios = (u[r] * (lp_s - ref[r])).sum() - ref_sum[s]
+        rho.append(beta * (ratios + (v[r] * kl_s).sum()) / norm)
+        reg.append(-(beta * rhat[r] * lp_s).sum() / norm)
+        kept.append((u[r] != 0).sum())
+
+    def base_of(b: int) -> Callable[[Tensor, Tensor], Tensor]:
+        of_pair = {name: float(x[b]) for name, x in (pair_values or {}).items()}
+        return lambda rho_w, rho_l: _base(loss_type, rho_w, rho_l, beta, options | of_pair)
 
     losses, weights_w, weights_l = [], [], []  # of each pair
     for b in range(pairs):
         w, l = b, pairs + b  # the pair's winner and loser among the sequences
-        weight_w, weight_l = 1.0, 1.0
+        weight_w, weight_l, base = 1.0, 1.0, base_of(b)
         if weighting != "static":
             slope_w, slope_l = _slopes(base, rho[w], rho[l])
             weight_w, weight_l = abs(slope_w), abs(slope_l)
@@ -172,9 +201,68 @@ def fused_treg_loss(
         rho[pairs:],
         reg[:pairs] + reg[pairs:],
         torch.tensor(weights, dtype=lp.dtype, device=lp.device),
+        torch.stack(kept).to(lp.dtype),
         scores.logprobs.detach(),
         *scores[1:],
     )
+
+
+def _credit(
+    loss_type: str, chosen: bool, lp: Tensor, rhat: Tensor, options: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    """u_t and v_t of the n tokens of a sequence, without weights that the data give."""
+    sign = 1 if chosen else -1
+    u, v, n = torch.ones_like(lp), torch.zeros_like(lp), len(lp)
+    if loss_type == "tgdpo":
+        u = 1 + sign * options["strength"] * rhat
+    if loss_type == "tis_dpo":
+        u = torch.stack([_importance(sign * rhat, t, options) for t in range(n)])
+    if loss_type == "sepo":
+        best_first = sorted(range(n), key=lambda t: (-sign * float(rhat[t]), t))
+        kept = best_first[: _kept_of(n, options["keep"])]
+        u = torch.tensor([float(t in kept) for t in range(n)])
+    if loss_type == "d2po":
+        u = torch.tensor([options["decay"] ** (t + 1) for t in range(n)], dtype=torch.float64)
+    if loss_type == "confpo":
+        u = lp.exp() <= lp.exp().mean() * (1 + 1e-12)
+    if loss_type == "messagewise":
+        u = sign * (rhat - options["baseline"]) > 0
+    if loss_type == "figa":
+        u = options["added"] * rhat * (rhat > 0)
+        if not chosen:
+            u = options["removed"] * rhat * (rhat < 0) * (-lp <= options["gate"])
+    if loss_type in ("tdpo1", "sparsepo"):
+        v = torch.ones_like(lp)
+    if loss_type == "tdpo2":
+        v = torch.full_like(lp, options["kl_weight"])
+    return u.to(lp), v
+
+
+def _importance(score: Tensor, t: int, options: Mapping[str, float]) -> Tensor:
+    """TIS-DPO's weight of token t among n whose scores these are."""
+    n = len(score)
+    low, high, clamp = options["low"], options["high"], options["clamp"]
+    below, equal = (score < score[t]).sum().to(score), (score == score[t]).sum().to(score)
+    share = (below + (equal - 1) / 2) / (n - 1) if n > 1 else 0.5 * equal
+    if clamp > 0:
+        share = (score[t].clamp(-clamp, clamp) + clamp) / (2 * clamp)
+    return low + (high - low) * share
+
+
+def _kept_of(n: int, keep: float) -> int:
+    """SePO's number of tokens."""
+    return min(max(1, math.ceil(keep * n - 1e-9)), n)
+
+
+def _norm(loss_type: str, u: Tensor, rows: Tensor, other_rows: Tensor) -> int:
+    """What a sequence's sum is divided by; other_rows: of the pair's other sequence."""
+    if loss_type in LENGTH_NORMALISED:
+        return len(rows)
+    if loss_type in AS_SIMPO:
+        return max(1, int((u[rows] != 0).sum()))
+    if loss_type == "figa":
+        return max(1, int((u[rows] != 0).sum() + (u[other_rows] != 0).sum()))
+    return 1
 
 
 def _scored_rows(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> list[Tensor]:
@@ -241,6 +329,8 @@ def _base(
     loss_type: str, rho_w: Tensor, rho_l: Tensor, beta: float, options: Mapping[str, float]
 ) -> Tensor:
     """The objective of one pair. Papers: `docs/methods.md`."""
+    if loss_type == "figa":
+        return -(rho_w + rho_l) / beta
     if loss_type in OF_BOTH_REWARDS:
         return _of_both_rewards(loss_type, rho_w, rho_l, beta)
     return _of_margin(loss_type, rho_w - rho_l, beta, options)
@@ -250,9 +340,12 @@ def _of_margin(loss_type: str, m: Tensor, beta: float, options: Mapping[str, flo
     """Objectives of the margin m = rho_w - rho_l alone; eps is the label smoothing."""
     logsigmoid, sigmoid = F.logsigmoid, torch.sigmoid
     gamma, eps, tau = options["gamma"], options["eps"], options["tau"]
-    if loss_type in ("dpo", "sigmoid", "cpo"):
+    if loss_type == "bfpo":
+        safe = 1.5 * options["chosen_safe"] - 0.5 * options["rejected_safe"]
+        return (m / beta - (safe - options["shift"]) / options["tau"]) ** 2
+    if loss_type in ("dpo", "sigmoid", "cpo", *AS_DPO):
         return -(1 - eps) * logsigmoid(m) - eps * logsigmoid(-m)
-    if loss_type == "simpo":
+    if loss_type in ("simpo", *AS_SIMPO):
         return -(1 - eps) * logsigmoid(m - gamma) - eps * logsigmoid(gamma - m)
     if loss_type == "ipo":
         return (m / beta - 1 / (2 * beta)) ** 2

@@ -7,27 +7,32 @@ head. A batch whose stash fits into the budget keeps it until the backward; of a
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from treg import checks
 from treg.losses import LossOptions, treg_loss
+from treg.losses.options import pair_table
 from treg.losses.pairs import (
     STATS,
+    Given,
     TokenInputs,
     check_pairs,
     pair_loss,
     row_starts,
-    sequence_of_row,
 )
+from treg.losses.tokens import sequence_of_row
 from treg.operators import Operator
 from treg.operators import scalars as as_tensor
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
 from treg.ops.head.selection import sees_values
+from treg.ops.linear_kl import linear_kl
 from treg.ops.linear_logprobs import (
     batch_of,
     fake_scores,
+    linear_logprobs,
     plan_of_backward,
     score,
 )
@@ -46,13 +51,18 @@ def fused_treg_loss(
     *,
     cu_seqlens: Tensor | None = None,
     beta: float = 0.1,
-    alpha: float = 0.25,
+    alpha: float | None = None,
     loss_type: str = "dpo",
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
     weighting: str = "gradient",
     scalars: Mapping[str, float] | None = None,
     token_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    pair_values: Mapping[str, Tensor] | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -93,14 +103,25 @@ def fused_treg_loss(
         weight: [V, D]. target: [2B, T] or [N] int64, aligned with hidden.
         token_rewards: like target, floating; rhat_t. May be None when alpha is 0.
         ref_logps: [2B] summed reference log-probs, or like target per token (needed with
-            token_weights); None for the reference-free loss types simpo, orpo, cpo.
+            token_weights, and by loss types that weigh tokens); None for reference-free loss types,
+            and where ref_hidden is given.
         cu_seqlens: [2B+1] int32 (or int64) offsets of packed sequences, 0 to N, on hidden's device
             or the CPU. While a CUDA graph is captured it must be on the device; a batch larger than
             memory_budget then takes 4 products.
-        beta: > 0, reward scale. alpha: >= 0, weight of the regularizer. gamma: simpo's margin, in
-            rewards.
+        beta: > 0, reward scale. alpha: >= 0, weight of the regularizer; None: 0.25, or 0 for loss
+            types that are another method of token credit (`docs/methods.md`). gamma: simpo's
+            margin, in rewards.
         loss_type: a key of `treg.losses.OBJECTIVES`. label_smoothing: in [0, 0.5). weighting:
-            "gradient", or "static" (w = 1). token_weights: like target, u_t >= 0.
+            "gradient", or "static" (w = 1).
+        token_weights: like target, u_t >= 0. They may require a gradient (learned masks):
+            log-probs and loss are then two operators, as for tdpo1, tdpo2 and sparsepo.
+        kl_weights: like target, weights of the KL term of those three; None: token_weights.
+        pair_values: numbers of each pair by name, [B] each, for loss types that need them (bfpo:
+            chosen_safe and rejected_safe).
+        ref_hidden, ref_weight, ref_bias: hidden states of the reference, like hidden, and its head,
+            for tdpo1, tdpo2 and sparsepo, whose KL divergence runs over the whole vocabulary (see
+            `treg.ops.linear_kl`). ref_weight None: weight and bias, as constants. The reference's
+            log-probs come with it.
         scalars: the objective's other options by name, e.g. {"tau": 0.05} for discopop; see
             `treg.losses.LossOptions`.
         reduction: "mean" over pairs, "sum", or "none".
@@ -134,49 +155,121 @@ def fused_treg_loss(
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     call = options.call(hidden, weight, target, bias)
     count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
-    inputs = {
-        "token_rewards": token_rewards,
-        "ref_logps": ref_logps,
-        "token_weights": token_weights,
-    }
-    for name, x in inputs.items():
+    given = Given(token_rewards, ref_logps, token_weights, kl_weights=kl_weights)
+    for name, x in given._asdict().items():
         checks.check_tensor(name, x, optional=True)
-    token_rewards, ref_logps, token_weights = (
-        None if x is None else x.detach() for x in inputs.values()
-    )
-    if shard is None:
-        call = call.with_loss(loss_options.text(), summed=reduction != "none")
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        numbers = as_tensor(*options.numbers(), *loss_options.numbers())
-        loss, stats, *scores = _forward(
-            rows,
-            weight,
-            bias,
-            target,
-            token_rewards,
-            ref_logps,
-            token_weights,
-            cu_seqlens,
-            numbers,
-            call.text(),
+    reference = {"hidden": ref_hidden, "weight": ref_weight, "bias": ref_bias}
+    _check_reference(reference, options, loss_options, given)
+    with_kl = "kl" in loss_options.objective.needs
+    learned = [x for x in (token_weights, kl_weights) if x is not None and x.requires_grad]
+    if shard is None and not with_kl and not learned:
+        given = given._replace(
+            token_rewards=_constant(token_rewards),
+            ref_logps=_constant(ref_logps),
+            token_weights=_constant(token_weights),
+            pair_values=pair_table(loss_options, pair_values, hidden, count // 2),
         )
-        names = ("logprobs", *call.outputs)
-        found = dict(zip(names, scores, strict=False))
-        result = pair_loss(loss, stats, loss_options)
+        call = call.with_loss(loss_options.text(), summed=reduction != "none")
+        numbers = as_tensor(*options.numbers(), *loss_options.numbers())
+        operands = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target)
+        loss, stats, *scores = _forward(
+            *operands, *_of_operator(given), cu_seqlens, numbers, call.text()
+        )
+        found = dict(zip(("logprobs", *call.outputs), scores, strict=False))
+        return _result(pair_loss(loss, stats, loss_options), found, reduction, count // 2)
+    if with_kl:
+        found = _score_with_kl(options, hidden, weight, bias, target, reference)
+        given = given._replace(kl=found.pop("kl"), ref_logps=found.pop("ref_logprobs"))
     else:
         found = score(options, call, hidden, weight, bias, target)
-        scored = target != ignore_index
-        result = treg_loss(
-            found["logprobs"],
-            token_rewards,
-            ref_logps,
-            loss_options,
-            cu_seqlens=cu_seqlens,
-            mask=scored,
-            token_weights=token_weights,
-            impl=call.impl,
-        )
+    tensors: dict[str, Any] = given._asdict() | {"pair_values": pair_values}
+    result = treg_loss(
+        found["logprobs"],
+        options=loss_options,
+        cu_seqlens=cu_seqlens,
+        mask=target != ignore_index,
+        impl=call.impl,
+        **tensors,
+    )
     return _result(result, found, reduction, count // 2)
+
+
+def _check_reference(
+    reference: Mapping[str, Tensor | None],
+    options: HeadOptions,
+    loss_options: LossOptions,
+    given: Given,
+) -> None:
+    """Raise ValueError where the reference's hidden states and the objective do not go together."""
+    name = f"loss_type={loss_options.loss_type!r}"
+    if "kl" not in loss_options.objective.needs:
+        others = {f"ref_{k}": x for k, x in reference.items()} | {"kl_weights": given.kl_weights}
+        for argument, x in others.items():
+            if x is not None:
+                raise ValueError(
+                    f"{argument}: expected None for {name}, which has no KL term, got one"
+                )
+        return
+    if reference["hidden"] is None:
+        raise ValueError(
+            f"ref_hidden: expected the reference's hidden states for {name}, whose KL divergence "
+            "runs over the whole vocabulary, got None"
+        )
+    if given.ref_logps is not None:
+        raise ValueError(
+            f"ref_logps: expected None beside ref_hidden, of which {name} makes them, got a tensor"
+        )
+    for argument in ("shard", "filter_eps", "logits_dtype"):
+        if getattr(options, argument) is not None:
+            raise ValueError(
+                f"{argument}: expected None for {name}, got {getattr(options, argument)!r}"
+            )
+
+
+def _score_with_kl(
+    options: HeadOptions,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reference: Mapping[str, Tensor | None],
+) -> dict[str, Tensor]:
+    """kl, log-probs of both models, and the outputs asked for, like target."""
+    ref_weight, ref_bias = reference["weight"], reference["bias"]
+    if ref_weight is None:
+        if ref_bias is not None:
+            raise ValueError("ref_bias: expected None where ref_weight is None, got one")
+        ref_weight, ref_bias = weight, bias
+    common: dict[str, Any] = {
+        "logit_scale": options.logit_scale,
+        "softcap": options.softcap,
+        "temperature": options.temperature,
+        "ignore_index": options.ignore_index,
+        "impl": options.impl,
+        "memory_budget": options.memory_budget,
+    }
+    kl = linear_kl(
+        hidden,
+        weight,
+        reference["hidden"],
+        ref_weight,
+        target=target,
+        bias=bias,
+        ref_bias=ref_bias,
+        **common,
+    )
+    found = {"kl": kl.kl, "logprobs": kl.logprobs, "ref_logprobs": kl.ref_logprobs}
+    if options.outputs:
+        with torch.no_grad():
+            statistics = linear_logprobs(
+                hidden, weight, target, bias=bias, outputs=options.outputs, **common
+            )
+        found |= {name: getattr(statistics, name) for name in options.outputs}
+    return found
+
+
+def _constant(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str, count: int) -> TRegLoss:
@@ -189,25 +282,29 @@ def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str, count: in
     return TRegLoss(loss, *pairs[1:], token_logps, **detached)
 
 
-def _score(
-    hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_seqlens, numbers, text
-) -> list[Tensor]:
+# Of `Given`, what the operator takes: the objectives of the others take another way.
+OPERANDS = ("token_rewards", "ref_logps", "token_weights", "pair_values")
+
+
+def _of_operator(given: Given) -> list[Tensor | None]:
+    return [getattr(given, name) for name in OPERANDS]
+
+
+def _score(hidden, weight, bias, target, *others) -> list[Tensor]:
     """loss [B], stats, log-probs and outputs like target; coef where the plan scores first; what
     the plan saved; the note.
     """
+    *tensors, cu_seqlens, numbers, text = others
+    given = Given(**dict(zip(OPERANDS, tensors, strict=True)))
     call = Call.of(text)
     options = LossOptions.of(call.loss, tuple(numbers.tolist()[HEAD_NUMBERS:]))
     scored = target != call.ignore_index
-    check_pairs(
-        "target", target, scored, token_rewards, ref_logps, token_weights, cu_seqlens, options
-    )
+    check_pairs("target", target, scored, given, cu_seqlens, options)
     batch = batch_of(hidden, weight, bias, target, numbers, call)
     plan = choose_plan(call, batch.tiles, hidden.shape[0])
     pairs = TokenInputs(
         target=batch.target,
-        token_rewards=_flat(token_rewards),
-        ref_logps=_flat(ref_logps),
-        token_weights=_flat(token_weights),
+        given=given.flat(),
         starts=row_starts(target, cu_seqlens).contiguous(),
         ignore_index=call.ignore_index,
     )
@@ -218,9 +315,8 @@ def _score(
     return [outputs.loss, outputs.stats, *found, outputs.coef, *saved.values(), note]
 
 
-def _score_fake(
-    hidden, weight, bias, target, token_rewards, ref_logps, token_weights, cu_seqlens, numbers, text
-) -> list[Tensor]:
+def _score_fake(hidden, weight, bias, target, *others) -> list[Tensor]:
+    *_, cu_seqlens, _, text = others
     call = Call.of(text)
     batch = Batch.of_shapes(call, hidden, weight, bias, target.reshape(-1))
     plan = choose_plan(call, batch.tiles, hidden.shape[0])
@@ -242,10 +338,6 @@ def known_ends(target: Tensor, cu_seqlens: Tensor | None) -> list[int] | None:
     ends = cu_seqlens.tolist()
     checks.check_ends(ends, "hidden", target.shape[0])
     return ends
-
-
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1).contiguous()
 
 
 def _differentiate(
@@ -276,8 +368,8 @@ def _differentiate_fake(
 
 _forward = Operator(
     "treg_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? token_rewards, "
-    "Tensor? ref_logps, Tensor? token_weights, Tensor? cu_seqlens, Tensor numbers, str call) "
-    "-> Tensor[]",
+    "Tensor? ref_logps, Tensor? token_weights, Tensor? pair_values, Tensor? cu_seqlens, "
+    "Tensor numbers, str call) -> Tensor[]",
     _score,
     _score_fake,
 )
@@ -290,7 +382,7 @@ _gradient = Operator(
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, _, _, _, cu_seqlens, numbers, text = inputs
+    hidden, weight, bias, target, _, _, _, _, cu_seqlens, numbers, text = inputs
     ctx.call = Call.of(text)
     scores = 3 + len(ctx.call.outputs)  # loss, stats, log-probs, outputs
     # tensors are saved by autograd alone, so that it can free, check and move them
@@ -301,7 +393,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grads):
     upstream = grads[0]
-    others = (None,) * 7
+    others = (None,) * 8
     if upstream is None:
         return None, None, None, *others
     hidden, weight, bias, target, cu_seqlens, numbers, *saved = ctx.saved_tensors

@@ -291,10 +291,11 @@ class GroupWork:
         sign = self.outputs.coef.new_ones(len(rows))
         sign[chosen:] = -1.0
         weight = sign
-        if pairs.token_weights is not None:
-            weight = sign * rows.read(pairs.token_weights).to(dtype)
-        if o.alpha and pairs.token_rewards is not None:
-            weight = weight + o.alpha * rows.read(pairs.token_rewards).to(dtype)
+        weights, rewards = pairs.given.token_weights, pairs.given.token_rewards
+        if weights is not None:
+            weight = sign * rows.read(weights).to(dtype)
+        if o.alpha and rewards is not None:
+            weight = weight + o.alpha * rows.read(rewards).to(dtype)
         scored = rows.read(self.batch.target) != self.batch.head.ignore_index
         if o.objective.length_normalised:
             counts = (scored[:chosen].sum(), scored[chosen:].sum())
