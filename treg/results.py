@@ -50,3 +50,4 @@ class TRegLoss(NamedTuple):
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
+    kl: Tensor | None = None  # like target, nats; for loss types with a KL term

@@ -849,7 +849,7 @@ def test_tokenizer_fingerprint():
 def test_fingerprints_are_checked_when_examples_are_loaded(tmp_path):
     run(tmp_path)
     path = str(tmp_path / "a.parquet")
-    options = dict(max_length=None, need_rewards=True)
+    options = dict(max_length=None, streams={"token_rewards": "alpha=0"})
     assert len(ExampleLoader(CHAT, MODEL, **options)(path, "train")) == 5
     for what, args in {
         "tokenizer": (PLAIN, MODEL),

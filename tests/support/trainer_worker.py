@@ -32,6 +32,7 @@ from transformers import (
 from treg.trainer import TRegConfig, TRegTrainer
 
 VOCAB = 64
+BETA = 0.3
 SIDES = ("chosen", "rejected")
 SIZES = {
     "vocab_size": VOCAB,
@@ -135,7 +136,7 @@ def with_reference(
 
 def make_config(output_dir, **kwargs) -> TRegConfig:
     defaults = {
-        "beta": 0.3,
+        "beta": BETA,
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
@@ -174,6 +175,27 @@ class Gradients(TrainerCallback):
         self.steps.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         )
+
+
+def assert_same(found, expected, rel=1e-5):
+    """Of all parameters together, and of each one that is not zero but for roundings."""
+    assert found.keys() == expected.keys()
+    total = torch.cat([x.flatten().double() for x in expected.values()]).norm()
+    assert total > 1e-4
+    for name, x in expected.items():
+        off = (found[name].double() - x).norm()
+        assert off <= rel * max(x.norm(), 1e-2 * total), f"{name}: {off / x.norm():.1e}"
+
+
+def first_step(tmp_path, model, pairs, ref_model=None, **options):
+    """The gradients of the first step and its log line."""
+    gradients = Gradients()
+    options = {"per_device_train_batch_size": len(pairs)} | options
+    trainer = make_trainer(
+        tmp_path, model, pairs, ref_model, callbacks=[gradients], max_steps=1, **options
+    )
+    trainer.train()
+    return gradients.steps[0], trainer.state.log_history[0]
 
 
 class At(TrainerCallback):

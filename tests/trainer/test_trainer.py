@@ -18,11 +18,14 @@ import torch.nn.functional as F
 import trainer_worker
 from tiny import environment
 from trainer_worker import (
+    BETA,
     SHARED,
     SIDES,
     At,
     Gradients,
+    assert_same,
     dense_logps,
+    first_step,
     make_config,
     make_model,
     make_pairs,
@@ -45,7 +48,6 @@ from treg.losses import LossOptions
 from treg.trainer import TRegConfig, TRegTrainer
 
 pytest.importorskip("peft")
-BETA = 0.3
 GAMMA = 0.2
 
 
@@ -101,27 +103,6 @@ def exact_step(model, pairs, ref_model=None, **options):
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()))
     return loss.item(), dict(zip(named, grads, strict=True))
-
-
-def assert_same(found, expected, rel=1e-5):
-    """Of all parameters together, and of each one that is not zero but for roundings."""
-    assert found.keys() == expected.keys()
-    total = torch.cat([x.flatten().double() for x in expected.values()]).norm()
-    assert total > 1e-4
-    for name, x in expected.items():
-        off = (found[name].double() - x).norm()
-        assert off <= rel * max(x.norm(), 1e-2 * total), f"{name}: {off / x.norm():.1e}"
-
-
-def first_step(tmp_path, model, pairs, ref_model=None, **options):
-    """The gradients of the first step and its log line."""
-    gradients = Gradients()
-    options = {"per_device_train_batch_size": len(pairs)} | options
-    trainer = make_trainer(
-        tmp_path, model, pairs, ref_model, callbacks=[gradients], max_steps=1, **options
-    )
-    trainer.train()
-    return gradients.steps[0], trainer.state.log_history[0]
 
 
 LOSSES = [
@@ -630,7 +611,7 @@ def test_reference_of_adapters_has_no_dropout(tmp_path):
     trainer = make_trainer(tmp_path, with_lora(model), make_pairs(2), disable_dropout=False)
     batch = trainer._unpack(trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset)))
     trainer.model.train()
-    a, b = (trainer._reference_logps(trainer.model, batch) for _ in range(2))
+    a, b = (trainer._reference(trainer.model, batch)["ref_logps"] for _ in range(2))
     assert (
         torch.equal(a, b)
         and trainer.model.training

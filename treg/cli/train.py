@@ -20,6 +20,7 @@ from treg.cli.options import (
 )
 from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import is_annotated
+from treg.data.examples import example_of
 from treg.files import last_checkpoint, locked, replacing
 from treg.rewards import source_class
 from treg.rewards.annotate import annotate, process_state
@@ -74,7 +75,9 @@ class Options:
     @property
     def annotates(self) -> bool:
         """Whether raw data are annotated first."""
-        return self.config.alpha > 0 or self.rewards.rewards is not None
+        options = self.config.loss_options
+        needs_streams = any(x != "kl" for x in options.objective.needs)
+        return options.alpha > 0 or needs_streams or self.rewards.rewards is not None
 
 
 def run(argv: list[str]) -> None:
@@ -115,7 +118,7 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
     """ValueError for options of token rewards that are wrong or have no effect; raw: the data that
     are not annotated.
     """
-    rewards, alpha = options.rewards, options.config.alpha
+    rewards, loss = options.rewards, options.config.loss_options
     given = {"rewards": rewards.rewards, "prompts": rewards.prompts}
     given |= {f"{SOURCE_PREFIX}{name}": x for name, x in rewards.rewards_options.items()}
     for name, value in given.items():
@@ -132,11 +135,17 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
         return
     made = annotate_options(rewards, options.config.max_length, per_token=True)
     streams = source_class(made.rewards).streams
-    if alpha > 0 and "token_rewards" not in streams:
+    if loss.alpha > 0 and "token_rewards" not in streams:
         raise ValueError(
             f"alpha: expected 0 with --rewards {made.rewards}, which gives {', '.join(streams)} "
-            f"and no token_rewards, got {alpha}"
+            f"and no token_rewards, got {loss.alpha}"
         )
+    for stream in loss.objective.needs:
+        if stream != "kl" and stream not in streams:
+            raise ValueError(
+                f"loss_type: expected one that {', '.join(streams)} of --rewards {made.rewards} "
+                f"serve, got {loss.loss_type!r}, which needs {stream}"
+            )
 
 
 def _train(out: Path, options: Options) -> None:
@@ -156,8 +165,9 @@ def _train(out: Path, options: Options) -> None:
     eval_data = None
     if own.eval_data is not None:
         eval_data = prepare(own.eval_data, "annotated-eval", own.eval_split)
-    reference_free = config.loss_options.objective.reference_free
-    plain = isinstance(train_data, list) and not reference_free
+    objective = config.loss_options.objective
+    plain = isinstance(train_data, list) and not objective.reference_free
+    plain |= "kl" in objective.needs  # which log-probs of a file do not give
     if reference is None and plain and not own.use_peft:
         reference = _load_model(options, options.model.model)
     trainer = TRegTrainer(
@@ -223,7 +233,8 @@ class _DataPreparation:
             limit=rows.limit,
         )
         say(f"{name}: {report}")
-        return [pair.example for pair in pairs]
+        columns = self.options.config.loss_options.objective.pair_columns
+        return [example_of(pair, columns) for pair in pairs]
 
     def _annotated(self, source: str, name: str, split: str) -> str:
         config, rows = self.options.config, self.options.rows

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 SIDES = ("chosen", "rejected")
-LOSS_STREAMS = ("token_rewards", "token_weights")  # per-token signals that the losses take
+# per-token signals that the losses take
+LOSS_STREAMS = ("token_rewards", "token_weights", "kl_weights")
 PER_TOKEN_OR_SEQUENCE = ("scored", "target", "lengths", "ref_logps", *LOSS_STREAMS)
-LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens")  # of a batch; the others are the model's
+# of a batch; the others are the model's
+LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens", "pair_values")
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,20 @@ class PairCollator:
         position_ids [1, L], one sequence after the other; attention starts anew where position_ids
         is 0.
     pad_token_id, pad_to_multiple_of: of the padded layout.
+    pair_columns: names of numbers that the examples have, one each, and the loss needs.
     Returns a dict: the model's input_ids and attention_mask or position_ids (the last token of a
         sequence, which predicts nothing, is left out); scored [N] int64, the rows of the flattened
         hidden states that are scored; target [N] int64; lengths [2B], numbers of scored tokens;
-        where the examples have them, token_rewards and token_weights, [N] float32, and ref_logps,
-        [2B] float64 sums or, if all have ref_chosen_token_logps, [N] float32. Those from lengths on
-        are numpy arrays, because trainers move the tensors of a batch, and some round them to the
-        model's dtype.
+        where the examples have them, the LOSS_STREAMS, [N] float32, and ref_logps, [2B] float64
+        sums or, if all have ref_chosen_token_logps, [N] float32; with pair_columns pair_values,
+        [columns, B] float64. Those from lengths on are numpy arrays, because trainers move the
+        tensors of a batch, and some round them to the model's dtype.
     """
 
     pad_token_id: int = 0
     packing: bool = False
     pad_to_multiple_of: int | None = None
+    pair_columns: tuple[str, ...] = ()
 
     def __call__(
         self, examples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
@@ -78,6 +82,9 @@ class PairCollator:
             batch["ref_logps"] = np.concatenate(per_token).astype(np.float32)
         elif (sums := _gather(pairs, "ref_{}_logps")) is not None:
             batch["ref_logps"] = np.array(sums, dtype=np.float64)
+        if self.pair_columns:
+            values = [[p[name] for p in pairs] for name in self.pair_columns]
+            batch["pair_values"] = np.array(values, dtype=np.float64)
         return batch
 
     def _packed(self, inputs: list[np.ndarray]) -> dict[str, Any]:
@@ -119,6 +126,8 @@ def first_pairs(batch: Mapping[str, Any], n: int) -> dict[str, Any]:
     for name, values in batch.items():
         if name in PER_TOKEN_OR_SEQUENCE:
             values = values[tokens if len(values) == len(tokens) else sequences]
+        elif name == "pair_values":
+            values = values[:, :n]
         kept[name] = values
     return kept
 

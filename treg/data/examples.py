@@ -5,11 +5,12 @@ model that trains.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from treg.data.annotated import (
     ID_COLUMNS,
     REF_COLUMNS,
     REF_TOKEN_COLUMNS,
-    REWARD_COLUMNS,
     is_annotated,
     model_fingerprint,
     read_annotated,
@@ -17,20 +18,21 @@ from treg.data.annotated import (
     tokenizer_fingerprint,
 )
 from treg.data.batches import LOSS_STREAMS
-from treg.data.encode import EncodeOptions, load_pairs
+from treg.data.encode import EncodeOptions, Pair, load_pairs
 from treg.data.report import Report
 
 
 class ExampleLoader:
     """Calls: (source, name of the argument) -> examples for `PairCollator`.
 
-    A source is an annotated file, its examples, or, where need_rewards is False, anything
+    A source is an annotated file, its examples, or, where no stream is needed, anything
     `load_pairs` reads.
 
     Args:
         reference: the model that must have made the annotations; only its fingerprint is looked at.
         max_length: of pairs that are tokenized here; annotated ones are refused if they are longer.
-        need_rewards: whether examples must have token rewards.
+        streams: the per-token signals that examples must have, by name, and who needs them.
+        pair_columns: columns that examples must have, one number each.
         adapters: whether the reference is meant with the adapters that are on it.
     """
 
@@ -40,14 +42,16 @@ class ExampleLoader:
         reference: Any,
         *,
         max_length: int | None,
-        need_rewards: bool,
+        streams: Mapping[str, str],
+        pair_columns: Sequence[str] = (),
         adapters: bool = True,
         check_fingerprint: bool = True,
     ):
         self.tokenizer = tokenizer
         self.reference = reference
         self.max_length = max_length
-        self.need_rewards = need_rewards
+        self.streams = streams
+        self.pair_columns = pair_columns
         self.adapters = adapters
         self.check_fingerprint = check_fingerprint
         self.reports: dict[str, Report] = {}
@@ -57,20 +61,24 @@ class ExampleLoader:
             examples = self._annotated(source)
         elif _are_examples(source):
             examples = [dict(x) for x in source]
-        elif self.need_rewards:
+        elif self.streams:
+            stream, who = next(iter(self.streams.items()))
             raise ValueError(
-                f"{name}: expected annotated pairs with token rewards, got raw ones; run `treg "
-                "annotate` on them first, or set alpha=0 for the plain objective"
+                f"{name}: expected annotated pairs with {stream.replace('_', ' ')}, got raw ones; "
+                f"run `treg annotate` on them first, or set {who}"
             )
         else:
             options = EncodeOptions(self.max_length)
             pairs, self.reports[name] = load_pairs(source, self.tokenizer, options)
-            examples = [pair.example for pair in pairs]
-        if self.need_rewards and REWARD_COLUMNS[0] not in examples[0]:
-            raise ValueError(
-                f"{name}: expected the columns {', '.join(REWARD_COLUMNS)}, found none; run `treg "
-                "annotate`, or set alpha=0"
-            )
+            examples = [example_of(pair, self.pair_columns) for pair in pairs]
+        for stream, who in self.streams.items():
+            columns = stream_columns(stream)
+            if columns[0] not in examples[0]:
+                raise ValueError(
+                    f"{name}: expected the columns {', '.join(columns)}, found none; run `treg "
+                    f"annotate` with a source of {stream}, or set {who}"
+                )
+        _check_numbers(examples, self.pair_columns, name)
         streams = [stream_columns(stream) for stream in LOSS_STREAMS]
         for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS):
             _check_same_columns(examples, group, name)
@@ -100,6 +108,12 @@ class ExampleLoader:
         return examples
 
 
+def example_of(pair: Pair, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """What `PairCollator` needs of a pair, with these columns of its row where it has them."""
+    row = pair.row.columns
+    return pair.example | {name: row[name] for name in columns if name in row}
+
+
 def _check_same_columns(
     examples: Sequence[Mapping[str, Any]], group: Sequence[str], name: str
 ) -> None:
@@ -112,6 +126,21 @@ def _check_same_columns(
                 f"{name}: expected {', '.join(wanted) or 'no ' + group[0]} in every pair, as in "
                 f"the first, got {', '.join(present) or 'none'} in pair {i}"
             )
+
+
+def _check_numbers(
+    examples: Sequence[Mapping[str, Any]], columns: Sequence[str], name: str
+) -> None:
+    """ValueError unless every example has one finite number in each of these columns."""
+    for column in columns:
+        for i, example in enumerate(examples):
+            value = example.get(column)
+            if not isinstance(value, (bool, int, float, np.number)) or not np.isfinite(value):
+                has = "none" if column not in example else repr(value)
+                raise ValueError(
+                    f"{name}: expected a number in the column {column} of every pair, got {has} in "
+                    f"pair {i}; `treg annotate --keep_columns {column}` passes it on"
+                )
 
 
 def check_made_with(

@@ -63,6 +63,8 @@ def fused_treg_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | str | None = "same",
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -118,10 +120,10 @@ def fused_treg_loss(
         kl_weights: like target, weights of the KL term of those three; None: token_weights.
         pair_values: numbers of each pair by name, [B] each, for loss types that need them (bfpo:
             chosen_safe and rejected_safe).
-        ref_hidden, ref_weight, ref_bias: hidden states of the reference, like hidden, and its head,
-            for tdpo1, tdpo2 and sparsepo, whose KL divergence runs over the whole vocabulary (see
-            `treg.ops.linear_kl`). ref_weight None: weight and bias, as constants. The reference's
-            log-probs come with it.
+        ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap: hidden states of the
+            reference, laid out as hidden, and its head, for tdpo1, tdpo2 and sparsepo, whose KL
+            divergence runs over the whole vocabulary (see `treg.ops.linear_kl`); the reference's
+            log-probs come with it. ref_weight None: weight and bias, as constants.
         scalars: the objective's other options by name, e.g. {"tau": 0.05} for discopop; see
             `treg.losses.LossOptions`.
         reduction: "mean" over pairs, "sum", or "none".
@@ -158,7 +160,13 @@ def fused_treg_loss(
     given = Given(token_rewards, ref_logps, token_weights, kl_weights=kl_weights)
     for name, x in given._asdict().items():
         checks.check_tensor(name, x, optional=True)
-    reference = {"hidden": ref_hidden, "weight": ref_weight, "bias": ref_bias}
+    reference = {
+        "hidden": ref_hidden,
+        "weight": ref_weight,
+        "bias": ref_bias,
+        "logit_scale": ref_logit_scale,
+        "softcap": None if ref_softcap == "same" else ref_softcap,
+    }
     _check_reference(reference, options, loss_options, given)
     with_kl = "kl" in loss_options.objective.needs
     learned = [x for x in (token_weights, kl_weights) if x is not None and x.requires_grad]
@@ -178,8 +186,9 @@ def fused_treg_loss(
         found = dict(zip(("logprobs", *call.outputs), scores, strict=False))
         return _result(pair_loss(loss, stats, loss_options), found, reduction, count // 2)
     if with_kl:
+        reference["softcap"] = ref_softcap
         found = _score_with_kl(options, hidden, weight, bias, target, reference)
-        given = given._replace(kl=found.pop("kl"), ref_logps=found.pop("ref_logprobs"))
+        given = given._replace(kl=found["kl"], ref_logps=found.pop("ref_logprobs"))
     else:
         found = score(options, call, hidden, weight, bias, target)
     tensors: dict[str, Any] = given._asdict() | {"pair_values": pair_values}
@@ -195,7 +204,7 @@ def fused_treg_loss(
 
 
 def _check_reference(
-    reference: Mapping[str, Tensor | None],
+    reference: Mapping[str, Any],
     options: HeadOptions,
     loss_options: LossOptions,
     given: Given,
@@ -232,10 +241,10 @@ def _score_with_kl(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    reference: Mapping[str, Tensor | None],
+    reference: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """kl, log-probs of both models, and the outputs asked for, like target."""
-    ref_weight, ref_bias = reference["weight"], reference["bias"]
+    ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap = reference.values()
     if ref_weight is None:
         if ref_bias is not None:
             raise ValueError("ref_bias: expected None where ref_weight is None, got one")
@@ -251,11 +260,13 @@ def _score_with_kl(
     kl = linear_kl(
         hidden,
         weight,
-        reference["hidden"],
+        ref_hidden,
         ref_weight,
         target=target,
         bias=bias,
         ref_bias=ref_bias,
+        ref_logit_scale=ref_logit_scale,
+        ref_softcap=ref_softcap,
         **common,
     )
     found = {"kl": kl.kl, "logprobs": kl.logprobs, "ref_logprobs": kl.ref_logprobs}

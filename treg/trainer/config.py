@@ -29,11 +29,14 @@ class TRegConfig(TrainingArguments):
     """
 
     beta: float = field(default=0.1, metadata={"help": "Scale of the implicit reward, > 0."})
-    alpha: float = field(
-        default=0.25,
-        metadata={"help": "Weight of the T-REG regularizer; 0 is the plain objective."},
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the T-REG regularizer; 0 is the plain objective. Default: 0.25, or "
+            "0 for loss types that are another method of token credit."
+        },
     )
-    gamma: float = field(default=0.0, metadata={"help": "Margin of simpo."})
+    gamma: float = field(default=0.0, metadata={"help": "Margin of simpo, sepo and confpo."})
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of labels taken as wrong, in [0, 0.5)."}
     )

@@ -23,9 +23,11 @@ class PairMetrics:
         lengths: np.ndarray,
         rewards: Tensor | None,
         ref_logps: Tensor | None,
+        *,
+        weighted: bool = False,
     ) -> None:
         """Add a batch: lengths [2B] tokens of each sequence, rewards [N], ref_logps [2B] or [N];
-        chosen first.
+        chosen first. weighted: whether tokens have weights, some of which may be 0.
         """
         rho_w, rho_l = result.chosen_rewards, result.rejected_rewards
         self.add("rewards/chosen", rho_w)
@@ -36,6 +38,12 @@ class PairMetrics:
         self.add("logps/rejected", result.rejected_logps)
         self.add("treg/reg_loss", result.reg_loss)
         self.add("treg/weight", result.weights)
+        if weighted:
+            tokens = result.kept.new_tensor(int(lengths.sum()), dtype=torch.float64)
+            self.add("treg/kept", result.kept, tokens)
+            self.add("treg/empty_answers", result.kept == 0)
+        if result.kl is not None:
+            self.add("kl", result.kl)
         chosen = int(lengths[: len(lengths) // 2].sum())
         if rewards is not None:
             self.add("treg/reward_chosen", rewards[:chosen])

@@ -2,6 +2,7 @@
 model's forward.
 """
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from treg.data import LOSS_KEYS, ExampleLoader, PairCollator, first_pairs, pack_
 from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS, stream_columns
 from treg.data.batches import LOSS_STREAMS
 from treg.heads import check_sequences, install_head, run_head
+from treg.losses import LossOptions
 from treg.ops import fused_treg_loss, linear_logprobs
 from treg.results import TRegLoss
 from treg.trainer.config import TRegConfig
@@ -100,12 +102,13 @@ class TRegTrainer(Trainer):
             policy = get_peft_model(policy, peft_config)
         adapters = hasattr(policy, "disable_adapter")
         _check_adapters(policy, adapters, args.packing)
-        self.loss_options = args.loss_options
+        self.loss_options = options = args.loss_options
         load = ExampleLoader(
             tokenizer,
             policy if ref_model is None else ref_model,
             max_length=args.max_length,
-            need_rewards=args.alpha > 0,
+            streams=_needed_streams(options),
+            pair_columns=options.objective.pair_columns,
             adapters=ref_model is not None or not adapters,
             check_fingerprint=not args.ignore_fingerprint,
         )
@@ -129,7 +132,12 @@ class TRegTrainer(Trainer):
                 "output_router_logits: the router's auxiliary loss is not part of this trainer's "
                 "loss"
             )
-        kwargs.setdefault("data_collator", PairCollator(tokenizer.pad_token_id or 0, args.packing))
+        collator = PairCollator(
+            tokenizer.pad_token_id or 0,
+            args.packing,
+            pair_columns=options.objective.pair_columns,
+        )
+        kwargs.setdefault("data_collator", collator)
         super().__init__(
             policy,
             args,
@@ -140,6 +148,11 @@ class TRegTrainer(Trainer):
         )
         # what transformers before 5.19 reads for loss_is_scaled_for_ga
         self.model_accepts_loss_kwargs = True
+        if self._with_kl and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"loss_type: expected one without a KL term under FSDP and DeepSpeed, got "
+                f"{args.loss_type!r}, whose reference runs in every step"
+            )
         self.ref_model = None
         if ref_model is not None and self._source == "model":
             self.ref_model = self._prepared_reference(ref_model)
@@ -156,23 +169,33 @@ class TRegTrainer(Trainer):
     def _reference_source(
         self, sets: Mapping[str, Examples | None], ref_model: nn.Module | None, adapters: bool
     ) -> str:
-        """Where reference log-probs come from: "none", the "data" where all have them, the "model",
-        the "adapters".
+        """Where the reference comes from: "none", the "data" where all have its log-probs, the
+        "model", the "adapters".
         """
-        if self.loss_options.objective.reference_free:
+        objective = self.loss_options.objective
+        if objective.reference_free:
             return "none"
+        if self._with_kl:
+            if ref_model is None and not adapters:
+                raise ValueError(
+                    f"ref_model: expected a model for loss_type={self.loss_options.loss_type!r}, "
+                    "whose KL divergence runs over the reference's whole vocabulary, got None; "
+                    "give one, or train adapters"
+                )
+            return "adapters" if ref_model is None else "model"
         lack, needed = "", REF_COLUMNS
         for name, examples in sets.items():
             if examples is None or lack:
                 continue
-            weighted = stream_columns("token_weights")[0] in examples[0]
+            weighted = objective.reference_per_token
+            weighted |= stream_columns("token_weights")[0] in examples[0]
             usable = {*REF_TOKEN_COLUMNS} if weighted else {*REF_COLUMNS, *REF_TOKEN_COLUMNS}
             if not examples[0].keys() & usable:
                 lack, needed = name, REF_TOKEN_COLUMNS if weighted else REF_COLUMNS
         if not lack:
             return "data"
         if ref_model is None and not adapters:
-            reason = "" if needed == REF_COLUMNS else " beside token weights"
+            reason = "" if needed == REF_COLUMNS else " for losses that weigh tokens"
             option = "" if needed == REF_COLUMNS else " --per_token"
             raise ValueError(
                 f"{lack}: expected the columns {', '.join(needed)}{reason}, found none; run `treg "
@@ -208,25 +231,36 @@ class TRegTrainer(Trainer):
         self, model: nn.Module, batch: dict, mode: str, reduction: str, outputs: tuple[str, ...]
     ) -> TRegLoss:
         """The loss of a batch, inside the model's forward; its metrics are added up under mode."""
-        ref = self._reference_logps(model, batch)
+        reference = self._reference(model, batch)
+        streams = {name: batch[name] for name in LOSS_STREAMS}
+        objective = self.loss_options.objective
 
         def head_fn(hidden: Tensor, operands: dict) -> TRegLoss:
+            operands |= reference
+            for name in ("ref_hidden", "ref_weight"):
+                if name in reference:  # a reference may be kept in another dtype
+                    operands[name] = reference[name].to(hidden.dtype)
             return fused_treg_loss(
                 _scored_rows(hidden, batch),
                 target=batch["target"],
-                token_rewards=batch["token_rewards"],
-                token_weights=batch["token_weights"],
-                ref_logps=ref,
+                pair_values=batch["pair_values"],
                 cu_seqlens=batch["cu_seqlens"],
                 reduction=reduction,
                 outputs=outputs,
                 memory_budget=self.args.memory_budget,
+                **streams,
                 **operands,
                 **vars(self.loss_options),
             )
 
         result = run_head(model, head_fn, **batch["model"])
-        self._metrics[mode].record(result, batch["lengths"], batch["token_rewards"], ref)
+        self._metrics[mode].record(
+            result,
+            batch["lengths"],
+            batch["token_rewards"],
+            reference.get("ref_logps"),
+            weighted=objective.credit is not None or batch["token_weights"] is not None,
+        )
         return result
 
     def _kept(self, pairs: int) -> int:
@@ -249,21 +283,42 @@ class TRegTrainer(Trainer):
         batch["cu_seqlens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
         for name in (*LOSS_STREAMS, "ref_logps"):
             batch[name] = _on_device(batch.get(name), device)
+        numbers = _on_device(batch.get("pair_values"), device)
+        if numbers is not None:
+            columns = self.loss_options.objective.pair_columns
+            numbers = dict(zip(columns, numbers, strict=True))
+        batch["pair_values"] = numbers
         return batch
 
-    @torch.no_grad()
-    def _reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
-        """Reference log-probs: [2B] sums or [N] of each token from the data, [N] from a model."""
-        if self._source == "none":
-            return None
-        if self._source == "data":
-            return batch["ref_logps"]
+    @property
+    def _with_kl(self) -> bool:
+        return "kl" in self.loss_options.objective.needs
 
-        def head_fn(hidden: Tensor, operands: dict) -> Tensor:
-            rows = _scored_rows(hidden, batch)
-            return linear_logprobs(
-                rows, target=batch["target"], memory_budget=self.args.memory_budget, **operands
-            ).logprobs
+    @torch.no_grad()
+    def _reference(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """What `fused_treg_loss` takes of the reference: its log-probs, [2B] sums or [N] of each
+        token from the data, [N] from a model; or its hidden states and its head.
+        """
+        if self._source == "none":
+            return {}
+        if self._source == "data":
+            return {"ref_logps": batch["ref_logps"]}
+        head_fn = self._states_of_reference if self._with_kl else self._logps_of_reference
+        return self._run_reference(model, functools.partial(head_fn, batch), batch)
+
+    def _logps_of_reference(self, batch: dict, hidden: Tensor, operands: dict) -> dict[str, Any]:
+        rows = _scored_rows(hidden, batch)
+        logps = linear_logprobs(
+            rows, target=batch["target"], memory_budget=self.args.memory_budget, **operands
+        ).logprobs
+        return {"ref_logps": logps}
+
+    def _states_of_reference(self, batch: dict, hidden: Tensor, operands: dict) -> dict[str, Any]:
+        found = {"ref_hidden": _scored_rows(hidden, batch)}
+        return found | {f"ref_{name}": x for name, x in operands.items()}
+
+    def _run_reference(self, model: nn.Module, head_fn: Any, batch: dict[str, Any]) -> Any:
+        """head_fn's result within the reference's forward."""
 
         if self.ref_model is not None:
             return run_head(self.ref_model, head_fn, **batch["model"])
@@ -345,6 +400,17 @@ def _check_arguments(
         raise ValueError(
             f"expected one GPU a process, got {args.n_gpu}; start with `accelerate launch`"
         )
+
+
+def _needed_streams(options: LossOptions) -> dict[str, str]:
+    """The per-token signals that data must have, and what to set to do without."""
+    needed = {}
+    for stream in options.objective.needs:
+        if stream != "kl":
+            needed[stream] = f"another loss_type than {options.loss_type!r}"
+    if options.alpha > 0:
+        needed.setdefault("token_rewards", "alpha=0 for the plain objective")
+    return needed
 
 
 def _check_adapters(model: Any, adapters: bool, packing: bool) -> None:
