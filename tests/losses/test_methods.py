@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import IMPLS, device_of
 
-from treg.losses import OBJECTIVES, Credit, LossOptions, Objective, treg_loss
+from treg.losses import OBJECTIVES, Credit, LossOptions, Objective, TokenMask, treg_loss
 from treg.losses.base import Base
 from treg.ops import reference
 
@@ -385,6 +385,64 @@ def test_kept_counts_weights_of_plain_objectives():
     weights[0, 2:5] = 0
     found = treg_loss(**pairs(token_weights=weights), options=LossOptions())
     assert found.kept.tolist() == [6, 0, 9, 9]
+
+
+# -- learned masks
+
+
+def test_a_learned_mask_by_hand():
+    """Two layers of two numbers; layer norm makes (1, -1) and (-1, 1) of them."""
+    mask = TokenMask(2, 2).double()
+    with torch.no_grad():
+        for score, weight, bias in zip(
+            mask.scores, ((1.0, 0.0), (0.0, 2.0)), (0.5, 1.0), strict=True
+        ):
+            score.weight.copy_(torch.tensor([weight]))
+            score.bias.fill_(bias)
+    mask.mix.weight.data.copy_(torch.tensor([[2.0, -0.5]]))
+    states = [torch.tensor([[3.0, 1.0], [1.0, 5.0]], **F64)] * 2
+    # first token: relu(1.5) and relu(-1); second: relu(-0.5) and relu(3)
+    torch.testing.assert_close(
+        mask(states), torch.tensor([2 * 1.5, 0.0], **F64), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_mask_learns_through_the_loss():
+    """The gradient in the module's weights is that of the loss by autograd, and it falls."""
+    torch.manual_seed(0)
+    states = [torch.randn(4, 9, 8, **F64) for _ in range(3)]
+    mask = TokenMask(8, 3).double()
+    inputs = pairs(kl=torch.rand(4, 9, **F64))
+    options = LossOptions("sparsepo", 0.5)
+
+    def exact(m):
+        ratios = inputs["logps"] - inputs["ref_logps"] + inputs["kl"]
+        rho = 0.5 * (m * ratios).sum(1)
+        return -torch.nn.functional.logsigmoid(rho[:2] - rho[2:])
+
+    found = treg_loss(**inputs, token_weights=mask(states), options=options).loss
+    torch.testing.assert_close(found, exact(mask(states)), **EXACT)
+    gradients = torch.autograd.grad(found.sum(), list(mask.parameters()))
+    expected = torch.autograd.grad(exact(mask(states)).sum(), list(mask.parameters()))
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    assert any(bool((x != 0).any()) for x in gradients)
+    with torch.no_grad():
+        for x, slope in zip(mask.parameters(), gradients, strict=True):
+            x -= 0.05 * slope
+        assert exact(mask(states)).sum() < found.sum()
+
+
+def test_masks_of_other_states_are_refused():
+    mask = TokenMask(4, 2)
+    with pytest.raises(ValueError, match="states: expected 2 hidden states, one a layer, got 1"):
+        mask([torch.zeros(3, 4)])
+    with pytest.raises(
+        ValueError, match=r"states: expected hidden states \[..., 4\], got \[3, 5\]"
+    ):
+        mask([torch.zeros(3, 5)] * 2)
+    with pytest.raises(ValueError, match="layers: expected a positive integer, got 0"):
+        TokenMask(4, 0)
 
 
 # -- bad input

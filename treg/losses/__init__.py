@@ -4,6 +4,7 @@ from treg.losses.base import Base, Objective, Scalars
 from treg.losses.objectives import OBJECTIVES
 from treg.losses.options import LossOptions, check_reference
 from treg.losses.regularizer import token_regularizer
+from treg.losses.sparsepo import TokenMask
 from treg.losses.tokens import Credit, Tokens
 from treg.losses.treg_loss import treg_loss
 
@@ -14,6 +15,7 @@ __all__ = [
     "LossOptions",
     "Objective",
     "Scalars",
+    "TokenMask",
     "Tokens",
     "check_reference",
     "token_regularizer",

@@ -8,7 +8,8 @@ from treg.losses.d2po import D2PO
 from treg.losses.figa import FIGA
 from treg.losses.messagewise import MESSAGEWISE
 from treg.losses.sepo import SEPO
-from treg.losses.tdpo import SPARSEPO, TDPO1, TDPO2
+from treg.losses.sparsepo import SPARSEPO
+from treg.losses.tdpo import TDPO1, TDPO2
 from treg.losses.tgdpo import TGDPO
 from treg.losses.tis_dpo import TIS_DPO
 

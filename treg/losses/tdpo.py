@@ -1,9 +1,7 @@
-"""TDPO and SparsePO: the KL divergence of each token beside its log-ratio.
+"""TDPO: the KL divergence of each token beside its log-ratio.
 
 kl_t = KL( pi_ref(. | x, y_<t) || pi(. | x, y_<t) ), a sum over the whole vocabulary.
 """
-
-from dataclasses import replace
 
 import torch
 
@@ -48,11 +46,4 @@ TDPO2 = Objective(
     credit=half_detached,
     needs=("kl",),
     alpha=0.0,
-)
-
-# rho_s = beta * sum_t ( u_t (lp_t - ref_t) + v_t kl_t ), with masks u_t and v_t >= 0: those of the
-# data (MaPO: from the reference's activations), or learned ones (`treg.losses.sparsepo.TokenMask`).
-# v_t is u_t where no mask of its own is given. All masks 1 are TDPO1.
-SPARSEPO = replace(
-    TDPO1, paper="SparsePO and MaPO, arXiv 2410.05102", needs=("token_weights", "kl")
 )
