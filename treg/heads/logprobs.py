@@ -2,6 +2,8 @@
 from.
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -38,33 +40,49 @@ def token_logprobs(
     Raises:
         ValueError: labels of another shape than input_ids; a model without an installed head.
     """
+
+    def score(rows: Tensor, target: Tensor, operands: Operands) -> dict[str, Tensor]:
+        found = linear_logprobs(
+            rows, target=target, outputs=outputs, memory_budget=memory_budget, **operands
+        )
+        return {name: x for name, x in found._asdict().items() if x is not None}
+
+    return LinearLogprobs(**score_tokens(model, labels, score, **inputs))
+
+
+def score_tokens(
+    model: nn.Module,
+    labels: Tensor,
+    score: Callable[[Tensor, Tensor, Operands], Mapping[str, Tensor]],
+    **inputs,
+) -> dict[str, Tensor]:
+    """What score(rows [N, D], target [N], operands) gives of each scored token, [S, T-1] each by
+    name, 0 where not scored. Arguments as in `token_logprobs`.
+    """
     ids = inputs.get("input_ids")
     if ids is not None and ids.shape != labels.shape:
         raise ValueError(
             f"labels: expected the shape of input_ids {list(ids.shape)}, not shifted, "
             f"got {list(labels.shape)}"
         )
-    length = labels.shape[1]
-    target = labels[:, 1:]
-    scored = target != -100
+    scored = labels[:, 1:] != -100
 
-    def head_fn(hidden: Tensor, operands: Operands) -> LinearLogprobs:
-        # virtual tokens of prompt-learning adapters stand before the sequence
-        states = hidden[:, -length:][:, :-1]
-        found = linear_logprobs(
-            states[scored.to(hidden.device)],
-            target=target[scored].to(hidden.device),
-            outputs=outputs,
-            memory_budget=memory_budget,
-            **operands,
-        )
-        spread = {}
-        for name, values in found._asdict().items():
-            if values is not None:
-                spread[name] = _spread(values, scored.to(values.device))
-        return LinearLogprobs(**spread)
+    def head_fn(hidden: Tensor, operands: Operands) -> dict[str, Tensor]:
+        found = score(*scored_rows(hidden, labels), operands)
+        return {name: _spread(x, scored.to(x.device)) for name, x in found.items()}
 
     return run_head(model, head_fn, **inputs)
+
+
+def scored_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [N, D] and target [N] of the tokens that labels [S, T] score.
+
+    hidden: [S, T, D]; virtual tokens of prompt-learning adapters may stand before the sequence.
+    """
+    target = labels[:, 1:]
+    scored = target != -100
+    states = hidden[:, -labels.shape[1] :][:, :-1]
+    return states[scored.to(hidden.device)], target[scored].to(hidden.device)
 
 
 def _spread(x: Tensor, scored: Tensor) -> Tensor:

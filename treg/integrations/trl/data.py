@@ -17,44 +17,55 @@ from treg.data.annotated import (
     read_annotated,
     stream_columns,
 )
+from treg.integrations.trl.own import REF_STREAM, numbers_of
 
 
 @dataclass
 class RewardCollator:
-    """TRL's batch, and token_rewards [2B, T] float32 beside input_ids: of the token at each place,
-    0 in the prompt.
+    """TRL's batch, and streams such as token_rewards [2B, T] float32 beside input_ids: of the token
+    at each place, 0 in the prompt; and pair_values [columns, B] float64, of columns of numbers.
 
     Raises:
-        ValueError: a batch whose ids are not those that the rewards belong to.
+        ValueError: a batch whose ids are not those that the streams belong to.
     """
 
     inner: Callable[[list[dict]], dict[str, Any]]
     max_length: int | None
     truncation_mode: str
+    streams: tuple[str, ...] = ("token_rewards",)
+    pair_columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.inner(examples)
+        found = {stream: self._gathered(stream, examples, batch) for stream in self.streams}
+        if self.pair_columns:
+            found["pair_values"] = numbers_of(examples, self.pair_columns)
+        return batch | found
+
+    def _gathered(
+        self, stream: str, examples: list[dict[str, Any]], batch: dict[str, Any]
+    ) -> torch.Tensor:
         rows = [(example, side) for side in SIDES for example in examples]
         cut = slice(None)
         if self.max_length is not None:
             keep_start = self.truncation_mode == "keep_start"
             cut = slice(self.max_length) if keep_start else slice(-self.max_length, None)
         ids = batch["input_ids"]
-        rewards = torch.zeros(ids.shape)
+        gathered = torch.zeros(ids.shape)
         for row, (example, side) in enumerate(rows):
+            name = f"ref_{side}_token_logps" if stream == REF_STREAM else f"{side}_{stream}"
             prompt, completion = list(example["prompt_ids"]), list(example[f"{side}_ids"])
-            values = [0.0] * len(prompt) + list(example[f"{side}_token_rewards"])
+            values = [0.0] * len(prompt) + list(example[name])
             expected = torch.tensor((prompt + completion)[cut])
             if len(values) != len(prompt) + len(completion) or not torch.equal(
                 ids[row, : len(expected)], expected
             ):
                 raise ValueError(
-                    f"{side}_token_rewards: expected one a token of {side}_ids and a collator that "
-                    f"pads on the right, got {len(values) - len(prompt)} rewards, "
-                    f"{len(completion)} ids"
+                    f"{name}: expected one a token of {side}_ids and a collator that pads on the "
+                    f"right, got {len(values) - len(prompt)} numbers, {len(completion)} ids"
                 )
-            rewards[row, : len(expected)] = torch.tensor(values[cut])
-        return batch | {"token_rewards": rewards}
+            gathered[row, : len(expected)] = torch.tensor(values[cut])
+        return gathered
 
 
 def columns_of(dataset: Any) -> set[str]:
@@ -90,15 +101,15 @@ def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
     return Dataset.from_list(examples)
 
 
-def prepared(dataset: Any, name: str, args: Any) -> Any:
+def prepared(dataset: Any, name: str, args: Any, *, weights_taken: bool = False) -> Any:
     """A dataset with token ids, as TRL's own preparation leaves it. args: the trainer's.
 
     Reference log-probs that it has are sums over whole completions: dropped where ld_alpha weighs
-    tokens within the sums, refused for a sequence that would be cut. Token weights are refused:
-    TRL's margins take none.
+    tokens within the sums, refused for a sequence that would be cut. Token weights are refused
+    unless the loss takes them: TRL's margins take none.
     """
     weights = [x for x in stream_columns("token_weights") if x in columns_of(dataset)]
-    if weights:
+    if weights and not weights_taken:
         raise ValueError(
             f"dataset: expected {name} without {', '.join(weights)}, which TRL's losses do not "
             "take; remove the columns, or train with treg.trainer.TRegTrainer"

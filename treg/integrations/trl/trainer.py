@@ -4,9 +4,9 @@ treg.
 
 import contextlib
 import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -16,15 +16,15 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
-from treg.checks import check_number
 from treg.data import Pair, RowProblem, pair_tokens
 from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, REWARD_COLUMNS
+from treg.data.batches import LOSS_STREAMS
 from treg.data.examples import check_made_with
-from treg.data.reading import json_object
 from treg.heads import HeadSpec, check_sequences, install_head
-from treg.heads.logprobs import token_logprobs
+from treg.heads.logprobs import score_tokens, token_logprobs
+from treg.integrations.trl.config import TRegDPOConfig
 from treg.integrations.trl.data import (
     RewardCollator,
     columns_of,
@@ -34,79 +34,18 @@ from treg.integrations.trl.data import (
     read_dataset,
     text_pairs,
 )
+from treg.integrations.trl.own import REF_STREAM, OwnLoss, own_options
 from treg.integrations.trl.patch import STATISTICS
 from treg.losses.regularizer import token_regularizer
-from treg.rewards import DEFAULT_SOURCE, Context, load_source, make_options, source_class
+from treg.results import PairLoss
+from treg.rewards import Context, load_source
 from treg.rewards.annotate import PART_PAIRS, annotate_pairs
 from treg.rewards.base import ResponsePairs
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class TRegDPOConfig(DPOConfig):
-    """DPOConfig, and
-
-    treg_alpha: weight of the regularizer, >= 0; 0 is the plain objective.
-    treg_rewards: the source of token rewards where the trainer makes them itself, a key of
-        `treg.rewards.SOURCES` or "package.module:Class".
-    treg_rewards_options: values of the fields of the source's Options, as a dict or as JSON.
-    treg_prompts: its option `prompts`, a YAML file with contrastive prompts.
-    treg_tokens_per_batch: tokens of one forward then.
-    treg_memory_budget: bytes of temporaries of the head, see `treg.ops.linear_logprobs`.
-    treg_ignore_fingerprint: train also where the annotated data were made with another model or
-    tokenizer.
-    """
-
-    treg_alpha: float = field(default=0.25, metadata={"help": "Weight of the T-REG regularizer."})
-    treg_rewards: str = field(
-        default=DEFAULT_SOURCE,
-        metadata={"help": "Source of token rewards, or package.module:Class for your own."},
-    )
-    treg_rewards_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Options of the source, as JSON."}
-    )
-    treg_prompts: str | None = field(
-        default=None, metadata={"help": "YAML file with the contrastive prompts."}
-    )
-    treg_tokens_per_batch: int = field(
-        default=16384, metadata={"help": "Tokens of a forward that makes rewards."}
-    )
-    treg_memory_budget: int | None = field(
-        default=None, metadata={"help": "Bytes of temporaries of the head."}
-    )
-    treg_ignore_fingerprint: bool = field(
-        default=False, metadata={"help": "Accept data of another model."}
-    )
-
-    def __post_init__(self):
-        check_number("treg_alpha", self.treg_alpha)
-        if self.treg_alpha < 0:
-            raise ValueError(
-                f"treg_alpha: expected a number >= 0 (0: no regularizer), got {self.treg_alpha!r}"
-            )
-        # refused here, before any model loads
-        make_options(self.treg_rewards, self.source_options)
-        streams = source_class(self.treg_rewards).streams
-        if self.treg_alpha and ("token_rewards" not in streams or "token_weights" in streams):
-            raise ValueError(
-                "treg_rewards: expected a source of token_rewards and no token_weights, got "
-                f"{self.treg_rewards!r}, which gives {', '.join(streams)}; TRegTrainer takes both"
-            )
-        super().__post_init__()
-
-    @property
-    def source_options(self) -> dict[str, Any]:
-        """The options of the source of token rewards, by name."""
-        options = json_object("treg_rewards_options", self.treg_rewards_options)
-        if self.treg_prompts is not None:
-            if "prompts" in options:
-                raise ValueError(
-                    "treg_prompts: expected None beside prompts in treg_rewards_options, got "
-                    f"{self.treg_prompts!r}"
-                )
-            options["prompts"] = self.treg_prompts
-        return options
+# of a batch, for objectives that TRL lacks
+OWN_INPUTS = (*LOSS_STREAMS, REF_STREAM, "pair_values")
 
 
 class TRegDPOTrainer(DPOTrainer):
@@ -118,6 +57,10 @@ class TRegDPOTrainer(DPOTrainer):
     Paper: T-REG, arXiv 2412.02685, Eq. 2, to which this is equal for loss_type="sigmoid".
     Differs: it is defined here for every loss of TRL (see `treg.losses.regularizer`); where several
     are summed, c_t is the slope of the sum, an "sft" term included.
+
+    With an objective of `treg.losses.OBJECTIVES` that TRL lacks, `treg.losses.treg_loss` takes the
+    place of L_TRL and of the sum; rewards/* are then the implicit rewards of that objective. Those
+    with a KL term run the reference in every step.
 
     The head is read by `treg.heads`, which refuses by name what it cannot read right. Everything
     else is TRL's.
@@ -152,14 +95,16 @@ class TRegDPOTrainer(DPOTrainer):
         elif not isinstance(args, TRegDPOConfig):
             raise TypeError(f"args: expected a TRegDPOConfig, got {type(args).__name__}")
         args, files = copy.copy(args), {}
+        options = own_options(args)
+        self._own = None if options is None else OwnLoss(options, args.treg_memory_budget)
+        if self._own is not None:
+            # TRL's own loss counts for nothing; its metrics and its routers' loss stay
+            args.loss_type, args.loss_weights = ["sigmoid"], [0.0]
+            args.label_smoothing = 0.0
         train_dataset = read_dataset(train_dataset, "train_dataset", files)
         eval_dataset = mapped(eval_dataset, lambda x, name: read_dataset(x, name, files))
         given = [x for x in (train_dataset, *each_of(eval_dataset)) if x is not None]
-        annotated = (
-            args.ld_alpha is None
-            and bool(given)
-            and all(set(REF_COLUMNS) <= columns_of(x) for x in given)
-        )
+        annotated = args.ld_alpha is None and bool(given) and all(map(self._no_reference, given))
         args.precompute_ref_log_probs |= annotated
         super().__init__(
             model,
@@ -170,9 +115,10 @@ class TRegDPOTrainer(DPOTrainer):
             eval_dataset,
             **kwargs,
         )
-        if self._is_vision_dataset and args.treg_alpha > 0:
+        if self._is_vision_dataset and (args.treg_alpha > 0 or self._own is not None):
             raise ValueError(
-                "train_dataset: expected text for treg_alpha > 0, got images; set treg_alpha=0"
+                "train_dataset: expected text for treg_alpha > 0 and for objectives of treg, got "
+                "images; set treg_alpha=0 and a loss_type of TRL's"
             )
         for x in (self.model, self.ref_model):
             if x is not None:
@@ -188,31 +134,57 @@ class TRegDPOTrainer(DPOTrainer):
                 adapters=adapters,
                 fix="set treg_ignore_fingerprint",
             )
-        if args.treg_alpha > 0:
+        if args.treg_alpha > 0 or (self._own is not None and self._own.needs_rewards):
             self.train_dataset = self._with_rewards(self.train_dataset, "train_dataset")
             self.eval_dataset = mapped(self.eval_dataset, self._with_rewards)
             self.data_collator = RewardCollator(
                 self.data_collator, args.max_length, args.truncation_mode
             )
+        if self._own is not None:
+            self._own_collator()
+
+    def _own_collator(self) -> None:
+        """Let the collator gather what the own objective takes of each set."""
+        sets = {"train_dataset": self.train_dataset}
+        if isinstance(self.eval_dataset, Mapping):
+            sets |= {f"eval_dataset[{name!r}]": x for name, x in self.eval_dataset.items()}
+        else:
+            sets["eval_dataset"] = self.eval_dataset
+        given = {name: x for name, x in sets.items() if x is not None}
+        found = {name: self._own.streams_of(columns_of(x), name) for name, x in given.items()}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"eval_dataset: expected the streams of train_dataset, got {found}")
+        inner = getattr(self.data_collator, "inner", self.data_collator)
+        self.data_collator = RewardCollator(
+            inner,
+            self.args.max_length,
+            self.args.truncation_mode,
+            next(iter(found.values())),
+            self._own.options.objective.pair_columns,
+        )
+
+    def _no_reference(self, dataset: Any) -> bool:
+        """Whether a dataset brings all that the loss takes of the reference."""
+        if self._own is None:
+            return set(REF_COLUMNS) <= columns_of(dataset)
+        free = self._own.options.objective.reference_free
+        return free or self._own.brings_reference(columns_of(dataset))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Token ids that are there already are taken as they are."""
         if not set(ID_COLUMNS) <= columns_of(dataset):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        return prepared(dataset, dataset_name, args)
+        return prepared(dataset, dataset_name, args, weights_taken=self._own is not None)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        return (
-            dataset
-            if set(REF_COLUMNS) <= columns_of(dataset)
-            else super()._precompute_ref_logps(dataset, name, batch_size)
-        )
+        if self._no_reference(dataset):
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [
-            name for name in REWARD_COLUMNS if name not in self._signature_columns
-        ]
+        more = REWARD_COLUMNS if self._own is None else self._own.columns()
+        self._signature_columns += [x for x in more if x not in self._signature_columns]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As DPOTrainer's; a dataset that is given here needs token rewards of its own."""
@@ -222,11 +194,7 @@ class TRegDPOTrainer(DPOTrainer):
                 f"eval_dataset: expected the columns {', '.join(REWARD_COLUMNS)}; run `treg "
                 "annotate` on the data, or give them to the trainer at its construction"
             )
-        annotated = (
-            bool(sets)
-            and all(set(REF_COLUMNS) <= columns_of(x) for x in sets)
-            and self.ld_alpha is None
-        )
+        annotated = bool(sets) and all(map(self._no_reference, sets)) and self.ld_alpha is None
         with self._precomputed(
             False if annotated else self.precompute_ref_logps
         ):  # TRL makes none then
@@ -291,6 +259,8 @@ class TRegDPOTrainer(DPOTrainer):
         return sorted(gather_object(found) if size > 1 else found), problems
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._own is not None:
+            return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
         kept, grad = [], torch.is_grad_enabled()
         # in evaluation too the slope of the loss is needed, but not that of the model
         with torch.inference_mode(False), torch.enable_grad():
@@ -322,6 +292,62 @@ class TRegDPOTrainer(DPOTrainer):
         loss = loss if grad else loss.detach()
         return (loss, *rest) if return_outputs else loss
 
+    def _own_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        """The loss of an objective that TRL lacks, beside what TRL makes of the same log-probs."""
+        own, kept, grad = self._own, [], torch.is_grad_enabled()
+        streams = {k: x for k, x in inputs.items() if k in OWN_INPUTS}
+        inputs = {k: x for k, x in inputs.items() if k not in OWN_INPUTS}
+        completion = inputs["completion_mask"]
+        labels = inputs["input_ids"].masked_fill(completion == 0, -100)
+        scored = completion[:, 1:].bool()
+        ref_logps, score = None, None
+        if REF_STREAM in streams:
+            ref_logps = streams[REF_STREAM][:, 1:].to(scored.device)
+        elif not own.options.objective.reference_free:
+            left_out = ("completion_mask", *REF_COLUMNS)
+            given = {k: x for k, x in inputs.items() if k not in left_out}
+            with torch.no_grad(), self._as_reference() as reference:
+                self._head_of(reference)
+                if own.with_kl:
+                    states = own.reference_states(reference, labels, given)
+                    score = functools.partial(own.score_with_kl, states)
+                else:
+                    budget = own.memory_budget
+                    found = token_logprobs(reference, labels, memory_budget=budget, **given)
+                    ref_logps = found.logprobs
+        sums = torch.zeros(len(labels), device=labels.device)
+        if ref_logps is not None:
+            sums = torch.where(scored, ref_logps, 0.0).sum(1)
+        inputs |= dict(zip(REF_COLUMNS, sums.chunk(2), strict=True))
+        with torch.set_grad_enabled(grad), self._precomputed(True):
+            policy = self._headed(model, tuple(STATISTICS), kept, grad=grad, score=score)
+            found = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
+            loss, *rest = found if return_outputs else (found,)
+            logps, others = kept
+            ref_logps = others.get("ref_logprobs", ref_logps)
+            result = own(logps, scored.to(logps.device), streams, ref_logps, others.get("kl"))
+            loss = loss + result.loss.mean()
+        self._record_own(result, scored)
+        return (loss, *rest) if return_outputs else loss
+
+    def _record_own(self, result: PairLoss, scored: Tensor) -> None:
+        """The objective's implicit rewards in place of TRL's, and what its weights keep."""
+        chosen, rejected = result.chosen_rewards, result.rejected_rewards
+        rewards = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/margins": chosen - rejected,
+        }
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, x in rewards.items():
+            metrics[name][-1] = self.accelerator.gather(x.detach()).mean().item()
+        kept = torch.stack([result.kept.sum(), scored.sum().to(result.kept)])
+        kept, count = self.accelerator.gather(kept[None]).sum(0).tolist()
+        metrics["treg/kept"].append(kept / max(count, 1))
+        empty = self.accelerator.gather((result.kept == 0).double())
+        metrics["treg/empty_answers"].append(empty.mean().item())
+
     def compute_ref_log_probs(self, model, inputs):
         inputs = {k: x for k, x in inputs.items() if k != "token_rewards"}
         return super().compute_ref_log_probs(self._headed(model), inputs)
@@ -345,10 +371,16 @@ class TRegDPOTrainer(DPOTrainer):
         return spec
 
     def _headed(
-        self, model: Any, outputs: tuple[str, ...] = (), kept: list | None = None, grad: bool = True
+        self,
+        model: Any,
+        outputs: tuple[str, ...] = (),
+        kept: list | None = None,
+        grad: bool = True,
+        score: Callable | None = None,
     ) -> Callable:
         """model, with the log-probs of treg where TRL asks for those of its own head; they are
-        added to kept.
+        added to kept, and after them whatever else score gives. score: of the names of statistics,
+        what `score_tokens` takes.
         """
         spec = self._head_of(model)
         if not self.use_weighting:
@@ -360,21 +392,21 @@ class TRegDPOTrainer(DPOTrainer):
                     return model(**inputs)
                 with _router_logits(spec, bool(inputs.get("output_router_logits"))) as routed:
                     names = tuple(STATISTICS[name] for name in outputs)
-                    found = token_logprobs(
-                        model,
-                        labels,
-                        outputs=names,
-                        memory_budget=self.args.treg_memory_budget,
-                        **inputs,
-                    )
+                    if score is None:
+                        budget = self.args.treg_memory_budget
+                        found = token_logprobs(
+                            model, labels, outputs=names, memory_budget=budget, **inputs
+                        )._asdict()
+                    else:
+                        found = score_tokens(model, labels, score(names), **inputs)
                 aux_loss = (
                     _balance(spec, routed[-1], inputs.get("attention_mask")) if routed else None
                 )
-            logps = found.logprobs
+            logps = found["logprobs"]
             if kept is not None:
                 logps = logps if grad else logps.detach().requires_grad_()
-                kept.append(logps)
-            statistics = {name: getattr(found, STATISTICS[name]) for name in outputs}
+                kept.extend((logps, found))
+            statistics = {name: found[STATISTICS[name]] for name in outputs}
             return SimpleNamespace(log_probs=logps, aux_loss=aux_loss, **statistics)
 
         return call
