@@ -20,6 +20,16 @@ class LinearLogprobs(NamedTuple):
     log_sum_sq_probs: Tensor | None = None  # [...] log sum_v p_v^2, nats; detached
 
 
+class LinearKL(NamedTuple):
+    """Per-token outputs of `linear_kl`, each of hidden's shape without D, float32 (float64 of
+    float64), nats, 0 where ignored.
+    """
+
+    kl: Tensor  # [...] >= 0; differentiable
+    logprobs: Tensor | None = None  # [...] of the targets, where there are any; differentiable
+    ref_logprobs: Tensor | None = None  # [...] of the targets under the reference; detached
+
+
 class PairLoss(NamedTuple):
     """Unreduced losses of B pairs, in the log-probs' dtype. Only `loss` carries a gradient."""
 

@@ -2,9 +2,18 @@
 logits. README.md beside this file says how they work.
 """
 
+from treg.ops.linear_kl import linear_kl
 from treg.ops.linear_logprobs import linear_logprobs
 from treg.ops.plans.vocab_parallel import VocabShard
 from treg.ops.treg_loss import fused_treg_loss
-from treg.results import LinearLogprobs, TRegLoss
+from treg.results import LinearKL, LinearLogprobs, TRegLoss
 
-__all__ = ["LinearLogprobs", "TRegLoss", "VocabShard", "fused_treg_loss", "linear_logprobs"]
+__all__ = [
+    "LinearKL",
+    "LinearLogprobs",
+    "TRegLoss",
+    "VocabShard",
+    "fused_treg_loss",
+    "linear_kl",
+    "linear_logprobs",
+]

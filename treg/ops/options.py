@@ -43,10 +43,17 @@ class HeadOptions:
             TypeError: an argument that must be a tensor is none. ValueError: any other bad input,
                 by name.
         """
+        checks.resolve_impl(self.impl, hidden)
+        checks.check_tensor("target", target)
+        found = self.call_of_rows(hidden, weight, bias)
+        check_target(target, hidden)
+        return found
+
+    def call_of_rows(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Call:
+        """The same where rows have no targets."""
         impl = checks.resolve_impl(self.impl, hidden)
         outputs = checks.check_outputs(self.outputs)
-        for name, x in (("weight", weight), ("target", target)):
-            checks.check_tensor(name, x)
+        checks.check_tensor("weight", weight)
         checks.check_tensor("bias", bias, optional=True)
         checks.check_transforms(hidden=hidden, weight=weight, bias=bias)
         cast = autocast_dtype(hidden, weight)
@@ -57,7 +64,7 @@ class HeadOptions:
                 f"weight: expected {hidden.dtype} (hidden's dtype), got {weight.dtype}; convert "
                 "one, or use torch.autocast"
             )
-        self._check_shapes(hidden, weight, target, bias)
+        check_operands(hidden, weight, bias)
         check_numbers(self.logit_scale, self.softcap, self.temperature)
         self._check_choices(hidden, impl, dtype)
         grad = torch.is_grad_enabled()  # within an operator it is always off
@@ -74,30 +81,6 @@ class HeadOptions:
             filter_eps=self.filter_eps,
             softcapped=self.softcap is not None,
         )
-
-    def _check_shapes(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
-    ) -> None:
-        if hidden.ndim < 1 or hidden.shape[-1] < 1:
-            raise ValueError(
-                f"hidden: expected shape [..., D] with D >= 1, got {list(hidden.shape)}"
-            )
-        if weight.ndim != 2 or weight.shape[0] < 1:
-            raise ValueError(f"weight: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
-        if weight.shape[1] != hidden.shape[-1]:
-            raise ValueError(
-                f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got "
-                f"{list(weight.shape)}; is it transposed?"
-            )
-        if target.dtype != torch.int64:
-            raise ValueError(f"target: expected torch.int64, got {target.dtype}; use target.long()")
-        checks.check_shape("target", target, hidden.shape[:-1], "hidden's without D")
-        checks.check_device("weight", weight, hidden)
-        checks.check_device("target", target, hidden)
-        if bias is not None:
-            checks.check_shape("bias", bias, (weight.shape[0],), "V")
-            checks.check_floating("bias", bias)
-            checks.check_device("bias", bias, hidden)
 
     def _check_dtypes(self, hidden: Tensor, impl: str, dtype: torch.dtype) -> None:
         allowed = checks.HEAD_DTYPES if impl == "triton" else checks.FLOATS
@@ -133,19 +116,48 @@ class HeadOptions:
             )
 
 
-def check_numbers(logit_scale: float, softcap: float | None, temperature: float) -> None:
-    """ValueError for numbers of a head that no logits can have.
+def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """ValueError for shapes and devices that no head can have. prefix: of the arguments' names."""
+    rows, matrix = f"{prefix}hidden", f"{prefix}weight"
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"{rows}: expected shape [..., D] with D >= 1, got {list(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[0] < 1:
+        raise ValueError(f"{matrix}: expected shape [V, D] with V >= 1, got {list(weight.shape)}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{matrix}: expected [V, {hidden.shape[-1]}] (D of {rows}), got "
+            f"{list(weight.shape)}; is it transposed?"
+        )
+    checks.check_device(matrix, weight, hidden)
+    if bias is not None:
+        checks.check_shape(f"{prefix}bias", bias, (weight.shape[0],), "V")
+        checks.check_floating(f"{prefix}bias", bias)
+        checks.check_device(f"{prefix}bias", bias, hidden)
+
+
+def check_target(target: Tensor, hidden: Tensor) -> None:
+    """ValueError for targets that these rows cannot have; their values aside."""
+    if target.dtype != torch.int64:
+        raise ValueError(f"target: expected torch.int64, got {target.dtype}; use target.long()")
+    checks.check_shape("target", target, hidden.shape[:-1], "hidden's without D")
+    checks.check_device("target", target, hidden)
+
+
+def check_numbers(
+    logit_scale: float, softcap: float | None, temperature: float, prefix: str = ""
+) -> None:
+    """ValueError for numbers of a head that no logits can have. prefix: of scale and softcap.
 
     A graph that is being traced does not know them: its operator checks them when it runs.
     """
     if torch.compiler.is_compiling():
         return
-    checks.check_number("logit_scale", logit_scale)
-    checks.check_number("softcap", softcap, positive=True, optional=True)
+    checks.check_number(f"{prefix}logit_scale", logit_scale)
+    checks.check_number(f"{prefix}softcap", softcap, positive=True, optional=True)
     checks.check_number("temperature", temperature, positive=True)
     if not abs(logit_scale / temperature) < 1e30:
         raise ValueError(
-            "temperature: expected |logit_scale / temperature| < 1e30, got "
+            f"temperature: expected |{prefix}logit_scale / temperature| < 1e30, got "
             f"{logit_scale} / {temperature}; float32 logits would overflow"
         )
 

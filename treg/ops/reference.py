@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treg.results import LinearLogprobs, TRegLoss
+from treg.results import LinearKL, LinearLogprobs, TRegLoss
 
 LENGTH_NORMALISED = ("simpo", "ipo", "orpo")  # means over tokens in place of sums
 WITH_LIKELIHOOD = ("orpo", "cpo")  # the chosen answer's mean negative log-likelihood is added
@@ -66,6 +66,48 @@ def linear_logprobs(
     return LinearLogprobs(
         torch.where(is_scored, logprobs, torch.zeros_like(logprobs)), **statistics
     )
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    target: Tensor | None = None,
+    direction: str = "forward",
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | str | None = "same",
+    ignore_index: int = -100,
+) -> LinearKL:
+    """KL_t = sum_v q_tv log(q_tv / p_tv), or sum_v p_tv log(p_tv / q_tv) with direction="reverse".
+
+    p is the policy's softmax, q the reference's. Words of probability 0 in the first of the two add
+    nothing. Shapes and meaning as in `treg.ops.linear_kl`.
+    """
+    ref_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
+    ref_cap = softcap if isinstance(ref_softcap, str) else ref_softcap
+    z = _logits(hidden, weight, bias, logit_scale, softcap, temperature)
+    ref_z = _logits(ref_hidden, ref_weight, ref_bias, ref_scale, ref_cap, temperature).detach()
+    log_p, log_q = z.log_softmax(-1), ref_z.log_softmax(-1)
+
+    first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
+    zero = torch.zeros_like(first)
+    has_mass = first > -math.inf
+    ratio = torch.where(has_mass, first, zero) - torch.where(has_mass, second, zero)
+    kl = (first.exp() * ratio).sum(-1)
+    if target is None:
+        return LinearKL(kl)
+
+    is_scored = target != ignore_index
+    y = torch.where(is_scored, target, 0).unsqueeze(-1)
+    rows = (kl, log_p.gather(-1, y).squeeze(-1), log_q.gather(-1, y).squeeze(-1))
+    return LinearKL(*(torch.where(is_scored, x, torch.zeros_like(x)) for x in rows))
 
 
 def _logits(

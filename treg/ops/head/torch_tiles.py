@@ -189,15 +189,18 @@ class TorchTiles:
         """z, in place where logits are of the compute dtype, and the slope 1 - tanh^2 of a
         softcap.
         """
-        head = self.head
-        z = logits.to(self.compute)
-        if head.bias is not None:
-            z += head.bias
-        if head.softcap is None:
-            return (z.mul_(head.scale) if head.scale != 1.0 else z), None
-        t = z.mul_(head.logit_scale / head.softcap).tanh_()
-        slope = torch.addcmul(t.new_ones(()), t, t, value=-1.0)
-        return t.mul_(head.softcap / head.temperature), slope
+        return transformed(logits.to(self.compute), self.head)
+
+
+def transformed(a: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """z of products a = h W^T, in place, and the slope 1 - tanh^2 of a softcap."""
+    if head.bias is not None:
+        a += head.bias
+    if head.softcap is None:
+        return (a.mul_(head.scale) if head.scale != 1.0 else a), None
+    t = a.mul_(head.logit_scale / head.softcap).tanh_()
+    slope = torch.addcmul(t.new_ones(()), t, t, value=-1.0)
+    return t.mul_(head.softcap / head.temperature), slope
 
 
 def block_tops(z: Tensor, target: Tensor, width: int) -> Tensor:
