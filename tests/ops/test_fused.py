@@ -88,6 +88,103 @@ def test_every_objective(impl, loss_type, modes):
     assert modes == {"at once"}
 
 
+def plain_with_kl(hidden, weight, ref_hidden, ref_weight, target, **rest):
+    """`fused_treg_loss` from dense logits of both models."""
+    head = {k: rest[k] for k in ("bias", "softcap", "temperature") if k in rest}
+    ref = {k: rest.pop(k) for k in ("ref_bias", "ref_softcap") if k in rest}
+    ref_hidden, ref_weight = ref_hidden.to(hidden.dtype), ref_weight.to(hidden.dtype)
+    kl = reference.linear_kl(hidden, weight, ref_hidden, ref_weight, target=target, **head, **ref)
+    out = reference.fused_treg_loss(
+        hidden, weight, target, ref_logps=kl.ref_logprobs, kl=kl.kl, **rest
+    )
+    return out._replace(kl=kl.kl.detach())
+
+
+KL_CALLS = {
+    "the mean": {},
+    "each pair": {"reduction": "none"},
+    "padded": {"padded": True},
+    "with T-REG and weights": {"alpha": 0.4, "token_weights": True},
+    "with statistics": {"outputs": ("entropy", "is_top1")},
+    "head options": {"bias": True, "softcap": 4.0, "temperature": 0.7, "ref_softcap": None},
+    "a small budget": {"memory_budget": 30_000_000},
+}
+
+
+@pytest.mark.parametrize("call", KL_CALLS)
+@pytest.mark.parametrize("loss_type", WITH_KL)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_objectives_with_kl(impl, loss_type, call):
+    """Another model as the reference: other states, another D."""
+    options = dict(KL_CALLS[call])
+    budget = options.pop("memory_budget", None)
+    if "token_weights" in OBJECTIVES[loss_type].needs:
+        options["token_weights"] = True
+    case = make_case(loss_type=loss_type, sums=False, **options)
+    case.rest.pop("ref_logps")
+    case.rest["ref_hidden"] = torch.randn(*case.hidden.shape[:-1], 24)
+    case.rest["ref_weight"] = 0.3 * torch.randn(case.weight.shape[0], 24)
+    found = check(case, torch.float32, impl, plain=plain_with_kl, memory_budget=budget)
+    assert found["kl"].max() > 0.1
+
+
+def test_the_policys_own_head_for_the_reference():
+    """ref_weight None: what a reference with adapters on its body alone needs."""
+    case = make_case(loss_type="tdpo1", sums=False, bias=True).at(torch.float32)
+    case.rest.pop("ref_logps")
+    case.rest["ref_hidden"] = torch.randn(case.hidden.shape)
+    found = case.run(fused_treg_loss, upstream)
+    own = {"ref_weight": case.weight.detach().clone(), "ref_bias": case.bias.detach().clone()}
+    for name, x in case.run(fused_treg_loss, upstream, **own).items():
+        assert torch.equal(found[name], x), name
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "messagewise", "simpo"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_that_are_learned(impl, loss_type):
+    """The gradient in token weights, beside those of the head."""
+    case = make_case(loss_type=loss_type, sums=False, token_weights=True).at(torch.float64)
+    weights = torch.where(case.rest["target"] == -100, 0.0, case.rest["token_weights"]).double()
+
+    def gradients(fn, device, **more):
+        leaf = weights.clone().to(device).requires_grad_()
+        rest = case.rest | {"token_weights": leaf} | more
+        rest = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in rest.items()}
+        operands = [x.to(device) for x in (case.hidden, case.weight)]
+        loss = fn(*operands, **rest).loss
+        return torch.autograd.grad(loss, [leaf, case.hidden, case.weight])
+
+    if impl == "triton":
+        case.hidden, case.weight = case.hidden.float(), case.weight.float()
+    found = gradients(fused_treg_loss, device_of(impl), impl=impl)
+    exact = gradients(reference.fused_treg_loss, "cpu")
+    for a, b in zip(found, exact, strict=True):
+        assert error(a.cpu(), b.double()) <= (1e-10 if impl == "torch" else 1e-5)
+
+
+BAD_KL = {
+    "ref_hidden: expected the reference's hidden states for loss_type='tdpo1'": {},
+    "ref_logps: expected None beside ref_hidden": {"ref_logps": -torch.rand(3, 1)},
+    "filter_eps: expected None for loss_type='tdpo1'": {"filter_eps": 0.01},
+    "ref_bias: expected None where ref_weight is None": {"ref_bias": torch.zeros(301)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_KL)
+def test_bad_references(message):
+    case = make_case(loss_type="tdpo1").at(torch.float32)
+    case.rest.pop("ref_logps")
+    more = dict(BAD_KL[message])
+    if more:
+        more["ref_hidden"] = torch.randn(case.hidden.shape)
+    with pytest.raises(ValueError, match=message):
+        case.run(fused_treg_loss, upstream, **more)
+    plain = make_case().at(torch.float32)
+    for name in ("ref_hidden", "ref_weight", "kl_weights"):
+        with pytest.raises(ValueError, match=f"{name}: expected None for loss_type='dpo'"):
+            plain.run(fused_treg_loss, upstream, **{name: plain.hidden.detach()})
+
+
 # the pairs have 16, 15 and 56 scored tokens; a float32 [V, D] sum is worth 10 to 20 rows of stash
 WAYS = {
     "at once": ({}, None, {"at once"}),

@@ -22,6 +22,7 @@ FILES = (
     "integrations/test_openrlhf.py",
     "integrations/test_swift.py",
     "integrations/test_trl.py",
+    "integrations/test_trl_own.py",
     "integrations/test_verl.py",
     "ops/test_cold.py",
     "ops/test_compile.py",
@@ -117,6 +118,11 @@ FUNCTIONS = {
         "test_kernels_package_would_break_transformers",
         "test_transformers_imports_beside_our_kernels_folder",
         "test_wheel_holds_the_library_and_nothing_else",
+    ),
+    "trainer/test_methods.py": (
+        "test_gradient_is_that_of_dense_logits[adapters-]",
+        "test_gradient_is_that_of_dense_logits[model-]",
+        "test_kl_of_heads_with_options",
     ),
     "trainer/test_trainer.py": (
         "test_gradient_is_that_of_dense_logits[-True-]",

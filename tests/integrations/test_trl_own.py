@@ -1,0 +1,258 @@
+"""Objectives that TRL lacks, in TRegDPOTrainer: loss and gradients of a step are those of the
+reference on dense logits in float64.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import TrainerCallback
+
+from treg.integrations.trl import TRegDPOConfig, TRegDPOTrainer
+from treg.integrations.trl.own import TRL_LOSSES, own_options
+from treg.losses import OBJECTIVES
+from treg.ops import reference
+
+SIDES = ("chosen", "rejected")
+VOCAB, BETA = 400, 0.3
+NAMES = [name for name in OBJECTIVES if name not in TRL_LOSSES]
+WITH_KL = [name for name in NAMES if "kl" in OBJECTIVES[name].needs]
+SCALARS = {
+    "figa": {"gate": 7.0},
+    "bfpo": {"tau": 0.5},
+    "simpo": {"gamma": 0.2},
+    "sepo": {"gamma": 0.1, "keep": 0.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def make_model(seed=0):
+    model = tiny_llama(VOCAB)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters() if seed else ():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def make_pairs(loss_type, count=4):
+    random, row, pairs = np.random.default_rng(0), OBJECTIVES[loss_type], []
+    for _ in range(count):
+        pair = {"prompt_ids": random.integers(3, VOCAB, random.integers(2, 6)).tolist()}
+        for side in SIDES:
+            n = random.integers(1, 8)
+            pair[f"{side}_ids"] = random.integers(3, VOCAB, n).tolist()
+            pair[f"{side}_token_rewards"] = (random.random(n) - 0.5).tolist()
+            if "token_weights" in row.needs:
+                pair[f"{side}_token_weights"] = random.random(n).tolist()
+        for name in row.pair_columns:
+            pair[name] = float(random.random() < 0.5)
+        pairs.append(pair)
+    return pairs
+
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def make_trainer(tmp_path, model, pairs, ref_model=None, eval_pairs=None, peft=None, **options):
+    config = TRegDPOConfig(
+        str(tmp_path),
+        beta=BETA,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        max_steps=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        max_grad_norm=0.0,
+        **options,
+    )
+    return TRegDPOTrainer(
+        model,
+        ref_model,
+        config,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tiny_tokenizer(),
+        eval_dataset=None if eval_pairs is None else Dataset.from_list(eval_pairs),
+        peft_config=peft,
+    )
+
+
+def dense_rows(model, pairs):
+    """Logits [N, V] of the completions' tokens, chosen first."""
+    found = []
+    for side in SIDES:
+        for pair in pairs:
+            ids = torch.tensor(pair["prompt_ids"] + pair[f"{side}_ids"])[None]
+            logits = model(input_ids=ids, use_cache=False).logits[0].double()
+            found.append(logits[-len(pair[f"{side}_ids"]) - 1 : -1])
+    return torch.cat(found)
+
+
+def exact_step(model, ref_logits, pairs, loss_type, alpha=None):
+    """The reference's loss, and its gradient in every parameter."""
+    row, model = OBJECTIVES[loss_type], copy.deepcopy(model).double()
+    logits = dense_rows(model, pairs)
+
+    def stream(name):
+        return torch.tensor([x for side in SIDES for p in pairs for x in p[f"{side}_{name}"]])
+
+    target, more = stream("ids"), {"token_rewards": stream("token_rewards").double()}
+    if "token_weights" in row.needs:
+        more["token_weights"] = stream("token_weights").double()
+    if row.pair_columns:
+        more["pair_values"] = {n: torch.tensor([p[n] for p in pairs]) for n in row.pair_columns}
+    if not row.reference_free:
+        log_q = ref_logits.log_softmax(-1)
+        more["ref_logps"] = log_q.gather(1, target[:, None])[:, 0]
+    if "kl" in row.needs:
+        more["kl"] = (log_q.exp() * (log_q - logits.log_softmax(-1))).sum(-1)
+    scalars = dict(SCALARS.get(loss_type, {}))
+    out = reference.fused_treg_loss(
+        logits,
+        torch.eye(VOCAB, dtype=torch.float64),
+        target,
+        cu_seqlens=torch.tensor([0, *(len(p[f"{s}_ids"]) for s in SIDES for p in pairs)]).cumsum(0),
+        beta=BETA,
+        alpha=alpha,
+        loss_type=loss_type,
+        gamma=scalars.pop("gamma", 0.0),
+        scalars=scalars,
+        **more,
+    )
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return out, dict(zip(named, torch.autograd.grad(out.loss, list(named.values())), strict=True))
+
+
+@torch.no_grad()
+def reference_logits(model, pairs):
+    return dense_rows(copy.deepcopy(model).double(), pairs)
+
+
+def check_step(trainer, out, expected, rel=1e-5):
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    [line] = [x for x in trainer.state.log_history if "loss" in x]
+    assert line["loss"] == pytest.approx(out.loss.item(), rel=rel)
+    total = torch.cat([x.flatten() for x in expected.values()]).norm()
+    assert total > 1e-4 and gradients.found.keys() == expected.keys()
+    for name, x in expected.items():
+        off = (gradients.found[name].double() - x).norm()
+        assert off <= rel * max(x.norm(), 1e-2 * total), f"{name}: {off / x.norm():.1e}"
+    margins = (out.chosen_rewards - out.rejected_rewards).mean().item()
+    assert line["rewards/margins"] == pytest.approx(margins, rel=1e-4, abs=1e-6)
+    assert line["treg/empty_answers"] == pytest.approx((out.kept == 0).double().mean().item())
+    return line
+
+
+@pytest.mark.parametrize("loss_type", NAMES)
+def test_a_step_is_the_references(tmp_path, loss_type):
+    base, model, pairs = make_model(), make_model(1), make_pairs(loss_type)
+    out, expected = exact_step(model, reference_logits(base, pairs), pairs, loss_type)
+    options = {"loss_type": [loss_type], "treg_loss_scalars": SCALARS.get(loss_type)}
+    trainer = make_trainer(tmp_path, model, pairs, base, pairs, **options)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+    check_step(trainer, out, expected)
+
+
+@pytest.mark.parametrize("loss_type", ["tgdpo", "d2po", "messagewise"])
+def test_log_probs_of_the_data(tmp_path, loss_type):
+    """Annotated per token, they take the reference's place: it does not run."""
+    base, model, pairs = make_model(), make_model(1), make_pairs(loss_type)
+    ref_logits = reference_logits(base, pairs)
+    out, expected = exact_step(model, ref_logits, pairs, loss_type, alpha=0.2)
+    target = torch.tensor([x for side in SIDES for p in pairs for x in p[f"{side}_ids"]])
+    logps = ref_logits.log_softmax(-1).gather(1, target[:, None])[:, 0].tolist()
+    for side in SIDES:
+        for pair in pairs:
+            n = len(pair[f"{side}_ids"])
+            pair[f"ref_{side}_token_logps"], logps = logps[:n], logps[n:]
+    options = {"loss_type": loss_type, "treg_alpha": 0.2}
+    trainer = make_trainer(tmp_path, model, pairs, **options)
+    assert trainer.ref_model is None
+    check_step(trainer, out, expected)
+
+
+@pytest.mark.parametrize("loss_type", ["tis_dpo", "tdpo2"])
+def test_adapters(tmp_path, loss_type):
+    peft = pytest.importorskip("peft")
+    pairs = make_pairs(loss_type)
+    lora = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    trainer = make_trainer(tmp_path, make_model(), pairs, loss_type=[loss_type], peft=lora)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn(p.shape, generator=generator)
+    out, expected = exact_step(
+        trainer.model, reference_logits(make_model(), pairs), pairs, loss_type
+    )
+    check_step(trainer, out, expected)
+
+
+def test_the_reference_makes_rewards_where_the_data_have_none(tmp_path):
+    rows = [
+        {"prompt": "the fox? ", "chosen": "the old owl", "rejected": "the sun and the moon"},
+        {"prompt": "what is better? ", "chosen": "it is 42", "rejected": "no"},
+    ]
+    trainer = make_trainer(tmp_path, make_model(1), rows, make_model(), loss_type=["tgdpo"])
+    trainer.train()
+    assert {"chosen_token_rewards", "rejected_token_rewards"} <= set(trainer.train_dataset[0])
+    assert trainer.args.treg_alpha == 0.0
+
+
+BAD = [
+    ({"loss_type": ["tgdpo", "sigmoid"]}, "loss_type: expected 'tgdpo' by itself"),
+    ({"loss_type": ["tgdpo"], "ld_alpha": 0.5}, "ld_alpha: expected None for loss_type='tgdpo'"),
+    ({"loss_type": "figa", "treg_alpha": 0.3}, "alpha: expected 0 for loss_type='figa'"),
+    ({"treg_loss_scalars": {"tau": 1.0}}, "treg_loss_scalars: expected none for a loss of TRL's"),
+    ({"loss_type": ["d2po"], "treg_loss_scalars": {"x": 1}}, "scalars: expected options of loss"),
+    ({"loss_type": ["sepo"], "treg_loss_scalars": "[1]"}, "treg_loss_scalars: expected"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        TRegDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_alpha_where_none_is_given(tmp_path):
+    def config(**options):
+        return TRegDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+    assert config().treg_alpha == 0.25 and own_options(config()) is None
+    assert config(loss_type="tgdpo").treg_alpha == 0.0
+    assert config(loss_type="simpo").treg_alpha == 0.25
+    assert own_options(config(loss_type="tgdpo", treg_alpha=0.1)).alpha == 0.1
+
+
+def test_what_the_data_lack_is_named(tmp_path):
+    pairs = make_pairs("bfpo")
+    without = [{k: x for k, x in pair.items() if k != "rejected_safe"} for pair in pairs]
+    with pytest.raises(ValueError, match="train_dataset: expected the columns rejected_safe for"):
+        make_trainer(tmp_path, make_model(), without, make_model(1), loss_type=["bfpo"])
+    with pytest.raises(ValueError, match="expected the columns chosen_token_weights, rejected"):
+        make_trainer(tmp_path, make_model(), pairs, make_model(1), loss_type=["sparsepo"])
+    pairs[0]["chosen_safe"] = float("nan")
+    trainer = make_trainer(tmp_path, make_model(), pairs, make_model(1), loss_type=["bfpo"])
+    with pytest.raises(ValueError, match="chosen_safe: expected a number in every pair, got nan"):
+        trainer.train()
