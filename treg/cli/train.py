@@ -22,7 +22,7 @@ from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import is_annotated
 from treg.data.examples import example_of
 from treg.files import last_checkpoint, locked, replacing
-from treg.rewards import source_class
+from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.viz import plot_curves
@@ -134,7 +134,7 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
     if not raw or not options.annotates:
         return
     made = annotate_options(rewards, options.config.max_length, per_token=True)
-    streams = source_class(made.rewards).streams
+    streams = streams_given(made.rewards, made.source_options)
     if loss.alpha > 0 and "token_rewards" not in streams:
         raise ValueError(
             f"alpha: expected 0 with --rewards {made.rewards}, which gives {', '.join(streams)} "

@@ -47,8 +47,7 @@ from treg.rewards import (
     Response,
     TokenRewardSource,
     load_source,
-    make_options,
-    source_class,
+    streams_given,
 )
 from treg.rewards.base import check_response, score_checked
 from treg.rewards.lookup import TokenRewards
@@ -283,13 +282,13 @@ class RewardOptions:
                 "reward_kwargs.treg.tail: expected 0 beside a model, for it is of an annotated "
                 f"file, got {self.tail}"
             )
-        streams = source_class(self.rewards).streams
+        # refused here, before a model is loaded
+        streams = streams_given(self.rewards, self.rewards_options)
         if "token_rewards" not in streams:
             raise ValueError(
                 f"reward_kwargs.treg.rewards: expected a source of token_rewards, got "
                 f"{self.rewards!r}, which gives {', '.join(streams)}"
             )
-        make_options(self.rewards, self.rewards_options)  # refused here, before a model is loaded
 
     @classmethod
     def of(cls, config: Any) -> "RewardOptions":

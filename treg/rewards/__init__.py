@@ -1,17 +1,20 @@
 """Sources of token rewards, one file each. A source gives every token of a response a number."""
 
-import difflib
-import importlib
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
-
 from treg.rewards.base import Context, Response, TokenRewardSource
 from treg.rewards.contrastive import (
     ContrastiveOptions,
     ContrastivePrompts,
     ContrastiveSource,
     contrastive_rewards,
+)
+from treg.rewards.registry import (
+    DEFAULT_SOURCE,
+    SOURCES,
+    load_source,
+    make_options,
+    nearest,
+    source_class,
+    streams_given,
 )
 
 __all__ = [
@@ -27,93 +30,9 @@ __all__ = [
     "make_options",
     "nearest",
     "source_class",
+    "streams_given",
 ]
 
-SOURCES: dict[str, type[TokenRewardSource]] = {
+SOURCES |= {
     "contrastive": ContrastiveSource,
 }
-DEFAULT_SOURCE = "contrastive"
-
-
-def load_source(name: str, options: Mapping[str, Any], context: Context) -> TokenRewardSource:
-    """A source, ready to score.
-
-    Args:
-        name: a key of SOURCES, or "package.module:Class" for a class of one's own.
-        options: values of the fields of the class's Options.
-        context: the reference model, its tokenizer, and what else a source may use.
-    Raises:
-        ValueError: no such source; an option that it does not have; whatever it refuses itself.
-    """
-    return source_class(name)(make_options(name, options), context)
-
-
-def source_class(name: str) -> type[TokenRewardSource]:
-    """The class of a source, by its name in SOURCES or by "package.module:Class"."""
-    if name in SOURCES:
-        return SOURCES[name]
-    module, colon, attribute = str(name).partition(":")
-    if not colon:
-        raise ValueError(
-            f"rewards: expected one of {', '.join(SOURCES)}, or package.module:Class, got {name!r}"
-            f"{nearest(name, SOURCES)}"
-        )
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"rewards: expected a class that Python can import as {name!r}, got: {error}; its "
-            "folder must be in PYTHONPATH"
-        ) from error
-    _check_source(name, found)
-    return found
-
-
-def _check_source(name: str, found: Any) -> None:
-    """ValueError unless found has what `TokenRewardSource` says."""
-    kind = getattr(found, "Options", None)
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise ValueError(f"{name}: expected Options, a frozen dataclass, got {kind!r}")
-    streams = getattr(found, "streams", None)
-    named = isinstance(streams, tuple) and all(isinstance(x, str) for x in streams)
-    if not named or not streams:
-        raise ValueError(
-            f"{name}: expected streams, a tuple of names such as ('token_rewards',), got "
-            f"{streams!r}"
-        )
-    for method in ("settings", "check", "score"):
-        if not callable(getattr(found, method, None)):
-            raise ValueError(f"{name}: expected the method {method}, found none")
-
-
-def make_options(name: str, given: Mapping[str, Any]) -> Any:
-    """The Options of a source, from values by name.
-
-    Raises:
-        ValueError: a name that is no option of it, with the nearest one; an option that is missing;
-            what Options itself refuses.
-    """
-    kind = source_class(name).Options
-    known = {x.name: x for x in fields(kind) if x.init}
-    for option in given:
-        if option not in known:
-            raise ValueError(
-                f"rewards.{option}: the source {name!r} has no such option"
-                f"{nearest(option, known)}; it has {', '.join(known) or 'none'}"
-            )
-    for option, x in known.items():
-        required = x.default is MISSING and x.default_factory is MISSING
-        if required and option not in given:
-            raise ValueError(
-                f"rewards.{option}: expected a value, which the source {name!r} needs, got none"
-            )
-    try:
-        return kind(**given)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"rewards.*: the source {name!r} refuses its options: {error}") from error
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known: the one that is most like it, if any is."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -290,10 +290,8 @@ def annotate_pairs(
             "prompt_ids": pair.prompt_ids,
         }
     if reference:
-        sequences = [(x.prompt_ids.tolist(), x.ids.tolist()) for x in responses]
-        scored = context.scorer.score(sequences)
-        for (pair, response), logps in zip(kept, scored, strict=True):
-            row, side = rows[pair.index], response.side
+        for (pair, response), said in zip(kept, context.reference(responses), strict=True):
+            row, side, logps = rows[pair.index], response.side, said["logprobs"]
             row[f"ref_{side}_logps"] = logps.double().sum().item()
             if per_token:
                 row[f"ref_{side}_token_logps"] = logps.float().numpy()
@@ -315,11 +313,7 @@ def _problem_of(
         problem = check_response(rewards, response)
         if problem is not None:
             return problem
-    need = max(len(x.prompt_ids) + len(x.ids) - 1 for x in sides)
-    if reference and need > context.longest:
-        detail = f"{need} tokens, the model has {context.longest} positions; lower max_length"
-        return RowProblem("pair too long", detail, sides[0].where)
-    return None
+    return context.too_long(*sides) if reference else None
 
 
 def _made_with(

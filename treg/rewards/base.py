@@ -9,12 +9,14 @@ library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from treg.data import SIDES, Pair, RowProblem, common_prefix, text_of
@@ -183,6 +185,61 @@ class Context:
     def longest(self) -> int:
         """How many positions the reference has."""
         return self.scorer.longest
+
+    @cached_property
+    def _wanted(self) -> set[str]:
+        return set()
+
+    @cached_property
+    def _kept(self) -> WeakKeyDictionary[Response, dict[Hashable, Any]]:
+        return WeakKeyDictionary()
+
+    def want(self, *outputs: str) -> None:
+        """Let `reference` give these as well: names of `linear_logprobs`, such as "entropy". A
+        source says so when it is made, before anything is scored.
+        """
+        self._wanted.update(outputs)
+
+    def reference(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
+        """What the reference says at each token of each response, computed once.
+
+        Returns:
+            A dict for each response: "logprobs", log pi_ref(y_t | x, y_<t) in nats, and what is
+            wanted by any source, [T] float32 on the CPU. They are shared: change a clone.
+        """
+        outputs = sorted(self._wanted)
+
+        def score(missing: Sequence[Response]) -> list[dict[str, Tensor]]:
+            rows = [(x.prompt_ids.tolist(), x.ids.tolist()) for x in missing]
+            with torch.no_grad():
+                return self.scorer.statistics(rows, outputs)
+
+        return self.once(("reference", *outputs), responses, score)
+
+    def once(
+        self,
+        key: Hashable,
+        responses: Sequence[Response],
+        compute: Callable[[Sequence[Response]], Sequence[Any]],
+    ) -> list[Any]:
+        """compute(responses), one result a response, kept under a key for as long as the responses
+        are: only those without a result are computed.
+        """
+        kept = [self._kept.setdefault(response, {}) for response in responses]
+        missing = [i for i, results in enumerate(kept) if key not in results]
+        if missing:
+            found = compute([responses[i] for i in missing])
+            for i, result in zip(missing, found, strict=True):
+                kept[i][key] = result
+        return [results[key] for results in kept]
+
+    def too_long(self, *responses: Response) -> RowProblem | None:
+        """Why a response does not fit the reference after its prompt; None if all fit."""
+        need = max(len(x.prompt_ids) + len(x.ids) - 1 for x in responses)
+        if need <= self.longest:
+            return None
+        detail = f"{need} tokens, the model has {self.longest} positions; lower max_length"
+        return RowProblem("pair too long", detail, responses[0].where)
 
 
 class TokenRewardSource(Protocol):

@@ -7,7 +7,7 @@ instead of 2|x| + 4|y| + 2c. A model that does not give the same log-probs that 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,15 +70,30 @@ class Scorer:
 
         rows: (ids of the context, ids of the completion).
         """
+        return [found["logprobs"] for found in self.statistics(rows)]
+
+    def statistics(
+        self, rows: Sequence[tuple[list[int], list[int]]], outputs: Sequence[str] = ()
+    ) -> list[dict[str, Tensor]]:
+        """What the model says at each token of each completion after its context.
+
+        Args:
+            rows: as in `score`, to the same bits.
+            outputs: names of `linear_logprobs`, such as "entropy": of the distribution from which
+                the token comes, in nats.
+        Returns:
+            A dict for each row: "logprobs" and the outputs, [tokens of the completion], on the CPU.
+        """
         found: list[Any] = [None] * len(rows)
         sizes = [(len(context) + len(completion) - 1,) for context, completion in rows]
         for batch in self._batches(sizes):
-            inputs = [rows[i][0] + rows[i][1][:-1] for i in batch]
             completions = [rows[i][1] for i in batch]
-            ids, mask = self._padded(inputs, left=False)
-            scored = self._logprobs(ids, completions, input_ids=ids, attention_mask=mask)
-            for i, logprobs in zip(batch, scored, strict=True):
-                found[i] = logprobs
+            sequences = [rows[i][0] + rows[i][1][:-1] for i in batch]
+            ids, mask = self._padded(sequences, left=False)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            scored = self._statistics(ids, completions, inputs, outputs)
+            for i, values in zip(batch, scored, strict=True):
+                found[i] = values
             self.on_tokens(int(mask.sum()))
         return found
 
@@ -125,17 +140,16 @@ class Scorer:
         cache.batch_repeat_interleave(2)
         tail_ids, tail_mask = self._padded(tails, left=False)
         start = mask.sum(-1, keepdim=True).repeat_interleave(2, 0)
-        scored = self._logprobs(
-            tail_ids,
-            completions,
-            input_ids=tail_ids,
-            attention_mask=torch.cat([mask.repeat_interleave(2, 0), tail_mask], -1),
+        inputs = {
+            "input_ids": tail_ids,
+            "attention_mask": torch.cat([mask.repeat_interleave(2, 0), tail_mask], -1),
             # padding repeats the last position: further ones may be beyond the model's table
-            position_ids=start + tail_mask.cumsum(-1) - 1,
-            past_key_values=cache,
-        )
+            "position_ids": start + tail_mask.cumsum(-1) - 1,
+            "past_key_values": cache,
+        }
+        scored = self._statistics(tail_ids, completions, inputs)
         self.on_tokens(int(mask.sum() + tail_mask.sum()))
-        return scored
+        return [values["logprobs"] for values in scored]
 
     def try_sharing(self, rows: list[TwoContexts]) -> None:
         """Share the beginning from now on if log-probs are the same with it; never, if not."""
@@ -169,9 +183,17 @@ class Scorer:
                 difference,
             )
 
-    def _logprobs(self, ids: Tensor, completions: list[list[int]], **inputs: Any) -> list[Tensor]:
-        """Log-probs of completions whose last tokens are predicted at the ends of the right-padded
-        rows of ids.
+    def _statistics(
+        self,
+        ids: Tensor,
+        completions: list[list[int]],
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str] = (),
+    ) -> list[dict[str, Tensor]]:
+        """Log-probs and outputs of completions whose last tokens are predicted at the ends of the
+        right-padded rows of ids.
+
+        inputs: of the model, by name.
         """
         width = ids.shape[1]
         lengths = [len(completion) for completion in completions]
@@ -183,10 +205,15 @@ class Scorer:
         hidden = self.spec.hidden(**inputs)
         rows = hidden.reshape(-1, hidden.shape[-1])[torch.cat(scored).to(self.device)]
         target = torch.tensor(targets).to(self.device)
-        logprobs = self.spec.through(
-            lambda h, operands: linear_logprobs(h, target=target, **operands).logprobs, rows
-        )
-        return list(logprobs.cpu().split(lengths))
+
+        names = ("logprobs", *outputs)
+
+        def head(rows: Tensor, operands: dict[str, Any]) -> list[Tensor]:
+            found = linear_logprobs(rows, target=target, outputs=tuple(outputs), **operands)
+            return [getattr(found, name) for name in names]
+
+        columns = [values.cpu().split(lengths) for values in self.spec.through(head, rows)]
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def _padded(self, rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         """ids and mask [rows, longest]."""

@@ -8,7 +8,7 @@ from trl import DPOConfig
 from treg.checks import check_number
 from treg.data.reading import json_object
 from treg.integrations.trl.own import own_options
-from treg.rewards import DEFAULT_SOURCE, make_options, source_class
+from treg.rewards import DEFAULT_SOURCE, streams_given
 
 
 @dataclass
@@ -66,8 +66,7 @@ class TRegDPOConfig(DPOConfig):
                 f"treg_alpha: expected a number >= 0 (0: no regularizer), got {self.treg_alpha!r}"
             )
         # refused here, before any model loads
-        make_options(self.treg_rewards, self.source_options)
-        streams = source_class(self.treg_rewards).streams
+        streams = streams_given(self.treg_rewards, self.source_options)
         wanted = self.treg_alpha or (own is not None and "token_rewards" in own.objective.needs)
         if wanted and ("token_rewards" not in streams or "token_weights" in streams):
             raise ValueError(
