@@ -56,6 +56,7 @@ def annotate_options(
         rewards=rewards.rewards or DEFAULT_SOURCE,
         rewards_options=source_options,
         reference=reference,
+        shaping=tuple(rewards.shape or ()),
     )
 
 

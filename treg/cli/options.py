@@ -19,6 +19,7 @@ from typing import Any
 
 from treg.files import read_yaml
 from treg.rewards import DEFAULT_SOURCE, SOURCES, nearest, source_class
+from treg.rewards.shaping import STEPS
 
 SOURCE_PREFIX = "rewards."
 
@@ -72,6 +73,13 @@ class RewardsOptions:
     tokens_per_batch: int = _option(16384, "Tokens of one forward of the annotating model.")
     no_share_prefix: bool = _option(
         False, "Do not share the common beginning of two contexts of a response."
+    )
+    shape: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What is done to the rewards of each response, in this order: "
+            + " ".join(kind.form for kind in STEPS.values())
+        },
     )
     rewards_options: dict[str, Any] = field(default_factory=dict, init=False)
 

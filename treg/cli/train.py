@@ -119,7 +119,8 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
     are not annotated.
     """
     rewards, loss = options.rewards, options.config.loss_options
-    given = {"rewards": rewards.rewards, "prompts": rewards.prompts}
+    given: dict[str, Any] = {"rewards": rewards.rewards, "prompts": rewards.prompts}
+    given["shape"] = rewards.shape
     given |= {f"{SOURCE_PREFIX}{name}": x for name, x in rewards.rewards_options.items()}
     for name, value in given.items():
         if value is not None and not raw:

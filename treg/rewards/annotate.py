@@ -39,9 +39,10 @@ from treg.rewards import (
     Response,
     TokenRewardSource,
     load_source,
-    make_options,
+    streams_given,
 )
-from treg.rewards.base import ResponsePairs, check_response, score_checked
+from treg.rewards.base import ResponsePairs, check_response
+from treg.rewards.shaping import Step, parse_steps, score_shaped, shaped_streams
 
 PART_PAIRS = 32
 CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
@@ -60,6 +61,8 @@ class AnnotateOptions:
     rewards: the source, a key of `treg.rewards.SOURCES` or "package.module:Class".
     rewards_options: values of the fields of the source's Options.
     reference: keep the reference's log-probs; objectives without a reference need none.
+    shaping: steps such as ("centre", "clip=0.5") over the source's streams, see
+        `treg.rewards.shaping`; token_weights stay as they are.
     """
 
     encode: EncodeOptions = field(default_factory=EncodeOptions)
@@ -70,6 +73,7 @@ class AnnotateOptions:
     rewards: str = DEFAULT_SOURCE
     rewards_options: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = True
+    shaping: Sequence[str] = ()
 
     def __post_init__(self):
         if not isinstance(self.tokens_per_batch, int) or self.tokens_per_batch < 1:
@@ -81,7 +85,18 @@ class AnnotateOptions:
                 "per_token: expected False without the reference's log-probs, got True; set "
                 "reference=True"
             )
-        make_options(self.rewards, self.source_options)  # refused here, before a model is loaded
+        # refused here, before a model is loaded
+        streams = streams_given(self.rewards, self.source_options)
+        if self.steps and not shaped_streams(streams):
+            raise ValueError(
+                f"shape: expected no steps for {self.rewards!r}, which gives {', '.join(streams)} "
+                f"alone, got {', '.join(map(str, self.steps))}"
+            )
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of shaping."""
+        return parse_steps(self.shaping)
 
     @property
     def source_options(self) -> dict[str, Any]:
@@ -232,6 +247,7 @@ def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
         part,
         reference=options.reference,
         per_token=options.per_token,
+        steps=options.steps,
     )
     if problems and run.strict:
         raise problems[0]
@@ -263,12 +279,14 @@ def annotate_pairs(
     *,
     reference: bool = True,
     per_token: bool = False,
+    steps: Sequence[Step] = (),
 ) -> tuple[list[dict[str, Any]], list[RowProblem]]:
     """The rows of the annotated file for some pairs, and a problem for each that the source or the
     model's context refuses.
 
     Args:
         reference: whether the rows get the reference's sums; per_token: its log-prob of each token.
+        steps: of shaping.
     """
     kept: list[tuple[Pair, Response]] = []
     problems = []
@@ -295,7 +313,8 @@ def annotate_pairs(
             row[f"ref_{side}_logps"] = logps.double().sum().item()
             if per_token:
                 row[f"ref_{side}_token_logps"] = logps.float().numpy()
-    for (pair, response), streams in zip(kept, score_checked(rewards, responses), strict=True):
+    found = score_shaped(rewards, responses, steps)
+    for (pair, response), streams in zip(kept, found, strict=True):
         row, side = rows[pair.index], response.side
         row[f"{side}_ids"] = response.ids
         for stream, values in streams.items():
@@ -322,7 +341,7 @@ def _made_with(
     """What goes into the metadata besides the report.
 
     The settings of the default source stand among the file's, as they always did; those of any
-    other stand under `streams`, which the default file does not have.
+    other, and of one that is shaped, stand under `streams`, which the default file does not have.
     """
     model = context.model
     own = _json_settings(rewards)
@@ -346,9 +365,15 @@ def _made_with(
         },
         "settings": settings,
     }
-    if not default:
-        description = {"source": options.rewards, "settings": own, "shaping": []}
-        made_with["streams"] = dict.fromkeys(rewards.streams, description)
+    if not default or options.steps:
+        made_with["streams"] = {}
+        for stream in rewards.streams:
+            steps = options.steps if shaped_streams([stream]) else ()
+            made_with["streams"][stream] = {
+                "source": options.rewards,
+                "settings": own,
+                "shaping": list(map(str, steps)),
+            }
     return made_with
 
 

@@ -330,8 +330,13 @@ def _one_number_a_token(values: Any, length: int, where: str, stream: str) -> Te
             f"{got}"
         )
     values = values.detach().float().cpu()
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"{where}: expected finite {stream}, got {values.tolist()}")
+    check_finite(values, where, stream)
     if stream == "token_weights" and bool((values < 0).any()):
         raise ValueError(f"{where}: expected token_weights >= 0, got {values.min().item()}")
     return values
+
+
+def check_finite(values: Tensor, where: str, stream: str) -> None:
+    """ValueError where a number of a stream is not finite."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{where}: expected finite {stream}, got {values.tolist()}")
