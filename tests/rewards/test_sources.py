@@ -41,8 +41,23 @@ OTHER_OPTIONS = {
     "contrastive": {
         "prompts": ContrastivePrompts("{{ messages[-1].content }}{{ better }}", "<answer>")
     },
+    "surprise": {"unit": "word"},
+    "entropy": {"of": "contrastive"},
+    "messagewise": {"baseline": 0.1},
+    "constant": {"value": -1.0},
+    "random": {"seed": 1},
+    "shuffled": {"seed": 1},
 }
-TOO_SHORT = {"contrastive": tiny_llama(len(TOKENIZER), max_position_embeddings=24)}
+SHORT = tiny_llama(len(TOKENIZER), max_position_embeddings=8)
+TOO_SHORT = {  # None: any response can be scored
+    "contrastive": SHORT,
+    "surprise": SHORT,
+    "entropy": SHORT,
+    "messagewise": SHORT,
+    "constant": None,
+    "random": None,
+    "shuffled": SHORT,
+}
 
 
 def responses(rows=None, tokenizer=TOKENIZER, max_length=256):
@@ -94,6 +109,9 @@ class TestEverySource:
                 assert torch.equal(a[stream], b[stream]) and torch.equal(a[stream], c[stream])
 
     def test_what_does_not_fit_is_refused(self, name):
+        if TOO_SHORT[name] is None:
+            assert make(name, model=SHORT).check(responses()[0]) is None
+            return
         problem = make(name, model=TOO_SHORT[name]).check(responses()[0])
         assert isinstance(problem, RowProblem) and problem.where == "row 0"
 

@@ -170,15 +170,18 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any], text: str) -> li
     values = _flat_yaml(early.config) if early.config else {}
     parser = _parser(name, kinds, text)
     source_fields: list[str] = []
+    by_name = _options_by_name(kinds)
     if RewardsOptions in kinds:
         source = early.rewards or values.get("rewards") or DEFAULT_SOURCE
         source_fields = _add_source_options(parser, str(source))
+        own = _options_by_name([source_class(str(source)).Options])
+        by_name |= {f"{SOURCE_PREFIX}{x}" for x in own}
     if early.help or early.help_all:
         _hide(parser, _training_arguments(kinds), every=early.help_all)
         parser.print_help()
         raise SystemExit(0)
     if early.config:
-        _set_defaults(parser, early.config, values, _options_by_name(kinds))
+        _set_defaults(parser, early.config, values, by_name)
     known = parser._option_string_actions
     for given in (x.partition("=")[0] for x in argv if x.startswith("--")):
         if given not in known:

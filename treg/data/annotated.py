@@ -147,6 +147,19 @@ def merge_annotated(parts: Sequence[Path], path: Path, meta: Mapping[str, Any]) 
     _write(path, table.sort_by("index").replace_schema_metadata({"treg": json.dumps(meta)}))
 
 
+def without_weight(path: str | Path) -> tuple[int, int]:
+    """How many responses of a file have token_weights of 0 alone, of how many; (0, 0) for a file
+    without weights.
+    """
+    import pyarrow.parquet
+
+    present = pyarrow.parquet.read_schema(path).names
+    names = [name for name in stream_columns("token_weights") if name in present]
+    table = pyarrow.parquet.read_table(path, columns=names)
+    weights = [x for name in names for x in _values(table.column(name))]
+    return sum(not x.any() for x in weights), len(weights)
+
+
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What `write_annotated` was given as meta."""
     import pyarrow.parquet

@@ -7,6 +7,9 @@ from treg.rewards.contrastive import (
     ContrastiveSource,
     contrastive_rewards,
 )
+from treg.rewards.controls import ConstantSource, RandomSource, ShuffledSource
+from treg.rewards.entropy import EntropySource
+from treg.rewards.messagewise import MessagewiseSource
 from treg.rewards.registry import (
     DEFAULT_SOURCE,
     SOURCES,
@@ -16,6 +19,7 @@ from treg.rewards.registry import (
     source_class,
     streams_given,
 )
+from treg.rewards.surprise import SurpriseSource
 
 __all__ = [
     "DEFAULT_SOURCE",
@@ -35,4 +39,10 @@ __all__ = [
 
 SOURCES |= {
     "contrastive": ContrastiveSource,
+    "surprise": SurpriseSource,
+    "entropy": EntropySource,
+    "messagewise": MessagewiseSource,
+    "constant": ConstantSource,
+    "random": RandomSource,
+    "shuffled": ShuffledSource,
 }

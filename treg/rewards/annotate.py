@@ -11,6 +11,7 @@ in the same batches, to the same bits.
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from treg.data.annotated import (
     model_fingerprint,
     read_meta,
     tokenizer_fingerprint,
+    without_weight,
     write_annotated,
 )
 from treg.files import locked, replacing
@@ -43,6 +45,8 @@ from treg.rewards import (
 )
 from treg.rewards.base import ResponsePairs, check_response
 from treg.rewards.shaping import Step, parse_steps, score_shaped, shaped_streams
+
+log = logging.getLogger(__name__)
 
 PART_PAIRS = 32
 CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
@@ -186,6 +190,7 @@ def annotate(
                 left.unlink()
             merge_annotated(files, output, made_with | {"report": asdict(report)})
             shutil.rmtree(folder)
+            _tell_of_empty_masks(output)
         state.wait_for_everyone()
     return report
 
@@ -201,6 +206,18 @@ def _finished(output: Path, folder: Path, expected: dict[str, Any], state: Parti
     if state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
     return Report(**meta["report"])
+
+
+def _tell_of_empty_masks(output: Path) -> None:
+    empty, responses = without_weight(output)
+    if empty:
+        log.warning(
+            "%s: %d of %d responses keep no token: all their token_weights are 0, they add nothing "
+            "to the implicit rewards",
+            output,
+            empty,
+            responses,
+        )
 
 
 @dataclass(frozen=True)

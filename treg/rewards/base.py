@@ -9,6 +9,7 @@ library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -340,3 +341,9 @@ def check_finite(values: Tensor, where: str, stream: str) -> None:
     """ValueError where a number of a stream is not finite."""
     if not bool(values.isfinite().all()):
         raise ValueError(f"{where}: expected finite {stream}, got {values.tolist()}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """ValueError unless an option is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")

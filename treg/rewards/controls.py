@@ -1,0 +1,141 @@
+"""Controls: rewards that know nothing of the answer. What a source is worth is what it does beyond
+them.
+
+    constant    r_t = value
+    random      r_t ~ Normal(0, spread^2)
+    shuffled    the rewards of another source, permuted within each response
+
+What ends a response gets 0. The random ones are functions of the response's ids and the seed alone:
+neither batches nor a restart change a bit.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treg.data import RowProblem
+from treg.rewards.base import Context, Response, check_number
+from treg.rewards.nested import NestedOptions, NestedSource
+
+
+@dataclass(frozen=True)
+class ConstantOptions:
+    """value: the reward of every token."""
+
+    value: float = field(default=0.5, metadata={"help": "The reward of every token."})
+
+    def __post_init__(self):
+        check_number("value", self.value)
+
+
+class ConstantSource:
+    """The same reward for every token of every response."""
+
+    Options: ClassVar[type] = ConstantOptions
+    streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
+
+    def __init__(self, options: ConstantOptions, context: Context):
+        self.options = options
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.options)
+
+    def check(self, response: Response) -> RowProblem | None:
+        return None
+
+    def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
+        return [{"token_rewards": self._of(response)} for response in responses]
+
+    def _of(self, response: Response) -> Tensor:
+        rewards = torch.zeros(len(response.ids))
+        rewards[: response.content] = self.options.value
+        return rewards
+
+
+@dataclass(frozen=True)
+class RandomOptions:
+    """seed: of the random numbers. spread: their standard deviation."""
+
+    seed: int = field(default=0, metadata={"help": "Seed of the random numbers."})
+    spread: float = field(default=0.1, metadata={"help": "Standard deviation of the rewards."})
+
+    def __post_init__(self):
+        _check_seed(self.seed)
+        check_number("spread", self.spread)
+        if self.spread <= 0:
+            raise ValueError(f"spread: expected a number > 0, got {self.spread!r}")
+
+
+class RandomSource:
+    """Normal random numbers around 0."""
+
+    Options: ClassVar[type] = RandomOptions
+    streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
+
+    def __init__(self, options: RandomOptions, context: Context):
+        self.options = options
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.options)
+
+    def check(self, response: Response) -> RowProblem | None:
+        return None
+
+    def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
+        return [{"token_rewards": self._of(response)} for response in responses]
+
+    def _of(self, response: Response) -> Tensor:
+        numbers = _generator(self.options.seed, response).standard_normal(response.content)
+        rewards = torch.zeros(len(response.ids))
+        rewards[: response.content] = torch.from_numpy(numbers * self.options.spread)
+        return rewards
+
+
+@dataclass(frozen=True)
+class ShuffledOptions(NestedOptions):
+    """seed: of the permutations."""
+
+    seed: int = field(default=0, metadata={"help": "Seed of the permutations."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_seed(self.seed)
+
+
+class ShuffledSource(NestedSource):
+    """Another source's rewards, as large as they are and in the wrong places."""
+
+    Options: ClassVar[type] = ShuffledOptions
+    streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
+
+    def __init__(self, options: ShuffledOptions, context: Context):
+        super().__init__(options, context)
+        self.seed = options.seed
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"seed": self.seed}
+
+    def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
+        found = []
+        for response, rewards in zip(responses, self.rewards(responses), strict=True):
+            order = _generator(self.seed, response).permutation(response.content)
+            rewards[: response.content] = rewards[order]
+            found.append({"token_rewards": rewards})
+        return found
+
+
+def _generator(seed: int, response: Response) -> np.random.Generator:
+    """Random numbers that the seed and the response's ids determine."""
+    text = f"{seed} ".encode() + response.ids.astype("<i4").tobytes()
+    digest = hashlib.sha256(text).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed: expected an integer, got {seed!r}")
