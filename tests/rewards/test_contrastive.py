@@ -1,9 +1,23 @@
 """The two requests that judge a response, and the rewards that follow."""
 
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 import torch
+from tiny import END, tiny_llama, tiny_tokenizer
 
-from treg.rewards import ContrastivePrompts, contrastive_rewards
+from treg.data import EncodeOptions, load_pairs
+from treg.rewards import (
+    Context,
+    ContrastiveOptions,
+    ContrastivePrompts,
+    contrastive_rewards,
+    load_source,
+    make_options,
+)
+from treg.rewards.base import ResponsePairs
+from treg.rewards.contrastive import ContrastiveSource, HiddenPrompts
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -142,3 +156,201 @@ def test_missing_file(tmp_path):
 def test_bad_templates(instruction, message):
     with pytest.raises(ValueError, match=f"^instruction: .*({message})"):
         ContrastivePrompts(instruction)
+
+
+# -- prefill
+
+
+def test_a_prefill_is_a_template():
+    prompts = ContrastivePrompts(
+        SHOWS, "<{{ 'good' if better else 'bad' }} {{ messages[-1].role }}>\n"
+    )
+    begins = [prompts.beginning(MESSAGES, better=x) for x in (True, False)]
+    assert begins == ["<good assistant>\n", "<bad assistant>\n"]
+    # the default's newline stays, and no template is read into messages
+    assert ContrastivePrompts().beginning(MESSAGES, better=True) == "<answer>\n"
+    echo = ContrastivePrompts(SHOWS + ASKS, "{{ messages[-1].content }}")
+    assert echo.beginning(MESSAGES, better=False) == MESSAGES[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "message"),
+    [
+        ("{{ answer }}", "UndefinedError"),
+        ("{% if better %}", "TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_bad_prefills(prefill, message):
+    with pytest.raises(ValueError, match=f"^prefill: {message}"):
+        ContrastivePrompts(SHOWS + ASKS, prefill)
+
+
+# -- requests that do not show the response
+
+
+def test_hidden_requests_differ_in_their_last_sentence():
+    better, worse = (HiddenPrompts().render(MESSAGES[:2], better=x) for x in (True, False))
+    common = [a for a, b in zip(better.split(". "), worse.split(". "), strict=True) if a == b]
+    assert common == better.split(". ")[:-1]
+    assert better.endswith("must be good: helpful, correct, coherent and concise.")
+    assert worse.endswith("must be bad: unhelpful, incorrect, incoherent and verbose.")
+
+
+def test_own_requests_need_not_show_the_response(tmp_path):
+    path = tmp_path / "prompts.yaml"
+    path.write_text(f'instruction: "{{{{ messages[-1].content }}}} {ASKS}"')
+    prompts = ContrastiveOptions(str(path), show_response=False).requests
+    question = MESSAGES[:2]
+    assert prompts.render(question, better=True) == "What is {{ 7*7 }}? better"
+    assert prompts == HiddenPrompts.load(path) != ContrastivePrompts.load(path)
+    with pytest.raises(ValueError, match="instruction: UndefinedError"):
+        HiddenPrompts("{{ messages[1].content }}" + ASKS)  # no answer is there
+    with pytest.raises(ValueError, match="depends on `better`"):
+        HiddenPrompts("{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="prompts: expected HiddenPrompts with show_response=Fal"):
+        ContrastiveOptions(ContrastivePrompts(), show_response=False)
+    with pytest.raises(ValueError, match="prompts: expected ContrastivePrompts with show_respons"):
+        ContrastiveOptions(prompts)
+
+
+# -- readings
+
+TOKENIZER = tiny_tokenizer()
+MODEL = tiny_llama(len(TOKENIZER))
+ROWS = [{"prompt": "the fox?", "chosen": "old owl said. The sun", "rejected": "it is 42"}]
+
+
+def responses():
+    pairs, _ = load_pairs(ROWS, TOKENIZER, EncodeOptions(256))
+    return [response for pair in ResponsePairs(pairs, TOKENIZER) for response in pair]
+
+
+def make(context=None, **options):
+    return load_source("contrastive", options, context or Context(MODEL, TOKENIZER))
+
+
+def test_the_response_is_hidden_in_both_contexts():
+    chosen = responses()[0]
+    texts = [TOKENIZER.decode(ids) for ids in make(show_response=False).contexts(chosen)]
+    for text, how in zip(texts, ("good", "bad"), strict=True):
+        assert "the fox?" in text and "owl" not in text and f"must be {how}:" in text
+        assert text.endswith(f"{END}\n<|im_start|>assistant\n<answer>\n")
+    shown = [TOKENIZER.decode(ids) for ids in make().contexts(chosen)]
+    assert all("old owl said. The sun" in text for text in shown)
+
+
+def test_hidden_rewards_are_those_of_dense_logits():
+    source = make(show_response=False)
+    for response, found in zip(responses(), source.score(responses()), strict=True):
+        logps = []
+        for context in source.contexts(response):
+            ids = torch.tensor([[*context, *response.ids]]).long()
+            with torch.no_grad():
+                of_all = MODEL(ids).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+            target = torch.from_numpy(response.ids).long()
+            logps.append(of_all.gather(1, target[:, None])[:, 0])
+        want = (logps[0] - logps[1]).sigmoid() - 0.5
+        want[response.content :] = 0.0
+        np.testing.assert_allclose(found["token_rewards"], want, atol=1e-5)
+
+
+def ratios_of(response):
+    """Log-ratios that a test can follow, one a token: 0.1, -0.2, 0.3, -0.4, ..."""
+    n = len(response.ids)
+    return torch.arange(1.0, n + 1) / 10 * torch.tensor([1.0, -1.0]).repeat(n)[:n]
+
+
+def read(monkeypatch, **options):
+    """The response with two sentences of five words, its log-ratios as the options read them."""
+    monkeypatch.setattr(
+        ContrastiveSource,
+        "_score_both",
+        lambda self, given: [(ratios_of(x), torch.zeros(len(x.ids))) for x in given],
+    )
+    chosen = responses()[0]
+    (found,) = make(**options).score([chosen])
+    rewards = found["token_rewards"].double()
+    assert not rewards[chosen.content :].any()
+    return chosen, torch.logit(rewards[: chosen.content] + 0.5)
+
+
+def words_of(response, sentences=False):
+    number, found = 0, []
+    for token in response.ids[: response.content].tolist():
+        piece = TOKENIZER.decode([token])
+        number += piece.startswith(" ") and (not sentences or piece.startswith(" The"))
+        found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "sentence"])
+def test_log_ratios_are_averaged_over_units(unit, monkeypatch):
+    response, found = read(monkeypatch, unit=unit)
+    given, n = ratios_of(response).tolist(), response.content
+    words = {
+        "token": list(range(n)),
+        "word": words_of(response),
+        "sentence": words_of(response, sentences=True),
+    }[unit]
+    assert {"token": n, "word": 5, "sentence": 2}[unit] == words[-1] + 1
+    want = []
+    for i in range(n):
+        mine = [given[j] for j in range(n) if words[j] == words[i]]
+        want.append(sum(mine) / len(mine))
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def test_log_ratios_are_scaled_to_a_spread(monkeypatch):
+    response, found = read(monkeypatch, spread=0.5)
+    given = ratios_of(response)[: response.content].numpy()
+    want = 0.5 * (given - given.mean()) / given.std()
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
+
+
+def test_first_tokens_are_skipped(monkeypatch):
+    """They get 0 and take no part in what the others are read by."""
+    response, found = read(monkeypatch, skip_first=2, spread=1.0)
+    given = ratios_of(response)[2 : response.content].numpy()
+    want = (given - given.mean()) / given.std()
+    np.testing.assert_allclose(found, [0, 0, *want], rtol=1e-4, atol=1e-6)
+    _, found = read(monkeypatch, skip_first=99, spread=1.0, unit="word")
+    assert not found.any()
+
+
+def test_readings_share_the_forwards_of_their_prompts():
+    seen, given = [], responses()
+    context = Context(MODEL, TOKENIZER, on_tokens=seen.append)
+    first = make(context).score(given)
+    count = sum(seen)
+    second = make(context, unit="word").score(given)
+    assert count == sum(seen) > 0
+    assert not torch.equal(first[0]["token_rewards"], second[0]["token_rewards"])
+    make(context, show_response=False).score(given)
+    assert sum(seen) > count
+
+
+def test_settings_name_a_reading_only_where_it_is_not_the_default():
+    assert make().settings() == {"prompts": asdict(ContrastivePrompts())}
+    found = make(unit="word", spread=1.0, show_response=False).settings()
+    assert found == {
+        "prompts": asdict(HiddenPrompts()),
+        "show_response": False,
+        "unit": "word",
+        "spread": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit": "line"}, "unit: expected one of token, word, sentence, got 'line'"),
+        ({"spread": 0.0}, "spread: expected a number > 0"),
+        ({"spread": float("inf")}, "spread: expected a finite number"),
+        ({"skip_first": -1}, "skip_first: expected a whole number >= 0"),
+        ({"skip_first": 1.5}, "skip_first: expected a whole number >= 0"),
+    ],
+)
+def test_readings_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_options("contrastive", options)

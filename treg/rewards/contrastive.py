@@ -10,13 +10,18 @@ contexts, and in the pair itself; what ends a response (end-of-turn tokens) is n
 rewritten answer and gets the reward 0.
 
 Paper: T-REG, arXiv 2412.02685, section 3.1 and Eq. 3.
+
+Other readings of the same log-ratio are options; the paper's stays the default. Measured with
+models up to 0.5B parameters, none of these readings, the paper's among them, told marked tokens
+(wrong facts, ungrammatical words, wrong steps) from the others better than chance: what did so on
+one set of marks did not on another. Models as large as the paper's were not measured.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 from weakref import WeakKeyDictionary
 
 import jinja2
@@ -26,7 +31,9 @@ from torch import Tensor
 
 from treg.data import RowProblem, prompt_text
 from treg.files import read_yaml
-from treg.rewards.base import Context, Response
+from treg.rewards.base import Context, Response, check_number
+from treg.rewards.shaping import means_over, standardise
+from treg.rewards.units import Unit, unit_numbers
 
 # better and worse differ in their last sentence only, so that what precedes it is computed once for
 # both
@@ -47,6 +54,22 @@ The new answer must be \
 {% if better %}better: helpful, correct, coherent and concise.\
 {% else %}worse: unhelpful, incorrect, incoherent and verbose.{% endif %}
 """
+HIDDEN_INSTRUCTION = """\
+Here is a conversation.
+
+<conversation>
+{% for message in messages %}
+[{{ message.role }}]
+{{ message.content }}
+
+{% endfor %}
+</conversation>
+
+Write the next answer of the assistant. Write only the answer, between <answer> and </answer>. \
+The answer must be \
+{% if better %}good: helpful, correct, coherent and concise.\
+{% else %}bad: unhelpful, incorrect, incoherent and verbose.{% endif %}
+"""
 PREFILL = "<answer>\n"
 Contexts = tuple[list[int], list[int]]
 
@@ -57,7 +80,8 @@ class ContrastivePrompts:
 
     instruction: a Jinja template of the user turn; it sees `messages` (the conversation, the
         response last; each with `role` and `content`) and `better` (True or False).
-    prefill: how the assistant's turn begins before the response is scored as the rewritten answer.
+    prefill: a Jinja template of how the assistant's turn begins, before the response is scored as
+        the rewritten answer; it sees the same.
 
     Paper: T-REG, arXiv 2412.02685, section 3.1: both prompts show the conversation, name the
     aspects (helpfulness, correctness, coherence, verbosity) and a format with start and end
@@ -70,21 +94,26 @@ class ContrastivePrompts:
     instruction: str = INSTRUCTION
     prefill: str = PREFILL
 
+    shows_response: ClassVar[bool] = True
+
     def __post_init__(self):
         for name, value in asdict(self).items():
             if not isinstance(value, str):
                 raise ValueError(f"{name}: expected a string, got {type(value).__name__}")
-        probe = [{"role": "user", "content": "\x00q"}, {"role": "assistant", "content": "\x00a"}]
+        question = {"role": "user", "content": "\x00q"}
+        answer = {"role": "assistant", "content": "\x00a"}
+        probe = [question, answer] if self.shows_response else [question]
         better, worse = self.render(probe, better=True), self.render(probe, better=False)
-        if better == worse:
+        begins = [self.beginning(probe, better=x) for x in (True, False)]
+        if better == worse and begins[0] == begins[1]:
             raise ValueError(
                 "instruction: expected a template that depends on `better`, got the same text for "
                 "both"
             )
-        if "\x00a" not in better or "\x00a" not in worse:
+        if self.shows_response and ("\x00a" not in better or "\x00a" not in worse):
             raise ValueError(
                 "instruction: expected a template that shows the response, the last of "
-                "`messages`, to both requests"
+                "`messages`, to both requests; show_response=False takes one that does not"
             )
 
     @classmethod
@@ -98,19 +127,47 @@ class ContrastivePrompts:
             raise ValueError(f"{expected}, got {sorted(map(str, values))}")
         return cls(**values)
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-        )
-        return environment.from_string(self.instruction)
-
     def render(self, messages: list[dict], *, better: bool) -> str:
         """The user turn that asks for a rewriting of the last of messages."""
         try:
-            return self._template.render(messages=messages, better=better).strip()
+            return self._instruction.render(messages=messages, better=better).strip()
         except Exception as error:  # a template is a program: it raises anything
             raise ValueError(f"instruction: {type(error).__name__}: {error}") from error
+
+    def beginning(self, messages: list[dict], *, better: bool) -> str:
+        """How the assistant's turn begins."""
+        try:
+            return self._prefill.render(messages=messages, better=better)
+        except Exception as error:
+            raise ValueError(f"prefill: {type(error).__name__}: {error}") from error
+
+    @cached_property
+    def _instruction(self) -> jinja2.Template:
+        return _environment().from_string(self.instruction)
+
+    @cached_property
+    def _prefill(self) -> jinja2.Template:
+        # its end is where the response begins: a newline there stays
+        return _environment(keep_trailing_newline=True).from_string(self.prefill)
+
+
+def _environment(**more: Any) -> jinja2.Environment:
+    return jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, **more
+    )
+
+
+@dataclass(frozen=True)
+class HiddenPrompts(ContrastivePrompts):
+    """Two requests that do not show the response: they ask for a good and for a bad answer.
+
+    The fields are those of `ContrastivePrompts`; `messages` is the conversation without the
+    response.
+    """
+
+    instruction: str = HIDDEN_INSTRUCTION
+
+    shows_response: ClassVar[bool] = False
 
 
 def contrastive_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
@@ -135,6 +192,16 @@ def contrastive_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
 class ContrastiveOptions:
     """prompts: the two requests, or a YAML file of them (`ContrastivePrompts.load`); None: those of
     this file.
+    show_response: False: requests that do not show the response (`HiddenPrompts`), which condition
+        on quality alone.
+    unit: "word" or "sentence": the log-ratio is averaged over the tokens of each before the
+        sigmoid (see `treg.rewards.units`).
+    spread: None, or the log-ratios of a response are centred and scaled to this standard deviation
+        before the sigmoid, after they were averaged.
+    skip_first: so many tokens get the reward 0 and take no part in unit and spread: the first one
+        alone may hold a fifth of all that the two requests differ by.
+
+    Differs: all but prompts are readings of our own, off by default.
     """
 
     prompts: str | ContrastivePrompts | None = field(
@@ -143,17 +210,43 @@ class ContrastiveOptions:
             "help": "YAML file with `instruction` and `prefill`: your own contrastive prompts."
         },
     )
+    show_response: bool = field(
+        default=True, metadata={"help": "Whether the two requests show the response."}
+    )
+    unit: Unit = field(
+        default="token", metadata={"help": "What a log-ratio is of: token, word or sentence."}
+    )
+    spread: float | None = field(
+        default=None,
+        metadata={"help": "Standard deviation that the log-ratios of a response are scaled to."},
+    )
+    skip_first: int = field(default=0, metadata={"help": "So many first tokens get 0."})
 
     def __post_init__(self):
         _ = self.requests  # a file that cannot be read is refused here
+        if self.unit not in get_args(Unit):
+            raise ValueError(
+                f"unit: expected one of {', '.join(get_args(Unit))}, got {self.unit!r}"
+            )
+        if self.spread is not None:
+            check_number("spread", self.spread)
+            if self.spread <= 0:
+                raise ValueError(f"spread: expected a number > 0, got {self.spread!r}")
+        whole = isinstance(self.skip_first, int) and not isinstance(self.skip_first, bool)
+        if not whole or self.skip_first < 0:
+            raise ValueError(f"skip_first: expected a whole number >= 0, got {self.skip_first!r}")
 
     @cached_property
     def requests(self) -> ContrastivePrompts:
-        if isinstance(self.prompts, ContrastivePrompts):
-            return self.prompts
-        return (
-            ContrastivePrompts() if self.prompts is None else ContrastivePrompts.load(self.prompts)
-        )
+        kind = ContrastivePrompts if self.show_response else HiddenPrompts
+        if not isinstance(self.prompts, ContrastivePrompts):
+            return kind() if self.prompts is None else kind.load(self.prompts)
+        if self.prompts.shows_response != self.show_response:
+            raise ValueError(
+                f"prompts: expected {kind.__name__} with show_response={self.show_response}, got "
+                f"{type(self.prompts).__name__}"
+            )
+        return self.prompts
 
 
 class ContrastiveSource:
@@ -163,6 +256,7 @@ class ContrastiveSource:
     streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
 
     def __init__(self, options: ContrastiveOptions, context: Context):
+        self.options = options
         self.prompts = options.requests
         self.context = context
         self._sharing_tried = False
@@ -170,7 +264,15 @@ class ContrastiveSource:
         self._contexts: WeakKeyDictionary[Response, Contexts] = WeakKeyDictionary()
 
     def settings(self) -> dict[str, Any]:
-        return {"prompts": asdict(self.prompts)}
+        """The prompts, and of the other options those that are not the default."""
+        own = {x.name: getattr(self.options, x.name) for x in fields(self.options)}
+        default = ContrastiveOptions()
+        changed = {
+            name: value
+            for name, value in own.items()
+            if name != "prompts" and value != getattr(default, name)
+        }
+        return {"prompts": asdict(self.prompts)} | changed
 
     def check(self, response: Response) -> RowProblem | None:
         """A response is refused whose prompt or requests the model's positions do not hold."""
@@ -184,15 +286,32 @@ class ContrastiveSource:
         return RowProblem("contrastive prompt too long", detail, response.where)
 
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
-        rows = [self._row(response) for response in responses]
-        self._try_sharing(responses)
+        # two sources with the same prompts run the model once
+        scored = self.context.once(("contrastive", self.prompts), responses, self._score_both)
         found = []
-        scored = self.context.scorer.score_both(rows)
         for response, (better, worse) in zip(responses, scored, strict=True):
-            rewards = contrastive_rewards(better, worse)
+            ratios = self._read(better - worse, response)
+            rewards = contrastive_rewards(ratios, torch.zeros_like(ratios))
             rewards[response.content :] = 0.0
+            rewards[: self.options.skip_first] = 0.0
             found.append({"token_rewards": rewards})
         return found
+
+    @torch.no_grad()
+    def _score_both(self, responses: Sequence[Response]) -> list[tuple[Tensor, Tensor]]:
+        rows = [self._row(response) for response in responses]
+        self._try_sharing(responses)
+        return self.context.scorer.score_both(rows)
+
+    def _read(self, ratios: Tensor, response: Response) -> Tensor:
+        """Log-ratios [T] as the options say they are read."""
+        options = self.options
+        read = slice(min(options.skip_first, response.content), response.content)
+        if options.unit != "token":
+            ratios[read] = means_over(ratios[read], unit_numbers(response, options.unit)[read])
+        if options.spread is not None and response.content > read.start:
+            ratios[read] = standardise(ratios[read], options.spread)
+        return ratios
 
     def contexts(self, response: Response) -> Contexts:
         """Token ids of the two contexts in which a response is judged: better, worse."""
@@ -204,9 +323,10 @@ class ContrastiveSource:
         prompt = response.prompt
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
+        answer = [{"role": "assistant", "content": response.text}]
         messages = [
             {"role": message["role"], "content": str(message.get("content") or "")}
-            for message in [*prompt, {"role": "assistant", "content": response.text}]
+            for message in [*prompt, *(answer if self.prompts.shows_response else [])]
         ]
         better = self._context(messages, response.template_kwargs, better=True)
         worse = self._context(messages, response.template_kwargs, better=False)
@@ -215,11 +335,12 @@ class ContrastiveSource:
     def _context(self, messages: list[dict], kwargs: dict, *, better: bool) -> list[int]:
         tokenizer = self.context.tokenizer
         request = self.prompts.render(messages, better=better)
+        beginning = self.prompts.beginning(messages, better=better)
         if tokenizer.chat_template is not None:
             text = prompt_text(tokenizer, [{"role": "user", "content": request}], None, kwargs)
-            text += self.prompts.prefill
+            text += beginning
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = tokenizer(f"{request}\n\n{self.prompts.prefill}", verbose=False)["input_ids"]
+        ids = tokenizer(f"{request}\n\n{beginning}", verbose=False)["input_ids"]
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
     def _row(self, response: Response) -> tuple[list[int], list[int], list[int]]:
