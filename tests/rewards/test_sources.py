@@ -32,10 +32,12 @@ from treg.rewards.lookup import TokenRewards
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))
+MARKS = {"chosen_spans": [[0, 2]], "rejected_spans": []}
 ROWS = [
     {"prompt": "what is better?", "chosen": "the old owl", "rejected": "the sun and the moon"},
     {"prompt": "the fox?", "chosen": "it is 42, said the owl", "rejected": "no"},
 ]
+ROWS = [row | MARKS for row in ROWS]
 # for each source: options that give other settings, and a model that cannot hold a response
 OTHER_OPTIONS = {
     "contrastive": {
@@ -44,6 +46,7 @@ OTHER_OPTIONS = {
     "surprise": {"unit": "word"},
     "entropy": {"of": "contrastive"},
     "messagewise": {"baseline": 0.1},
+    "spans": {"inside": -1.0},
     "constant": {"value": -1.0},
     "random": {"seed": 1},
     "shuffled": {"seed": 1},
@@ -54,6 +57,7 @@ TOO_SHORT = {  # None: any response can be scored
     "surprise": SHORT,
     "entropy": SHORT,
     "messagewise": SHORT,
+    "spans": None,
     "constant": None,
     "random": None,
     "shuffled": SHORT,

@@ -47,6 +47,8 @@ class Preference:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     # the columns of the row that are not read here, for whoever knows them
     columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    # the answers by name as the row has them, where blanks around them were left out
+    given: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def chat(self) -> bool:
@@ -91,7 +93,11 @@ def _parse_row(row: dict, where: str, chat: bool) -> Preference:
         raise RowProblem("mixed types", f"chat_template_kwargs is {_kind(kwargs)}")
     kwargs = _without_none(kwargs)
     others = {name: value for name, value in row.items() if name not in READ_COLUMNS}
-    return Preference(prompt, chosen, rejected, where, tools or None, kwargs, others)
+    found = Preference(prompt, chosen, rejected, where, tools or None, kwargs, others)
+    if isinstance(_prompt_of(row), str) and found.chat:
+        texts = {name: row[name] for name in COMPLETION_COLUMNS if isinstance(row[name], str)}
+        found.given.update({name: x for name, x in texts.items() if x != x.strip()})
+    return found
 
 
 def _prompt_of(row: dict) -> Any:

@@ -19,6 +19,7 @@ from treg.rewards.registry import (
     source_class,
     streams_given,
 )
+from treg.rewards.spans import SpansSource
 from treg.rewards.surprise import SurpriseSource
 
 __all__ = [
@@ -42,6 +43,7 @@ SOURCES |= {
     "surprise": SurpriseSource,
     "entropy": EntropySource,
     "messagewise": MessagewiseSource,
+    "spans": SpansSource,
     "constant": ConstantSource,
     "random": RandomSource,
     "shuffled": ShuffledSource,

@@ -39,8 +39,10 @@ class Response:
     content: how many of the T tokens precede what ends the answer (special tokens, and blanks after
         them).
     side: "chosen" or "rejected". where: "file:line" of the row.
-    row: the other columns of the row. other_ids: the ids of the pair's other answer, [T'] int32;
-        None of a response that comes without one.
+    row: the other columns of the row. row_text: the answer's text as the row has it, where blanks
+        around it were left out; else None.
+    other_ids: the ids of the pair's other answer, [T'] int32; None of a response that comes without
+        one.
     tools, template_kwargs: what goes on to the chat template.
     """
 
@@ -54,6 +56,7 @@ class Response:
     side: str = "chosen"
     where: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
+    row_text: str | None = None
     other_ids: np.ndarray | None = None
     tools: list | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -79,10 +82,16 @@ class Response:
             side=side,
             where=row.where,
             row=row.columns,
+            row_text=row.given.get(side),
             other_ids=getattr(pair, f"{SIDES[side == SIDES[0]]}_ids"),
             tools=row.tools,
             template_kwargs=row.template_kwargs,
         )
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """What each of the T tokens adds to the decoded text, see `token_pieces`."""
+        return token_pieces(self.ids.tolist(), self.tokenizer)
 
     @cached_property
     def spans(self) -> np.ndarray | None:
@@ -92,7 +101,7 @@ class Response:
         parts = [self.text]
         if not isinstance(self.completion, str) and self.text == text_of(self.completion):
             parts = [text_of([message]) for message in self.completion]
-        return text_spans(token_pieces(self.ids.tolist(), self.tokenizer), parts)
+        return text_spans(self.pieces, parts)
 
     @cached_property
     def messages(self) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from treg.data.pieces import token_pieces
 from treg.rewards.base import Response
 
 Unit = Literal["token", "word", "sentence"]
@@ -31,7 +30,7 @@ def unit_numbers(response: Response, unit: Unit) -> Tensor:
     n = response.content
     if unit == "token" or n == 0:
         return torch.arange(n)
-    pieces = token_pieces(response.ids[:n].tolist(), response.tokenizer)
+    pieces = response.pieces[:n]
     return torch.tensor(numbers_of(pieces, WORD if unit == "word" else SENTENCE))
 
 

@@ -1,0 +1,225 @@
+"""Marks that people made: spans of characters of an answer, from columns of its row.
+
+    r_t = the value of the span that token t overlaps, else `outside`
+
+Of several spans that overlap a token the one whose value has the largest magnitude counts, and of
+two as large the lower. What ends a response gets 0.
+
+A column holds a list, or the same as a string of JSON, of
+
+    [start, end]                         the value is `inside`
+    [start, end, number]                 the value
+    [start, end, "label"]                the value is what `values` says of the label
+    {"start": s, "end": e, ...}          likewise: a number under "value", or a label under "label",
+                                         "severity", "type", "error_type", "error type" or
+                                         "category"; other keys are passed over
+
+start and end count characters (Unicode code points) of the answer's text, end not included, as the
+row has it, also where the answer is cut at max_length. Messages of an answer count as joined by
+newlines; of a row of whole dialogues the text is that of the last turn without blanks around it.
+Without `values` a label says nothing, and the value is `inside`.
+
+Differs: no paper; FineGrainedRLHF (arXiv 2306.01693) and MQM keep marks of this kind.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treg.data import RowProblem, text_of
+from treg.data.pieces import text_spans
+from treg.data.reading import parse_json
+from treg.rewards.base import Context, Response, check_number
+from treg.rewards.columns import columns_fingerprint, side_column
+
+LABELS = ("label", "severity", "type", "error_type", "error type", "category")
+Span = tuple[int, int, float]  # start, end, value
+
+
+@dataclass(frozen=True)
+class SpansOptions:
+    """column: of the spans, with {side} for chosen and rejected. values: "label=number" for every
+    label. inside: the value of a span that has none. outside: of tokens in no span.
+    """
+
+    column: str = field(
+        default="{side}_spans",
+        metadata={"help": "Column of the spans; {side} stands for chosen and rejected."},
+    )
+    values: list[str] | None = field(
+        default=None, metadata={"help": "The value of each label, LABEL=NUMBER."}
+    )
+    inside: float = field(default=-0.5, metadata={"help": "The value of a span that has none."})
+    outside: float = field(default=0.0, metadata={"help": "The reward of tokens in no span."})
+
+    def __post_init__(self):
+        if "{side}" not in self.column:
+            raise ValueError(f"column: expected a name with {{side}} in it, got {self.column!r}")
+        check_number("inside", self.inside)
+        check_number("outside", self.outside)
+        _ = self.by_label
+
+    @cached_property
+    def by_label(self) -> dict[str, float]:
+        found = {}
+        for text in self.values or []:
+            label, equals, number = str(text).rpartition("=")
+            try:
+                found[label] = float(number)
+            except ValueError:
+                equals = ""
+            if not equals or not np.isfinite(found[label]):
+                raise ValueError(f"values: expected LABEL=NUMBER, got {text!r}")
+        return found
+
+
+class SpansSource:
+    """Token rewards from marked characters."""
+
+    Options: ClassVar[type] = SpansOptions
+    streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
+
+    def __init__(self, options: SpansOptions, context: Context):
+        self.options = options
+        self.context = context
+
+    def settings(self) -> dict[str, Any]:
+        """The options, and a fingerprint of the columns: other marks make another file."""
+        return {
+            "column": self.options.column,
+            "values": self.options.by_label,
+            "inside": self.options.inside,
+            "outside": self.options.outside,
+            "rows": columns_fingerprint(self.context.pairs, self.options.column),
+        }
+
+    def check(self, response: Response) -> RowProblem | None:
+        try:
+            self.spans(response)
+        except RowProblem as problem:
+            return problem
+        if characters_of_tokens(response) is None:
+            detail = f"{response.side}: the tokens do not say the answer's text"
+            return RowProblem("spans cannot be placed", detail, response.where)
+        return None
+
+    def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
+        return [{"token_rewards": self._of(response)} for response in responses]
+
+    def spans(self, response: Response) -> list[Span]:
+        """The spans of a response, as its row has them.
+
+        Raises:
+            RowProblem: no such column, or what is no span of the answer.
+        """
+        column, given = side_column(response, self.options.column)
+        if isinstance(given, str):
+            try:
+                given = parse_json(given)
+            except ValueError as error:
+                raise RowProblem("broken JSON", f"{column}: {error}", response.where) from None
+        if not isinstance(given, (list, tuple)):
+            detail = f"{column}: expected a list of spans, got {type(given).__name__}"
+            raise RowProblem("no spans", detail, response.where)
+        length = len(row_text(response))
+        found = []
+        for i, item in enumerate(given):
+            try:
+                found.append(self._span(item, length))
+            except RowProblem as problem:
+                detail = f"{column}[{i}]: {problem.detail}, got {item!r}"
+                raise RowProblem(problem.reason, detail, response.where) from None
+        return found
+
+    def _span(self, item: Any, length: int) -> Span:
+        start, end, value, label = _fields(item)
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (start, end))
+        if not whole or not 0 <= start < end <= length:
+            raise RowProblem("bad span", f"expected whole numbers 0 <= start < end <= {length}")
+        if value is not None:
+            try:
+                check_number("value", value)
+            except ValueError:
+                raise RowProblem("bad span", "expected a finite number as its value") from None
+            return start, end, float(value)
+        if label is None or not self.options.by_label:
+            return start, end, self.options.inside
+        if label not in self.options.by_label:
+            known = ", ".join(self.options.by_label)
+            raise RowProblem("unknown label", f"expected one of {known} as its label")
+        return start, end, self.options.by_label[label]
+
+    def _of(self, response: Response) -> Tensor:
+        places = characters_of_tokens(response)
+        if places is None:
+            raise ValueError(f"{response.where}: {response.side}: expected a checked response")
+        values = np.full(len(response.ids), self.options.outside, dtype=np.float32)
+        lead = _leading_blanks(response)
+        # what counts most comes last
+        for start, end, value in sorted(self.spans(response), key=lambda x: (abs(x[2]), -x[2])):
+            overlaps = (places[:, 0] < end - lead) & (places[:, 1] > start - lead)
+            values[overlaps & (places[:, 0] < places[:, 1])] = value
+        values[response.content :] = 0.0
+        return torch.from_numpy(values)
+
+
+def _fields(item: Any) -> tuple[Any, Any, Any, str | None]:
+    """start, end, value and label of a span; None for what it does not have."""
+    if isinstance(item, Mapping):
+        labels = {key: item[key] for key in LABELS if item.get(key) is not None}
+        if len(labels) > 1:
+            raise RowProblem("bad span", f"expected one label, found {', '.join(labels)}")
+        start, end, value = (item.get(key) for key in ("start", "end", "value"))
+        label = next(iter(labels.values()), None)
+    elif isinstance(item, (list, tuple)) and len(item) in (2, 3):
+        start, end, *more = item
+        label = more[0] if more and isinstance(more[0], str) else None
+        value = more[0] if more and label is None else None
+        if more and more[0] is None:
+            raise RowProblem("bad span", "expected a number or a label beside start and end")
+    else:
+        raise RowProblem("bad span", "expected [start, end], [start, end, value] or an object")
+    if label is not None and not isinstance(label, str):
+        raise RowProblem("bad span", "expected text as its label")
+    return start, end, value, label
+
+
+def row_text(response: Response) -> str:
+    """The answer's text as the row has it."""
+    if response.row_text is not None:
+        return response.row_text
+    return text_of(response.completion)
+
+
+def _leading_blanks(response: Response) -> int:
+    """Characters at the beginning of the row's text that the answer leaves out."""
+    text = response.row_text or ""
+    return len(text) - len(text.lstrip())
+
+
+def characters_of_tokens(response: Response) -> np.ndarray | None:
+    """[T, 2] int32: the characters of the completion's text that each token holds, whether or not
+    it was cut; None where they cannot be found.
+
+    A token that holds a part of a character counts with the whole of it.
+    """
+    pieces, whole = response.pieces, text_of(response.completion)
+    places = response.spans
+    if response.text != whole:  # a pair that is cut at max_length
+        parts = [response.completion]
+        if not isinstance(response.completion, str):
+            parts = [text_of([message]) for message in response.completion]
+        uncut = text_spans(pieces, [text_of(part) for part in parts])
+        if uncut is not None:
+            places = uncut
+        elif not whole.startswith(response.text.rstrip("\ufffd")):
+            return None
+    if places is None:
+        return None
+    unfinished = np.array([piece == "" for piece in pieces], dtype=np.int32)
+    return places + np.stack([np.zeros_like(unfinished), unfinished], 1)
