@@ -8,6 +8,7 @@ from treg.rewards.contrastive import (
     contrastive_rewards,
 )
 from treg.rewards.controls import ConstantSource, RandomSource, ShuffledSource
+from treg.rewards.edits import EditsSource
 from treg.rewards.entropy import EntropySource
 from treg.rewards.messagewise import MessagewiseSource
 from treg.rewards.registry import (
@@ -44,6 +45,7 @@ SOURCES |= {
     "entropy": EntropySource,
     "messagewise": MessagewiseSource,
     "spans": SpansSource,
+    "edits": EditsSource,
     "constant": ConstantSource,
     "random": RandomSource,
     "shuffled": ShuffledSource,
