@@ -20,7 +20,11 @@ def run(argv: list[str]) -> None:
     kinds = (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)
     model_options, rows, own, rewards = parse("annotate", argv, kinds, TEXT)
     options = annotate_options(
-        rewards, own.max_length, per_token=own.per_token, reference=not own.no_reference
+        rewards,
+        own.max_length,
+        per_token=own.per_token,
+        reference=not own.no_reference,
+        keep_columns=own.keep_columns or (),
     )
     tokenizer = load_tokenizer(
         model_options.tokenizer or model_options.model, model_options.chat_template

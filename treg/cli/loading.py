@@ -1,5 +1,6 @@
 """What several commands need: models, tokenizers, options of annotation, a word to the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ def load_model(
 
 
 def annotate_options(
-    rewards: RewardsOptions, max_length: int | None, *, per_token: bool, reference: bool = True
+    rewards: RewardsOptions,
+    max_length: int | None,
+    *,
+    per_token: bool,
+    reference: bool = True,
+    keep_columns: Sequence[str] = (),
 ) -> AnnotateOptions:
     """Options of annotation, from those of the command line."""
     source_options = dict(rewards.rewards_options)
@@ -57,6 +63,7 @@ def annotate_options(
         rewards_options=source_options,
         reference=reference,
         shaping=tuple(rewards.shape or ()),
+        keep_columns=tuple(keep_columns),
     )
 
 

@@ -94,6 +94,10 @@ class AnnotateOnlyOptions:
     no_reference: bool = _option(
         False, "Keep no log-probs of the reference, for objectives that need none."
     )
+    keep_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of the data that the file keeps, such as chosen_safe."},
+    )
 
 
 @dataclass

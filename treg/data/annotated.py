@@ -21,7 +21,7 @@ Other columns are passed on to the examples.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,7 @@ def write_annotated(
     streams: Sequence[str] = DEFAULT_STREAMS,
     reference: bool = True,
     per_token: bool = False,
+    kept: Mapping[str, "pa.DataType"] | None = None,
 ) -> None:
     """Write rows (the columns above, by name) and meta; a reader sees the whole file or none.
 
@@ -114,6 +115,7 @@ def write_annotated(
         streams: names of the per-token signals. Where they are not token_rewards alone, `streams`
             of meta must name them, or a reader does not find them.
         reference: whether rows have the reference's sums; per_token: its log-prob of each token.
+        kept: columns of the source that rows have as well, and their types (see `kept_types`).
     """
     import pyarrow as pa
 
@@ -131,9 +133,46 @@ def write_annotated(
         columns |= dict.fromkeys(REF_COLUMNS, pa.float64())
     if per_token:
         columns |= dict.fromkeys(REF_TOKEN_COLUMNS, pa.list_(pa.float32()))
+    columns |= kept or {}
     schema = pa.schema(list(columns.items()), metadata={"treg": json.dumps(meta)})
     arrays = [pa.array([row[name] for row in rows], kind) for name, kind in columns.items()]
     _write(path, pa.table(arrays, schema=schema))
+
+
+def kept_types(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, "pa.DataType"]:
+    """The types of columns of the source, by what all rows have in them.
+
+    Raises:
+        ValueError: a column that is neither numbers nor strings nor lists of one of them.
+    """
+    import pyarrow as pa
+
+    values: dict[str, list] = {name: [] for name in names}
+    for row in rows:
+        for name in names:
+            values[name].append(row.get(name))
+    found = {}
+    for name, held in values.items():
+        try:
+            kind = pa.array(held).type
+        except (pa.ArrowException, OverflowError) as error:
+            raise ValueError(
+                f"keep_columns: expected values of one type in {name!r}, got: {error}"
+            ) from error
+        one = kind.value_type if pa.types.is_list(kind) else kind
+        if not pa.types.is_null(kind) and not _is_plain(one):
+            raise ValueError(
+                f"keep_columns: expected numbers, strings or lists of them in {name!r}, got {kind}"
+            )
+        found[name] = kind
+    return found
+
+
+def _is_plain(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
+    return any(test(kind) for test in (*tests, pa.types.is_null))
 
 
 def merge_annotated(parts: Sequence[Path], path: Path, meta: Mapping[str, Any]) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from tqdm.auto import tqdm
 
 from treg.data import SIDES, EncodeOptions, Pair, Report, RowProblem, load_pairs, pair_tokens
 from treg.data.annotated import (
@@ -44,6 +43,8 @@ from treg.rewards import (
     streams_given,
 )
 from treg.rewards.base import ResponsePairs, check_response
+from treg.rewards.kept import KeptColumns, check_names
+from treg.rewards.progress import Progress
 from treg.rewards.shaping import Step, parse_steps, score_shaped, shaped_streams
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class AnnotateOptions:
     reference: keep the reference's log-probs; objectives without a reference need none.
     shaping: steps such as ("centre", "clip=0.5") over the source's streams, see
         `treg.rewards.shaping`; token_weights stay as they are.
+    keep_columns: columns of the source that are passed on into the file: numbers, strings, or lists
+        of them.
     """
 
     encode: EncodeOptions = field(default_factory=EncodeOptions)
@@ -78,6 +81,7 @@ class AnnotateOptions:
     rewards_options: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = True
     shaping: Sequence[str] = ()
+    keep_columns: Sequence[str] = ()
 
     def __post_init__(self):
         if not isinstance(self.tokens_per_batch, int) or self.tokens_per_batch < 1:
@@ -91,6 +95,7 @@ class AnnotateOptions:
             )
         # refused here, before a model is loaded
         streams = streams_given(self.rewards, self.source_options)
+        check_names(self.keep_columns, streams)
         if self.steps and not shaped_streams(streams):
             raise ValueError(
                 f"shape: expected no steps for {self.rewards!r}, which gives {', '.join(streams)} "
@@ -153,7 +158,7 @@ def annotate(
     )
     # the longest first: memory runs out early
     order = sorted(pairs, key=lambda pair: (-pair_tokens(vars(pair)), pair.index))
-    bar = _Progress(progress and state.is_main_process)
+    bar = Progress(progress and state.is_main_process)
     model.eval()  # before the source sees it
     context = Context(
         model,
@@ -164,7 +169,11 @@ def annotate(
         pairs=ResponsePairs(order, tokenizer),
     )
     rewards = load_source(options.rewards, options.source_options, context)
+    kept = KeptColumns(options.keep_columns, pairs)
     made_with = _made_with(context, rewards, pairs, options)
+    if kept.names:
+        made_with["settings"]["keep_columns"] = list(kept.names)
+        made_with["fingerprint"]["columns"] = kept.fingerprint
     folder = Path(f"{output}.parts")
     if output.exists():
         return _finished(output, folder, _comparable(made_with), state)
@@ -173,7 +182,7 @@ def annotate(
             if state.is_main_process:
                 expected = _comparable(made_with) | {"parts": {"part_pairs": PART_PAIRS}}
                 stack.enter_context(_claimed(folder, expected))
-        run = _Run(context, rewards, options, order, folder, strict)
+        run = _Run(context, rewards, options, kept, order, folder, strict)
         files, problems = _annotate_parts(run, bar, state)
         for problem, truncated in problems:
             report.kept -= 1
@@ -227,13 +236,14 @@ class _Run:
     context: Context
     rewards: TokenRewardSource
     options: AnnotateOptions
+    kept: KeptColumns
     order: Sequence[Pair]
     folder: Path
     strict: bool
 
 
 def _annotate_parts(
-    run: _Run, bar: "_Progress", state: PartialState
+    run: _Run, bar: Progress, state: PartialState
 ) -> tuple[list[Path], list[tuple[RowProblem, bool]]]:
     """The files of all parts, once every process has done its share; each problem, and if its pair
     was truncated.
@@ -258,16 +268,20 @@ def _annotate_parts(
 def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
     """Write the rows of a part, and its problems into the metadata."""
     options = run.options
+    missing = {pair.index: run.kept.problem(pair) for pair in part}
     rows, problems = annotate_pairs(
         run.rewards,
         run.context,
-        part,
+        [pair for pair in part if missing[pair.index] is None],
         reference=options.reference,
         per_token=options.per_token,
         steps=options.steps,
     )
+    problems += [problem for problem in missing.values() if problem is not None]
     if problems and run.strict:
         raise problems[0]
+    by_index = {pair.index: pair for pair in part}
+    rows = [row | run.kept.of(by_index[row["index"]]) for row in rows]
     truncated = {pair.row.where: pair.truncated for pair in part}
     details = [((p.reason, p.detail, p.where), truncated[p.where]) for p in problems]
     write_annotated(
@@ -277,6 +291,7 @@ def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
         streams=run.rewards.streams,
         reference=options.reference,
         per_token=options.per_token,
+        kept=run.kept.types,
     )
 
 
@@ -459,30 +474,3 @@ def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> 
                     f"{path}: made with {name} {was!r}, now it is {wanted!r}; give another output, "
                     f"or remove {path}"
                 )
-
-
-class _Progress:
-    """A bar over pairs, with tokens/s. Quiet where it is not wanted."""
-
-    def __init__(self, shown: bool):
-        self.shown = shown
-        self.seen = 0
-        self.bar: Any = None
-
-    @contextlib.contextmanager
-    def over(self, pairs: int) -> Iterator[None]:
-        """Show the bar while the block runs."""
-        self.bar = tqdm(
-            total=pairs, unit="pair", desc="annotate", disable=not self.shown, smoothing=0.1
-        )
-        with self.bar:
-            yield
-
-    def tokens(self, count: int) -> None:
-        self.seen += count
-        if self.bar is not None and not self.bar.disable:
-            elapsed = max(self.bar.format_dict["elapsed"], 1e-9)
-            self.bar.set_postfix_str(f"{self.seen / elapsed:,.0f} tokens/s")
-
-    def pairs(self, count: int) -> None:
-        self.bar.update(count)

@@ -1,0 +1,71 @@
+"""Columns of the source that `treg annotate` passes on into the annotated file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from treg.data import Pair, RowProblem
+from treg.data.annotated import (
+    DEFAULT_STREAMS,
+    ID_COLUMNS,
+    REF_COLUMNS,
+    REF_TOKEN_COLUMNS,
+    kept_types,
+    stream_columns,
+)
+from treg.data.rows import READ_COLUMNS
+
+
+class KeptColumns:
+    """Some columns of pairs' rows.
+
+    Args:
+        names: of the columns. pairs: all that are annotated, whose rows give each column its type.
+    Raises:
+        ValueError: a column that is neither numbers nor strings nor lists of one of them.
+    """
+
+    def __init__(self, names: Sequence[str], pairs: Sequence[Pair]):
+        self.names = tuple(names)
+        self.pairs = pairs
+        self.types = kept_types(self.names, (pair.row.columns for pair in pairs))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what all pairs have in them."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            digest.update(json.dumps(self.of(pair), default=str).encode())
+        return digest.hexdigest()[:16]
+
+    def of(self, pair: Pair) -> dict[str, Any]:
+        """What a pair's row has in them."""
+        return {name: pair.row.columns.get(name) for name in self.names}
+
+    def problem(self, pair: Pair) -> RowProblem | None:
+        """Why a pair cannot be kept: its row lacks one of the columns."""
+        for name, value in self.of(pair).items():
+            if value is None:
+                columns = ", ".join(map(str, pair.row.columns)) or "none"
+                detail = f"the other columns are {columns}"
+                return RowProblem(f"no column {name!r}", detail, pair.row.where)
+        return None
+
+
+def check_names(names: Sequence[str], streams: Sequence[str]) -> None:
+    """ValueError for names that the annotated file gives its own columns, or that are no others.
+
+    streams: of the file.
+    """
+    own = {"index", "where", *ID_COLUMNS, *REF_COLUMNS, *REF_TOKEN_COLUMNS}
+    for stream in (*DEFAULT_STREAMS, "token_weights", *streams):
+        own |= set(stream_columns(stream))
+    for name in names:
+        if name in own or name in READ_COLUMNS:
+            raise ValueError(
+                f"keep_columns: expected columns beside the prompt and the answers, whose names "
+                f"the annotated file does not use, got {name!r}"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"keep_columns: expected each column once, got {', '.join(names)}")
