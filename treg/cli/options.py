@@ -351,23 +351,45 @@ def _set_defaults(
         if name not in actions or name in ("help", "help_all", "config"):
             raise ValueError(f"{path}: unknown option {name!r}{nearest(str(name), actions)}")
         action = actions[name]
-        if name in by_name and isinstance(value, dict):
-            value = json.dumps(value, default=str)
+        if name in by_name:
+            value = _json_of_names(value)
+        if isinstance(value, _JSON):
+            value = [value] if action.nargs == "+" else value
         elif value is not None or action.choices is not None:
             value = _converted(action, value, f"{path}: {name}")
         action.required = False
         parser.set_defaults(**{name: value})
 
 
+class _JSON(str):
+    """A mapping as JSON."""
+
+
+def _json_of_names(value: Any) -> Any:
+    """A value of YAML with its mappings, or those of its list, as JSON."""
+    if isinstance(value, dict):
+        return _JSON(json.dumps(value, default=str))
+    if isinstance(value, list):
+        return [_json_of_names(x) if isinstance(x, dict) else x for x in value]
+    return value
+
+
 def _options_by_name(kinds: Sequence[Any]) -> set[str]:
-    """The fields that take a dict or the same as JSON."""
+    """The fields that take a dict, or a list of dicts, or the same as JSON."""
     names = set()
     for kind in kinds:
         for name, annotation in typing.get_type_hints(kind).items():
-            members = typing.get_args(annotation)
-            if str in members and any((typing.get_origin(x) or x) is dict for x in members):
+            members = _members(annotation)
+            if str in members and dict in members:
                 names.add(name)
     return names
+
+
+def _members(annotation: Any) -> set[Any]:
+    """The types that a value may have, or the elements of its list."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
+        return set().union(*map(_members, typing.get_args(annotation)))
+    return {typing.get_origin(annotation) or annotation}
 
 
 def _converted(action: argparse.Action, value: Any, where: str) -> Any:

@@ -20,6 +20,7 @@ from treg.rewards.registry import (
     source_class,
     streams_given,
 )
+from treg.rewards.several import SeveralSource
 from treg.rewards.spans import SpansSource
 from treg.rewards.surprise import SurpriseSource
 
@@ -46,6 +47,7 @@ SOURCES |= {
     "messagewise": MessagewiseSource,
     "spans": SpansSource,
     "edits": EditsSource,
+    "several": SeveralSource,
     "constant": ConstantSource,
     "random": RandomSource,
     "shuffled": ShuffledSource,

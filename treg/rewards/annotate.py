@@ -45,6 +45,7 @@ from treg.rewards import (
 from treg.rewards.base import ResponsePairs, check_response
 from treg.rewards.kept import KeptColumns, check_names
 from treg.rewards.progress import Progress
+from treg.rewards.several import SeveralSource
 from treg.rewards.shaping import Step, parse_steps, score_shaped, shaped_streams
 
 log = logging.getLogger(__name__)
@@ -398,15 +399,23 @@ def _made_with(
         "settings": settings,
     }
     if not default or options.steps:
-        made_with["streams"] = {}
-        for stream in rewards.streams:
-            steps = options.steps if shaped_streams([stream]) else ()
-            made_with["streams"][stream] = {
-                "source": options.rewards,
-                "settings": own,
-                "shaping": list(map(str, steps)),
-            }
+        made_with["streams"] = _described(rewards, options, own)
     return made_with
+
+
+def _described(
+    rewards: TokenRewardSource, options: AnnotateOptions, settings: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Of each stream: its source, the source's settings, and the shaping."""
+    own = {"source": options.rewards, "settings": settings, "shaping": []}
+    described = dict.fromkeys(rewards.streams, own)
+    if isinstance(rewards, SeveralSource):
+        described |= rewards.described()
+    steps = list(map(str, options.steps))
+    for stream in shaped_streams(described):
+        shaping = described[stream]["shaping"] + steps
+        described[stream] = described[stream] | {"shaping": shaping}
+    return described
 
 
 def _json_settings(rewards: TokenRewardSource) -> dict[str, Any]:

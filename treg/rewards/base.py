@@ -258,10 +258,15 @@ class TokenRewardSource(Protocol):
     # a frozen dataclass; its fields, of the types str, int, float, bool and lists of them, become
     # options of the command line and of YAML files
     Options: ClassVar[type]
-    # what it gives: ("token_rewards",), ("token_weights",), both, or names of its own
-    streams: ClassVar[tuple[str, ...]]
 
     def __init__(self, options: Any, context: Context): ...
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What it gives: ("token_rewards",), ("token_weights",), both, or names of its own. Of the
+        class; where the options decide, they have a property of that name as well.
+        """
+        ...
 
     def settings(self) -> dict[str, Any]:
         """All that changes the numbers, as JSON: it goes into the file, and a file that was made

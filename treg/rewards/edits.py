@@ -150,10 +150,10 @@ class EditsSource:
         revised = options.column is None and response.side == SIDES[0]
         rewards = np.zeros(len(response.ids), dtype=np.float32)
         if revised:
-            rewards[:n] = edits(other, mine)[1] * options.added
+            rewards[:n] = np.where(edits(other, mine)[1], options.added, 0.0)
             rewards[n : n + options.end] = options.added
         else:
-            rewards[:n] = edits(mine, other)[0] * options.removed
+            rewards[:n] = np.where(edits(mine, other)[0], options.removed, 0.0)
         return torch.from_numpy(rewards)
 
     def _other(self, response: Response) -> np.ndarray:

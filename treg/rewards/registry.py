@@ -51,7 +51,9 @@ def streams_given(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
 
     They are those of its class, unless its Options say otherwise by a property of that name.
     """
-    return getattr(make_options(name, options), "streams", source_class(name).streams)
+    found: Any = make_options(name, options)
+    kind: Any = source_class(name)
+    return found.streams if hasattr(found, "streams") else kind.streams
 
 
 def _check_source(name: str, found: Any) -> None:
