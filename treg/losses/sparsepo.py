@@ -39,6 +39,7 @@ class TokenMask(nn.Module):
         for name, x in (("hidden_size", hidden_size), ("layers", layers)):
             if isinstance(x, bool) or not isinstance(x, int) or x < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {x!r}")
+        self.hidden_size = hidden_size
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(layers))
         self.scores = nn.ModuleList(nn.Linear(hidden_size, 1) for _ in range(layers))
         self.mix = nn.Linear(layers, 1, bias=False)
@@ -57,10 +58,9 @@ class TokenMask(nn.Module):
             )
         found = []
         for h, norm, score in zip(states, self.norms, self.scores, strict=True):
-            width = self.norms[0].weight.shape[0]
-            if h.shape[-1] != width:
+            if h.shape[-1] != self.hidden_size:
                 raise ValueError(
-                    f"states: expected hidden states [..., {width}], got {list(h.shape)}"
+                    f"states: expected hidden states [..., {self.hidden_size}], got {list(h.shape)}"
                 )
             found.append(torch.relu(score(norm(h.detach()))))
         scores = self.dropout(torch.cat(found, -1))

@@ -10,7 +10,9 @@ from treg.rewards.contrastive import (
 from treg.rewards.controls import ConstantSource, RandomSource, ShuffledSource
 from treg.rewards.edits import EditsSource
 from treg.rewards.entropy import EntropySource
+from treg.rewards.implicit import ImplicitSource
 from treg.rewards.messagewise import MessagewiseSource
+from treg.rewards.redistribution import RedistributionSource
 from treg.rewards.registry import (
     DEFAULT_SOURCE,
     SOURCES,
@@ -42,9 +44,11 @@ __all__ = [
 
 SOURCES |= {
     "contrastive": ContrastiveSource,
-    "surprise": SurpriseSource,
-    "entropy": EntropySource,
+    "redistribution": RedistributionSource,
+    "implicit": ImplicitSource,
     "messagewise": MessagewiseSource,
+    "entropy": EntropySource,
+    "surprise": SurpriseSource,
     "spans": SpansSource,
     "edits": EditsSource,
     "several": SeveralSource,

@@ -169,9 +169,10 @@ def annotate(
         on_tokens=bar.tokens,
         pairs=ResponsePairs(order, tokenizer),
     )
+    fingerprint = model_fingerprint(model, adapters=True)  # before a source adds to the model
     rewards = load_source(options.rewards, options.source_options, context)
     kept = KeptColumns(options.keep_columns, pairs)
-    made_with = _made_with(context, rewards, pairs, options)
+    made_with = _made_with(context, fingerprint, rewards, pairs, options)
     if kept.names:
         made_with["settings"]["keep_columns"] = list(kept.names)
         made_with["fingerprint"]["columns"] = kept.fingerprint
@@ -369,9 +370,13 @@ def _problem_of(
 
 
 def _made_with(
-    context: Context, rewards: TokenRewardSource, pairs: Sequence[Pair], options: AnnotateOptions
+    context: Context,
+    fingerprint: str,
+    rewards: TokenRewardSource,
+    pairs: Sequence[Pair],
+    options: AnnotateOptions,
 ) -> dict[str, Any]:
-    """What goes into the metadata besides the report.
+    """What goes into the metadata besides the report. fingerprint: of the model.
 
     The settings of the default source stand among the file's, as they always did; those of any
     other, and of one that is shaped, stand under `streams`, which the default file does not have.
@@ -392,7 +397,7 @@ def _made_with(
     settings |= {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)}
     made_with: dict[str, Any] = {
         "fingerprint": {
-            "model": model_fingerprint(model, adapters=True),
+            "model": fingerprint,
             "tokenizer": tokenizer_fingerprint(context.tokenizer),
             "pairs": _pairs_fingerprint(pairs),
         },

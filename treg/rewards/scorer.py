@@ -216,27 +216,37 @@ class Scorer:
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def _padded(self, rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        """ids and mask [rows, longest]."""
-        side = "left" if left else "right"
-        ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
-        ones = [torch.ones_like(x) for x in ids]
-        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad, padding_side=side)
-        mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
-        return padded.to(self.device), mask.to(self.device)
+        return padded(rows, self.pad, self.device, left=left)
 
     def _batches(self, sizes: list[tuple[int, ...]]) -> list[list[int]]:
-        """Indices, the longest first, in batches that stay within tokens_per_batch with padding.
+        return batches_of(sizes, self.tokens_per_batch)
 
-        sizes: of each row, the tokens of the parts that are padded apart.
-        """
-        batches: list[list[int]] = []
-        width: list[int] = []
-        for i in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
-            wider = [max(pair) for pair in zip(width, sizes[i], strict=True)] if batches else []
-            if batches and sum(wider) * (len(batches[-1]) + 1) <= self.tokens_per_batch:
-                batches[-1].append(i)
-                width = wider
-            else:
-                batches.append([i])
-                width = list(sizes[i])
-        return batches
+
+def padded(
+    rows: Sequence[list[int]], pad: int, device: torch.device, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """ids and mask, [rows, longest] int64."""
+    side = "left" if left else "right"
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    ones = [torch.ones_like(x) for x in ids]
+    filled = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
+    return filled.to(device), mask.to(device)
+
+
+def batches_of(sizes: Sequence[tuple[int, ...]], tokens_per_batch: int) -> list[list[int]]:
+    """Indices, the longest first, in batches that stay within tokens_per_batch with padding.
+
+    sizes: of each row, the tokens of the parts that are padded apart.
+    """
+    batches: list[list[int]] = []
+    width: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
+        wider = [max(pair) for pair in zip(width, sizes[i], strict=True)] if batches else []
+        if batches and sum(wider) * (len(batches[-1]) + 1) <= tokens_per_batch:
+            batches[-1].append(i)
+            width = wider
+        else:
+            batches.append([i])
+            width = list(sizes[i])
+    return batches
