@@ -523,6 +523,121 @@ def test_rewards_of_ones_own_source_train_dpo(folder, tmp_path, own_sources, cap
     assert not list((tmp_path / "no").glob("*.parquet"))
 
 
+OBJECTIVE = """
+from torch.nn.functional import logsigmoid
+from torch import sigmoid
+from treg.losses import Credit, Objective
+from treg.losses.base import base_of_margin
+
+def focal(rho_w, rho_l, scalars):
+    m = rho_w - rho_l
+    hard = sigmoid(-m)
+    value = -hard * logsigmoid(m)
+    return base_of_margin(value, hard * sigmoid(m) * logsigmoid(m) - hard**2)
+
+def positive(tokens, scalars):
+    return Credit((tokens.rewards > scalars["least"]).double())
+
+FOCAL = Objective(
+    focal,
+    "nowhere",
+    options={"least": 0.0},
+    credit=positive,
+    needs=("token_rewards",),
+    pair_columns=("difficulty",),
+    alpha=0.0,
+)
+"""
+
+
+def test_an_objective_of_ones_own_trains_on_a_source_of_ones_own(
+    folder, tmp_path, own_sources, capsys, monkeypatch
+):
+    """Each one file, by module:name alone; raw rows bring the numbers that it needs."""
+    (tmp_path / "own_objective.py").write_text(OBJECTIVE)
+    assert max(text.count("\n") for text in (OBJECTIVE, SOURCE)) < 60
+    monkeypatch.delitem(sys.modules, "own_objective", raising=False)
+    name = "own_objective:FOCAL"
+    monkeypatch.setitem(OBJECTIVES, name, None)  # which the test gives back
+    del OBJECTIVES[name]
+    rows = [json.loads(x) for x in (folder / "held-out.jsonl").read_text().splitlines()]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    lines = [json.dumps(row | {"difficulty": i / 2}) for i, row in enumerate(rows)]
+    data.write_text("\n".join(lines))
+    command = train_options(
+        folder,
+        out,
+        data=data,
+        max_steps=2,
+        loss_type=name,
+        loss_scalars='{"least": 0.75}',
+        rewards="own_token_rewards:Lengths",
+    )
+    assert main([*command, "--rewards.short_word", "0.5"]) == 0
+    examples, meta = read_annotated(out / "annotated.parquet")
+    assert [x["difficulty"] for x in examples] == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert meta["streams"]["token_rewards"]["source"] == "own_token_rewards:Lengths"
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] == pytest.approx(0.5 * 0.6931, rel=1e-3)  # m = 0 at the first step
+    share = [x["chosen_token_rewards"] > 0.75 for x in examples]
+    assert 0 < log[0]["treg/kept"] < 1 and all(0 < x.mean() < 1 for x in share)
+    assert name in (out / "README.md").read_text()
+    capsys.readouterr()
+    for wrong, message in (
+        ("own_objective:NONE", "expected an objective that Python can import as 'own_objective:"),
+        ("own_objective:focal", "expected a treg.losses.Objective at 'own_objective:focal', got f"),
+    ):
+        assert main(train_options(folder, tmp_path / "no", loss_type=wrong)) == 2
+        assert message in capsys.readouterr().err
+
+
+METHODS = {
+    "tgdpo": (),
+    "tis_dpo": (),
+    "sepo": ("--loss_scalars", '{"keep": 0.5}', "--gamma", "0.1"),
+    "d2po": (),
+    "confpo": (),
+    "messagewise": (),
+    "figa": ("--rewards", "edits"),
+    "tdpo2": (),
+    "sparsepo": ("--rewards", "messagewise", "--rewards.of", "surprise"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_from_raw_rows(folder, tmp_path, name):
+    """One command: annotated where the method needs it, and trained."""
+    out = tmp_path / "out"
+    command = train_options(folder, out, max_steps=1, loss_type=name, limit=6)
+    assert main([*command, *METHODS[name]]) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] > 0 and log[0]["grad_norm"] > 0
+    assert (out / "annotated.parquet").exists() == bool(
+        [x for x in OBJECTIVES[name].needs if x != "kl"]
+    )
+
+
+def test_bfpo_from_raw_rows(folder, tmp_path, capsys):
+    rows = [json.loads(x) for x in (folder / "held-out.jsonl").read_text().splitlines()]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    safe = [row | {"chosen_safe": True, "rejected_safe": i % 2} for i, row in enumerate(rows)]
+    data.write_text("\n".join(json.dumps(row) for row in safe))
+    assert main(train_options(folder, out, data=data, max_steps=1, loss_type="bfpo")) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    # h = 0: (1.5 - 0.5 - 0.5)^2 and (1.5 - 0.5)^2 over 0.01^2, of which a batch of two has each
+    assert log[0]["loss"] == pytest.approx((0.5**2 + 1.0**2) / 2 / 0.01**2, rel=0.61)
+    capsys.readouterr()
+    other = train_options(folder, tmp_path / "no", max_steps=1, loss_type="bfpo")
+    assert main(other) == 2
+    assert "expected a number in the column chosen_safe" in capsys.readouterr().err
+
+
+def test_a_source_that_cannot_serve_an_objective(folder, tmp_path, capsys):
+    command = train_options(folder, tmp_path / "no", loss_type="sparsepo", rewards="surprise")
+    assert main(command) == 2
+    assert "'sparsepo', which needs token_weights" in capsys.readouterr().err
+
+
 def test_options_that_a_source_refuses(folder, tmp_path, own_sources, capsys):
     """Named before a model is loaded and before the run has its folder."""
     raises = ("raise ValueError('short_word: too much')", "len(3)")

@@ -249,7 +249,12 @@ class _DataPreparation:
                 self.tokenizer,
                 source,
                 output,
-                annotate_options(self.options.rewards, config.max_length, per_token=True),
+                annotate_options(
+                    self.options.rewards,
+                    config.max_length,
+                    per_token=True,
+                    keep_columns=config.loss_options.objective.pair_columns,
+                ),
                 split=split,
                 strict=rows.strict,
                 limit=rows.limit,

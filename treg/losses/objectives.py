@@ -1,4 +1,11 @@
-"""Every objective by its name. A new one is a file with its formula, and a row here."""
+"""Every objective by its name. A new one is a file with its formula, and a row here.
+
+Without a row, "package.module:NAME" is an `Objective` of anybody's that Python can import.
+"""
+
+import difflib
+import importlib
+from typing import Any
 
 from treg.losses import pairwise
 from treg.losses.base import Objective
@@ -41,3 +48,34 @@ OBJECTIVES: dict[str, Objective] = {
     "tdpo2": TDPO2,
     "sparsepo": SPARSEPO,
 }
+
+
+def find_objective(name: Any) -> Objective:
+    """The objective of a loss_type. One that was imported is a row of OBJECTIVES from then on.
+
+    Raises:
+        ValueError: no such row, nothing that can be imported, or no Objective.
+    """
+    if isinstance(name, str) and name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module, colon, attribute = str(name).partition(":")
+    if not isinstance(name, str) or not colon:
+        near = difflib.get_close_matches(str(name), OBJECTIVES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"loss_type: expected one of {sorted(OBJECTIVES)}, or package.module:NAME, got {name!r}"
+            f"{hint}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"loss_type: expected an objective that Python can import as {name!r}, got: {error}; "
+            "its folder must be in PYTHONPATH"
+        ) from error
+    if not isinstance(found, Objective):
+        raise ValueError(
+            f"loss_type: expected a treg.losses.Objective at {name!r}, got {type(found).__name__}"
+        )
+    OBJECTIVES[name] = found
+    return found

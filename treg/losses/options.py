@@ -1,6 +1,5 @@
 """The scalars of a preference loss, checked once against what the objective declares."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from treg.checks import check_finite, check_number, check_shape, check_tensor
 from treg.losses.base import ARGUMENTS, Base, Objective, Scalars
-from treg.losses.objectives import OBJECTIVES
+from treg.losses.objectives import OBJECTIVES, find_objective
 from treg.losses.tokens import Credit, Tokens
 
 WEIGHTINGS = ("gradient", "static")
@@ -21,7 +20,7 @@ class LossOptions:
     """What a preference loss is, checked once.
 
     Args:
-        loss_type: a key of `treg.losses.OBJECTIVES`.
+        loss_type: a key of `treg.losses.OBJECTIVES`, or "package.module:NAME" of an `Objective`.
         beta: > 0, reward scale.
         alpha: >= 0, weight of the regularizer; 0 turns it off. None: what the objective has, 0.25,
             or 0 for objectives that are another method of token credit.
@@ -145,12 +144,7 @@ class LossOptions:
     # -- checks
 
     def _check_names(self) -> None:
-        if not isinstance(self.loss_type, str) or self.loss_type not in OBJECTIVES:
-            near = difflib.get_close_matches(str(self.loss_type), OBJECTIVES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"loss_type: expected one of {sorted(OBJECTIVES)}, got {self.loss_type!r}{hint}"
-            )
+        find_objective(self.loss_type)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
                 f"weighting: expected 'gradient' or 'static' (w = 1), got {self.weighting!r}"

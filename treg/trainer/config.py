@@ -40,7 +40,12 @@ class TRegConfig(TrainingArguments):
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of labels taken as wrong, in [0, 0.5)."}
     )
-    loss_type: str = field(default="dpo", metadata={"help": f"Objective: {', '.join(OBJECTIVES)}."})
+    loss_type: str = field(
+        default="dpo",
+        metadata={
+            "help": f"Objective: {', '.join(OBJECTIVES)}, or package.module:NAME for your own."
+        },
+    )
     loss_scalars: dict[str, float] | str | None = field(
         default=None,
         metadata={"help": "Other options of the objective as JSON, e.g. '{\"tau\": 0.05}'."},

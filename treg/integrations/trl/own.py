@@ -46,7 +46,8 @@ def own_options(args: Any) -> LossOptions | None:
         ValueError: it is to be added to others, or an option of TRL's that it does not have.
     """
     given = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
-    mine = [name for name in given if name in OBJECTIVES and name not in TRL_LOSSES]
+    known = [name for name in given if name in OBJECTIVES or ":" in name]
+    mine = [name for name in known if name not in TRL_LOSSES]
     scalars = json_object("treg_loss_scalars", args.treg_loss_scalars)
     if not mine:
         if scalars:
