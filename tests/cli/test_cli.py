@@ -176,6 +176,19 @@ REFUSED = {
         "annotate --config {nested}",
         "unknown option 'rewards.promts'; did you mean 'rewards.prompts'?",
     ),
+    "shape": (
+        "annotate --model {model} --data {data} --output a.parquet --shape clip=1 center",
+        "shape: expected one of scale, clip, centre",
+    ),
+    "shape of nothing": (
+        "annotate --model {model} --data {data} --output a.parquet --rewards several "
+        "--rewards.sources token_weights=constant --shape centre",
+        "shape: expected no steps for 'several', which gives token_weights alone, got centre",
+    ),
+    "keep_columns": (
+        "annotate --model {model} --data {data} --output a.parquet --keep_columns chosen",
+        "keep_columns: expected columns beside the prompt and the answers",
+    ),
     "nothing kept": (
         "annotate --model {model} --data {data} --output a.parquet --no_reference --per_token",
         "per_token: expected False",
@@ -352,6 +365,7 @@ def test_limit_is_for_raw_rows(folder, tmp_path, capsys):
         ("rewards", "contrastive", f"rewards: {no_source}, got 'contrastive'"),
         ("rewards.prompts", "p.yaml", f"rewards.prompts: {no_source}, got 'p.yaml'"),
         ("prompts", "p.yaml", f"prompts: {no_source}, got 'p.yaml'"),
+        ("shape", "centre", f"shape: {no_source}, got ['centre']"),
     ):
         assert main([*again, f"--{option}", value]) == 2
         assert message in capsys.readouterr().err

@@ -131,6 +131,7 @@ def test_a_file_says_what_each_stream_is(tmp_path):
         ({"sources": ["suprise"]}, "did you mean 'surprise'?"),
         ({"sources": ["a b=surprise"]}, "can be part of a column's, got 'a b'"),
         ({"sources": ["my.module:Class"]}, "can be part of a column's, got 'my.module:Class'"),
+        ({"sources": ["ids=surprise"]}, "can be part of a column's, got 'ids'"),
         ({"sources": ["{"]}, "sources: expected a JSON object"),
         ({"sources": [{"name": "surprise"}]}, "sources: expected stream in"),
         ({"sources": [3]}, "sources: expected values by name, got 3"),

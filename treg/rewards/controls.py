@@ -124,8 +124,9 @@ class ShuffledSource(NestedSource):
         found = []
         for response, rewards in zip(responses, self.rewards(responses), strict=True):
             order = _generator(self.seed, response).permutation(response.content)
-            rewards[: response.content] = rewards[order]
-            found.append({"token_rewards": rewards})
+            moved = rewards.clone()
+            moved[: response.content] = rewards[order]
+            found.append({"token_rewards": moved})
         return found
 
 

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from treg.data import RowProblem
+from treg.data.annotated import NO_STREAMS
 from treg.data.reading import json_object
 from treg.rewards.base import Context, Response, check_number, check_response, score_checked
 from treg.rewards.registry import load_source, make_options, nearest, source_class, streams_given
@@ -57,7 +58,7 @@ class Entry:
         if missing:
             raise ValueError(f"sources: expected {' and '.join(missing)} in {given!r}, found none")
         stream, name = values.pop("stream"), values.pop("name")
-        if not stream.isidentifier():
+        if not stream.isidentifier() or stream in NO_STREAMS:
             raise ValueError(
                 f"sources: expected a name that can be part of a column's, got {stream!r}; give "
                 "STREAM=NAME"
