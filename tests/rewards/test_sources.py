@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from judges import causal_lm, judge
 from tiny import tiny_llama, tiny_tokenizer
 
 from treg.data import EncodeOptions, RowProblem, load_pairs
@@ -43,6 +44,8 @@ OTHER_OPTIONS = {
     "contrastive": {
         "prompts": ContrastivePrompts("{{ messages[-1].content }}{{ better }}", "<answer>")
     },
+    "redistribution": {"beta_c": 0.5},
+    "implicit": {"beta": 0.5},
     "surprise": {"unit": "word"},
     "entropy": {"of": "contrastive"},
     "messagewise": {"baseline": 0.1},
@@ -56,6 +59,8 @@ OTHER_OPTIONS = {
 SHORT = tiny_llama(len(TOKENIZER), max_position_embeddings=8)
 TOO_SHORT = {  # None: any response can be scored
     "contrastive": SHORT,
+    "redistribution": MODEL,
+    "implicit": SHORT,
     "surprise": SHORT,
     "entropy": SHORT,
     "messagewise": SHORT,
@@ -66,6 +71,12 @@ TOO_SHORT = {  # None: any response can be scored
     "random": None,
     "shuffled": SHORT,
 }
+# options that a source cannot do without, made when they are asked for; those beside TOO_SHORT
+NEEDED = {
+    "implicit": lambda: {"model": causal_lm()},
+    "redistribution": lambda: {"model": judge()},
+}
+SHORT_OPTIONS = {"redistribution": lambda: {"model": judge(max_position_embeddings=8)}}
 
 
 def responses(rows=None, tokenizer=TOKENIZER, max_length=256):
@@ -73,8 +84,13 @@ def responses(rows=None, tokenizer=TOKENIZER, max_length=256):
     return [response for pair in ResponsePairs(pairs, tokenizer) for response in pair]
 
 
+def needed(name):
+    return NEEDED.get(name, dict)()
+
+
 def make(name, options=None, model=MODEL):
-    return load_source(name, options or {}, Context(model, TOKENIZER, tokens_per_batch=2048))
+    options = needed(name) | (options or {})
+    return load_source(name, options, Context(model, TOKENIZER, tokens_per_batch=2048))
 
 
 def test_every_source_has_its_cases():
@@ -90,7 +106,7 @@ class TestEverySource:
 
     def test_other_settings_are_refused_by_a_file(self, name, tmp_path):
         def run(options):
-            chosen = AnnotateOptions(rewards=name, rewards_options=options)
+            chosen = AnnotateOptions(rewards=name, rewards_options=needed(name) | options)
             annotate(MODEL, TOKENIZER, ROWS, tmp_path / "a.parquet", chosen, progress=False)
 
         run({})
@@ -117,10 +133,11 @@ class TestEverySource:
                 assert torch.equal(a[stream], b[stream]) and torch.equal(a[stream], c[stream])
 
     def test_what_does_not_fit_is_refused(self, name):
-        if TOO_SHORT[name] is None:
+        options, model = SHORT_OPTIONS.get(name, dict)(), TOO_SHORT[name]
+        if model is None:
             assert make(name, model=SHORT).check(responses()[0]) is None
             return
-        problem = make(name, model=TOO_SHORT[name]).check(responses()[0])
+        problem = make(name, options, model=model).check(responses()[0])
         assert isinstance(problem, RowProblem) and problem.where == "row 0"
 
     def test_options_are_described(self, name):

@@ -16,6 +16,7 @@ belong to its training.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -98,17 +99,18 @@ class ImplicitSource:
         return RowProblem("pair too long", detail, response.where)
 
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
-        rows = [(x.prompt_ids.tolist(), x.ids.tolist()) for x in responses]
         with torch.inference_mode():
-            policy, base = self._policy.score(rows), self._base_logps(rows)
+            policy = self._policy.score(_rows(responses))
+            base = self._base_logps(responses)
         return [
             {"token_rewards": implicit_rewards(a, b, self.options.beta, self.options.clip)}
             for a, b in zip(policy, base, strict=True)
         ]
 
-    def _base_logps(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-        scorer = self.context.scorer if self._base is None else self._base
-        return scorer.score(rows)
+    def _base_logps(self, responses: Sequence[Response]) -> list[Tensor]:
+        if self._base is None:
+            return self.context.scorer.score(_rows(responses))
+        return self._base.score(_rows(responses))
 
     def _scorer(self, option: str, path: str) -> Scorer:
         """Log-probs by the model that lies at path."""
@@ -124,6 +126,11 @@ class ImplicitSource:
             share_prefix=False,
             on_tokens=context.on_tokens,
         )
+
+
+def _rows(responses: Sequence[Response]) -> list[tuple[list[int], list[int]]]:
+    """What a scorer takes."""
+    return [(x.prompt_ids.tolist(), x.ids.tolist()) for x in responses]
 
 
 def implicit_rewards(
@@ -173,13 +180,12 @@ def _causal_lm(context: Context, option: str, path: str) -> Any:
 
 
 def _check_tokenizer(own: Any, option: str, path: str) -> None:
-    """ValueError for a folder with another tokenizer than the run's: the same ids would be other
+    """ValueError for a model with another tokenizer than the run's: the same ids would be other
     words. Templates do not matter, and a folder without a tokenizer is taken at its word.
     """
-    try:
-        other = load_tokenizer(option, path)
-    except ValueError:
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         return
+    other = load_tokenizer(option, path)
     vocabularies = [x.get_vocab() for x in (own, other)]
     probes = [x(PROBE, add_special_tokens=False)["input_ids"] for x in (own, other)]
     if vocabularies[0] != vocabularies[1] or probes[0] != probes[1]:

@@ -158,7 +158,8 @@ class RedistributionSource:
         model reads, and one that the reward model's positions do not hold.
 
         Raises:
-            ValueError: messages, and a reward model without a chat template.
+            ValueError: messages, and a reward model without a chat template; a tokenizer that is
+                not the reward model's.
         """
         try:
             reading = self.reading(response)
@@ -167,6 +168,7 @@ class RedistributionSource:
         if response.spans is None:
             detail = "its text differs from what its tokens say"
             return RowProblem("answer not found", detail, response.where)
+        self.reward_model.check_ids(reading.ids)
         need, longest = len(reading.ids), self.reward_model.longest
         if need <= longest:
             return None
@@ -241,7 +243,7 @@ class RedistributionSource:
         first = int(np.searchsorted(reach, place, side="right"))
         if first == 0:
             raise RowProblem("empty prompt", "the reward model has no token before the answer")
-        bounds = [place, *np.maximum(ends[first:], place).tolist(), len(text)]
+        bounds = [place, *ends[first:].tolist(), len(text)]
         # the last piece is what no token holds
         held = text_spans([text[a:b] for a, b in pairwise(bounds)], parts)
         if held is None or (response.text.strip() and not held[:-1].any()):

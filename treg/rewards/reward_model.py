@@ -93,10 +93,20 @@ class RewardModel:
     def fingerprint(self) -> str:
         return model_fingerprint(self.model, adapters=True)
 
+    def check_ids(self, ids: list[int]) -> None:
+        """ValueError for a token that the model has no embedding of."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= rows:
+            raise ValueError(
+                f"rewards.tokenizer: expected ids below {rows}, the embeddings of {self.name}, got "
+                f"{max(ids)}; give the reward model's own tokenizer"
+            )
+
     def check_head(self) -> None:
         """ValueError unless there is a head that can be read at every position."""
-        if not callable(getattr(self.model, "score", None)):
-            raise _not_together(f"{self.name}, which has no head `score`")
+        head = getattr(self.model, "score", None)
+        if not callable(head) or self.model.base_model is self.model:
+            raise _not_together(f"{self.name}, which has no head `score` after a backbone")
 
     def check_reading(self, ids: list[int], ends: Sequence[int]) -> None:
         """Check R of a text's beginnings, by one forward pass, against the model's own forward on
