@@ -11,8 +11,9 @@ policy's training and is left out.
 Differs: the paper's reward model has the policy's tokens. Here it may have a tokenizer and a chat
 template of its own, and R is carried over by characters:
 
-- The reward model reads [*prompt, *answer] as its own template writes it, or prompt + answer with
-  the special tokens that its tokenizer adds, where rows are plain text.
+- The reward model reads [*prompt, *answer] as its own template writes it, given the row's tools and
+  template options; or, where rows are plain text, prompt + answer with the special tokens that its
+  tokenizer adds, and no others.
 - R(x, empty) is R after the last token that ends before the answer's first character: after the
   header of the assistant's turn. A token that lies on both sides of that place is the answer's.
 - R(x, y_<=t) is R after the last of the reward model's tokens whose characters of the answer are
