@@ -109,7 +109,7 @@ class ImplicitSource:
 
     def _base_logps(self, responses: Sequence[Response]) -> list[Tensor]:
         if self._base is None:
-            return self.context.scorer.score(_rows(responses))
+            return [x["logprobs"] for x in self.context.reference(responses)]
         return self._base.score(_rows(responses))
 
     def _scorer(self, option: str, path: str) -> Scorer:
