@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from treg.data.batches import LOSS_STREAMS, SIDES
+from treg.data.batches import LOSS_STREAMS, SIDES, WEIGHT_STREAMS
 from treg.files import replacing
 
 if TYPE_CHECKING:
@@ -334,11 +334,9 @@ def _check_example(example: Mapping[str, Any], streams: Sequence[str], path: str
         for name in (*(f"{side}_{stream}" for stream in streams), f"ref_{side}_token_logps"):
             if name in example:
                 _check_numbers(where, name, example[name], length, f"{side}_ids")
-        weights = example.get(f"{side}_token_weights")
-        if weights is not None and weights.min() < 0:
-            raise ValueError(
-                f"{where}: expected {side}_token_weights >= 0, got {weights.min().item()}"
-            )
+        for name in (f"{side}_{stream}" for stream in WEIGHT_STREAMS):
+            if name in example and example[name].min() < 0:
+                raise ValueError(f"{where}: expected {name} >= 0, got {example[name].min().item()}")
         total = example.get(f"ref_{side}_logps", 0.0)
         if total is None or not np.isfinite(total):
             raise ValueError(f"{where}: expected a finite ref_{side}_logps, got {total}")

@@ -16,6 +16,7 @@ import torch
 SIDES = ("chosen", "rejected")
 # per-token signals that the losses take
 LOSS_STREAMS = ("token_rewards", "token_weights", "kl_weights")
+WEIGHT_STREAMS = ("token_weights", "kl_weights")  # those of them that are at least 0
 PER_TOKEN_OR_SEQUENCE = ("scored", "target", "lengths", "ref_logps", *LOSS_STREAMS)
 # of a batch; the others are the model's
 LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens", "pair_values")

@@ -68,7 +68,7 @@ class AnnotateOptions:
     rewards_options: values of the fields of the source's Options.
     reference: keep the reference's log-probs; objectives without a reference need none.
     shaping: steps such as ("centre", "clip=0.5") over the source's streams, see
-        `treg.rewards.shaping`; token_weights stay as they are.
+        `treg.rewards.shaping`; weights stay as they are.
     keep_columns: columns of the source that are passed on into the file: numbers, strings, or lists
         of them.
     """

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from treg.data import SIDES, Pair, RowProblem, common_prefix, text_of
+from treg.data.batches import WEIGHT_STREAMS
 from treg.data.pieces import text_spans, token_pieces
 from treg.data.rows import Messages
 
@@ -311,7 +312,7 @@ def score_checked(
         A dict for each response: stream -> [T] float32 on the CPU, finite.
     Raises:
         ValueError: not one dict a response, another set of streams, not one finite number a token,
-            negative token_weights.
+            negative weights.
     """
     name = type(source).__name__
     found = source.score(responses)
@@ -346,8 +347,8 @@ def _one_number_a_token(values: Any, length: int, where: str, stream: str) -> Te
         )
     values = values.detach().float().cpu()
     check_finite(values, where, stream)
-    if stream == "token_weights" and bool((values < 0).any()):
-        raise ValueError(f"{where}: expected token_weights >= 0, got {values.min().item()}")
+    if stream in WEIGHT_STREAMS and bool((values < 0).any()):
+        raise ValueError(f"{where}: expected {stream} >= 0, got {values.min().item()}")
     return values
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from treg.data import Pair, RowProblem
 from treg.data.annotated import (
-    DEFAULT_STREAMS,
     ID_COLUMNS,
     REF_COLUMNS,
     REF_TOKEN_COLUMNS,
     kept_types,
     stream_columns,
 )
+from treg.data.batches import LOSS_STREAMS
 from treg.data.rows import READ_COLUMNS
 
 
@@ -59,7 +59,7 @@ def check_names(names: Sequence[str], streams: Sequence[str]) -> None:
     streams: of the file.
     """
     own = {"index", "where", *ID_COLUMNS, *REF_COLUMNS, *REF_TOKEN_COLUMNS}
-    for stream in (*DEFAULT_STREAMS, "token_weights", *streams):
+    for stream in (*LOSS_STREAMS, *streams):
         own |= set(stream_columns(stream))
     for name in names:
         if name in own or name in READ_COLUMNS:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treg.data.batches import WEIGHT_STREAMS
 from treg.rewards.base import Response, TokenRewardSource, check_finite, score_checked
 from treg.rewards.registry import nearest
 
@@ -161,8 +162,8 @@ def shape(rewards: Tensor, content: int, steps: Sequence[Step]) -> Tensor:
 
 
 def shaped_streams(streams: Iterable[str]) -> list[str]:
-    """Those that steps apply to: all but token_weights, which must not become negative."""
-    return [stream for stream in streams if stream != "token_weights"]
+    """Those that steps apply to: all but weights, which must not become negative."""
+    return [stream for stream in streams if stream not in WEIGHT_STREAMS]
 
 
 def score_shaped(
