@@ -10,6 +10,7 @@ from helpers import IMPLS, device_of
 
 from treg.losses import OBJECTIVES, Credit, LossOptions, Objective, TokenMask, treg_loss
 from treg.losses.base import Base
+from treg.operators import scalars
 from treg.ops import reference
 
 NAMES = [name for name, row in OBJECTIVES.items() if not row.alpha]
@@ -443,6 +444,50 @@ def test_masks_of_other_states_are_refused():
         mask([torch.zeros(3, 5)] * 2)
     with pytest.raises(ValueError, match="layers: expected a positive integer, got 0"):
         TokenMask(4, 0)
+
+
+# -- as an operator
+
+
+@pytest.mark.parametrize("loss_type", ["tdpo2", "sparsepo", "tis_dpo", "bfpo"])
+def test_the_same_in_a_graph(loss_type):
+    """Compiled, with gradients in everything that can have one."""
+    hidden, inputs = case(loss_type)
+    options = options_of(loss_type, VALUES[loss_type][0])
+    learned = [k for k in ("token_weights", "kl") if k in inputs]
+    mask = inputs.pop("target") != -100
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor) and x.shape == mask.shape:
+            inputs[name] = torch.where(mask, x, 0.0)
+    logps = torch.where(mask, -hidden[:, 0].abs(), 0.0)
+
+    def step(logps, *weights):
+        given = inputs | dict(zip(learned, weights, strict=True))
+        return treg_loss(2 * logps, options=options, mask=mask, **given).loss.sum()
+
+    def gradients(fn):
+        leaves = [x.clone().requires_grad_() for x in (logps, *(inputs[k] for k in learned))]
+        loss = fn(*leaves)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled), gradients(step), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_operator_is_registered_right_with_every_slope():
+    hidden, inputs = case("sparsepo", kl_weights=lambda shape: torch.rand(shape, **F64))
+    mask = inputs["target"] != -100
+    options = LossOptions("sparsepo")
+    names = ("token_rewards", "ref_logps", "token_weights", "kl", "kl_weights")
+    tensors = [torch.where(mask, inputs[k], 0.0) for k in names]
+    for x in tensors[2:]:
+        x.requires_grad_()
+    logps = torch.where(mask, -hidden[:, 0].abs(), 0.0).requires_grad_()
+    numbers = scalars(*options.numbers())
+    call = f"torch 111 {options.text()}"
+    given = (logps, *tensors, None, mask, inputs["cu_seqlens"], numbers, call)
+    torch.library.opcheck(torch.ops.treg.pair_objective.default, given)
 
 
 # -- bad input
