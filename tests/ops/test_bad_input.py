@@ -591,7 +591,7 @@ ROWS = [
     ([PADDED], {"beta": 10**400}, "beta", "a finite number", "got 1000"),
     ([PADDED], {"alpha": -0.25}, "alpha", ">= 0", "got -0.25"),
     ([PADDED], {"alpha": INF}, "alpha", "a finite number", "got inf"),
-    ([PADDED], {"alpha": None}, "alpha", "a finite number", "got None"),
+    ([PADDED], {"alpha": "0.25"}, "alpha", "a finite number", "got '0.25'"),
     ([PADDED], {"alpha": False}, "alpha", "a finite number", "got False"),
     ([PADDED], {"gamma": 0.5}, "gamma", "0 for loss_type='dpo'", "got 0.5"),
     ([PADDED], {"gamma": NAN}, "gamma", "a finite number", "got nan"),
