@@ -31,8 +31,8 @@ CARD = """
 ## Objective
 
 loss_type={loss_type}, beta={beta}, alpha={alpha}, gamma={gamma},
-label_smoothing={label_smoothing}, loss_scalars={scalars}, weighting={weighting}. With alpha > 0 a
-regularizer pulls the policy's implicit token rewards towards those of the data, in the paper the
+label_smoothing={label_smoothing}, loss_scalars={scalars}, weighting={weighting}: {paper}. With
+alpha > 0 a regularizer pulls the policy's implicit token rewards towards those of the data, in the paper the
 reference model's under contrastive prompts:
 *T-REG: Preference Optimization with Token-Level Reward Regularization*
 ([arXiv 2412.02685](https://arxiv.org/abs/2412.02685)), over *Direct Preference Optimization*
@@ -371,7 +371,9 @@ class TRegTrainer(Trainer):
         super().create_model_card(*args, tags=[*given, *own], **kwargs)
         if self.is_world_process_zero():
             card = Path(self.args.output_dir or ".") / "README.md"
-            card.write_text(card.read_text() + CARD.format(**vars(self.loss_options)))
+            options = self.loss_options
+            text = CARD.format(**vars(options), paper=options.objective.paper)
+            card.write_text(card.read_text() + text)
 
 
 def _check_arguments(
