@@ -541,6 +541,12 @@ def test_kl_is_for_those_that_take_it():
         treg_loss(**given("tdpo1"), options=LossOptions("tdpo1"), kl_weights=bad)
 
 
+def test_log_probs_of_no_sequences():
+    for logps in (torch.tensor(-1.0), torch.zeros(0, 3), torch.zeros(3, 2)):
+        with pytest.raises(ValueError, match="logps: expected"):
+            treg_loss(logps, logps, torch.zeros(2), LossOptions())
+
+
 def test_alpha_where_none_is_given():
     assert LossOptions("dpo").alpha == 0.25 and LossOptions("tgdpo").alpha == 0.0
     assert LossOptions("tgdpo", alpha=0.3).alpha == 0.3

@@ -110,9 +110,9 @@ def treg_loss(
     checks.check_transforms(logps=logps, **others)
     pairs = pair_table(options, pair_values, logps, _pairs_of(logps, cu_seqlens))
     impl = checks.resolve_impl(impl, logps)
-    slopes = "".join(
-        "1" if x is not None and x.requires_grad else "0" for x in (token_weights, kl, kl_weights)
-    )
+    grad = torch.is_grad_enabled()
+    asked = [grad and x is not None and x.requires_grad for x in (token_weights, kl, kl_weights)]
+    slopes = "".join("1" if x else "0" for x in asked)
     loss, stats, *_ = _pair_objective(
         logps,
         token_rewards,
@@ -163,7 +163,8 @@ def _losses(logps: Tensor, *others: Any) -> list[Tensor]:
 
 
 def _pairs_of(logps: Tensor, cu_seqlens: Tensor | None) -> int:
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # of a tensor without dimensions, which is refused later, none
+    sequences = logps.shape[:1].numel() if cu_seqlens is None else cu_seqlens.shape[:1].numel() - 1
     return sequences // 2
 
 
