@@ -15,8 +15,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
 from treg.integrations.trl import TRegDPOConfig, TRegDPOTrainer
-from treg.integrations.trl.own import TRL_LOSSES, own_options
-from treg.losses import OBJECTIVES
+from treg.integrations.trl.own import TRL_LOSSES, OwnLoss, own_options
+from treg.losses import OBJECTIVES, LossOptions
 from treg.ops import reference
 
 SIDES = ("chosen", "rejected")
@@ -68,6 +68,7 @@ class Gradients(TrainerCallback):
 
 
 def make_trainer(tmp_path, model, pairs, ref_model=None, eval_pairs=None, peft=None, **options):
+    collator = options.pop("data_collator", None)
     config = TRegDPOConfig(
         str(tmp_path),
         beta=BETA,
@@ -89,6 +90,7 @@ def make_trainer(tmp_path, model, pairs, ref_model=None, eval_pairs=None, peft=N
         model,
         ref_model,
         config,
+        collator,
         train_dataset=Dataset.from_list(pairs),
         processing_class=tiny_tokenizer(),
         eval_dataset=None if eval_pairs is None else Dataset.from_list(eval_pairs),
@@ -232,6 +234,8 @@ BAD = [
     ({"treg_loss_scalars": {"tau": 1.0}}, "treg_loss_scalars: expected none for a loss of TRL's"),
     ({"loss_type": ["d2po"], "treg_loss_scalars": {"x": 1}}, "scalars: expected options of loss"),
     ({"loss_type": ["sepo"], "treg_loss_scalars": "[1]"}, "treg_loss_scalars: expected"),
+    ({"loss_type": ["tgdpoo"]}, "loss_type: expected one of .* did you mean 'tgdpo'?"),
+    ({"loss_type": ["d2po"], "loss_weights": [0.5]}, "loss_weights: expected None for loss_type="),
 ]
 
 
@@ -239,6 +243,88 @@ BAD = [
 def test_options_that_do_not_go_together(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         TRegDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_the_policy_is_not_its_own_reference(tmp_path):
+    """Sums that TRL makes beforehand are no log-probs of tokens."""
+    pairs, options = make_pairs("d2po"), {"loss_type": ["d2po"]}
+    with pytest.raises(ValueError, match="precompute_ref_log_probs: expected False for loss_type="):
+        make_trainer(*(tmp_path, make_model(), pairs), precompute_ref_log_probs=True, **options)
+    free = {"loss_type": ["confpo"], "precompute_ref_log_probs": True}
+    assert make_trainer(tmp_path, make_model(), pairs, **free).ref_model is None
+    trainer = make_trainer(tmp_path, make_model(1), pairs, make_model(), **options)
+    trainer.ref_model = None
+    with pytest.raises(ValueError, match="ref_model: expected a reference that runs, got none"):
+        trainer.train()
+
+
+def test_the_arguments_stay_what_they_were(tmp_path):
+    options = {"loss_type": ["d2po"], "label_smoothing": 0.1}
+    trainer = make_trainer(tmp_path, make_model(1), make_pairs("d2po"), make_model(), **options)
+    assert trainer.args.loss_type == ["d2po"] and trainer.args.label_smoothing == 0.1
+    assert trainer.args.loss_weights is None
+    assert trainer._own.options.label_smoothing == 0.1
+
+
+def with_reference(pairs, value=-1.0):
+    found = []
+    for pair in pairs:
+        more = {f"ref_{s}_token_logps": [value] * len(pair[f"{s}_ids"]) for s in SIDES}
+        found.append(pair | more)
+    return found
+
+
+def test_other_data_to_evaluate(tmp_path):
+    """What they lack, or have beside it, is named."""
+    pairs = make_pairs("tgdpo")
+    trainer = make_trainer(tmp_path, make_model(1), pairs, make_model(), loss_type=["tgdpo"])
+    bare = [{k: x for k, x in p.items() if "rewards" not in k} for p in pairs]
+    with pytest.raises(ValueError, match="eval_dataset: expected the columns chosen_token_rewards"):
+        trainer.evaluate(Dataset.from_list(bare))
+    weighted = [
+        p | {f"{s}_token_weights": [0.5] * len(p[f"{s}_ids"]) for s in SIDES} for p in pairs
+    ]
+    for other in (weighted, with_reference(pairs)):
+        with pytest.raises(ValueError, match="eval_dataset: expected the streams of train_dataset"):
+            trainer.evaluate(Dataset.from_list(other))
+    assert trainer.evaluate(Dataset.from_list(pairs))["eval_loss"] > 0
+
+
+def test_log_probs_of_what_is_cut(tmp_path):
+    """A cut end leaves those of the beginning as they are; a cut beginning does not."""
+    pairs = with_reference(make_pairs("d2po"))
+    options = {"loss_type": ["d2po"], "max_length": 8}
+    make_trainer(tmp_path, make_model(), pairs, **options).train()
+    with pytest.raises(ValueError, match=r"max_length: expected at least .* log-probs are of all"):
+        make_trainer(tmp_path, make_model(), pairs, **options, truncation_mode="keep_end")
+
+
+def test_a_collator_of_ones_own_is_kept(tmp_path):
+    """Also one that has an attribute `inner`."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class Counting(DataCollatorForPreference):
+        inner, calls = None, 0
+
+        def __call__(self, *args, **kwargs):
+            Counting.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    collator = Counting(pad_token_id=0)
+    trainer = make_trainer(
+        *(tmp_path, make_model(1), make_pairs("d2po"), make_model()),
+        loss_type=["d2po"],
+        data_collator=collator,
+    )
+    trainer.train()
+    assert Counting.calls == 1
+
+
+def test_a_kl_term_is_refused_where_weights_are_sharded():
+    with pytest.raises(ValueError, match="loss_type: expected one without a KL term under FSDP"):
+        OwnLoss(LossOptions("tdpo1"), None).check_weights(sharded=True)
+    OwnLoss(LossOptions("tdpo1"), None).check_weights(sharded=False)
+    OwnLoss(LossOptions("d2po"), None).check_weights(sharded=True)
 
 
 def test_alpha_where_none_is_given(tmp_path):
@@ -256,9 +342,12 @@ def test_what_the_data_lack_is_named(tmp_path):
     without = [{k: x for k, x in pair.items() if k != "rejected_safe"} for pair in pairs]
     with pytest.raises(ValueError, match="train_dataset: expected the columns rejected_safe for"):
         make_trainer(tmp_path, make_model(), without, make_model(1), loss_type=["bfpo"])
+    extra = [p | {f"{s}_kl_weights": [1.0] * len(p[f"{s}_ids"]) for s in SIDES} for p in pairs]
+    with pytest.raises(ValueError, match="train_dataset: expected no chosen_kl_weights"):
+        make_trainer(tmp_path, make_model(), extra, make_model(1), loss_type=["bfpo"])
     with pytest.raises(ValueError, match="expected the columns chosen_token_weights, rejected"):
         make_trainer(tmp_path, make_model(), pairs, make_model(1), loss_type=["sparsepo"])
     pairs[0]["chosen_safe"] = float("nan")
     trainer = make_trainer(tmp_path, make_model(), pairs, make_model(1), loss_type=["bfpo"])
-    with pytest.raises(ValueError, match="chosen_safe: expected a number in every pair, got nan"):
+    with pytest.raises(ValueError, match="number in the column chosen_safe of every pair, got nan"):
         trainer.train()

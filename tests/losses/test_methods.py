@@ -517,6 +517,7 @@ def test_numbers_of_pairs():
         (values | {"x": values["chosen_safe"]}, "got chosen_safe, rejected_safe, x"),
         (values | {"rejected_safe": torch.zeros(2)}, r"'rejected_safe'\]: expected shape \[1\]"),
         (values | {"rejected_safe": torch.tensor([math.nan])}, "expected finite values"),
+        (values | {"rejected_safe": torch.tensor([0.5])}, "'rejected_safe'.: expected 0 or 1 for"),
     ]
     for bad, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -539,6 +540,46 @@ def test_kl_is_for_those_that_take_it():
     bad = -torch.ones(6)
     with pytest.raises(ValueError, match="kl_weights: expected values >= 0"):
         treg_loss(**given("tdpo1"), options=LossOptions("tdpo1"), kl_weights=bad)
+
+
+BAD_OPTIONS = {
+    "added: expected a number >= 0": ("figa", {"added": -1.0}),
+    "removed: expected a number >= 0": ("figa", {"removed": -0.5}),
+    "gate: expected a number >= 0": ("figa", {"gate": -0.1}),
+    "keep: expected a share of tokens, at most 1, got 30": ("sepo", {"keep": 30.0}),
+    "keep: expected a number > 0": ("sepo", {"keep": 0.0}),
+    "clamp: expected a number >= 0": ("tis_dpo", {"clamp": -1.5}),
+    "low: expected at most high, which is 1.3": ("tis_dpo", {"low": 1.4}),
+    "low: expected a number >= 0": ("tis_dpo", {"low": -0.1}),
+    "decay: expected a number > 0": ("d2po", {"decay": 0.0}),
+    "tau: expected a number > 0": ("bfpo", {"tau": -1.0}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_options_that_would_mean_something_else(message):
+    loss_type, values = BAD_OPTIONS[message]
+    with pytest.raises(ValueError, match=message):
+        options_of(loss_type, values)
+
+
+@pytest.mark.parametrize("name", [":X", ".m:X", "json:", "no.such.module:X", "json:loads", 3])
+def test_objectives_that_cannot_be_imported(name):
+    with pytest.raises(ValueError, match=r"^loss_type: expected"):
+        LossOptions(name)
+
+
+def test_numbers_of_pairs_are_checked_in_a_graph():
+    inputs, options = given("bfpo"), LossOptions("bfpo")
+    values = inputs.pop("pair_values")
+
+    def step(safe):
+        return treg_loss(**inputs, options=options, pair_values=values | {"chosen_safe": safe}).loss
+
+    compiled = torch.compile(step, backend="aot_eager")
+    assert torch.equal(compiled(torch.ones(1)), step(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"'chosen_safe'\]: expected finite values"):
+        compiled(torch.tensor([math.nan]))
 
 
 def test_log_probs_of_no_sequences():

@@ -70,24 +70,28 @@ def exact_step(model, pairs, ref_model, loss_type, alpha=None):
                 ref_logits = dense_rows(model, pairs)
         else:
             ref_logits = dense_rows(copy.deepcopy(ref_model).double(), pairs)
-    batch = PairCollator(pair_columns=row.pair_columns)(pairs)
+
+    def stream(name):
+        return torch.from_numpy(np.concatenate([p[f"{s}_{name}"] for s in SIDES for p in pairs]))
+
+    target, lengths = stream("ids").long(), [len(p[f"{s}_ids"]) for s in SIDES for p in pairs]
     more = {}
     for name in ("token_rewards", "token_weights", "kl_weights"):
-        if name in batch:
-            more[name] = torch.from_numpy(batch[name])
+        if f"chosen_{name}" in pairs[0]:
+            more[name] = stream(name)
     if not row.reference_free:
         log_q = ref_logits.log_softmax(-1)
-        more["ref_logps"] = log_q.gather(1, batch["target"][:, None])[:, 0]
+        more["ref_logps"] = log_q.gather(1, target[:, None])[:, 0]
     if "kl" in row.needs:
         more["kl"] = (log_q.exp() * (log_q - logits.log_softmax(-1))).sum(-1)
     if row.pair_columns:
-        numbers = torch.from_numpy(batch["pair_values"])
-        more["pair_values"] = dict(zip(row.pair_columns, numbers, strict=True))
+        numbers = {x: torch.tensor([float(p[x]) for p in pairs]) for x in row.pair_columns}
+        more["pair_values"] = numbers
     out = reference.fused_treg_loss(
         logits,
         torch.eye(logits.shape[1], dtype=torch.float64),
-        batch["target"],
-        cu_seqlens=torch.tensor([0, *batch["lengths"]]).cumsum(0),
+        target,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         beta=BETA,
         alpha=alpha,
         loss_type=loss_type,
@@ -142,12 +146,16 @@ def test_kl_of_heads_with_options(tmp_path, family):
 
 def test_a_reference_in_another_dtype(tmp_path):
     base = make_model()
-    rounded = copy.deepcopy(base).bfloat16()
     model = perturb(copy.deepcopy(base))
-    exact_reference = copy.deepcopy(rounded).float()
-    out, _ = exact_step(model, annotated("tdpo1"), exact_reference, "tdpo1")
-    _, log = first_step(tmp_path, model, annotated("tdpo1"), rounded, loss_type="tdpo1")
-    assert log["loss"] == pytest.approx(out.loss.item(), abs=2e-2)
+    pairs = annotated("tdpo1")
+    # weights that bfloat16 holds exactly, so that the two references differ by activations alone
+    exact = copy.deepcopy(base).bfloat16().float()
+    out, grads = exact_step(model, pairs, exact, "tdpo1")
+    other, _ = exact_step(model, pairs, perturb(copy.deepcopy(base), 0.1), "tdpo1")
+    found, log = first_step(tmp_path, model, pairs, exact.bfloat16(), loss_type="tdpo1")
+    assert log["loss"] == pytest.approx(out.loss.item(), rel=2e-2)
+    assert abs(log["loss"] - other.loss.item()) > 0.1 * other.loss.item()
+    assert_same(found, grads, 0.1)
 
 
 def test_alpha_is_that_of_the_objective_where_none_is_given(tmp_path):
@@ -182,11 +190,17 @@ def test_sums_of_the_reference_are_not_enough(tmp_path):
         make_trainer(tmp_path, make_model(), pairs, loss_type="d2po")
 
 
+def test_weights_of_kl_are_for_losses_that_take_them(tmp_path):
+    pairs = with_reference(annotated("sparsepo"), make_model(), per_token=True)
+    with pytest.raises(ValueError, match="train_dataset: expected no chosen_kl_weights"):
+        make_trainer(tmp_path, make_model(), pairs, loss_type="d2po")
+
+
 @pytest.mark.parametrize("value", [None, "yes", float("nan"), [1.0]])
 def test_numbers_of_pairs(tmp_path, value):
     pairs = with_reference(annotated("bfpo"), make_model())
     pairs[3] = pairs[3] | {"rejected_safe": value}
-    message = r"train_dataset: expected a number in the column rejected_safe .*in pair 3"
+    message = r"train_dataset: expected a finite number in the column rejected_safe .*in pair 3"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, make_model(), pairs, loss_type="bfpo")
     del pairs[3]["rejected_safe"]

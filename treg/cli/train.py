@@ -75,9 +75,7 @@ class Options:
     @property
     def annotates(self) -> bool:
         """Whether raw data are annotated first."""
-        options = self.config.loss_options
-        needs_streams = any(x != "kl" for x in options.objective.needs)
-        return options.alpha > 0 or needs_streams or self.rewards.rewards is not None
+        return bool(self.config.loss_options.needed_streams) or self.rewards.rewards is not None
 
 
 def run(argv: list[str]) -> None:

@@ -84,8 +84,7 @@ class PairCollator:
         elif (sums := _gather(pairs, "ref_{}_logps")) is not None:
             batch["ref_logps"] = np.array(sums, dtype=np.float64)
         if self.pair_columns:
-            values = [[p[name] for p in pairs] for name in self.pair_columns]
-            batch["pair_values"] = np.array(values, dtype=np.float64)
+            batch["pair_values"] = pair_numbers(pairs, self.pair_columns)
         return batch
 
     def _packed(self, inputs: list[np.ndarray]) -> dict[str, Any]:
@@ -102,6 +101,27 @@ class PairCollator:
             ids[i, : len(x)] = torch.from_numpy(x)
             mask[i, : len(x)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def pair_numbers(pairs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> np.ndarray:
+    """[columns, B] float64: numbers of pairs.
+
+    Raises:
+        ValueError: a pair without one of them, or with something else there than a finite number.
+    """
+    found = np.empty((len(columns), len(pairs)))
+    for k, column in enumerate(columns):
+        for i, pair in enumerate(pairs):
+            value = pair.get(column)
+            number = isinstance(value, (bool, int, float, np.number, np.bool_))
+            if not number or not np.isfinite(value):
+                has = "none" if column not in pair else repr(value)
+                raise ValueError(
+                    f"expected a finite number in the column {column} of every pair, got {has} in "
+                    f"pair {i}; `treg annotate --keep_columns {column}` passes it on"
+                )
+            found[k, i] = value
+    return found
 
 
 def _gather(pairs: Sequence[Mapping[str, Any]], column: str) -> list | None:

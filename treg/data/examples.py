@@ -5,8 +5,6 @@ model that trains.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from treg.data.annotated import (
     ID_COLUMNS,
     REF_COLUMNS,
@@ -17,7 +15,7 @@ from treg.data.annotated import (
     stream_columns,
     tokenizer_fingerprint,
 )
-from treg.data.batches import LOSS_STREAMS
+from treg.data.batches import LOSS_STREAMS, pair_numbers
 from treg.data.encode import EncodeOptions, Pair, load_pairs
 from treg.data.report import Report
 
@@ -32,6 +30,7 @@ class ExampleLoader:
         reference: the model that must have made the annotations; only its fingerprint is looked at.
         max_length: of pairs that are tokenized here; annotated ones are refused if they are longer.
         streams: the per-token signals that examples must have, by name, and who needs them.
+        refused: signals that the loss would not take, by name.
         pair_columns: columns that examples must have, one number each.
         adapters: whether the reference is meant with the adapters that are on it.
     """
@@ -43,6 +42,7 @@ class ExampleLoader:
         *,
         max_length: int | None,
         streams: Mapping[str, str],
+        refused: Sequence[str] = (),
         pair_columns: Sequence[str] = (),
         adapters: bool = True,
         check_fingerprint: bool = True,
@@ -51,6 +51,7 @@ class ExampleLoader:
         self.reference = reference
         self.max_length = max_length
         self.streams = streams
+        self.refused = refused
         self.pair_columns = pair_columns
         self.adapters = adapters
         self.check_fingerprint = check_fingerprint
@@ -78,7 +79,17 @@ class ExampleLoader:
                     f"{name}: expected the columns {', '.join(columns)}, found none; run `treg "
                     f"annotate` with a source of {stream}, or set {who}"
                 )
-        _check_numbers(examples, self.pair_columns, name)
+        for stream in self.refused:
+            present = [x for x in stream_columns(stream) if x in examples[0]]
+            if present:
+                raise ValueError(
+                    f"{name}: expected no {', '.join(present)}, which the loss does not take; "
+                    "remove the columns, or choose a loss_type with a KL term"
+                )
+        try:
+            pair_numbers(examples, self.pair_columns)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         streams = [stream_columns(stream) for stream in LOSS_STREAMS]
         for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS):
             _check_same_columns(examples, group, name)
@@ -126,21 +137,6 @@ def _check_same_columns(
                 f"{name}: expected {', '.join(wanted) or 'no ' + group[0]} in every pair, as in "
                 f"the first, got {', '.join(present) or 'none'} in pair {i}"
             )
-
-
-def _check_numbers(
-    examples: Sequence[Mapping[str, Any]], columns: Sequence[str], name: str
-) -> None:
-    """ValueError unless every example has one finite number in each of these columns."""
-    for column in columns:
-        for i, example in enumerate(examples):
-            value = example.get(column)
-            if not isinstance(value, (bool, int, float, np.number)) or not np.isfinite(value):
-                has = "none" if column not in example else repr(value)
-                raise ValueError(
-                    f"{name}: expected a number in the column {column} of every pair, got {has} in "
-                    f"pair {i}; `treg annotate --keep_columns {column}` passes it on"
-                )
 
 
 def check_made_with(

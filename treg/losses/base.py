@@ -31,6 +31,13 @@ def base_of_margin(value: Tensor, slope: Tensor) -> Base:
     return Base(value, slope, -slope)
 
 
+def check_at_least(options: Mapping[str, float], least: float, *names: str) -> None:
+    """ValueError for one of these options that is less."""
+    for name in names:
+        if not options[name] >= least:
+            raise ValueError(f"{name}: expected a number >= {least:g}, got {options[name]}")
+
+
 @dataclass(frozen=True)
 class Scalars:
     """The numbers that a formula sees: beta, the objective's own options by name, and the numbers
@@ -62,11 +69,14 @@ class Objective:
         options: the scalars that the formula takes beside beta, with their defaults. gamma and
             label_smoothing are arguments of their own, whose default is 0 for every objective.
         positive: those of the options that must be above 0.
+        check: raises ValueError, which names the option, for values of the options that it cannot
+            have otherwise.
         credit: how tokens enter rho, from `Tokens` and Scalars; None: all alike. Weights that
             depend on log-probs count as constants in the gradient.
         needs: what it cannot do without, of TOKEN_NEEDS: a stream of the data by its name, or "kl",
             the KL divergence of the reference from the policy at each token.
-        pair_columns: names of the numbers of a pair that the formula needs.
+        pair_columns: names of the numbers of a pair that the formula needs. binary_pairs: whether
+            they must be 0 or 1.
         alpha: the weight of T-REG's regularizer where the caller gives none. Objectives that are a
             method of their own have 0.
         regularized: whether T-REG may stand on top of it.
@@ -82,9 +92,11 @@ class Objective:
     nll: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, float]], None] | None = None
     credit: Callable[[Tokens, Scalars], Credit] | None = None
     needs: tuple[str, ...] = ()
     pair_columns: tuple[str, ...] = ()
+    binary_pairs: bool = False
     alpha: float = 0.25
     regularized: bool = True
 

@@ -31,5 +31,6 @@ BFPO = Objective(
     options={"shift": 0.5, "tau": 0.01},
     positive=("tau",),
     pair_columns=("chosen_safe", "rejected_safe"),
+    binary_pairs=True,
     alpha=0.0,
 )

@@ -1,9 +1,11 @@
 """FIGA: likelihood of what a revision added, unlikelihood of what it removed."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from treg.losses.base import Base, Objective, Scalars
+from treg.losses.base import Base, Objective, Scalars, check_at_least
 from treg.losses.tokens import Credit, Tokens
 
 
@@ -33,12 +35,17 @@ def figa(rho_w: Tensor, rho_l: Tensor, scalars: Scalars) -> Base:
     return Base(-(rho_w + rho_l) / scalars.beta, slope, slope)
 
 
+def check(options: Mapping[str, float]) -> None:
+    check_at_least(options, 0, "added", "removed", "gate")
+
+
 FIGA = Objective(
     figa,
     "FIGA, arXiv 2311.04072",
     margin_only=False,
     reference_free=True,
     options={"added": 1.0, "removed": 0.5, "gate": 0.6},
+    check=check,
     credit=credit,
     needs=("token_rewards",),
     alpha=0.0,

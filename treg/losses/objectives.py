@@ -68,7 +68,7 @@ def find_objective(name: Any) -> Objective:
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"loss_type: expected an objective that Python can import as {name!r}, got: {error}; "
             "its folder must be in PYTHONPATH"

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treg.checks import check_finite, check_number, check_shape, check_tensor
+from treg.checks import (
+    check_finite,
+    check_number,
+    check_shape,
+    check_tensor,
+    values_visible,
+)
 from treg.losses.base import ARGUMENTS, Base, Objective, Scalars
 from treg.losses.objectives import OBJECTIVES, find_objective
 from treg.losses.tokens import Credit, Tokens
@@ -123,6 +129,19 @@ class LossOptions:
             found[name] = getattr(self, name) if name in ARGUMENTS else self.scalars[name]
         return found
 
+    @property
+    def needed_streams(self) -> tuple[str, ...]:
+        """The streams that data must bring: what the objective needs, and rewards for T-REG."""
+        needed = [name for name in self.objective.needs if name != "kl"]
+        if self.alpha > 0 and "token_rewards" not in needed:
+            needed.append("token_rewards")
+        return tuple(needed)
+
+    @property
+    def with_kl(self) -> bool:
+        """Whether the KL divergence of each token is needed, and so a reference that runs."""
+        return "kl" in self.objective.needs
+
     def text(self) -> str:
         """What is fixed in a run: loss_type and weighting."""
         return f"{self.loss_type} {self.weighting}"
@@ -201,6 +220,8 @@ class LossOptions:
                     f"{name}: expected a number > 0 for loss_type={self.loss_type!r}, "
                     f"got {declared[name]}"
                 )
+        if self.objective.check is not None:
+            self.objective.check(declared)
 
     def _taken(self) -> str:
         return ", ".join(self.objective.options) or "no options"
@@ -249,7 +270,7 @@ def pair_table(
 
     Raises:
         TypeError: values is no mapping of tensors. ValueError: a name that is missing or not
-            needed, a shape that is not [B], a number that is not finite.
+            needed, a shape that is not [B]. Their values are checked where the operator runs.
     """
     names = options.objective.pair_columns
     if values is not None and not isinstance(values, Mapping):
@@ -267,5 +288,19 @@ def pair_table(
     for name in names:
         check_tensor(f"pair_values[{name!r}]", given[name])
         check_shape(f"pair_values[{name!r}]", given[name], (pairs,), "B")
-        check_finite(f"pair_values[{name!r}]", given[name])
     return torch.stack([given[name].detach().to(like.device, torch.float64) for name in names])
+
+
+def check_pair_table(options: LossOptions, values: Tensor | None) -> None:
+    """ValueError for numbers of pairs that are not finite, or not what the objective takes."""
+    if values is None or not values_visible(values):
+        return
+    objective = options.objective
+    for name, x in zip(objective.pair_columns, values.unbind(), strict=True):
+        check_finite(f"pair_values[{name!r}]", x)
+        bad = (x != 0) & (x != 1)
+        if objective.binary_pairs and bool(bad.any()):
+            raise ValueError(
+                f"pair_values[{name!r}]: expected 0 or 1 for loss_type={options.loss_type!r}, got "
+                f"{x[bad][0].item()}"
+            )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from treg import checks
-from treg.losses.options import LossOptions, check_needs, check_reference
+from treg.losses.options import LossOptions, check_needs, check_pair_table, check_reference
 from treg.losses.segments import segment_sum
 from treg.losses.tokens import Tokens
 from treg.results import PairLoss
@@ -155,6 +155,7 @@ def check_pairs(
         given.kl_weights,
     )
     check_needs(options, given._asdict())
+    check_pair_table(options, given.pair_values)
     ref_logps, weighted = given.ref_logps, given.token_weights is not None
     per_token = ref_logps is not None and ref_logps.shape == like.shape
     check_reference(options, ref_logps, per_token=per_token, weighted=weighted)

@@ -1,5 +1,7 @@
 """SePO: only the tokens count that an oracle finds good in the chosen answer, bad in the other."""
 
+from collections.abc import Mapping
+
 import torch
 
 from treg.losses.base import Objective, Scalars
@@ -27,6 +29,11 @@ def credit(tokens: Tokens, scalars: Scalars) -> Credit:
     return Credit((places < tokens.spread(kept)).double(), norm=kept)
 
 
+def check(options: Mapping[str, float]) -> None:
+    if not options["keep"] <= 1:
+        raise ValueError(f"keep: expected a share of tokens, at most 1, got {options['keep']}")
+
+
 SEPO = Objective(
     simpo,
     "SePO, arXiv 2408.13518",
@@ -34,6 +41,7 @@ SEPO = Objective(
     reference_free=True,
     options={"keep": 0.3, "gamma": 0.0, "label_smoothing": 0.0},
     positive=("keep",),
+    check=check,
     credit=credit,
     needs=("token_rewards",),
     alpha=0.0,

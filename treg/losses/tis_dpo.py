@@ -1,8 +1,10 @@
 """TIS-DPO: importance weights of tokens, from the ranks of their rewards."""
 
+from collections.abc import Mapping
+
 import torch
 
-from treg.losses.base import Objective, Scalars
+from treg.losses.base import Objective, Scalars, check_at_least
 from treg.losses.pairwise import dpo
 from treg.losses.tokens import Credit, Tokens
 
@@ -33,11 +35,20 @@ def credit(tokens: Tokens, scalars: Scalars) -> Credit:
     return Credit(low + (high - low) * share)
 
 
+def check(options: Mapping[str, float]) -> None:
+    check_at_least(options, 0, "low", "clamp")
+    if options["low"] > options["high"]:
+        raise ValueError(
+            f"low: expected at most high, which is {options['high']}, got {options['low']}"
+        )
+
+
 TIS_DPO = Objective(
     dpo,
     "TIS-DPO, arXiv 2410.04350",
     decreasing=True,
     options={"low": 0.7, "high": 1.3, "clamp": 0.0, "label_smoothing": 0.0},
+    check=check,
     credit=credit,
     needs=("token_rewards",),
     alpha=0.0,

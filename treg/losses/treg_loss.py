@@ -62,7 +62,9 @@ def treg_loss(
     policy), Eq. 2 (L), Eq. 3 (rhat).
     Differs: the paper prints w for DPO only; w_s for the other objectives, and L_reg as a mean for
     the length-normalised ones, are the extension under which T-REG's gradient stays the base
-    gradient times 1 +- alpha * rhat_t. The likelihood term of orpo and cpo has no part in w.
+    gradient times 1 +- alpha * rhat_t. The likelihood term of orpo and cpo has no part in w. Where
+    tokens have weights u_t, given or the objective's own, L_reg has none: its sum runs over all
+    scored tokens, and is divided by what rho is divided by.
 
     beta, alpha and the objective's own options may change from step to step: under torch.compile
     they neither break the graph nor compile it again.

@@ -127,7 +127,8 @@ def fused_treg_loss(
         scalars: the objective's other options by name, e.g. {"tau": 0.05} for discopop; see
             `treg.losses.LossOptions`.
         reduction: "mean" over pairs, "sum", or "none".
-        outputs: statistics of each token, as in `linear_logprobs`; they cost no matrix product.
+        outputs: statistics of each token, as in `linear_logprobs`; they cost no matrix product, but
+            one for loss types with a KL term.
         bias, logit_scale, softcap, temperature, ignore_index, impl, memory_budget, logits_dtype,
             shard, filter_eps: as in `linear_logprobs`.
     Returns:
@@ -168,14 +169,15 @@ def fused_treg_loss(
         "softcap": None if ref_softcap == "same" else ref_softcap,
     }
     _check_reference(reference, options, loss_options, given)
-    with_kl = "kl" in loss_options.objective.needs
+    pairs = pair_table(loss_options, pair_values, hidden, count // 2)
+    with_kl = loss_options.with_kl
     learned = [x for x in (token_weights, kl_weights) if x is not None and x.requires_grad]
     if shard is None and not with_kl and not learned:
         given = given._replace(
             token_rewards=_constant(token_rewards),
             ref_logps=_constant(ref_logps),
             token_weights=_constant(token_weights),
-            pair_values=pair_table(loss_options, pair_values, hidden, count // 2),
+            pair_values=pairs,
         )
         call = call.with_loss(loss_options.text(), summed=reduction != "none")
         numbers = as_tensor(*options.numbers(), *loss_options.numbers())
@@ -185,6 +187,7 @@ def fused_treg_loss(
         )
         found = dict(zip(("logprobs", *call.outputs), scores, strict=False))
         return _result(pair_loss(loss, stats, loss_options), found, reduction, count // 2)
+    _check_early(target, given._replace(pair_values=pairs), cu_seqlens, call, loss_options)
     if with_kl:
         reference["softcap"] = ref_softcap
         found = _score_with_kl(options, hidden, weight, bias, target, reference)
@@ -203,6 +206,23 @@ def fused_treg_loss(
     return _result(result, found, reduction, count // 2)
 
 
+def _check_early(
+    target: Tensor,
+    given: Given,
+    cu_seqlens: Tensor | None,
+    call: Call,
+    loss_options: LossOptions,
+) -> None:
+    """What `treg_loss` would refuse once the rows have been through the head."""
+    if torch.compiler.is_compiling():
+        return
+    if loss_options.with_kl:  # they are made
+        made = torch.zeros(target.shape, device=target.device)
+        given = given._replace(kl=made, ref_logps=made)
+    scored = target != call.ignore_index
+    check_pairs("target", target, scored, given, cu_seqlens, loss_options)
+
+
 def _check_reference(
     reference: Mapping[str, Any],
     options: HeadOptions,
@@ -211,7 +231,7 @@ def _check_reference(
 ) -> None:
     """Raise ValueError where the reference's hidden states and the objective do not go together."""
     name = f"loss_type={loss_options.loss_type!r}"
-    if "kl" not in loss_options.objective.needs:
+    if not loss_options.with_kl:
         others = {f"ref_{k}": x for k, x in reference.items()} | {"kl_weights": given.kl_weights}
         for argument, x in others.items():
             if x is not None:

@@ -39,8 +39,7 @@ class PairMetrics:
         self.add("treg/reg_loss", result.reg_loss)
         self.add("treg/weight", result.weights)
         if weighted:
-            tokens = result.kept.new_tensor(int(lengths.sum()), dtype=torch.float64)
-            self.add("treg/kept", result.kept, tokens)
+            self.add("treg/kept", result.kept, int(lengths.sum()))
             self.add("treg/empty_answers", result.kept == 0)
         if result.kl is not None:
             self.add("kl", result.kl)
@@ -60,7 +59,7 @@ class PairMetrics:
             self.add("logits/chosen", result.mean_logit[:chosen])
             self.add("logits/rejected", result.mean_logit[chosen:])
 
-    def add(self, name: str, x: Tensor, count: Tensor | None = None) -> None:
+    def add(self, name: str, x: Tensor, count: Tensor | int | None = None) -> None:
         """Add the elements of x, or as many as count says."""
         total, n = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (

@@ -30,13 +30,12 @@ STATISTICS = ("entropy", "mean_logit", "is_top1")
 CARD = """
 ## Objective
 
-loss_type={loss_type}, beta={beta}, alpha={alpha}, gamma={gamma},
-label_smoothing={label_smoothing}, loss_scalars={scalars}, weighting={weighting}: {paper}. With
-alpha > 0 a regularizer pulls the policy's implicit token rewards towards those of the data, in the paper the
+{paper}: loss_type={loss_type}, beta={beta}, alpha={alpha}, gamma={gamma},
+label_smoothing={label_smoothing}, loss_scalars={scalars}, weighting={weighting}. With alpha > 0 a
+regularizer pulls the policy's implicit token rewards towards those of the data, in the paper the
 reference model's under contrastive prompts:
 *T-REG: Preference Optimization with Token-Level Reward Regularization*
-([arXiv 2412.02685](https://arxiv.org/abs/2412.02685)), over *Direct Preference Optimization*
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)).
+([arXiv 2412.02685](https://arxiv.org/abs/2412.02685)).
 
 ```bibtex
 @inproceedings{{zhou2025treg,
@@ -108,6 +107,7 @@ class TRegTrainer(Trainer):
             policy if ref_model is None else ref_model,
             max_length=args.max_length,
             streams=_needed_streams(options),
+            refused=() if options.with_kl else ("kl_weights",),
             pair_columns=options.objective.pair_columns,
             adapters=ref_model is not None or not adapters,
             check_fingerprint=not args.ignore_fingerprint,
@@ -148,7 +148,7 @@ class TRegTrainer(Trainer):
         )
         # what transformers before 5.19 reads for loss_is_scaled_for_ga
         self.model_accepts_loss_kwargs = True
-        if self._with_kl and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.loss_options.with_kl and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"loss_type: expected one without a KL term under FSDP and DeepSpeed, got "
                 f"{args.loss_type!r}, whose reference runs in every step"
@@ -175,7 +175,7 @@ class TRegTrainer(Trainer):
         objective = self.loss_options.objective
         if objective.reference_free:
             return "none"
-        if self._with_kl:
+        if self.loss_options.with_kl:
             if ref_model is None and not adapters:
                 raise ValueError(
                     f"ref_model: expected a model for loss_type={self.loss_options.loss_type!r}, "
@@ -290,10 +290,6 @@ class TRegTrainer(Trainer):
         batch["pair_values"] = numbers
         return batch
 
-    @property
-    def _with_kl(self) -> bool:
-        return "kl" in self.loss_options.objective.needs
-
     @torch.no_grad()
     def _reference(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         """What `fused_treg_loss` takes of the reference: its log-probs, [2B] sums or [N] of each
@@ -303,7 +299,9 @@ class TRegTrainer(Trainer):
             return {}
         if self._source == "data":
             return {"ref_logps": batch["ref_logps"]}
-        head_fn = self._states_of_reference if self._with_kl else self._logps_of_reference
+        head_fn = (
+            self._states_of_reference if self.loss_options.with_kl else self._logps_of_reference
+        )
         return self._run_reference(model, functools.partial(head_fn, batch), batch)
 
     def _logps_of_reference(self, batch: dict, hidden: Tensor, operands: dict) -> dict[str, Any]:
@@ -407,11 +405,10 @@ def _check_arguments(
 def _needed_streams(options: LossOptions) -> dict[str, str]:
     """The per-token signals that data must have, and what to set to do without."""
     needed = {}
-    for stream in options.objective.needs:
-        if stream != "kl":
-            needed[stream] = f"another loss_type than {options.loss_type!r}"
-    if options.alpha > 0:
-        needed.setdefault("token_rewards", "alpha=0 for the plain objective")
+    for stream in options.needed_streams:
+        needed[stream] = f"another loss_type than {options.loss_type!r}"
+        if stream not in options.objective.needs:
+            needed[stream] = "alpha=0 for the plain objective"
     return needed
 
 

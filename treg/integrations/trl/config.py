@@ -67,7 +67,7 @@ class TRegDPOConfig(DPOConfig):
             )
         # refused here, before any model loads
         streams = streams_given(self.treg_rewards, self.source_options)
-        wanted = self.treg_alpha or (own is not None and "token_rewards" in own.objective.needs)
+        wanted = self.treg_alpha or (own is not None and "token_rewards" in own.needed_streams)
         if wanted and ("token_rewards" not in streams or "token_weights" in streams):
             raise ValueError(
                 "treg_rewards: expected a source of token_rewards and no token_weights, got "

@@ -13,17 +13,20 @@ from treg.data import SIDES, Pair, RowProblem, parse_row
 from treg.data.annotated import (
     ID_COLUMNS,
     REF_COLUMNS,
+    REF_TOKEN_COLUMNS,
     is_annotated,
     read_annotated,
     stream_columns,
 )
-from treg.integrations.trl.own import REF_STREAM, numbers_of
+from treg.data.batches import pair_numbers
+from treg.integrations.trl.own import REF_STREAM
 
 
 @dataclass
 class RewardCollator:
     """TRL's batch, and streams such as token_rewards [2B, T] float32 beside input_ids: of the token
     at each place, 0 in the prompt; and pair_values [columns, B] float64, of columns of numbers.
+    These are numpy arrays, because DeepSpeed's trainers round tensors to the model's dtype.
 
     Raises:
         ValueError: a batch whose ids are not those that the streams belong to.
@@ -37,9 +40,9 @@ class RewardCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.inner(examples)
-        found = {stream: self._gathered(stream, examples, batch) for stream in self.streams}
+        found = {x: self._gathered(x, examples, batch).numpy() for x in self.streams}
         if self.pair_columns:
-            found["pair_values"] = numbers_of(examples, self.pair_columns)
+            found["pair_values"] = pair_numbers(examples, self.pair_columns)
         return batch | found
 
     def _gathered(
@@ -66,6 +69,11 @@ class RewardCollator:
                 )
             gathered[row, : len(expected)] = torch.tensor(values[cut])
         return gathered
+
+
+def tensor_of(x: Any) -> Any:
+    """What `RewardCollator` gave, as a tensor."""
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 def columns_of(dataset: Any) -> set[str]:
@@ -115,18 +123,20 @@ def prepared(dataset: Any, name: str, args: Any, *, weights_taken: bool = False)
             "take; remove the columns, or train with treg.trainer.TRegTrainer"
         )
     summed = set(REF_COLUMNS) <= columns_of(dataset)
+    # of a cut beginning, what follows would have other log-probs
+    shifted = args.truncation_mode != "keep_start" and set(REF_TOKEN_COLUMNS) <= columns_of(dataset)
     if summed and args.ld_alpha is not None:
         dataset, summed = dataset.remove_columns(REF_COLUMNS), False
     limit, keep_start = args.max_length, args.truncation_mode == "keep_start"
-    if limit is None or not (summed or keep_start):
+    if limit is None or not (summed or shifted or keep_start):
         return dataset
 
     def fits(example: dict[str, Any]) -> bool:
         length = len(example["prompt_ids"]) + max(len(example[f"{side}_ids"]) for side in SIDES)
-        if summed and length > limit:
+        if (summed or shifted) and length > limit:
             raise ValueError(
                 f"max_length: expected at least {length}, the length of a sequence of {name} whose "
-                f"reference log-prob is a sum over all of it, got {limit}; annotate with a lower "
+                f"reference log-probs are of all of it, got {limit}; annotate with a lower "
                 "max_length, or raise it here"
             )
         return len(example["prompt_ids"]) < limit or not keep_start

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,8 @@ from treg.data.batches import LOSS_STREAMS
 from treg.data.reading import json_object
 from treg.heads.install import run_head
 from treg.heads.logprobs import scored_rows
-from treg.losses import OBJECTIVES, LossOptions, treg_loss
+from treg.losses import LossOptions, treg_loss
+from treg.losses.objectives import find_objective
 from treg.ops import linear_kl, linear_logprobs
 from treg.results import PairLoss
 
@@ -46,8 +46,9 @@ def own_options(args: Any) -> LossOptions | None:
         ValueError: it is to be added to others, or an option of TRL's that it does not have.
     """
     given = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
-    known = [name for name in given if name in OBJECTIVES or ":" in name]
-    mine = [name for name in known if name not in TRL_LOSSES]
+    mine = [name for name in given if name not in TRL_LOSSES]
+    for name in mine:
+        find_objective(name)
     scalars = json_object("treg_loss_scalars", args.treg_loss_scalars)
     if not mine:
         if scalars:
@@ -59,7 +60,12 @@ def own_options(args: Any) -> LossOptions | None:
     name = mine[0]
     if len(given) > 1:
         raise ValueError(f"loss_type: expected {name!r} by itself, got {given!r}")
-    unused = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}
+    unused = {
+        "ld_alpha": None,
+        "use_weighting": False,
+        "f_divergence_type": "reverse_kl",
+        "loss_weights": None,
+    }
     for option, default in unused.items():
         value = getattr(args, option)
         if value != default and getattr(value, "value", value) != default:
@@ -84,12 +90,16 @@ class OwnLoss:
     memory_budget: int | None
 
     @property
-    def with_kl(self) -> bool:
-        return "kl" in self.options.objective.needs
-
-    @property
     def needs_rewards(self) -> bool:
-        return self.options.alpha > 0 or "token_rewards" in self.options.objective.needs
+        return "token_rewards" in self.options.needed_streams
+
+    def check_weights(self, *, sharded: bool) -> None:
+        """ValueError where the reference's head would leave its forward as a shard."""
+        if sharded and self.options.with_kl:
+            raise ValueError(
+                "loss_type: expected one without a KL term under FSDP and DeepSpeed, got "
+                f"{self.options.loss_type!r}, whose reference runs in every step"
+            )
 
     def streams_of(self, columns: set[str], name: str) -> tuple[str, ...]:
         """The streams that a dataset with these columns brings to the loss.
@@ -98,15 +108,19 @@ class OwnLoss:
             ValueError: it lacks a stream, or a column of numbers, that the objective needs.
         """
         objective = self.options.objective
-        needed = [x for x in objective.needs if x != "kl"]
-        if self.options.alpha > 0 and "token_rewards" not in needed:
-            needed.append("token_rewards")
-        missing = [x for stream in needed for x in stream_columns(stream) if x not in columns]
+        needed = [x for stream in self.options.needed_streams for x in stream_columns(stream)]
+        missing = [x for x in needed if x not in columns]
         missing += [x for x in objective.pair_columns if x not in columns]
         if missing:
             raise ValueError(
                 f"{name}: expected the columns {', '.join(missing)} for "
                 f"loss_type={self.options.loss_type!r}, found none; run `treg annotate` on the data"
+            )
+        unused = [] if self.options.with_kl else stream_columns("kl_weights")
+        if any(x in columns for x in unused):
+            raise ValueError(
+                f"{name}: expected no {', '.join(unused)}, which "
+                f"loss_type={self.options.loss_type!r} does not take; remove the columns"
             )
         found = [x for x in LOSS_STREAMS if set(stream_columns(x)) <= columns]
         if self.brings_reference(columns):
@@ -116,7 +130,7 @@ class OwnLoss:
     def brings_reference(self, columns: set[str]) -> bool:
         """Whether a dataset has the reference's log-prob of each token, and that is enough."""
         free = self.options.objective.reference_free
-        return not free and not self.with_kl and set(REF_TOKEN_COLUMNS) <= columns
+        return not free and not self.options.with_kl and set(REF_TOKEN_COLUMNS) <= columns
 
     def columns(self) -> list[str]:
         """Every column that the loss may read."""
@@ -178,17 +192,3 @@ class OwnLoss:
             pair_values=numbers,
             **per_token,
         )
-
-
-def numbers_of(examples: list[dict[str, Any]], columns: tuple[str, ...]) -> Tensor:
-    """[columns, B] float64: numbers of pairs.
-
-    Raises:
-        ValueError: a value that is no finite number.
-    """
-    for column in columns:
-        for example in examples:
-            value = example.get(column)
-            if not isinstance(value, (bool, int, float)) or not np.isfinite(value):
-                raise ValueError(f"{column}: expected a number in every pair, got {value!r}")
-    return torch.tensor([[float(x[c]) for x in examples] for c in columns], dtype=torch.float64)

@@ -15,7 +15,6 @@ import trl.trainer.utils
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOTrainer
 
 from treg.data import Pair, RowProblem, pair_tokens
@@ -32,10 +31,12 @@ from treg.integrations.trl.data import (
     mapped,
     prepared,
     read_dataset,
+    tensor_of,
     text_pairs,
 )
 from treg.integrations.trl.own import REF_STREAM, OwnLoss, own_options
 from treg.integrations.trl.patch import STATISTICS
+from treg.integrations.trl.routers import balance, router_logits
 from treg.losses.regularizer import token_regularizer
 from treg.results import PairLoss
 from treg.rewards import Context, load_source
@@ -98,9 +99,7 @@ class TRegDPOTrainer(DPOTrainer):
         options = own_options(args)
         self._own = None if options is None else OwnLoss(options, args.treg_memory_budget)
         if self._own is not None:
-            # TRL's own loss counts for nothing; its metrics and its routers' loss stay
-            args.loss_type, args.loss_weights = ["sigmoid"], [0.0]
-            args.label_smoothing = 0.0
+            _check_own(self._own, args)
         train_dataset = read_dataset(train_dataset, "train_dataset", files)
         eval_dataset = mapped(eval_dataset, lambda x, name: read_dataset(x, name, files))
         given = [x for x in (train_dataset, *each_of(eval_dataset)) if x is not None]
@@ -123,6 +122,10 @@ class TRegDPOTrainer(DPOTrainer):
         for x in (self.model, self.ref_model):
             if x is not None:
                 self._head_of(x)
+        if self._own is not None:
+            # TRL's own loss counts for nothing; its metrics and its routers' loss stay
+            self.loss_types, self.loss_weights, self.label_smoothing = ["sigmoid"], [0.0], 0.0
+            self._own.check_weights(sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         reference = next(x for x in (ref_model, self.ref_model, self.model) if x is not None)
         adapters = reference is not self.model or not hasattr(self.model, "disable_adapter")
         for path, meta in () if args.treg_ignore_fingerprint else files.items():
@@ -154,7 +157,9 @@ class TRegDPOTrainer(DPOTrainer):
         found = {name: self._own.streams_of(columns_of(x), name) for name, x in given.items()}
         if len(set(found.values())) > 1:
             raise ValueError(f"eval_dataset: expected the streams of train_dataset, got {found}")
-        inner = getattr(self.data_collator, "inner", self.data_collator)
+        inner = self.data_collator
+        if isinstance(inner, RewardCollator):
+            inner = inner.inner
         self.data_collator = RewardCollator(
             inner,
             self.args.max_length,
@@ -189,7 +194,18 @@ class TRegDPOTrainer(DPOTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As DPOTrainer's; a dataset that is given here needs token rewards of its own."""
         sets = [x for x in each_of(eval_dataset) if isinstance(x, Dataset | IterableDataset)]
-        if self.args.treg_alpha > 0 and not all(set(REWARD_COLUMNS) <= columns_of(x) for x in sets):
+        if self._own is not None:
+            for x in sets:
+                given = self._own.streams_of(columns_of(x), "eval_dataset")
+                if given != self.data_collator.streams:
+                    raise ValueError(
+                        "eval_dataset: expected the streams of train_dataset, "
+                        f"{', '.join(self.data_collator.streams) or 'none'}, got "
+                        f"{', '.join(given) or 'none'}"
+                    )
+        elif self.args.treg_alpha > 0 and not all(
+            set(REWARD_COLUMNS) <= columns_of(x) for x in sets
+        ):
             raise ValueError(
                 f"eval_dataset: expected the columns {', '.join(REWARD_COLUMNS)}; run `treg "
                 "annotate` on the data, or give them to the trainer at its construction"
@@ -268,7 +284,7 @@ class TRegDPOTrainer(DPOTrainer):
                 k: x.clone() if isinstance(x, Tensor) and x.is_inference() else x
                 for k, x in inputs.items()
             }
-            rewards = inputs.pop("token_rewards", None)
+            rewards = tensor_of(inputs.pop("token_rewards", None))
             if "ref_chosen_logps" not in inputs:
                 reference = self.model if self.ref_model is None else self.ref_model
                 if reference is self.model and not hasattr(self.model, "peft_config"):
@@ -295,7 +311,7 @@ class TRegDPOTrainer(DPOTrainer):
     def _own_loss(self, model, inputs, return_outputs, num_items_in_batch):
         """The loss of an objective that TRL lacks, beside what TRL makes of the same log-probs."""
         own, kept, grad = self._own, [], torch.is_grad_enabled()
-        streams = {k: x for k, x in inputs.items() if k in OWN_INPUTS}
+        streams = {k: tensor_of(x) for k, x in inputs.items() if k in OWN_INPUTS}
         inputs = {k: x for k, x in inputs.items() if k not in OWN_INPUTS}
         completion = inputs["completion_mask"]
         labels = inputs["input_ids"].masked_fill(completion == 0, -100)
@@ -304,11 +320,16 @@ class TRegDPOTrainer(DPOTrainer):
         if REF_STREAM in streams:
             ref_logps = streams[REF_STREAM][:, 1:].to(scored.device)
         elif not own.options.objective.reference_free:
+            if self.ref_model is None and not hasattr(self.model, "peft_config"):
+                raise ValueError(
+                    "ref_model: expected a reference that runs, got none: the policy cannot be its "
+                    "own; give one, or data with the reference's log-prob of each token"
+                )
             left_out = ("completion_mask", *REF_COLUMNS)
             given = {k: x for k, x in inputs.items() if k not in left_out}
             with torch.no_grad(), self._as_reference() as reference:
                 self._head_of(reference)
-                if own.with_kl:
+                if own.options.with_kl:
                     states = own.reference_states(reference, labels, given)
                     score = functools.partial(own.score_with_kl, states)
                 else:
@@ -390,7 +411,7 @@ class TRegDPOTrainer(DPOTrainer):
             with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
                 if not fused_lm_head:
                     return model(**inputs)
-                with _router_logits(spec, bool(inputs.get("output_router_logits"))) as routed:
+                with router_logits(spec, bool(inputs.get("output_router_logits"))) as routed:
                     names = tuple(STATISTICS[name] for name in outputs)
                     if score is None:
                         budget = self.args.treg_memory_budget
@@ -400,7 +421,7 @@ class TRegDPOTrainer(DPOTrainer):
                     else:
                         found = score_tokens(model, labels, score(names), **inputs)
                 aux_loss = (
-                    _balance(spec, routed[-1], inputs.get("attention_mask")) if routed else None
+                    balance(spec, routed[-1], inputs.get("attention_mask")) if routed else None
                 )
             logps = found["logprobs"]
             if kept is not None:
@@ -444,31 +465,12 @@ class TRegDPOTrainer(DPOTrainer):
             metrics[name].append(totals[2 * i] / max(totals[2 * i + 1], 1))
 
 
-@contextlib.contextmanager
-def _router_logits(spec: HeadSpec, wanted: bool) -> Iterator[list]:
-    """What the backbone returns as router_logits meanwhile."""
-    found: list = []
-    if not wanted:
-        yield found
-        return
-    hook = spec.backbone.register_forward_hook(
-        lambda module, args, output: found.append(getattr(output, "router_logits", None))
-    )
-    try:
-        yield found
-    finally:
-        hook.remove()
-
-
-def _balance(spec: HeadSpec, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss of a mixture of experts, as its own forward computes it."""
-    config = spec.model.config.get_text_config()
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if router_logits is None or experts is None:
+def _check_own(own: OwnLoss, args: TRegDPOConfig) -> None:
+    """ValueError where the reference's sums alone would be made beforehand."""
+    objective = own.options.objective
+    if args.precompute_ref_log_probs and not objective.reference_free:
         raise ValueError(
-            f"router_aux_loss_coef: expected 0 for {type(spec.model).__name__}, which returns no "
-            "router_logits that a balancing loss can be made of"
+            f"precompute_ref_log_probs: expected False for loss_type={own.options.loss_type!r}, "
+            "which needs the reference's log-prob of each token, got True; run `treg annotate "
+            "--per_token` on the data"
         )
-    return load_balancing_loss_func(
-        router_logits, experts, config.num_experts_per_tok, attention_mask
-    )
