@@ -8,6 +8,7 @@ forward.py    log-prob, norm and statistics; optionally the stash, the unscaled 
 backward.py   the gradient of the logits for a known coefficient per token
 active.py     which tiles a filtered backward computes
 filtered.py   the gradients from those tiles
+kl.py         KL divergence of two heads from finished products, and its gradient
 bases.py      each objective's value and slopes
 objective.py  the loss of pairs, and the coefficient of each token
 """

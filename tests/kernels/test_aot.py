@@ -19,6 +19,8 @@ KERNELS = GEMMS | {
     "_active_kernel",
     "_list_kernel",
     "_pair_kernel",
+    "_kl_kernel",
+    "_stash_sum_kernel",
 }
 DESCRIPTORS = ("sm90", "sm100")  # architectures with a copy engine
 # Bytes that a thread may spill; 0 where nothing is said. The largest tiles' sums take half of its

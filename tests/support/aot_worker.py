@@ -254,13 +254,46 @@ def objective_cases() -> Iterator[tuple[str, Callable]]:
     )
 
 
+def run_kl(dtype: torch.dtype, what: str, reverse: bool, options: bool):
+    """KL divergence from products: its values alone, with stashes, or with a gradient for known
+    coefficients.
+    """
+    from treg_kernels.kl import kl_rows, stash_sum
+
+    a, ref_a = torch.empty(ROWS, VOCAB), torch.empty(ROWS, VOCAB)
+    out, other = (torch.empty(ROWS, VOCAB, dtype=dtype) for _ in range(2))
+    biases = [torch.empty(VOCAB, dtype=dtype) if options else None] * 2
+    coefs = torch.empty(ROWS), torch.empty(ROWS)
+    given = {
+        "values": {"stashes": []},
+        "stashes": {"stashes": [out, other]},
+        "gradient": {"stashes": [], "coefs": coefs, "out": out},
+    }
+    target = None if what == "values" else torch.empty(ROWS, dtype=torch.int64)
+    scalars = scalars_of(options)
+    kl_rows(a, ref_a, *biases, scalars, scalars, target, -100, reverse=reverse, **given[what])
+    if what == "stashes":
+        stash_sum([out, other], coefs, out)
+
+
+def kl_cases() -> Iterator[tuple[str, Callable]]:
+    for name, *rest in (
+        ("values, forward", torch.bfloat16, "values", False, False),
+        ("stashes, bfloat16, forward", torch.bfloat16, "stashes", False, False),
+        ("stashes, bfloat16, reverse, all options", torch.bfloat16, "stashes", True, True),
+        ("gradient, float16, forward, all options", torch.float16, "gradient", False, True),
+        ("gradient, float32, reverse", torch.float32, "gradient", True, False),
+    ):
+        yield f"kl, {name}", functools.partial(run_kl, *rest)
+
+
 def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, CompiledKernel]]:
     """Launch everything; each kernel that no earlier case has compiled."""
-    from treg_kernels import active, backward, filtered, forward, objective
+    from treg_kernels import active, backward, filtered, forward, kl, objective
 
     found = [
         f
-        for module in (forward, backward, objective, active, filtered)
+        for module in (forward, backward, objective, active, filtered, kl)
         for f in vars(module).values()
     ]
     functions = list(dict.fromkeys(f for f in found if isinstance(f, JITFunction)))
@@ -312,7 +345,7 @@ def row_of(case: str, kernel: CompiledKernel, arch: str) -> dict:
 
 def rows_of(arch: str) -> list[dict]:
     with fake_device(arch):
-        cases = [*head_cases(arch), *filtered_cases(), *objective_cases()]
+        cases = [*head_cases(arch), *filtered_cases(), *objective_cases(), *kl_cases()]
         return [row_of(case, kernel, arch) for case, kernel in compiled(cases)]
 
 

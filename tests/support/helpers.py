@@ -80,7 +80,7 @@ class Case:
             return x.detach().to(device=device, dtype=dtype).clone().requires_grad_()
 
         rest = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.rest.items()}
-        if order is not None:
+        if order is not None and "target" in rest:
             target = rest["target"]
             inverse = order.argsort().to(target.device)
             rest["target"] = torch.where(target < 0, target, inverse[target.clamp(min=0)])

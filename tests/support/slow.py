@@ -35,6 +35,7 @@ INTERPRETED = (
     "losses/test_objective.py",
     "ops/test_filtered.py",
     "ops/test_fused.py",
+    "ops/test_linear_kl.py",
     "ops/test_linear_logprobs.py",
 )
 
@@ -102,6 +103,14 @@ FUNCTIONS = {
     "ops/test_gemm.py": (
         "test_float16_is_widened_slab_by_slab",
         "test_scaled_to_makes_no_wide_copy",
+    ),
+    "ops/test_linear_kl.py": (
+        "test_a_schedule_of_the_temperature_needs_no_third_graph",
+        "test_bad_numbers_are_refused_when_the_graph_runs",
+        "test_compiled_in_one_graph",
+        "test_matrix_products",
+        "test_memory_stays_within_the_budget",
+        "test_other_lengths_need_no_third_graph",
     ),
     "ops/test_linear_logprobs.py": (
         "test_any_shape_option_and_budget",

@@ -31,6 +31,8 @@ from torch import Tensor
 
 from treg.ops.head.gemm import logits_into, slab_bytes, slab_rows
 from treg.ops.head.head import Head
+from treg.ops.head.kl_torch import TorchPasses
+from treg.ops.head.kl_triton import TritonPasses
 from treg.ops.head.memory import pass_rows
 
 # Rows of hidden that are alive at once: as read, scaled, its gradient, and copies of these.
@@ -196,6 +198,7 @@ class KlTiles:
 
 
 def make_passes(impl: str, head: Head, ref_head: Head, reverse: bool) -> Passes:
-    from treg.ops.head.kl_torch import TorchPasses
-
+    """impl: "torch" or "triton"."""
+    if impl == "triton":
+        return TritonPasses(head, ref_head, reverse=reverse)
     return TorchPasses(head, ref_head, reverse=reverse)

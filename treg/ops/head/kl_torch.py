@@ -87,23 +87,23 @@ class TorchPasses:
         z, slope = transformed(a, self.head)
         ref_z, _ = transformed(ref_a, self.ref_head)
         scored = y = None
+        # first, so that no offset of a row costs d a digit
+        z.sub_(z.amax(1, keepdim=True))
+        ref_z.sub_(ref_z.amax(1, keepdim=True))
         picked = []  # the targets' logits
         if target is not None:
             scored = target != self.head.ignore_index
             y = torch.where(scored, target, 0).unsqueeze(1)
             picked = [z.gather(1, y), ref_z.gather(1, y)]
-        tops = z.amax(1, keepdim=True), ref_z.amax(1, keepdim=True)
         d = z - ref_z
         p, q = torch.softmax(z, 1, out=z), torch.softmax(ref_z, 1, out=ref_z)
-        # the largest probability is exp(top - lse), never small
-        log_tops = p.amax(1, keepdim=True).log_(), q.amax(1, keepdim=True).log_()
-        d.sub_((tops[0] - tops[1]) - (log_tops[0] - log_tops[1]))
+        # the largest probability is exp(-logsumexp) here, never small
+        logs = p.amax(1, keepdim=True).log_(), q.amax(1, keepdim=True).log_()
+        d.add_(logs[0] - logs[1])
         kl = self._divergence(p, q, d, gradient=count > 0)
         values = {"kl": kl}
-        for name, z_y, top, log_top in zip(
-            ("logprobs", "ref_logprobs"), picked, tops, log_tops, strict=False
-        ):
-            values[name] = ((z_y - top) + log_top).squeeze(1)
+        for name, z_y, log in zip(("logprobs", "ref_logprobs"), picked, logs, strict=False):
+            values[name] = (z_y + log).squeeze(1)
         made = [q, p][:count]
         if count > 1 and y is not None:
             p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
