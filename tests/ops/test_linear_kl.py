@@ -688,12 +688,13 @@ def test_other_lengths_need_no_third_graph():
 
 def test_bad_numbers_are_refused_when_the_graph_runs():
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda given, x: linear_kl(**given, ref_logit_scale=x).kl, fullgraph=True, dynamic=True,
-        backend="aot_eager",
-    )  # fmt: skip
+
+    def fn(given, x):
+        return linear_kl(**given, ref_logit_scale=x).kl
+
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
     given = compiled_case()
-    assert torch.equal(compiled(given, 0.5), linear_kl(**given, ref_logit_scale=0.5).kl)
+    assert torch.equal(compiled(given, 0.5), fn(given, 0.5))
     with pytest.raises(ValueError, match=r"^ref_logit_scale: expected a finite number"):
         compiled(given, NAN)
 

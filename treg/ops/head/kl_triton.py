@@ -12,9 +12,12 @@ class TritonPasses:
         from treg_kernels.tiles import Scalars
 
         self.head, self.reverse = head, reverse
-        heads = (head, ref_head)
-        self._biases = [None if x.bias is None else x.bias.contiguous() for x in heads]
-        self._scalars = [Scalars.of(x.logit_scale, x.softcap, x.temperature) for x in heads]
+        self._bias, self._ref_bias = (
+            None if x.bias is None else x.bias.contiguous() for x in (head, ref_head)
+        )
+        self._scalars, self._ref_scalars = (
+            Scalars.of(x.logit_scale, x.softcap, x.temperature) for x in (head, ref_head)
+        )
 
     def scores(
         self, a: Tensor, ref_a: Tensor, target: Tensor | None, stashes: list[Tensor]
@@ -46,8 +49,10 @@ class TritonPasses:
             return kl_rows(
                 a,
                 ref_a,
-                *self._biases,
-                *self._scalars,
+                self._bias,
+                self._ref_bias,
+                self._scalars,
+                self._ref_scalars,
                 None if target is None else target.contiguous(),
                 self.head.ignore_index,
                 reverse=self.reverse,
