@@ -11,6 +11,7 @@ from helpers import (
     DTYPES,
     EPS,
     IMPLS,
+    QUICK_IMPLS,
     Case,
     assert_within_budget,
     check_against_reference,
@@ -345,15 +346,28 @@ def test_ignored_tokens_cost_no_product():
     assert products[1] * 2 == products[0]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+MEMORY = [(True, "dpo"), (True, "apo_zero"), (False, "dpo")]
+
+
+@pytest.mark.parametrize("impl", QUICK_IMPLS)
 @pytest.mark.parametrize(
     ("trainable", "loss_type"),
-    [(True, "dpo"), (True, "apo_zero"), (False, "dpo")],
+    MEMORY,
     ids=["trainable", "trainable, apo_zero", "frozen"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("open_operators")
 def test_memory_stays_within_the_budget(impl, loss_type, trainable, dtype, monkeypatch):
+    check_memory(impl, loss_type, trainable, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("impl", [x for x in IMPLS if x not in QUICK_IMPLS])
+@pytest.mark.usefixtures("open_operators")
+def test_memory_in_the_interpreter(impl, monkeypatch):
+    check_memory(impl, "dpo", True, torch.float32, monkeypatch)
+
+
+def check_memory(impl, loss_type, trainable, dtype, monkeypatch):
     """Bytes alive at once, beyond inputs: the budget, one float32 dweight, dhidden, and [N]-sized
     rows.
     """

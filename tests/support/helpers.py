@@ -20,6 +20,8 @@ IMPLS = [
         marks=pytest.mark.gpu if GPU else pytest.mark.interp,
     ),
 ]
+# the same where minutes in the interpreter would say little: there it is left out
+QUICK_IMPLS = [x for x in IMPLS if GPU or x.values[0] == "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {
     torch.float64: 2.0**-52,

@@ -98,6 +98,7 @@ FUNCTIONS = {
         "test_any_call",
         "test_every_way",
         "test_matrix_products",
+        "test_memory_in_the_interpreter",
         "test_memory_stays_within_the_budget",
     ),
     "ops/test_gemm.py": (
