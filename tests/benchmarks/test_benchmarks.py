@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import bars_kl
 import bench_loss_head
 import gpu_bars
 import gpu_run
@@ -416,6 +417,27 @@ def test_region_follows_its_record():
     assert "| Liger DPO |" in report.cpu_part(found) and "| 7.00 |" in report.cpu_part(found)
     with pytest.raises(ValueError, match="expected the lines"):
         report.with_region("no markers", "new")
+
+
+def test_ratios_of_linear_kl():
+    """All methods run, agree with float64, and are those of the record."""
+    run = bars_kl.alternation(bars_kl.Sizes(16, 8, 97))
+    run.round()
+    found = bars_kl.times(run)
+    record = json.loads((report.RESULTS / "cpu" / "linear_kl.json").read_text())
+    for key in ("ratios", "median_seconds", "best_seconds"):
+        assert found[key].keys() == record["time"][key].keys()
+    assert len(found["ratios"]) == len(bars_kl.RATIOS)
+    ratio, seconds = found["ratios"]["linear_kl / dense"]["ratio"], found["median_seconds"]
+    assert ratio == seconds["linear_kl"] / seconds["dense"]
+
+
+def test_the_divergence_that_liger_gives_is_the_same():
+    pytest.importorskip("liger_kernel")
+    x = bars_kl.Operands.of(bars_kl.Sizes(16, 8, 97))
+    steps = (bars_kl.step(bars_kl.liger, x), bars_kl.step(bars_kl.ours, x, False))
+    for a, b in zip(*steps, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
 
 
 def test_report_of_a_gpu(tmp_path):

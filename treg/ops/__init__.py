@@ -1,5 +1,5 @@
-"""The public ops: per-token log-probs of a language-model head, and the T-REG loss, without [N, V]
-logits. README.md beside this file says how they work.
+"""The public ops: per-token log-probs of a language-model head, the T-REG loss, and the divergence
+of two heads, without [N, V] logits. README.md beside this file says how they work.
 """
 
 from treg.ops.linear_kl import linear_kl

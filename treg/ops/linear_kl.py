@@ -382,13 +382,14 @@ def _gradient_sums(
         for chosen in part.chunks(work.step):
             out, here = tile[: len(chosen)], slice(done, done + len(chosen))
             mine = chosen.read(coefs[0]), None if coefs[1] is None else chosen.read(coefs[1])
-            operands = work.read(chosen)
             if here.stop <= kept:
                 tiles.passes.combine([x[here] for x in stashes], mine, out)
             else:
-                tiles.gradient(*operands, mine, out)
-            target = operands[2]
-            sums.add(out, chosen, None if target is None else row_factors(batch, target))
+                tiles.gradient(*work.read(chosen), mine, out)
+            scored = None
+            if work.target is not None:
+                scored = row_factors(batch, chosen.read(work.target))
+            sums.add(out, chosen, scored)
             done = here.stop
     sums.finish()
     tiles.release()

@@ -121,8 +121,8 @@ class KlTiles:
         """The most rows that are kept, and rows that are worked on at a time, of any number.
 
         C rows would fit if nothing else had to. A tile of t rows takes the room of t * r kept ones,
-        each of which saves two products; and its pass over both weights, forward and backward,
-        costs as much as 2 P rows: C * 2 P / t + 2 t * r is the least at t = sqrt(P * C / r).
+        each of which saves two products; and its passes over the weights cost as much as P rows:
+        C * P / t + 2 t * r is the least at t = sqrt(P * C / (2 r)).
 
         Raises: ValueError where the budget does not hold one row.
         """
@@ -139,7 +139,7 @@ class KlTiles:
             # a loss scaler's factor must reach the 16-bit products: no row is kept
             return 0, most
         capacity = free // self.kept_bytes
-        step = min(most, max(1, isqrt(each * capacity * self.kept_bytes // row)))
+        step = min(most, max(1, isqrt(each * capacity * self.kept_bytes // (2 * row))))
         kept = (free - step * row) // self.kept_bytes
         return (kept, step) if kept >= each else (0, most)  # they cost a pass of their own
 
