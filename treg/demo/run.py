@@ -75,7 +75,7 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
         if value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value}")
     out, start = Path(output), time.perf_counter()
-    _quiet()
+    quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -132,7 +132,7 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     return results
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Nothing but the demo's own lines."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -249,6 +249,25 @@ def _train_all(
     return trained
 
 
+def config(out: Path, seed: int, **changes: Any) -> TRegConfig:
+    """The demo's training, with changes: arguments of TRegConfig by name."""
+    settings: dict[str, Any] = {
+        "beta": BETA,
+        "learning_rate": LEARNING_RATE,
+        "num_train_epochs": EPOCHS,
+        "seed": seed,
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": 64,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return TRegConfig(str(out / "run"), **(settings | changes))
+
+
 def train_once(
     model: Any,
     tokenizer: Any,
@@ -261,22 +280,7 @@ def train_once(
 ) -> tuple[Any, dict[str, float], list[dict]]:
     """One training run from a copy of model: the policy, what was measured, the log."""
     policy = copy.deepcopy(model)
-    args = TRegConfig(
-        str(out / "run"),
-        beta=BETA,
-        alpha=alpha,
-        learning_rate=LEARNING_RATE,
-        num_train_epochs=EPOCHS,
-        seed=seed,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=64,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        logging_steps=4,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    args = config(out, seed, alpha=alpha)
     trainer = TRegTrainer(policy, None, args, train, held_out, tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
     memory = _PeakMemory()

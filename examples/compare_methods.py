@@ -1,0 +1,486 @@
+"""Every preference method on the demo's world: the same start, pairs and steps, one table.
+
+    python examples/compare_methods.py [--methods dpo treg-true] [--seeds 0 1 2] [--steps 20]
+        [--pairs 200] [--learning_rate 1e-3] [--output methods.json]
+
+A chat model of a million parameters that knows invented towns, and errs, is trained on pairs in
+which chosen answers have wrong facts too (`treg.demo.world`). Each run ends with the same three
+measures on towns that no pair was about:
+
+    wrong facts    of answers to questions, sampled at temperature 1
+    ranked right   pairs whose chosen answer has the larger sum_t (lp_t - ref_t), whatever was
+                   trained on
+    malformed      sampled answers with anything in them that is no sentence about the town
+
+What token rewards need is made first: a DPO model, one of swapped pairs, a reward model. They are
+trained on the same pairs, with a seed of their own.
+
+Every finished run is in the output at once. The same command again trains what is missing. Needs
+the extra `train`; a quarter of an hour on two cores at most.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from treg.data import EncodeOptions
+from treg.data.annotated import read_annotated
+from treg.demo import run as demo
+from treg.demo import world
+from treg.files import replacing
+from treg.losses import OBJECTIVES
+from treg.rewards.annotate import AnnotateOptions, annotate
+from treg.trainer import TRegTrainer
+
+HELPER_SEED = 1000  # of the models that token rewards need
+REWARD_EPOCHS, REWARD_RATE = 3, 1e-4
+MEASURES = ("wrong facts", "ranked right", "malformed", "seconds")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Token rewards or weights: a source, its options, and how they are shaped. The options model
+    and base name one of the models that are trained here.
+    """
+
+    source: str
+    options: dict[str, Any] = field(default_factory=dict)
+    shaping: tuple[str, ...] = ()
+
+
+# one spread and one limit for all rewards that T-REG takes: those of the contrastive ones
+SCALED = ("standardise=0.16", "clip=0.5")
+SIGNALS = {
+    "none": Signal("constant"),  # the objective looks at no token rewards
+    "contrastive": Signal("contrastive"),
+    "surprise": Signal("surprise", shaping=SCALED),
+    "entropy": Signal("entropy", shaping=SCALED),
+    "implicit": Signal("implicit", {"model": "dpo"}),
+    "implicit, scaled": Signal("implicit", {"model": "dpo"}, SCALED),
+    "implicit of two": Signal("implicit", {"model": "dpo", "base": "reversed", "beta": 1.0}),
+    "red, scaled": Signal("redistribution", {"model": "reward"}, SCALED),
+    "edits": Signal("edits"),
+    "edits, scaled": Signal("edits", shaping=SCALED),
+    "true": Signal("spans", {"column": "{side}_marks"}),
+    "mask": Signal("messagewise"),  # of contrastive rewards
+    "shuffled": Signal("shuffled"),  # the contrastive ones
+    "random": Signal("random", {"spread": 0.16}),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: an objective, the signal in its data, and arguments of TRegConfig."""
+
+    group: str
+    loss: str
+    signal: str = "none"
+    changes: dict[str, Any] = field(default_factory=dict)
+    rate: float = demo.LEARNING_RATE
+
+
+def _treg(signal: str, group: str = "T-REG over DPO") -> Method:
+    return Method(group, "dpo", signal, {"alpha": 0.5})
+
+
+WHOLE, CREDIT, CONTROLS = "whole answers", "other token credit", "T-REG, controls"
+PER_TOKEN_MEAN = {"beta": 2.0, "gamma": 1.0}  # of objectives whose reward is a mean over tokens
+METHODS = {
+    "dpo": Method(WHOLE, "dpo"),
+    "robust": Method(WHOLE, "robust", changes={"label_smoothing": 0.1}),
+    "ipo": Method(WHOLE, "ipo"),
+    "hinge": Method(WHOLE, "hinge"),
+    "nca_pair": Method(WHOLE, "nca_pair"),
+    "apo_zero": Method(WHOLE, "apo_zero"),
+    "simpo": Method(WHOLE, "simpo", changes=PER_TOKEN_MEAN),
+    "orpo": Method(WHOLE, "orpo"),
+    "cpo": Method(WHOLE, "cpo"),
+    "treg-contrastive": _treg("contrastive"),
+    "treg-surprise": _treg("surprise"),
+    "treg-entropy": _treg("entropy"),
+    "treg-implicit": _treg("implicit, scaled"),
+    "treg-red": _treg("red, scaled"),
+    "treg-edits": _treg("edits, scaled"),
+    "treg-true": _treg("true"),
+    "treg-shuffled": _treg("shuffled", CONTROLS),
+    "treg-random": _treg("random", CONTROLS),
+    "tgdpo": Method(CREDIT, "tgdpo", "implicit"),
+    "tis_dpo": Method(CREDIT, "tis_dpo", "implicit of two"),
+    "sepo": Method(CREDIT, "sepo", "implicit", {"beta": 1.0}),
+    "d2po": Method(CREDIT, "d2po"),
+    "confpo": Method(CREDIT, "confpo", changes=PER_TOKEN_MEAN),
+    "messagewise": Method(CREDIT, "messagewise", "contrastive"),
+    "messagewise-true": Method(CREDIT, "messagewise", "true"),
+    "figa": Method(CREDIT, "figa", "edits"),
+    "tdpo1": Method(CREDIT, "tdpo1"),
+    "tdpo2": Method(CREDIT, "tdpo2"),
+    "sparsepo": Method(CREDIT, "sparsepo", "mask"),
+}
+# bfpo is not there: no answer of this world is safe or unsafe
+
+
+class Study:
+    """The world, the model that all start from, and what is made of them when it is asked for."""
+
+    def __init__(self, pairs: int, steps: int, folder: Path):
+        self.steps = steps
+        self.folder = folder
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(demo.MODEL)
+        self.start: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            demo.MODEL, dtype=torch.float32
+        )
+        self.rows = [with_marks(row) for row in world.preference_rows(0, pairs, "train")]
+        self.held_out = self._annotated(
+            "held-out", world.preference_rows(1, demo.HELD_OUT_PAIRS, "test"), SIGNALS["none"]
+        )
+        self.signals: dict[str, dict[str, float]] = {}  # of each signal: seconds, AUROC
+        self._examples: dict[str, list[dict]] = {}
+        self._helpers: dict[str, str] = {}
+
+    def train(self, method: Method, seed: int, rate: float) -> tuple[Any, float]:
+        """A policy and the seconds of its training."""
+        return self._trained(method, self.examples(method.signal), seed, rate)
+
+    def ranked_right(self, policy: Any) -> float:
+        """The share of held-out pairs that a policy ranks right, as DPO's accuracy."""
+        args = demo.config(self.folder, 0, loss_type="dpo", alpha=0.0)
+        judge = TRegTrainer(policy, None, args, None, self.held_out, self.tokenizer)
+        judge.remove_callback(transformers.PrinterCallback)
+        return judge.evaluate()["eval_rewards/accuracies"]
+
+    def examples(self, name: str) -> list[dict]:
+        """The training pairs with a signal, a key of SIGNALS."""
+        if name not in self._examples:
+            signal = SIGNALS[name]
+            models = {}
+            for option in ("model", "base"):
+                if option in signal.options:
+                    models[option] = self._helper(signal.options[option])
+            options = signal.options | models
+            start = time.perf_counter()
+            filled = Signal(signal.source, options, signal.shaping)
+            self._examples[name] = self._annotated(name, self.rows, filled)
+            seconds = time.perf_counter() - start
+            file = self.folder / f"{name}.parquet"
+            auroc = demo.wrong_token_auroc(file, self.rows, self.tokenizer)["-rhat"]
+            self.signals[name] = {"seconds": seconds, "auroc": auroc}
+            say(f"signal {name}: {seconds:.1f} s, AUROC of wrong tokens {auroc:.3f}")
+        return self._examples[name]
+
+    def _annotated(self, name: str, rows: Sequence[dict], signal: Signal) -> list[dict]:
+        options = AnnotateOptions(
+            EncodeOptions(512),
+            tokens_per_batch=8192,
+            per_token=True,
+            rewards=signal.source,
+            rewards_options=signal.options,
+            shaping=signal.shaping,
+        )
+        file = self.folder / f"{name}.parquet"
+        annotate(self.start, self.tokenizer, rows, file, options, progress=False, strict=True)
+        return read_annotated(file)[0]
+
+    def _trained(
+        self, method: Method, examples: Sequence[dict], seed: int, rate: float
+    ) -> tuple[Any, float]:
+        changes = {"alpha": 0.0, "learning_rate": rate, "max_steps": self.steps} | method.changes
+        args = demo.config(self.folder, seed, loss_type=method.loss, **changes)
+        policy = copy.deepcopy(self.start)
+        # a KL divergence needs a reference that runs; the others find its log-probs in the data
+        with_kl = "kl" in OBJECTIVES[method.loss].needs
+        reference = copy.deepcopy(self.start) if with_kl else None
+        trainer = TRegTrainer(policy, reference, args, examples, None, self.tokenizer)
+        trainer.remove_callback(transformers.PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        return policy, time.perf_counter() - start
+
+    def _helper(self, name: str) -> str:
+        """The folder of a model that token rewards need."""
+        if name not in self._helpers:
+            start = time.perf_counter()
+            model = self._reward_model() if name == "reward" else self._dpo_model(name)
+            path = self.folder / f"model-{name}"
+            model.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+            self._helpers[name] = str(path)
+            say(f"model {name}: {time.perf_counter() - start:.1f} s")
+        return self._helpers[name]
+
+    def _dpo_model(self, name: str) -> Any:
+        """DPO on the pairs, or on the pairs with their answers swapped."""
+        examples = self.examples("none")
+        if name == "reversed":
+            examples = [swapped(example) for example in examples]
+        dpo = METHODS["dpo"]
+        return self._trained(dpo, examples, HELPER_SEED, dpo.rate)[0]
+
+    def _reward_model(self) -> Any:
+        """The start with a linear head, trained by -log sigma(R_w - R_l)."""
+        torch.manual_seed(HELPER_SEED)
+        model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+            demo.MODEL, num_labels=1, dtype=torch.float32
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=REWARD_RATE)
+        for _ in range(REWARD_EPOCHS):
+            for some in torch.randperm(len(self.rows)).split(demo.BATCH):
+                better, worse = self.rewards(model, [self.rows[i] for i in some]).chunk(2)
+                loss = -torch.nn.functional.logsigmoid(better - worse).mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.eval()
+
+    def rewards(self, model: Any, rows: Sequence[dict]) -> torch.Tensor:
+        """R of the chosen answers, then of the rejected ones, [2 rows]."""
+        texts = []
+        for side in ("chosen", "rejected"):
+            for row in rows:
+                messages = row["prompt"] + row[side]
+                texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+
+
+def with_marks(row: dict) -> dict:
+    """A row with the truth about its answers: 0.5 at each right value, -0.5 at each wrong one."""
+    marked = dict(row)
+    values = {value for attribute in world.ATTRIBUTES.values() for value in attribute.values}
+    for side in ("chosen", "rejected"):
+        marks, at = [], 0
+        for word in row[side][0]["content"].split(" "):
+            value = word.rstrip(".")
+            if value in values:
+                span = [at, at + len(value)]
+                marks.append([*span, -0.5 if span in row[f"wrong_{side}"] else 0.5])
+            at += len(word) + 1
+        marked[f"{side}_marks"] = marks
+    return marked
+
+
+def swapped(example: Mapping[str, Any]) -> dict[str, Any]:
+    """An example whose chosen answer is the rejected one, and the other way round."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    found = {}
+    for name, value in example.items():
+        found["_".join(other.get(part, part) for part in name.split("_"))] = value
+    return found
+
+
+class Record:
+    """The JSON file of results: what was asked for, and a row for each run that is done."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.content: dict[str, Any] = {"settings": settings, "signals": {}, "rows": []}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+            self._take(json.loads(json.dumps(settings)))
+
+    def _take(self, settings: dict[str, Any]) -> None:
+        """Refuse settings that are not those of the rows; methods may be added."""
+        made_with = self.content["settings"]
+        methods = made_with["methods"]
+        expected = settings | {"methods": methods | settings["methods"]}
+        for name, value in methods.items():
+            if expected["methods"][name] != value:
+                raise ValueError(
+                    f"output: expected a record with {name} as {expected['methods'][name]}, got "
+                    f"{value} in {self.path}; give another file, or remove it"
+                )
+        for name, value in settings.items():
+            if name != "methods" and made_with.get(name) != value:
+                raise ValueError(
+                    f"output: expected a record with {name} {value}, got {made_with.get(name)} in "
+                    f"{self.path}; give another file, or remove it"
+                )
+        self.content["settings"] = expected
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.content["rows"]
+
+    def started(self) -> None:
+        """Keep the command that makes the rows to come, and where."""
+        command = " ".join(["python", *sys.argv])
+        commands = self.content.setdefault("commands", [])
+        if command not in commands:
+            commands.append(command)
+        self.content["environment"] = environment()
+
+    def has(self, method: str, seed: int, rate: float | None) -> bool:
+        wanted = (method, seed, rate)
+        return any((x["method"], x["seed"], x["learning rate"]) == wanted for x in self.rows)
+
+    def write(self) -> None:
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """All that changes a row but its seed and its learning rate."""
+    methods = {}
+    for name in args.methods:
+        method = METHODS[name]
+        methods[name] = {
+            "loss_type": method.loss,
+            "changes": method.changes,
+            "signal": asdict(SIGNALS[method.signal]),
+        }
+    return {
+        "pairs": args.pairs,
+        "steps": args.steps,
+        "pairs a step": demo.BATCH,
+        "beta": demo.BETA,
+        "held-out pairs": demo.HELD_OUT_PAIRS,
+        "answers": len(world.prompts("test")) * demo.SAMPLES,
+        "methods": methods,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Where a record was made."""
+    packages = ("torch", "transformers", "accelerate")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def compare(args: argparse.Namespace, folder: Path) -> Record:
+    """Train and measure what the record does not have."""
+    record = Record(args.output, settings_of(args))
+    todo = []
+    for seed in args.seeds:
+        for name in ("before", *args.methods):
+            rate = None if name == "before" else args.learning_rate or METHODS[name].rate
+            if not record.has(name, seed, rate):
+                todo.append((name, seed, rate))
+    if not todo:
+        return record
+    start = time.perf_counter()
+    study = Study(args.pairs, args.steps, folder)
+    say(f"{len(todo)} runs of {args.steps} steps on {len(study.rows)} pairs")
+    record.started()
+    for i, (name, seed, rate) in enumerate(todo, 1):
+        row = {"method": name, "seed": seed, "learning rate": rate}
+        policy = study.start
+        if rate is not None:  # the start ranks no pair: all of its margins are 0
+            policy, row["seconds"] = study.train(METHODS[name], seed, rate)
+            row["ranked right"] = study.ranked_right(policy)
+        row |= demo.answer_questions(policy, study.tokenizer, seed)
+        record.rows.append(row)
+        record.content["signals"] |= study.signals
+        record.write()
+        say(
+            f"{i}/{len(todo)} {name}, seed {seed}: "
+            f"{', '.join(f'{x} {_cell(x, [row])}' for x in MEASURES if x in row)}; "
+            f"{time.perf_counter() - start:.0f} s so far"
+        )
+    return record
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row for each method and learning rate, mean (standard deviation) over seeds; in
+    each group the fewest wrong facts first. "- DPO" is the difference of wrong facts, seed by seed.
+    """
+    runs: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault((row["method"], row["learning rate"]), []).append(row)
+    dpo = {x["seed"]: x for x in rows if (x["method"], x["learning rate"]) == _DPO}
+    groups = ["", *dict.fromkeys(method.group for method in METHODS.values())]
+
+    def order(key: tuple[str, float | None]) -> tuple[int, float]:
+        group = METHODS[key[0]].group if key[0] in METHODS else ""
+        return groups.index(group), statistics.mean(x["wrong facts"] for x in runs[key])
+
+    lines = [f"| | learning rate | wrong facts | - DPO | {' | '.join(MEASURES[1:])} |"]
+    lines.append("|---" * (len(MEASURES) + 3) + "|")
+    group = ""
+    for name, rate in sorted(runs, key=order):
+        if name in METHODS and METHODS[name].group != group:
+            group = METHODS[name].group
+            lines.append(f"| *{group}* |" + " |" * (len(MEASURES) + 2))
+        found = runs[name, rate]
+        paired = [
+            {"wrong facts": x["wrong facts"] - dpo[x["seed"]]["wrong facts"]}
+            for x in found
+            if x["seed"] in dpo
+        ]
+        cells = [_cell("wrong facts", found), _cell("wrong facts", paired, "+")]
+        cells += [_cell(measure, found) for measure in MEASURES[1:]]
+        lines.append(f"| {name} | {rate or ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_DPO = ("dpo", METHODS["dpo"].rate)
+
+
+def _cell(measure: str, rows: Sequence[Mapping[str, Any]], sign: str = "") -> str:
+    values = [row[measure] for row in rows if measure in row]
+    if not values:
+        return ""
+    form = {"wrong facts": ".1%", "malformed": ".1%"}.get(measure, ".2f")
+    text = format(statistics.mean(values), sign + form)
+    if len(values) > 1:
+        text += f" ({statistics.stdev(values):{form}})"
+    return text
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=demo.PAIRS // demo.BATCH)
+    parser.add_argument("--pairs", type=int, default=demo.PAIRS)
+    parser.add_argument("--learning_rate", type=float, help="the same one for all methods")
+    parser.add_argument("--output", type=Path, default=Path("methods.json"))
+    args = parser.parse_args(given)
+    for name in ("steps", "pairs"):
+        if getattr(args, name) < 1:
+            parser.error(f"{name}: expected a positive integer, got {getattr(args, name)}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    demo.quiet()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        record = compare(args, Path(folder))
+    say(f"\n{table(record.rows)}\n\nrecord: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
