@@ -145,10 +145,10 @@ class Study:
             demo.MODEL, dtype=torch.float32
         )
         self.rows = [with_marks(row) for row in world.preference_rows(0, pairs, "train")]
-        self.held_out = self._annotated(
-            "held-out", world.preference_rows(1, demo.HELD_OUT_PAIRS, "test"), SIGNALS["none"]
-        )
-        self.signals: dict[str, dict[str, float]] = {}  # of each signal: seconds, AUROC
+        self.held_out_rows = world.preference_rows(1, demo.HELD_OUT_PAIRS, "test")
+        self.held_out = self._annotated("held-out", self.held_out_rows, SIGNALS["none"])
+        # of each signal: seconds, AUROC; of the reward model: which share of pairs it ranks right
+        self.signals: dict[str, dict[str, float]] = {}
         self._examples: dict[str, list[dict]] = {}
         self._helpers: dict[str, str] = {}
 
@@ -239,14 +239,24 @@ class Study:
         optimizer = torch.optim.AdamW(model.parameters(), lr=REWARD_RATE)
         for _ in range(REWARD_EPOCHS):
             for some in torch.randperm(len(self.rows)).split(demo.BATCH):
-                better, worse = self.rewards(model, [self.rows[i] for i in some]).chunk(2)
+                better, worse = self._rewards(model, [self.rows[i] for i in some]).chunk(2)
                 loss = -torch.nn.functional.logsigmoid(better - worse).mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        return model.eval()
+        model.eval()
+        self.signals["reward model"] = {
+            "training pairs ranked right": self._ranked_right_by(model, self.rows),
+            "held-out pairs ranked right": self._ranked_right_by(model, self.held_out_rows),
+        }
+        return model
 
-    def rewards(self, model: Any, rows: Sequence[dict]) -> torch.Tensor:
+    @torch.no_grad()
+    def _ranked_right_by(self, model: Any, rows: Sequence[dict]) -> float:
+        better, worse = self._rewards(model, rows).chunk(2)
+        return (better > worse).double().mean().item()
+
+    def _rewards(self, model: Any, rows: Sequence[dict]) -> torch.Tensor:
         """R of the chosen answers, then of the rejected ones, [2 rows]."""
         texts = []
         for side in ("chosen", "rejected"):
@@ -349,6 +359,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "beta": demo.BETA,
         "held-out pairs": demo.HELD_OUT_PAIRS,
         "answers": len(world.prompts("test")) * demo.SAMPLES,
+        "helpers": {"seed": HELPER_SEED, "epochs": REWARD_EPOCHS, "learning rate": REWARD_RATE},
         "methods": methods,
     }
 
@@ -369,6 +380,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": commit.stdout.strip() or None,
+        "load_average": os.getloadavg()[:2],
     }
 
 
