@@ -8,9 +8,9 @@ which chosen answers have wrong facts too (`treg.demo.world`). Each run ends wit
 measures on towns that no pair was about:
 
     wrong facts    of answers to questions, sampled at temperature 1
+    malformed      sampled answers with anything in them that is no sentence about the town
     ranked right   pairs whose chosen answer has the larger sum_t (lp_t - ref_t), whatever was
                    trained on
-    malformed      sampled answers with anything in them that is no sentence about the town
 
 What token rewards need is made first: a DPO model, one of swapped pairs, a reward model. They are
 trained on the same pairs, with a seed of their own.
@@ -49,7 +49,7 @@ from treg.trainer import TRegTrainer
 
 HELPER_SEED = 1000  # of the models that token rewards need
 REWARD_EPOCHS, REWARD_RATE = 3, 1e-4
-MEASURES = ("wrong facts", "ranked right", "malformed", "seconds")
+MEASURES = ("wrong facts", "malformed", "ranked right", "seconds")
 
 
 @dataclass(frozen=True)
@@ -94,42 +94,48 @@ class Method:
     rate: float = demo.LEARNING_RATE
 
 
-def _treg(signal: str, group: str = "T-REG over DPO") -> Method:
-    return Method(group, "dpo", signal, {"alpha": 0.5})
-
-
-WHOLE, CREDIT, CONTROLS = "whole answers", "other token credit", "T-REG, controls"
+WHOLE, TREG = "whole answers", "T-REG"
+CREDIT, TRUTH, CONTROLS = "other token credit", "with the true marks", "controls"
 PER_TOKEN_MEAN = {"beta": 2.0, "gamma": 1.0}  # of objectives whose reward is a mean over tokens
+ALPHA = {"alpha": demo.METHODS["T-REG"]}
 METHODS = {
     "dpo": Method(WHOLE, "dpo"),
-    "robust": Method(WHOLE, "robust", changes={"label_smoothing": 0.1}),
-    "ipo": Method(WHOLE, "ipo"),
-    "hinge": Method(WHOLE, "hinge"),
-    "nca_pair": Method(WHOLE, "nca_pair"),
-    "apo_zero": Method(WHOLE, "apo_zero"),
+    "treg-contrastive": Method(TREG, "dpo", "contrastive", ALPHA),
+    "treg-surprise": Method(TREG, "dpo", "surprise", ALPHA),
+    "treg-entropy": Method(TREG, "dpo", "entropy", ALPHA),
+    "treg-implicit": Method(TREG, "dpo", "implicit, scaled", ALPHA),
+    "treg-red": Method(TREG, "dpo", "red, scaled", ALPHA),
+    "treg-edits": Method(TREG, "dpo", "edits, scaled", ALPHA),
+    "treg-simpo": Method(TREG, "simpo", "contrastive", PER_TOKEN_MEAN | ALPHA),
+    "treg-true": Method(TRUTH, "dpo", "true", ALPHA),
+    "messagewise-true": Method(TRUTH, "messagewise", "true"),
+    "treg-shuffled": Method(CONTROLS, "dpo", "shuffled", ALPHA),
+    "treg-random": Method(CONTROLS, "dpo", "random", ALPHA),
+    # what larger steps do by themselves
+    "dpo-faster": Method(CONTROLS, "dpo", rate=5e-4),
     "simpo": Method(WHOLE, "simpo", changes=PER_TOKEN_MEAN),
-    "orpo": Method(WHOLE, "orpo"),
-    "cpo": Method(WHOLE, "cpo"),
-    "treg-contrastive": _treg("contrastive"),
-    "treg-surprise": _treg("surprise"),
-    "treg-entropy": _treg("entropy"),
-    "treg-implicit": _treg("implicit, scaled"),
-    "treg-red": _treg("red, scaled"),
-    "treg-edits": _treg("edits, scaled"),
-    "treg-true": _treg("true"),
-    "treg-shuffled": _treg("shuffled", CONTROLS),
-    "treg-random": _treg("random", CONTROLS),
+    "ipo": Method(WHOLE, "ipo"),
     "tgdpo": Method(CREDIT, "tgdpo", "implicit"),
     "tis_dpo": Method(CREDIT, "tis_dpo", "implicit of two"),
     "sepo": Method(CREDIT, "sepo", "implicit", {"beta": 1.0}),
     "d2po": Method(CREDIT, "d2po"),
     "confpo": Method(CREDIT, "confpo", changes=PER_TOKEN_MEAN),
     "messagewise": Method(CREDIT, "messagewise", "contrastive"),
-    "messagewise-true": Method(CREDIT, "messagewise", "true"),
     "figa": Method(CREDIT, "figa", "edits"),
     "tdpo1": Method(CREDIT, "tdpo1"),
     "tdpo2": Method(CREDIT, "tdpo2"),
     "sparsepo": Method(CREDIT, "sparsepo", "mask"),
+    "robust": Method(WHOLE, "robust", changes={"label_smoothing": 0.1}),
+    "exo_pair": Method(WHOLE, "exo_pair", changes={"label_smoothing": 0.1}),
+    "hinge": Method(WHOLE, "hinge"),
+    "nca_pair": Method(WHOLE, "nca_pair"),
+    "bco_pair": Method(WHOLE, "bco_pair"),
+    "apo_zero": Method(WHOLE, "apo_zero"),
+    "apo_down": Method(WHOLE, "apo_down"),
+    "sppo_hard": Method(WHOLE, "sppo_hard"),
+    "discopop": Method(WHOLE, "discopop"),
+    "orpo": Method(WHOLE, "orpo"),
+    "cpo": Method(WHOLE, "cpo"),
 }
 # bfpo is not there: no answer of this world is safe or unsafe
 
@@ -411,7 +417,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Record:
         record.write()
         say(
             f"{i}/{len(todo)} {name}, seed {seed}: "
-            f"{', '.join(f'{x} {_cell(x, [row])}' for x in MEASURES if x in row)}; "
+            f"{', '.join(f'{x} {row[x]:.3f}' for x in MEASURES if x in row)}; "
             f"{time.perf_counter() - start:.0f} s so far"
         )
     return record
@@ -419,45 +425,42 @@ def compare(args: argparse.Namespace, folder: Path) -> Record:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row for each method and learning rate, mean (standard deviation) over seeds; in
-    each group the fewest wrong facts first. "- DPO" is the difference of wrong facts, seed by seed.
+    each group the fewest wrong facts first. The last column is the difference of wrong facts from
+    DPO at its own learning rate, seed by seed.
     """
     runs: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for row in rows:
         runs.setdefault((row["method"], row["learning rate"]), []).append(row)
-    dpo = {x["seed"]: x for x in rows if (x["method"], x["learning rate"]) == _DPO}
-    groups = ["", *dict.fromkeys(method.group for method in METHODS.values())]
+    dpo = {x["seed"]: x["wrong facts"] for x in runs.get(("dpo", METHODS["dpo"].rate), [])}
+    groups = ["before", *dict.fromkeys(method.group for method in METHODS.values())]
 
-    def order(key: tuple[str, float | None]) -> tuple[int, float]:
-        group = METHODS[key[0]].group if key[0] in METHODS else ""
+    def place(key: tuple[str, float | None]) -> tuple[int, float]:
+        group = METHODS[key[0]].group if key[0] in METHODS else "before"
         return groups.index(group), statistics.mean(x["wrong facts"] for x in runs[key])
 
-    lines = [f"| | learning rate | wrong facts | - DPO | {' | '.join(MEASURES[1:])} |"]
+    lines = [f"| | learning rate | {' | '.join(MEASURES)} | wrong facts - DPO's |"]
     lines.append("|---" * (len(MEASURES) + 3) + "|")
-    group = ""
-    for name, rate in sorted(runs, key=order):
-        if name in METHODS and METHODS[name].group != group:
-            group = METHODS[name].group
-            lines.append(f"| *{group}* |" + " |" * (len(MEASURES) + 2))
-        found = runs[name, rate]
-        paired = [
-            {"wrong facts": x["wrong facts"] - dpo[x["seed"]]["wrong facts"]}
-            for x in found
-            if x["seed"] in dpo
-        ]
-        cells = [_cell("wrong facts", found), _cell("wrong facts", paired, "+")]
-        cells += [_cell(measure, found) for measure in MEASURES[1:]]
-        lines.append(f"| {name} | {rate or ''} | {' | '.join(cells)} |")
+    last = 0
+    for name, rate in sorted(runs, key=place):
+        group, _ = place((name, rate))
+        if group != last:
+            lines.append(f"| **{groups[group]}** |" + " |" * (len(MEASURES) + 2))
+            last = group
+        cells = [name, format(rate, "g") if rate else ""]
+        for measure in MEASURES:
+            values = [x[measure] for x in runs[name, rate] if measure in x]
+            cells.append(cell(values, "" if measure in ("ranked right", "seconds") else "%"))
+        found = [x["wrong facts"] - dpo[x["seed"]] for x in runs[name, rate] if x["seed"] in dpo]
+        cells.append(cell(found, "%", sign="+"))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-_DPO = ("dpo", METHODS["dpo"].rate)
-
-
-def _cell(measure: str, rows: Sequence[Mapping[str, Any]], sign: str = "") -> str:
-    values = [row[measure] for row in rows if measure in row]
+def cell(values: Sequence[float], unit: str = "", sign: str = "") -> str:
+    """Mean and, of more than one value, (standard deviation)."""
     if not values:
         return ""
-    form = {"wrong facts": ".1%", "malformed": ".1%"}.get(measure, ".2f")
+    form = ".1%" if unit else ".2f"
     text = format(statistics.mean(values), sign + form)
     if len(values) > 1:
         text += f" ({statistics.stdev(values):{form}})"

@@ -1,5 +1,8 @@
 """The examples run, on real rows where they are present."""
 
+import importlib.util
+import json
+import math
 import re
 import subprocess
 import sys
@@ -9,6 +12,8 @@ import pytest
 from tiny import environment, shared_data
 
 from treg.data.annotated import read_annotated
+from treg.demo import run as demo
+from treg.demo import world
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CASES = {
@@ -127,3 +132,95 @@ def test_liger_swap(hide, tmp_path):
     found = {line[:20].strip(): float(line.split(" loss ")[1].split()[0]) for line in lines}
     assert abs(found["treg, T-REG"] - found["treg, DPO"]) > 1e-3
     assert abs(found.get("Liger, DPO", found["treg, DPO"]) - found["treg, DPO"]) < 1e-4
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """compare_methods.py as a module, on a small held-out world."""
+    monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 12)
+    monkeypatch.setattr(demo, "SAMPLES", 1)
+    spec = importlib.util.spec_from_file_location(
+        "compare_methods", EXAMPLES / "compare_methods.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare_methods", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compared(compare, file, monkeypatch, *methods):
+    """The record of a run on 20 pairs in two steps."""
+    command = ["compare_methods.py", "--pairs", "20", "--steps", "2", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(file), "--methods", *methods])
+    compare.main()
+    return json.loads(file.read_text())
+
+
+def test_compare_methods(compare, tmp_path, monkeypatch, capsys):
+    """The rows of the demo's methods are the demo's; a second run trains what is missing."""
+    names, file = ["before", "dpo", "treg-contrastive"], tmp_path / "methods.json"
+    first = compared(compare, file, monkeypatch, *names[1:])
+    assert [row["method"] for row in first["rows"]] == names
+    capsys.readouterr()
+    second = compared(compare, file, monkeypatch, *names[1:], "tdpo1")
+    output = capsys.readouterr().out
+    assert second["rows"][:3] == first["rows"] and "1/1 tdpo1, seed 0" in output
+    for row in second["rows"]:
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+        shares = [row[name] for name in ("wrong facts", "malformed", "ranked right") if name in row]
+        assert len(shares) == (2 if row["method"] == "before" else 3)
+        assert all(0 <= share <= 1 for share in shares)
+        assert f"| {row['method']} |" in output
+    expected = demo.run(str(tmp_path / "demo"), seeds=1, pairs=20)
+    theirs = [expected["before"], *expected["runs"][:2]]
+    for row, other in zip(first["rows"], theirs, strict=True):
+        for name in ("wrong facts", "malformed", "facts an answer"):
+            assert row[name] == other[name]
+        assert row.get("ranked right") == other.get("accuracy")
+
+
+@pytest.mark.parametrize("change", ["pairs", "methods"])
+def test_compare_methods_refuses_another_record(change, compare, tmp_path):
+    file = tmp_path / "methods.json"
+    settings = compare.settings_of(compare.arguments(["--methods", "dpo"]))
+    compare.Record(file, settings).write()
+    more = compare.settings_of(compare.arguments(["--methods", "dpo", "ipo"]))
+    assert compare.Record(file, more).content["settings"] == json.loads(json.dumps(more))
+    other = {"pairs": 20} if change == "pairs" else {"methods": {"dpo": {"loss_type": "ipo"}}}
+    named = "pairs" if change == "pairs" else "dpo as"
+    with pytest.raises(ValueError, match=f"expected a record with {named} "):
+        compare.Record(file, settings | other)
+
+
+def test_compare_methods_marks_every_fact(compare):
+    """The marks of an answer are as many as its facts, and hold their values."""
+    for row in world.preference_rows(3, 50, "train"):
+        marked = compare.with_marks(row)
+        for side in ("chosen", "rejected"):
+            text, marks = row[side][0]["content"], marked[f"{side}_marks"]
+            found = world.check(row["prompt"][0]["content"], text)
+            values = [value for _, _, value in marks]
+            assert (values.count(0.5), values.count(-0.5)) == (found.right, found.wrong)
+            wrong = [[start, end] for start, end, value in marks if value < 0]
+            assert wrong == row[f"wrong_{side}"]
+
+
+def test_compare_methods_table(compare):
+    """Means, standard deviations and differences by hand."""
+    rows = []
+    for method, rate, wrong in (("dpo", 3e-4, (0.1, 0.2)), ("treg-true", 3e-4, (0.05, 0.05))):
+        for seed, share in enumerate(wrong):
+            row = {"method": method, "seed": seed, "learning rate": rate, "wrong facts": share}
+            rows.append(row | {"malformed": 0.5, "ranked right": 1.0, "seconds": 2.0})
+    lines = compare.table(rows).splitlines()
+    rest = "50.0% (0.0%) | 1.00 (0.00) | 2.00 (0.00)"
+    assert lines[3] == f"| dpo | 0.0003 | 15.0% (7.1%) | {rest} | +0.0% (0.0%) |"
+    assert lines[5] == f"| treg-true | 0.0003 | 5.0% (0.0%) | {rest} | -10.0% (7.1%) |"
+
+
+def test_compare_methods_swaps_answers(compare):
+    example = {"index": 3, "prompt_ids": [1], "chosen_ids": [2], "ref_chosen_token_logps": [0.1]}
+    example |= {"rejected_ids": [4], "ref_rejected_token_logps": [0.2]}
+    found = compare.swapped(example)
+    assert found["chosen_ids"] == [4] and found["ref_rejected_token_logps"] == [0.1]
+    assert compare.swapped(found) == example
