@@ -306,6 +306,8 @@ class Record:
         self.content: dict[str, Any] = {"settings": settings, "signals": {}, "rows": []}
         if path.exists():
             self.content = json.loads(path.read_text())
+            if not {"settings", "rows"} <= self.content.keys():
+                raise ValueError(f"output: expected a record of this script, got {path}")
             self._take(json.loads(json.dumps(settings)))
 
     def _take(self, settings: dict[str, Any]) -> None:
@@ -394,8 +396,8 @@ def compare(args: argparse.Namespace, folder: Path) -> Record:
     """Train and measure what the record does not have."""
     record = Record(args.output, settings_of(args))
     todo = []
-    for seed in args.seeds:
-        for name in ("before", *args.methods):
+    for seed in dict.fromkeys(args.seeds):
+        for name in dict.fromkeys(("before", *args.methods)):
             rate = None if name == "before" else args.learning_rate or METHODS[name].rate
             if not record.has(name, seed, rate):
                 todo.append((name, seed, rate))
@@ -485,6 +487,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "pairs"):
         if getattr(args, name) < 1:
             parser.error(f"{name}: expected a positive integer, got {getattr(args, name)}")
+    if args.learning_rate is not None and not 0 < args.learning_rate < float("inf"):
+        parser.error(f"learning_rate: expected a positive number, got {args.learning_rate}")
     return args
 
 
