@@ -192,6 +192,20 @@ def test_compare_methods_refuses_another_record(change, compare, tmp_path):
         compare.Record(file, settings | other)
 
 
+def test_compare_methods_refuses_other_files(compare, tmp_path):
+    file = tmp_path / "methods.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="output: expected a record of this script"):
+        compare.Record(file, {"methods": {}})
+
+
+@pytest.mark.parametrize("given", ["--steps 0", "--pairs -1", "--learning_rate 0", "--methods ppo"])
+def test_compare_methods_refuses_numbers(given, compare, capsys):
+    with pytest.raises(SystemExit):
+        compare.arguments(given.split())
+    assert given.split()[0].strip("-") in capsys.readouterr().err
+
+
 def test_compare_methods_marks_every_fact(compare):
     """The marks of an answer are as many as its facts, and hold their values."""
     for row in world.preference_rows(3, 50, "train"):
