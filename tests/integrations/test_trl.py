@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 import trl.trainer.utils
 from datasets import Dataset
 from helpers import assert_within_budget, error
+from judges import judge, judge_tokenizer
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -547,6 +548,30 @@ def test_an_annotated_file_is_what_the_trainer_makes_itself(tmp_path):
         steps, lines = train(itself)
         assert_same(steps[0], expected[0], 1e-4)
         assert lines[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["contrastive", "redistribution"])
+def test_a_source_reads_plain_rows_as_treg_annotate_does(tmp_path, source):
+    """TRL ends their texts with the end-of-sequence token, which is no part of an answer."""
+    options = {"model": judge("llama", judge_tokenizer)} if source == "redistribution" else {}
+    file = tmp_path / "plain.parquet"
+    chosen = AnnotateOptions(
+        EncodeOptions(256, chat=False), rewards=source, rewards_options=options
+    )
+    annotate(make_model(), tiny_tokenizer(), TEXTS, file, chosen, progress=False)
+    trainer = trainer_of(
+        tmp_path,
+        make_model(),
+        Dataset.from_list(TEXTS),
+        make_model(),
+        treg_rewards=source,
+        treg_rewards_options=options,
+    )
+    for found, wanted in zip(trainer.train_dataset, read_annotated(file)[0], strict=True):
+        for side in SIDES:
+            assert found[f"{side}_ids"] == wanted[f"{side}_ids"].tolist()
+            name = f"{side}_token_rewards"
+            np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
 
 
 def test_adapters_are_off_while_rewards_are_made(tmp_path):

@@ -716,6 +716,10 @@ def test_scores_of_a_running_agent_loop(annotated, verl_modules):
         ({"model": "a", "annotated": "b"}, "model='a' and annotated='b'"),
         ({"model": "a", "alpha": -1}, "alpha: expected a number >= 0"),
         ({"model": "a", "beta": 1}, r"expected keys among .*got \['beta'\]"),
+        (
+            {"model": "a", "rewards": "messagewise"},
+            "rewards: expected .* no token_weights, got 'messagewise', which gives token_rewards, ",
+        ),
     ],
 )
 def test_options_refuse(options, message, annotated, verl_modules):
@@ -752,6 +756,13 @@ def test_judging_refuses_what_the_model_cannot_hold(annotated, verl_modules, tmp
     tiny_llama(len(annotated.tokenizer), max_position_embeddings=64).save_pretrained(tmp_path)
     manager = make_manager(annotated, make_config(model=str(tmp_path), device="cpu"))
     with pytest.raises(ValueError, match="the model has 64 positions"):
+        run(manager, make_proto(annotated))
+
+
+def test_a_source_of_edits_has_nothing_to_compare_with(annotated, verl_modules):
+    """A response of verl's comes without another answer."""
+    manager = make_manager(annotated, make_config(model=annotated.model, rewards="edits"))
+    with pytest.raises(ValueError, match=r"the source 'edits' .* got no other answer"):
         run(manager, make_proto(annotated))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from treg.data.annotated import ID_COLUMNS, is_annotated
+from treg.data.batches import SIDES
 from treg.data.reading import read_rows
 from treg.data.report import Report, RowProblem
 from treg.data.rows import Messages, Preference, common_prefix, parse_row
@@ -21,6 +22,7 @@ class Pair:
     """A preference as token ids, int32.
 
     A sequence is prompt_ids followed by chosen_ids or by rejected_ids.
+    cut: the sides that max_length cut, of "chosen" and "rejected".
     """
 
     prompt_ids: np.ndarray
@@ -28,7 +30,12 @@ class Pair:
     rejected_ids: np.ndarray
     row: Preference
     index: int  # of the row in its source, counting rows that were dropped
-    truncated: bool = False  # whether max_length cut a completion
+    cut: tuple[str, ...] = ()
+
+    @property
+    def truncated(self) -> bool:
+        """Whether max_length cut a completion."""
+        return bool(self.cut)
 
     @property
     def example(self) -> dict[str, np.ndarray]:
@@ -131,18 +138,19 @@ def encode(row: Preference, tokenizer: Any, max_length: int | None = None, index
     if start == 0:
         raise RowProblem("empty prompt", "the prompt and the completions share no token", row.where)
 
-    truncated = False
+    cut: tuple[str, ...] = ()
     if max_length is not None:
         if start >= max_length:
             raise RowProblem(
                 "prompt too long", f"{start} tokens, max_length is {max_length}", row.where
             )
-        truncated = max(len(chosen), len(rejected)) > max_length
+        both = zip(SIDES, (chosen, rejected), strict=True)
+        cut = tuple(side for side, ids in both if len(ids) > max_length)
         chosen, rejected = chosen[:max_length], rejected[:max_length]
     if len(chosen) == start or len(rejected) == start:
         raise RowProblem("empty completion", "no token after the prompt", row.where)
     if chosen == rejected:
-        detail = "after truncation" if truncated else ""
+        detail = "after truncation" if cut else ""
         raise RowProblem("identical completions", detail, row.where)
     return Pair(
         prompt_ids=np.asarray(chosen[:start], dtype=np.int32),
@@ -150,7 +158,7 @@ def encode(row: Preference, tokenizer: Any, max_length: int | None = None, index
         rejected_ids=np.asarray(rejected[start:], dtype=np.int32),
         row=row,
         index=index,
-        truncated=truncated,
+        cut=cut,
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from treg.data.rows import common_prefix
+from treg.data.rows import Messages, common_prefix
 
+PROBE = "\x00"  # a content that no other begins like
 WINDOW = 64  # tokens decoded together
 REACH = 8  # tokens on either side of a window that settle its first and last characters
 
@@ -55,7 +56,39 @@ def _window_pieces(
     return [text[a:b] for a, b in pairwise(bounds[1:])]
 
 
-def text_spans(pieces: Sequence[str], parts: Sequence[str]) -> np.ndarray | None:
+def content_places(
+    render: Callable[..., Any], whole: Any, prompt: Messages, answer: Messages
+) -> list[list[int]]:
+    """Where in a rendered conversation the content of each message of the answer may begin, the
+    likelier place first: where the same conversation with another content differs; and where what
+    precedes the message ends, which is earlier if a template writes a part of a content, such as
+    thoughts, in a form of its own.
+
+    Args:
+        render: gives messages (and add_generation_prompt) as a text or as token ids.
+        whole: [*prompt, *answer] as render gives it.
+    Returns:
+        For each message of the answer, places of whole. A template that raises tells none.
+    """
+
+    def agree(messages: Messages, **more: Any) -> list[int]:
+        try:
+            return [common_prefix(render(messages, **more), whole)]
+        except Exception:  # a template is a program: it raises anything
+            return []
+
+    found = []
+    for i, message in enumerate(answer):
+        before = [*prompt, *answer[:i]]
+        other = agree([*before, {**message, "content": PROBE}, *answer[i + 1 :]])
+        assistants = message["role"] == "assistant"
+        found.append([*other, *agree(before, add_generation_prompt=assistants)])
+    return found
+
+
+def text_spans(
+    pieces: Sequence[str], parts: Sequence[str], places: Sequence[Sequence[int]] | None = None
+) -> np.ndarray | None:
     """Which characters of a text each token holds.
 
     What the tokens hold beside the text, such as the markers of a chat template, takes no part.
@@ -64,6 +97,8 @@ def text_spans(pieces: Sequence[str], parts: Sequence[str]) -> np.ndarray | None
         pieces: of T tokens, from `token_pieces`.
         parts: the text is "\\n".join(parts); each part, or what is left of it without the blanks
             around it, must lie in the decoded text as it is, one after the other.
+        places: for each part, places of the decoded text. The part is looked for from the first of
+            them on; if it is not found, from the next. None: from where the part before ends.
     Returns:
         [T, 2] int32: the first character, and the one after the last. A character that several
         tokens share belongs to the one that completes it; a token that holds nothing of the text
@@ -73,8 +108,10 @@ def text_spans(pieces: Sequence[str], parts: Sequence[str]) -> np.ndarray | None
     # characters of the text that precede each place of the decoded text
     before = np.zeros(len(decoded) + 1, dtype=np.int32)
     cursor = start = 0
-    for part in parts:
-        found = _found(decoded, part, cursor)
+    for i, part in enumerate(parts):
+        begins = places[i] if places else [cursor]
+        tried = (_found(decoded, part, max(cursor, place)) for place in begins)
+        found = next((x for x in tried if x is not None), None)
         if found is None:
             return None
         place, skipped, length = found

@@ -27,7 +27,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treg.checks import check_number, check_tensor
-from treg.data import Pair, Preference
+from treg.data import SIDES, Pair, Preference
 from treg.ops import VocabShard, linear_logprobs
 from treg.ops.entropy import differentiable_entropy
 from treg.ops.head import Head
@@ -284,10 +284,10 @@ class RewardOptions:
             )
         # refused here, before a model is loaded
         streams = streams_given(self.rewards, self.rewards_options)
-        if "token_rewards" not in streams:
+        if "token_rewards" not in streams or "token_weights" in streams:
             raise ValueError(
-                f"reward_kwargs.treg.rewards: expected a source of token_rewards, got "
-                f"{self.rewards!r}, which gives {', '.join(streams)}"
+                "reward_kwargs.treg.rewards: expected a source of token_rewards and no "
+                f"token_weights, got {self.rewards!r}, which gives {', '.join(streams)}"
             )
 
     @classmethod
@@ -405,8 +405,9 @@ class TRegRewardManager:
         answer = [{"role": "assistant", "content": ""}]
         row = Preference(messages, answer, answer, template_kwargs=self.template_kwargs)
         ids = response.numpy().astype(np.int32)
-        pair = Pair(prompt.numpy().astype(np.int32), ids, ids, row, 0, truncated=True)
-        return Response.of_pair(pair, "chosen", self.tokenizer)
+        pair = Pair(prompt.numpy().astype(np.int32), ids, ids, row, 0, cut=SIDES)
+        # a response of verl's stands alone: there is no other answer
+        return replace(Response.of_pair(pair, SIDES[0], self.tokenizer), other_ids=None)
 
     def _load_source(self) -> TokenRewardSource:
         from transformers import AutoModelForCausalLM

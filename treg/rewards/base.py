@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from treg.data import SIDES, Pair, RowProblem, common_prefix, text_of
 from treg.data.batches import WEIGHT_STREAMS
-from treg.data.pieces import text_spans, token_pieces
+from treg.data.pieces import content_places, text_spans, token_pieces
 from treg.data.rows import Messages
 
 if TYPE_CHECKING:
@@ -34,8 +35,11 @@ class Response:
     """One answer, as token ids and as text.
 
     prompt: what was asked, as messages or as plain text.
-    completion: the answer as the row has it, messages or plain text.
-    text: the text of the answer. Of an answer that was cut at max_length: what its tokens say.
+    completion: the answer as the row has it, messages or plain text; without an end-of-sequence
+        token that the plain text ends with, as where TRL has added it.
+    text: the text of the answer. Of an answer that was cut at max_length: what its tokens say. If
+        it was cut after the first of several messages, that has the template's words in it: sources
+        that read text refuse it (`cut_messages`).
     prompt_ids, ids: [P] and [T] int32; ids are the answer's.
     content: how many of the T tokens precede what ends the answer (special tokens, and blanks after
         them).
@@ -44,6 +48,7 @@ class Response:
         around it were left out; else None.
     other_ids: the ids of the pair's other answer, [T'] int32; None of a response that comes without
         one.
+    cut: whether the answer was cut at max_length.
     tools, template_kwargs: what goes on to the chat template.
     """
 
@@ -59,6 +64,7 @@ class Response:
     row: Mapping[str, Any] = field(default_factory=dict)
     row_text: str | None = None
     other_ids: np.ndarray | None = None
+    cut: bool = False
     tools: list | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -68,9 +74,11 @@ class Response:
         row = pair.row
         ids = getattr(pair, f"{side}_ids")
         completion = getattr(row, side)
+        if isinstance(completion, str) and tokenizer.eos_token:
+            completion = completion.removesuffix(tokenizer.eos_token)
         content = content_length(ids.tolist(), tokenizer)
-        text = text_of(completion)
-        if pair.truncated:
+        text, cut = text_of(completion), side in pair.cut
+        if cut:
             text = tokenizer.decode(ids[:content], skip_special_tokens=True)
         return cls(
             prompt=row.prompt,
@@ -85,6 +93,7 @@ class Response:
             row=row.columns,
             row_text=row.given.get(side),
             other_ids=getattr(pair, f"{SIDES[side == SIDES[0]]}_ids"),
+            cut=cut,
             tools=row.tools,
             template_kwargs=row.template_kwargs,
         )
@@ -99,10 +108,15 @@ class Response:
         """[T, 2] int32: the characters of `text` that each token holds, see `text_spans`; None
         where the text cannot be found in what the tokens say.
         """
-        parts = [self.text]
-        if not isinstance(self.completion, str) and self.text == text_of(self.completion):
-            parts = [text_of([message]) for message in self.completion]
-        return text_spans(self.pieces, parts)
+        completion = self.completion
+        if isinstance(completion, str) or self.text != text_of(completion):
+            return text_spans(self.pieces, [self.text])
+        parts = [text_of([message]) for message in completion]
+        start = len(self.prompt_ids)
+        tokens = content_places(self._rendered, self._whole, self._prompt, completion)
+        ends = list(accumulate(map(len, self.pieces), initial=0))
+        places = [[ends[max(0, x - start)] for x in of_message] for of_message in tokens]
+        return text_spans(self.pieces, parts, places)
 
     @cached_property
     def messages(self) -> np.ndarray:
@@ -113,18 +127,27 @@ class Response:
         """
         if isinstance(self.completion, str):
             return np.zeros(len(self.ids), dtype=np.int32)
-        whole = [*self.prompt_ids.tolist(), *self.ids.tolist()]
         bounds = []
         for count in range(1, len(self.completion)):
-            text = self.tokenizer.apply_chat_template(
-                [*self.prompt, *self.completion[:count]],
-                tools=self.tools,
-                tokenize=False,
-                **self.template_kwargs,
-            )
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            bounds.append(common_prefix(ids, whole) - len(self.prompt_ids))
+            ids = self._rendered([*self._prompt, *self.completion[:count]])
+            bounds.append(common_prefix(ids, self._whole) - len(self.prompt_ids))
         return np.searchsorted(bounds, np.arange(len(self.ids)), side="right").astype(np.int32)
+
+    @property
+    def _whole(self) -> list[int]:
+        return [*self.prompt_ids.tolist(), *self.ids.tolist()]
+
+    @property
+    def _prompt(self) -> Messages:
+        """The prompt of an answer of messages."""
+        return [] if isinstance(self.prompt, str) else self.prompt
+
+    def _rendered(self, messages: Messages, **more: Any) -> list[int]:
+        """The ids of messages through the chat template."""
+        text = self.tokenizer.apply_chat_template(
+            messages, tools=self.tools, tokenize=False, **more, **self.template_kwargs
+        )
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def content_length(ids: list[int], tokenizer: Any) -> int:
@@ -134,6 +157,16 @@ def content_length(ids: list[int], tokenizer: Any) -> int:
     while end and (ids[end - 1] in special or not tokenizer.decode([ids[end - 1]]).strip()):
         end -= 1
     return next((i for i in range(end, len(ids)) if ids[i] in special), len(ids))
+
+
+def cut_messages(response: Response) -> RowProblem | None:
+    """Why a source that reads an answer's text cannot read this one: it was cut after the first of
+    several messages, and its tokens do not say where the words of the template end. None if it can.
+    """
+    if not response.cut or response.messages[-1] == 0:
+        return None
+    detail = f"{response.side}: cut after the first of its messages; raise max_length"
+    return RowProblem("several messages, cut", detail, response.where)
 
 
 class ResponsePairs(Sequence):

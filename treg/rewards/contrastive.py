@@ -31,7 +31,7 @@ from torch import Tensor
 
 from treg.data import RowProblem, prompt_text
 from treg.files import read_yaml
-from treg.rewards.base import Context, Response, check_number
+from treg.rewards.base import Context, Response, check_number, cut_messages
 from treg.rewards.shaping import means_over, standardise
 from treg.rewards.units import Unit, unit_numbers
 
@@ -275,7 +275,12 @@ class ContrastiveSource:
         return {"prompts": asdict(self.prompts)} | changed
 
     def check(self, response: Response) -> RowProblem | None:
-        """A response is refused whose prompt or requests the model's positions do not hold."""
+        """A response is refused whose prompt or requests the model's positions do not hold, and one
+        that was cut after the first of several messages.
+        """
+        problem = cut_messages(response)
+        if problem is not None:
+            return problem
         better, worse = self.contexts(response)
         longest_context = max(len(response.prompt_ids), len(better), len(worse))
         need = longest_context + len(response.ids) - 1

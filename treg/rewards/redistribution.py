@@ -16,6 +16,9 @@ template of its own, and R is carried over by characters:
   tokenizer adds, and no others.
 - R(x, empty) is R after the last token that ends before the answer's first character: after the
   header of the assistant's turn. A token that lies on both sides of that place is the answer's.
+- That character is where the conversation with another answer differs; if the answer is not found
+  from there on, as where a template writes thoughts in a form of its own, it is where the prompt
+  and the header end.
 - R(x, y_<=t) is R after the last of the reward model's tokens whose characters of the answer are
   all among those that the policy's tokens up to t have completed. A policy's token that completes
   no character gets 0.
@@ -38,14 +41,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treg.data import RowProblem, common_prefix, text_of
+from treg.data import RowProblem, text_of
 from treg.data.annotated import tokenizer_fingerprint
-from treg.data.pieces import text_spans
-from treg.rewards.base import Context, Response
+from treg.data.pieces import content_places, text_spans
+from treg.rewards.base import Context, Response, cut_messages
 from treg.rewards.reward_model import DTYPES, RewardModel
 
 PREFIXES = ("together", "separate")
-PROBE = "\x00"  # an answer that no other begins like
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,16 @@ class RedistributionSource:
 
     def check(self, response: Response) -> RowProblem | None:
         """A response is refused that is not found in what its tokens say, or in what the reward
-        model reads, and one that the reward model's positions do not hold.
+        model reads, one that was cut after the first of several messages, and one that the reward
+        model's positions do not hold.
 
         Raises:
             ValueError: messages, and a reward model without a chat template; a tokenizer that is
                 not the reward model's.
         """
+        problem = cut_messages(response)
+        if problem is not None:
+            return problem
         try:
             reading = self.reading(response)
         except RowProblem as problem:
@@ -230,32 +236,36 @@ class RedistributionSource:
 
     def _read(self, response: Response) -> Reading:
         plain = isinstance(response.prompt, str)
-        parts = [response.text]
         if plain:
-            text, place = f"{response.prompt}{response.text}", len(response.prompt)
+            text, places = f"{response.prompt}{response.text}", [[len(response.prompt)]]
+            parts = [response.text]
         else:
             answer = _messages(response)
-            text, place = self._rendered(response, answer)
+            text, places = self._rendered(response, response.prompt, answer)
             parts = [text_of([message]) for message in answer]
         encoded = self.reward_model.tokenizer(
             text, add_special_tokens=plain, return_offsets_mapping=True, verbose=False
         )
         reach, ends = token_ends(encoded["offset_mapping"])
-        first = int(np.searchsorted(reach, place, side="right"))
-        if first == 0:
-            raise RowProblem("empty prompt", "the reward model has no token before the answer")
-        bounds = [place, *ends[first:].tolist(), len(text)]
-        # the last piece is what no token holds
-        held = text_spans([text[a:b] for a, b in pairwise(bounds)], parts)
-        if held is None or (response.text.strip() and not held[:-1].any()):
-            raise RowProblem(
-                "answer not found", "the reward model's chat template does not write it as it is"
-            )
-        return Reading(encoded["input_ids"], first, held[:-1])
+        for place in places[0]:
+            first = int(np.searchsorted(reach, place, side="right"))
+            if first == 0:
+                raise RowProblem("empty prompt", "the reward model has no token before the answer")
+            bounds = [place, *ends[first:].tolist(), len(text)]
+            begins = [[x - place for x in of_message] for of_message in ([place], *places[1:])]
+            # the last piece is what no token holds
+            held = text_spans([text[a:b] for a, b in pairwise(bounds)], parts, begins)
+            if held is not None and (held[:-1].any() or not response.text.strip()):
+                return Reading(encoded["input_ids"], first, held[:-1])
+        raise RowProblem(
+            "answer not found", "the reward model's chat template does not write it as it is"
+        )
 
-    def _rendered(self, response: Response, answer: list[dict]) -> tuple[str, int]:
-        """The conversation as the reward model's template writes it, and where the answer begins:
-        where another answer would differ.
+    def _rendered(
+        self, response: Response, prompt: Any, answer: list[dict]
+    ) -> tuple[str, list[list[int]]]:
+        """The conversation as the reward model's template writes it, and where each message of the
+        answer may begin (`content_places`).
         """
         tokenizer = self.reward_model.tokenizer
         if tokenizer.chat_template is None:
@@ -264,20 +274,17 @@ class RedistributionSource:
                 "tokenizer has no chat template to render them; save one with it, or give a folder "
                 "that has one"
             )
-        other = [{**answer[0], "content": PROBE}, *answer[1:]]
-        try:
-            text, probe = (
-                tokenizer.apply_chat_template(
-                    [*response.prompt, *messages],
-                    tools=response.tools,
-                    tokenize=False,
-                    **response.template_kwargs,
-                )
-                for messages in (answer, other)
+
+        def render(messages: list[dict], **more: Any) -> str:
+            return tokenizer.apply_chat_template(
+                messages, tools=response.tools, tokenize=False, **more, **response.template_kwargs
             )
+
+        try:
+            text = render([*prompt, *answer])
         except Exception as error:  # a template is a program: it raises anything
             raise RowProblem("chat template", f"{type(error).__name__}: {error}") from None
-        return text, common_prefix(text, probe)
+        return text, content_places(render, text, prompt, answer)
 
 
 def carried_over(scores: np.ndarray, held: np.ndarray, ends: np.ndarray, end: int) -> np.ndarray:

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from treg.data import RowProblem, text_of
-from treg.data.pieces import text_spans
 from treg.data.reading import parse_json
 from treg.rewards.base import Context, Response, check_number
 from treg.rewards.columns import columns_fingerprint, side_column
@@ -210,16 +209,7 @@ def characters_of_tokens(response: Response) -> np.ndarray | None:
     """
     pieces, whole = response.pieces, text_of(response.completion)
     places = response.spans
-    if response.text != whole:  # a pair that is cut at max_length
-        parts = [response.completion]
-        if not isinstance(response.completion, str):
-            parts = [text_of([message]) for message in response.completion]
-        uncut = text_spans(pieces, [text_of(part) for part in parts])
-        if uncut is not None:
-            places = uncut
-        elif not whole.startswith(response.text.rstrip("\ufffd")):
-            return None
-    if places is None:
+    if places is None or not whole.startswith(response.text.rstrip("\ufffd")):
         return None
     unfinished = np.array([piece == "" for piece in pieces], dtype=np.int32)
     return places + np.stack([np.zeros_like(unfinished), unfinished], 1)
