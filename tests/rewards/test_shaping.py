@@ -3,16 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from judges import judge, judge_tokenizer
 from tiny import tiny_llama, tiny_tokenizer
 
+from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import read_annotated, read_meta
+from treg.rewards import Context, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
+from treg.rewards.base import ResponsePairs
 from treg.rewards.shaping import (
     STEPS,
     Step,
     means_over,
     parse_steps,
     pivots,
+    score_shaped,
     segment_means,
     segments,
     shape,
@@ -34,10 +39,12 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("step", BY_HAND)
-def test_each_step_by_hand(step):
-    given = torch.tensor([*GIVEN, 7.0, 8.0])
+@pytest.mark.parametrize("content", [6, 4, 0])
+def test_each_step_by_hand(step, content):
+    """The tokens after the content take part up to the last that has a reward."""
+    given = torch.tensor([*GIVEN, 0.0, 0.0])
     before = given.clone()
-    found = shape(given, len(GIVEN), parse_steps(step))
+    found = shape(given, content, parse_steps(step))
     assert found.dtype == torch.float32 and torch.equal(given, before)
     np.testing.assert_allclose(found.tolist(), [*BY_HAND[step], 0.0, 0.0], rtol=1e-6, atol=1e-7)
 
@@ -58,10 +65,26 @@ def test_steps_follow_one_another():
 @pytest.mark.parametrize("step", BY_HAND)
 @pytest.mark.parametrize("content", [0, 1])
 def test_responses_of_one_token_and_of_none(step, content):
-    found = shape(torch.tensor([5.0, 3.0]), content, parse_steps(step))
+    found = shape(torch.tensor([5.0 * content, 0.0]), content, parse_steps(step))
     alone = {"scale=-0.5": -2.5, "clip=1.5": 1.5, "rank=0.7,1.3": 1.0}
     alone |= {"smooth=3": 5.0, "smooth=99": 5.0}
     assert found.tolist() == pytest.approx([alone.get(step, 0.0) if content else 0.0, 0.0])
+
+
+@pytest.mark.parametrize("beta_c", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("step", ["scale=1", "scale=-3"])
+def test_scaling_keeps_what_a_reward_model_says(beta_c, step):
+    """Of its verdict a part, or all, is at the token that ends the answer."""
+    options = {"model": judge("llama", judge_tokenizer), "beta_c": beta_c}
+    source = load_source("redistribution", options, Context(MODEL, TOKENIZER))
+    pairs, _ = load_pairs(ROWS, TOKENIZER, EncodeOptions(256))
+    given = [x for pair in ResponsePairs(pairs, TOKENIZER) for x in pair]
+    assert [source.check(x) for x in given] == [None, None]
+    factor = float(step.partition("=")[2])
+    plain, shaped = (score_shaped(source, given, parse_steps(x)) for x in ([], step))
+    for response, a, b in zip(given, plain, shaped, strict=True):
+        assert a["token_rewards"][response.content] != 0
+        assert b["token_rewards"].tolist() == (factor * a["token_rewards"]).tolist()
 
 
 def test_equal_rewards():

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from judges import judge, judge_tokenizer
 from tiny import tiny_llama, tiny_tokenizer
 
 from treg.cli.options import RewardsOptions, RowOptions, parse
@@ -137,6 +138,27 @@ def test_entropy_spreads_sums_over_segments(threshold):
     assert several, "segments of one token alone would test nothing"
 
 
+@pytest.mark.parametrize("threshold", [0.0, 4.5, 1e9])
+def test_entropy_keeps_what_a_reward_model_says(threshold):
+    """Of which a part is at the token that ends the answer: it belongs to the last segment."""
+    given = responses()
+    inner = {"model": judge("llama", judge_tokenizer), "beta_c": 0.5}
+    found = scored("entropy", given, of="redistribution", of_options=inner, threshold=threshold)
+    of = make("redistribution", **inner)
+    assert [of.check(x) for x in given] == [None] * len(given)
+    for (response, streams), plain in zip(found, of.score(given), strict=True):
+        values, rewards = (x["token_rewards"].double().numpy() for x in (streams, plain))
+        n = response.content
+        assert rewards[n] != 0 and values[n] == values[n - 1] != 0
+        _, entropy = dense(response)
+        bounds = [0, *(i for i in range(1, n) if entropy[i] > threshold), n + 1]
+        want = np.zeros(len(values))
+        for a, b in pairwise(bounds):
+            want[a:b] = rewards[a:b].mean()
+        np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(values.sum(), rewards.sum(), rtol=1e-5, atol=1e-5)
+
+
 def test_entropy_of_another_source():
     given = responses()
     inner = scored("contrastive", given)
@@ -219,7 +241,17 @@ def test_messages_by_hand(case, of_pattern):
     for found, mask in zip(of_pattern(**options), masks, strict=True):
         np.testing.assert_allclose(found["token_rewards"][:7], means, atol=1e-6)
         assert found["token_weights"][:7].tolist() == mask
-        assert not found["token_rewards"][7:].any() and not found["token_weights"][7:].any()
+        # what ends the response, up to its last reward
+        ends = np.resize(PATTERN, len(found["token_rewards"]))[7:].astype(np.float32)
+        last = int(np.flatnonzero(ends)[-1]) + 1
+        assert found["token_rewards"][7:].tolist() == ends.tolist()
+        assert found["token_weights"][7:].tolist() == [mask[-1]] * last + [0] * (len(ends) - last)
+
+
+def test_messages_of_a_source_that_gives_the_end_nothing():
+    for response, found in scored("messagewise", of="constant", empty="whole"):
+        n = response.content
+        assert not found["token_rewards"][n:].any() and not found["token_weights"][n:].any()
 
 
 def test_responses_that_keep_no_token_are_counted(tmp_path, caplog):

@@ -5,7 +5,9 @@
     r'_t   = sum of r over the segment of token t / its number of tokens
 
 so that the sum of a response stays. Where the model is sure of what follows, the text goes on with
-what it has begun; where it is not, something new begins.
+what it has begun; where it is not, something new begins. What ends a response belongs to its last
+segment, up to the last token that the other source rewards; after that, and if it rewards no such
+token, it gets 0.
 
 Paper: segment rewards, arXiv 2501.02790: the entropy is that of the next token after t, with the
 threshold 1.75 (Phi-3) or 2.0 (Llama); each token of a segment gets the segment's reward over its
@@ -26,7 +28,7 @@ from torch import Tensor
 from treg.data import RowProblem
 from treg.rewards.base import Context, Response, check_number
 from treg.rewards.nested import NestedOptions, NestedSource
-from treg.rewards.shaping import means_over
+from treg.rewards.shaping import means_over, rewarded
 
 
 def entropy_segments(entropy: Tensor, threshold: float) -> Tensor:
@@ -83,8 +85,11 @@ class EntropySource(NestedSource):
         said = self.context.reference(responses)
         found = []
         for x, rewards, of_x in zip(responses, self.rewards(responses), said, strict=True):
-            number = entropy_segments(of_x["entropy"][: x.content], self.threshold)
+            count = rewarded(rewards, x.content)
+            number = entropy_segments(of_x["entropy"][:count], self.threshold)
+            if x.content:
+                number[x.content :] = number[x.content - 1]
             spread = torch.zeros_like(rewards)
-            spread[: x.content] = means_over(rewards[: x.content], number)
+            spread[:count] = means_over(rewards[:count], number)
             found.append({"token_rewards": spread})
         return found

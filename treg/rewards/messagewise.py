@@ -9,7 +9,8 @@
 
 The mask m goes into the implicit rewards, rho = beta * sum_t m_t (lp_t - ref_t), policy and
 reference: only segments whose reward agrees with the label of their sequence are trained on. What
-ends a response has the reward and the weight 0.
+ends a response keeps the reward that the other source gives it, and has the weight of the last
+segment up to the last token with a reward; the weight 0 after that, and if there is none.
 
 Paper: adaptive message-wise RLHF, arXiv 2411.00809. It says that segments are cut at pivots, where
 the token reward changes, and that only those are kept whose reward agrees with the sequence's.
@@ -29,7 +30,7 @@ from torch import Tensor
 from treg.data import SIDES
 from treg.rewards.base import Context, Response, check_number
 from treg.rewards.nested import NestedOptions, NestedSource
-from treg.rewards.shaping import segment_means
+from treg.rewards.shaping import rewarded, segment_means
 
 EMPTY = ("zero", "whole")
 
@@ -89,6 +90,8 @@ class MessagewiseSource(NestedSource):
         agrees = above > 0 if response.side == SIDES[0] else above < 0
         if options.empty == "whole" and not agrees.any():
             agrees = torch.ones_like(agrees)
-        shaped, weights = torch.zeros_like(rewards), torch.zeros_like(rewards)
+        shaped, weights = rewards.clone(), torch.zeros_like(rewards)
         shaped[:n], weights[:n] = means, agrees.float()
+        if n:
+            weights[n : rewarded(rewards, n)] = weights[n - 1]
         return {"token_rewards": shaped, "token_weights": weights}

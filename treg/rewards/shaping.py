@@ -12,6 +12,10 @@ many in its dtype. A step is a name with its values:
     smooth=W       the mean of r over the W tokens around t, W odd, of those that are there
     skip=K         0 for the first K tokens
 
+The steps see the content of a response and, if a source rewards what ends it, the tokens up to the
+last one that has a reward (`rewarded`): numbers of two kinds in one response would mean nothing.
+The tokens after those keep their 0.
+
 `segments`, `segment_means` and `pivots` cut a response where its rewards change sides.
 """
 
@@ -141,23 +145,34 @@ def parse_steps(given: Sequence[str] | str | None) -> tuple[Step, ...]:
     return tuple(Step.parse(text) for text in ([given] if isinstance(given, str) else given))
 
 
+def rewarded(rewards: Tensor, content: int) -> int:
+    """How many tokens of a response take part where its rewards are changed together: its content,
+    and what ends it up to the last token with a reward other than 0.
+
+    Args:
+        rewards: [T] floating. content: how many tokens precede what ends the response.
+    """
+    return max([content, *(rewards.nonzero()[-1:, 0] + 1).tolist()])
+
+
 def shape(rewards: Tensor, content: int, steps: Sequence[Step]) -> Tensor:
     """The rewards of a response after some steps, one after the other.
 
     Args:
         rewards: [T] floating.
-        content: how many tokens precede what ends the response. The steps see those alone; what
-            ends it gets 0. Without steps the rewards stay as they are.
+        content: how many tokens precede what ends the response. The steps see the tokens that
+            `rewarded` counts; the others are 0, and stay so.
     Returns:
         [T], rewards' dtype; computed in float64.
     """
     if not steps:
         return rewards
-    shaped = rewards[:content].double()
-    for step in steps if content else ():
+    count = rewarded(rewards, content)
+    shaped = rewards[:count].double()
+    for step in steps if count else ():
         shaped = step(shaped)
     ended = torch.zeros_like(rewards)
-    ended[:content] = shaped
+    ended[:count] = shaped
     return ended
 
 
