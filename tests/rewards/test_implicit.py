@@ -1,7 +1,10 @@
 """The implicit rewards of one model against another, both of which may share the run's weights."""
 
 import copy
+import hashlib
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -145,6 +148,30 @@ def test_an_adapter_on_the_runs_model(kind, inference):
     assert [x for x, _ in model.named_modules()] == names
     assert all(x.requires_grad for x in model.parameters())
     assert model_fingerprint(model, adapters=True) == model_fingerprint(MODEL, adapters=True)
+
+
+@pytest.mark.parametrize("changed", [{"lora_alpha": 32}, {"use_rslora": True}], ids=str)
+def test_the_scale_of_an_adapter_is_in_its_settings(changed):
+    """The same weights times another factor give other rewards, so they make another file."""
+    path, _ = adapter(lora_alpha=8)
+    config = Path(path) / "adapter_config.json"
+    before = source(path, context=Context(tiny_llama(len(TOKENIZER)), TOKENIZER))
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    after = source(path, context=Context(tiny_llama(len(TOKENIZER)), TOKENIZER))
+    assert not torch.allclose(rewards(before)[0], rewards(after)[0])
+    assert before.settings() != after.settings()
+
+
+def test_a_model_without_adapters_has_the_fingerprint_that_it_had():
+    """Files know their model by it."""
+    digest = hashlib.sha256()
+    for name, parameter in MODEL.named_parameters():
+        flat = parameter.detach().flatten()
+        at = np.linspace(0, len(flat) - 1, min(64, len(flat))).astype(int)
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(flat[at].bfloat16().float().numpy().tobytes())
+    wanted = digest.hexdigest()[:16]
+    assert model_fingerprint(MODEL) == model_fingerprint(MODEL, adapters=True) == wanted
 
 
 def test_one_copy_of_the_weights_serves_all():

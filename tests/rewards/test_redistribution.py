@@ -4,6 +4,7 @@ tokens.
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -359,6 +360,19 @@ def test_padding(pad, prefixes):
         same(found, expected(path, response)[0])
 
 
+def test_the_padding_token_is_in_the_settings():
+    """The same weights read an earlier position of texts that end in their padding token."""
+    path, other = judge("llama", judge_tokenizer), folder("other_pad")
+    shutil.copytree(path, other, dirs_exist_ok=True)
+    config = json.loads((other / "config.json").read_text())
+    config["pad_token_id"] = judge_tokenizer().eos_token_id
+    (other / "config.json").write_text(json.dumps(config))
+    one, other = source(path), source(str(other))
+    assert one.reward_model.fingerprint == other.reward_model.fingerprint
+    assert not np.allclose(rewards(one, responses())[0], rewards(other, responses())[0])
+    assert one.settings() != other.settings()
+
+
 @pytest.mark.parametrize("tokens", [1, 60, 4096])
 def test_batching_changes_roundings_only(tokens):
     seen = []
@@ -429,6 +443,19 @@ def test_steps(step):
     filled = np.array([*filled, scores[-1]])
     same(found, carried_over(filled, reading.held, response.spans[:, 1], response.content))
     same(found.sum(), scores[-1] - scores[0])
+
+
+def test_separate_beginnings_of_one_answer_at_a_time(monkeypatch):
+    """Those of all answers of a part together would be millions of tokens."""
+    made, given, seen = source(judge(), prefixes="separate"), responses([*ANSWERS, TURNS]), []
+    of_texts = made.reward_model.of_texts
+    monkeypatch.setattr(
+        made.reward_model, "of_texts", lambda rows: seen.append(rows) or of_texts(rows)
+    )
+    rewards(made, given)
+    readings = [made.reading(x) for x in given]
+    wanted = [[x.ids[:n] for n in range(x.first, len(x.ids) + 1)] for x in readings]
+    assert seen == wanted
 
 
 @pytest.mark.parametrize(("label", "index"), [("1", 1), ("good", 2), (0, 0)])

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judges import causal_lm, judge, judge_tokenizer
 from tiny import tiny_llama, tiny_tokenizer
 
+import treg.rewards.implicit
+import treg.rewards.reward_model
 from treg.cli import main
 from treg.cli.options import RewardsOptions, RowOptions, parse
 from treg.data import EncodeOptions, load_pairs
@@ -73,6 +76,36 @@ def test_common_forwards_run_once():
         context = Context(MODEL, TOKENIZER, on_tokens=alone.append)
         annotate_pairs(load_source(name, {}, context), context, pairs, reference=reference)
     assert sum(seen) == sum(alone) > 0
+
+
+@pytest.mark.parametrize("name", ["redistribution", "implicit"])
+def test_a_model_that_two_sources_name_is_loaded_and_run_once(name, monkeypatch):
+    module = treg.rewards.reward_model if name == "redistribution" else treg.rewards.implicit
+    loads, seen, load = [], [], module.load_model
+    monkeypatch.setattr(module, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+    context = Context(MODEL, TOKENIZER, on_tokens=seen.append)
+    inner = {"model": judge("llama", judge_tokenizer) if name == "redistribution" else causal_lm()}
+    sources = [
+        {"stream": "own", "name": name, **inner},
+        {"stream": "mask", "name": "messagewise", "take": "token_weights"}
+        | {"of": name, "of_options": inner},
+    ]
+    made, given = load_source("several", {"sources": sources}, context), responses()
+    assert len(loads) == 1
+    assert [made.check(x) for x in given] == [None] * len(given)
+    found = made.score(given)
+    both = sum(seen)
+    # a source of another scale has the same model
+    factor = {"beta_c": 0.5} if name == "redistribution" else {"beta": 0.5}
+    other = load_source(name, inner | factor, context)
+    assert len(loads) == 1 and other is not load_source(name, inner, context)
+    seen.clear()
+    context = Context(MODEL, TOKENIZER, on_tokens=seen.append)
+    alone = load_source(name, inner, context)
+    assert len(loads) == 2 and [alone.check(x) for x in given] == [None] * len(given)
+    for streams, wanted in zip(found, alone.score(given), strict=True):
+        assert streams["own"].tolist() == wanted["token_rewards"].tolist()
+    assert both == sum(seen) > 0
 
 
 def test_a_mix_is_a_weighted_sum():

@@ -64,8 +64,8 @@ def model_fingerprint(model: torch.nn.Module, *, adapters: bool = False) -> str:
     """SHA-256 over the parameters' names and shapes and 64 values of each, rounded to bfloat16.
 
     So a checkpoint has one fingerprint in float32 and in bfloat16, and one that has been trained
-    has another. adapters: whether those on the model count; without them a PEFT model has the
-    fingerprint of its bare checkpoint.
+    has another. adapters: whether those on the model count, with the factor that scales each
+    (alpha / r of LoRA); without them a PEFT model has the fingerprint of its bare checkpoint.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters() if adapters else _base_parameters(model):
@@ -76,6 +76,12 @@ def model_fingerprint(model: torch.nn.Module, *, adapters: bool = False) -> str:
         sample = flat[at.to(flat.device)].bfloat16().float().cpu()
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
+    if adapters:
+        for name, module in model.named_modules():
+            scaling = getattr(module, "scaling", None)
+            # of PEFT's layers a dict by adapter; attention has a number of that name
+            if isinstance(scaling, dict) and hasattr(module, "active_adapters"):
+                digest.update(f"{name}{sorted(scaling.items())}".encode())
     return digest.hexdigest()[:16]
 
 

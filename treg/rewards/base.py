@@ -238,6 +238,21 @@ class Context:
     def _kept(self) -> WeakKeyDictionary[Response, dict[Hashable, Any]]:
         return WeakKeyDictionary()
 
+    @cached_property
+    def _shared(self) -> dict[Hashable, Any]:
+        return {}
+
+    def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), once a key: models that several sources have in common."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    @cached_property
+    def loaded(self) -> list[tuple[str, Any, TokenRewardSource]]:
+        """Name, Options and source of those that `load_source` has made for this context."""
+        return []
+
     def want(self, *outputs: str) -> None:
         """Let `reference` give these as well: names of `linear_logprobs`, such as "entropy". A
         source says so when it is made, before anything is scored.
@@ -369,6 +384,17 @@ def score_checked(
             }
         )
     return checked
+
+
+def score_once(
+    source: TokenRewardSource, responses: Sequence[Response], context: Context
+) -> list[dict[str, Tensor]]:
+    """`score_checked`, once a response for a source that several others take numbers of. They are
+    shared: change a clone.
+    """
+    return context.once(
+        ("scored", id(source)), responses, lambda missing: score_checked(source, missing)
+    )
 
 
 def _one_number_a_token(values: Any, length: int, where: str, stream: str) -> Tensor:

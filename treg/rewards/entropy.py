@@ -72,7 +72,6 @@ class EntropySource(NestedSource):
     def __init__(self, options: EntropyOptions, context: Context):
         super().__init__(options, context)
         self.threshold = options.threshold
-        self.context = context
         context.want("entropy")
 
     def settings(self) -> dict[str, Any]:

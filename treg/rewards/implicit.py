@@ -114,6 +114,9 @@ class ImplicitSource:
 
     def _scorer(self, option: str, path: str) -> Scorer:
         """Log-probs by the model that lies at path."""
+        return self.context.shared(("causal LM", path), lambda: self._made(option, path))
+
+    def _made(self, option: str, path: str) -> Scorer:
         context = self.context
         if is_adapter(option, path):
             model = with_adapter(context.model, option, path)

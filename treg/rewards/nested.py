@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treg.data import RowProblem
 from treg.data.reading import json_object
-from treg.rewards.base import Context, Response, check_response, score_checked
+from treg.rewards.base import Context, Response, check_response, score_once
 from treg.rewards.registry import load_source, make_options, streams_given
 
 
@@ -52,6 +52,7 @@ class NestedSource:
 
     def __init__(self, options: NestedOptions, context: Context):
         self.of = options.of
+        self.context = context
         self.inner = load_source(options.of, options.inner_options, context)
 
     def settings(self) -> dict[str, Any]:
@@ -64,4 +65,5 @@ class NestedSource:
 
     def rewards(self, responses: Sequence[Response]) -> list[Tensor]:
         """The other source's token rewards, [T] float32 of each response."""
-        return [found["token_rewards"] for found in score_checked(self.inner, responses)]
+        found = score_once(self.inner, responses, self.context)
+        return [streams["token_rewards"] for streams in found]

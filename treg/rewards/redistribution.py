@@ -129,14 +129,18 @@ class RedistributionSource:
 
     def __init__(self, options: RedistributionOptions, context: Context):
         self.options = options
-        self.reward_model = RewardModel(
-            options.model,
-            tokenizer=options.tokenizer,
-            label=options.label,
-            dtype=options.dtype,
-            device=context.model.device,
-            tokens_per_batch=context.tokens_per_batch,
-            on_tokens=context.on_tokens,
+        named = (options.model, options.tokenizer, options.label, options.dtype)
+        self.reward_model: RewardModel = context.shared(
+            ("reward model", *named),
+            lambda: RewardModel(
+                options.model,
+                tokenizer=options.tokenizer,
+                label=options.label,
+                dtype=options.dtype,
+                device=context.model.device,
+                tokens_per_batch=context.tokens_per_batch,
+                on_tokens=context.on_tokens,
+            ),
         )
         self._unchecked = options.prefixes == "together"
         if self._unchecked:
@@ -149,6 +153,8 @@ class RedistributionSource:
         return {
             "reward_model": judge.fingerprint,
             "reward_tokenizer": tokenizer_fingerprint(judge.tokenizer),
+            # what a model without attention to its padding token reads depends on it
+            "pad": judge.pad,
             "label": judge.label,
             "beta_c": options.beta_c,
             "prefixes": options.prefixes,
@@ -215,14 +221,13 @@ class RedistributionSource:
             scores = self.reward_model.of_beginnings([reading.ids for reading in readings])
             return [x[r.first - 1 :] for x, r in zip(scores, readings, strict=True)]
         step = self.options.step
-        # lengths of the beginnings, the whole among them
-        ends = [[*range(x.first, len(x.ids), step), len(x.ids)] for x in readings]
-        rows = [x.ids[:n] for x, lengths in zip(readings, ends, strict=True) for n in lengths]
-        scores = np.split(self.reward_model.of_texts(rows), np.cumsum([len(x) for x in ends])[:-1])
-        return [
-            np.interp(np.arange(reading.first, len(reading.ids) + 1), lengths, known)
-            for reading, lengths, known in zip(readings, ends, scores, strict=True)
-        ]
+        found = []
+        for reading in readings:  # one by one: the beginnings of an answer are many tokens
+            ids, first = reading.ids, reading.first
+            ends = [*range(first, len(ids), step), len(ids)]
+            known = self.reward_model.of_texts([ids[:end] for end in ends])
+            found.append(np.interp(np.arange(first, len(ids) + 1), ends, known))
+        return found
 
     def reading(self, response: Response) -> Reading:
         """A response as the reward model reads it.

@@ -13,7 +13,7 @@ DEFAULT_SOURCE = "contrastive"
 
 
 def load_source(name: str, options: Mapping[str, Any], context: Context) -> TokenRewardSource:
-    """A source, ready to score.
+    """A source, ready to score. One that the context has with equal options is given again.
 
     Args:
         name: a key of SOURCES, or "package.module:Class" for a class of one's own.
@@ -22,7 +22,13 @@ def load_source(name: str, options: Mapping[str, Any], context: Context) -> Toke
     Raises:
         ValueError: no such source; an option that it does not have; whatever it refuses itself.
     """
-    return source_class(name)(make_options(name, options), context)
+    kind, made_with = source_class(name), make_options(name, options)
+    for known, equal, source in context.loaded:
+        if known == name and equal == made_with:
+            return source
+    source = kind(made_with, context)
+    context.loaded.append((name, made_with, source))
+    return source
 
 
 def source_class(name: str) -> type[TokenRewardSource]:

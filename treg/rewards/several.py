@@ -3,7 +3,8 @@
     s_t              what a source gives, after its own steps of shaping     the stream of its name
     token_rewards_t  = sum over streams of weight * s_t                      with `mix`
 
-The forward passes that sources have in common run once. A response that one of them refuses is
+The forward passes that sources have in common run once, and so does a source that is named twice
+with the same options, here or as what another one works on. A response that one of them refuses is
 left out.
 
 In YAML:
@@ -29,7 +30,7 @@ from torch import Tensor
 from treg.data import RowProblem
 from treg.data.annotated import NO_STREAMS
 from treg.data.reading import json_object
-from treg.rewards.base import Context, Response, check_number, check_response, score_checked
+from treg.rewards.base import Context, Response, check_number, check_response, score_once
 from treg.rewards.registry import load_source, make_options, nearest, source_class, streams_given
 from treg.rewards.shaping import Step, parse_steps, shape
 
@@ -156,6 +157,7 @@ class SeveralSource:
 
     def __init__(self, options: SeveralOptions, context: Context):
         self.options = options
+        self.context = context
         self.sources = [load_source(x.name, x.options, context) for x in options.entries]
 
     @property
@@ -185,7 +187,7 @@ class SeveralSource:
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
         found: list[dict[str, Tensor]] = [{} for _ in responses]
         for entry, source in zip(self.options.entries, self.sources, strict=True):
-            scored = score_checked(source, responses)
+            scored = score_once(source, responses, self.context)
             for response, streams, values in zip(responses, found, scored, strict=True):
                 streams[entry.stream] = shape(values[entry.take], response.content, entry.steps)
         if self.options.weights:
