@@ -345,10 +345,10 @@ def test_settings_name_a_reading_only_where_it_is_not_the_default():
     ("options", "message"),
     [
         ({"unit": "line"}, "unit: expected one of token, word, sentence, got 'line'"),
-        ({"spread": 0.0}, "spread: expected a number > 0"),
+        ({"spread": 0.0}, "spread: expected a finite number > 0"),
         ({"spread": float("inf")}, "spread: expected a finite number"),
         ({"skip_first": -1}, "skip_first: expected a whole number >= 0"),
-        ({"skip_first": 1.5}, "skip_first: expected a whole number >= 0"),
+        ({"skip_first": 1.5}, "skip_first: expected an integer, got 1.5"),
     ],
 )
 def test_readings_that_are_refused(options, message):

@@ -166,7 +166,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     ("options", "message"),
     [
         ({"added": float("inf")}, "added: expected a finite number"),
-        ({"removed": "x"}, "removed: expected a finite number"),
+        ({"removed": "x"}, "removed: expected a number, got 'x'"),
         ({"column": "c", "end": True}, "end: expected False beside a column"),
     ],
 )

@@ -398,7 +398,7 @@ def test_another_template_is_no_other_tokenizer():
 @pytest.mark.parametrize("option", ["beta", "clip"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), True, "0.1"])
 def test_numbers_that_are_refused(option, value):
-    with pytest.raises(ValueError, match=f"{option}: expected a positive number, got {value!r}"):
+    with pytest.raises(ValueError, match=rf"{option}: expected a .*number.*, got {value!r}"):
         source(causal_lm(1), **{option: value})
 
 

@@ -70,6 +70,27 @@ def test_rows_that_lack_a_column_are_counted(tmp_path):
         run(tmp_path / "c.parquet", data, "margn")
 
 
+BROKEN = {
+    "null": ([[1, 2], [3, None], [4]], "null in column 'x'", "expected a value in every place"),
+    "nulls": ([[1], [None], []], "null in column 'x'", "got [None]"),
+    "surrogate": (["a", "b\ud800", "c"], "broken text in column 'x'", r"got 'b\ud800'"),
+    "surrogates": ([["a"], ["b", "\udfff"], []], "broken text in column 'x'", "UTF-8 can hold"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_rows_whose_column_cannot_be_kept_are_counted(case, tmp_path):
+    column, reason, detail = BROKEN[case]
+    report = run(tmp_path / "a.parquet", rows(x=column), "x")
+    assert report.kept == 2 and report.dropped == {reason: 1}
+    (example,) = report.examples[reason]
+    assert example.startswith("row 1: ") and detail in example
+    found = [x["x"] for x in read_annotated(tmp_path / "a.parquet")[0]]
+    assert [x.tolist() if hasattr(x, "tolist") else x for x in found] == [column[0], column[2]]
+    with pytest.raises(RowProblem, match=f"row 1: {reason}"):
+        run(tmp_path / "b.parquet", rows(x=column), "x", strict=True)
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [

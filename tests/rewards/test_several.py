@@ -1,5 +1,6 @@
 """Several sources in one pass: each stream is what its source gives alone."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_a_file_says_what_each_stream_is(tmp_path):
         ({"sources": ["ids=surprise"]}, "can be part of a column's, got 'ids'"),
         ({"sources": ["{"]}, "sources: expected a JSON object"),
         ({"sources": [{"name": "surprise"}]}, "sources: expected stream in"),
-        ({"sources": [3]}, "sources: expected values by name, got 3"),
+        ({"sources": [3]}, "rewards.sources: expected a list of (text or values by name)"),
         ({"sources": ["a=several"]}, "sources: expected single sources, got 'several' within it"),
         ({"sources": [SOURCES[1] | {"unti": "word"}]}, "did you mean 'unit'?"),
         ({"sources": [SOURCES[1] | {"shape": ["center"]}]}, "did you mean 'centre'?"),
@@ -179,9 +180,10 @@ def test_a_file_says_what_each_stream_is(tmp_path):
             {"mix": ["suprise=1"]},
             "mix: expected streams among contrastive, surprise, got 'suprise'",
         ),
+        ({"mix": ["surprise=1", "surprise=2"]}, "mix: expected each name once, got 'surprise'"),
         ({"mix": ["surprise"]}, "mix: expected STREAM=NUMBER, got 'surprise'"),
         ({"mix": ["surprise=x"]}, "mix: expected STREAM=NUMBER, got 'surprise=x'"),
-        ({"mix": ["surprise=inf"]}, "mix: surprise: expected a finite number"),
+        ({"mix": ["surprise=inf"]}, "mix: expected STREAM=NUMBER, got 'surprise=inf'"),
         (
             {"sources": ["token_rewards=surprise"], "mix": ["token_rewards=1"]},
             "mix: expected no source with the stream token_rewards beside it",
@@ -191,6 +193,30 @@ def test_a_file_says_what_each_stream_is(tmp_path):
 def test_options_that_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_options("several", options)
+
+
+@pytest.mark.parametrize("name", ["stream", "name", "take", "shape"])
+def test_a_source_whose_options_have_other_keys_names(name, monkeypatch):
+    """What was given of them would go to the one or to the other."""
+
+    class Own(treg.rewards.SOURCES["constant"]):
+        Options = dataclasses.make_dataclass("Options", [(name, str, "x")], frozen=True)
+
+    monkeypatch.setitem(treg.rewards.SOURCES, "own", Own)
+    message = rf"sources: expected a source without options .*, got 'own' with {name}; rename"
+    with pytest.raises(ValueError, match=message):
+        make_options("several", {"sources": ["a=own"]})
+
+
+def test_what_the_streams_are_is_found_out_once(monkeypatch):
+    """Settings may hold fingerprints of models."""
+    asked = []
+    kind = treg.rewards.SOURCES["surprise"]
+    settings = kind.settings
+    monkeypatch.setattr(kind, "settings", lambda self: asked.append(1) or settings(self))
+    source = load_source("several", {"sources": ["surprise"]}, Context(MODEL, TOKENIZER))
+    assert source.settings() == {"sources": source.described, "mix": {}}
+    assert source.described["surprise"]["settings"] == {"unit": "token"} and len(asked) == 1
 
 
 def test_yaml_and_the_command_line_say_the_same(tmp_path):

@@ -317,6 +317,20 @@ def test_shuffled_rewards_are_the_same_elsewhere():
     assert moved >= 5  # of 8; an answer of one token stays
 
 
+def test_shuffled_rewards_keep_the_end():
+    given = responses()
+    inner = {"model": judge("llama", judge_tokenizer)}
+    made, of = (
+        make("shuffled", of="redistribution", of_options=inner),
+        make("redistribution", **inner),
+    )
+    for source in (made, of):
+        assert [source.check(x) for x in given] == [None] * len(given)
+    for x, found, wanted in zip(given, made.score(given), of.score(given), strict=True):
+        end = wanted["token_rewards"][x.content :].tolist()
+        assert found["token_rewards"][x.content :].tolist() == end and end[0] != 0
+
+
 # -- sources over sources
 
 
@@ -334,7 +348,7 @@ def test_shuffled_rewards_are_the_same_elsewhere():
             "of: expected another source than this one, got 'messagewise'",
         ),
         ("shuffled", {"seed": True}, "seed: expected an integer"),
-        ("random", {"spread": 0.0}, "spread: expected a number > 0"),
+        ("random", {"spread": 0.0}, "spread: expected a finite number > 0"),
         ("random", {"spread": float("nan")}, "spread: expected a finite number"),
         ("constant", {"value": float("inf")}, "value: expected a finite number"),
         ("entropy", {"threshold": -1.0}, "threshold: expected a number >= 0"),

@@ -8,21 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treg.cli.options import RewardsOptions
 from treg.data import EncodeOptions
-from treg.rewards import DEFAULT_SOURCE
+from treg.rewards import DEFAULT_SOURCE, loading
 from treg.rewards.annotate import AnnotateOptions, process_state
 
 
-def _check_folder(path: str) -> None:
-    """A path that is no folder would be looked up on the hub, and what the hub says of it is no
-    help.
-    """
-    hub_name = path.count("/") <= 1 and not path.startswith(("/", ".", "~"))
-    if "/" in path and not hub_name and not Path(path).is_dir():
-        raise ValueError(f"model: no such folder: {path}")
-
-
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
-    _check_folder(path)
+    loading.check_folder("model", path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -34,7 +25,7 @@ def load_model(
 ) -> Any:
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-    _check_folder(path)
+    loading.check_folder("model", path)
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more)
     return model if device is None else model.to(device)

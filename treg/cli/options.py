@@ -11,6 +11,7 @@ it, and `--rewards.OPTION` are the fields of its own dataclass. In YAML they may
 import argparse
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from treg.rewards import DEFAULT_SOURCE, SOURCES, nearest, source_class
 from treg.rewards.shaping import STEPS
 
 SOURCE_PREFIX = "rewards."
+# argparse's own takes -1e-3 for an option
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -232,6 +235,7 @@ def _parser(name: str, kinds: Sequence[Any], text: str) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_common(parser)
+    parser._negative_number_matcher = NEGATIVE_NUMBER
     return parser
 
 

@@ -415,7 +415,7 @@ def _described(
     own = {"source": options.rewards, "settings": settings, "shaping": []}
     described = dict.fromkeys(rewards.streams, own)
     if isinstance(rewards, SeveralSource):
-        described |= rewards.described()
+        described |= rewards.described
     steps = list(map(str, options.steps))
     for stream in shaped_streams(described):
         shaping = described[stream]["shaping"] + steps

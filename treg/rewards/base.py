@@ -10,6 +10,7 @@ library.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -157,6 +158,15 @@ def content_length(ids: list[int], tokenizer: Any) -> int:
     while end and (ids[end - 1] in special or not tokenizer.decode([ids[end - 1]]).strip()):
         end -= 1
     return next((i for i in range(end, len(ids)) if ids[i] in special), len(ids))
+
+
+def differs(response: Response) -> str:
+    """What there is to say of a text that is not found in what its tokens say."""
+    found = "its text differs from what its tokens say"
+    composed = unicodedata.normalize("NFC", response.text)
+    if composed != response.text and composed in "".join(response.pieces):
+        return f"{found}: the tokenizer writes it in Unicode's form NFC; normalize the data to NFC"
+    return found
 
 
 def cut_messages(response: Response) -> RowProblem | None:
@@ -417,7 +427,9 @@ def check_finite(values: Tensor, where: str, stream: str) -> None:
         raise ValueError(f"{where}: expected finite {stream}, got {values.tolist()}")
 
 
-def check_number(name: str, value: Any) -> None:
-    """ValueError unless an option is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """ValueError unless an option is a finite number, and > 0 if it must be positive."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or (positive and value <= 0):
+        more = " > 0" if positive else ""
+        raise ValueError(f"{name}: expected a finite number{more}, got {value!r}")

@@ -229,9 +229,7 @@ class ContrastiveOptions:
                 f"unit: expected one of {', '.join(get_args(Unit))}, got {self.unit!r}"
             )
         if self.spread is not None:
-            check_number("spread", self.spread)
-            if self.spread <= 0:
-                raise ValueError(f"spread: expected a number > 0, got {self.spread!r}")
+            check_number("spread", self.spread, positive=True)
         whole = isinstance(self.skip_first, int) and not isinstance(self.skip_first, bool)
         if not whole or self.skip_first < 0:
             raise ValueError(f"skip_first: expected a whole number >= 0, got {self.skip_first!r}")

@@ -5,8 +5,9 @@ them.
     random      r_t ~ Normal(0, spread^2)
     shuffled    the rewards of another source, permuted within each response
 
-What ends a response gets 0. The random ones are functions of the response's ids and the seed alone:
-neither batches nor a restart change a bit.
+What ends a response gets 0 from the first two; shuffled leaves there what the other source gives
+it. The random ones are functions of the response's ids and the seed alone: neither batches nor a
+restart change a bit.
 """
 
 import hashlib
@@ -66,9 +67,7 @@ class RandomOptions:
 
     def __post_init__(self):
         _check_seed(self.seed)
-        check_number("spread", self.spread)
-        if self.spread <= 0:
-            raise ValueError(f"spread: expected a number > 0, got {self.spread!r}")
+        check_number("spread", self.spread, positive=True)
 
 
 class RandomSource:

@@ -13,7 +13,6 @@ too. RTO's other terms, the penalty for leaving the reference and the reward of 
 belong to its training.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from treg.data import RowProblem
 from treg.data.annotated import PROBE, model_fingerprint
-from treg.rewards.base import Context, Response
+from treg.rewards.base import Context, Response, check_number
 from treg.rewards.loading import (
     check_whole,
     is_adapter,
@@ -61,9 +60,9 @@ class ImplicitOptions:
     )
 
     def __post_init__(self):
-        _check_positive("beta", self.beta)
+        check_number("beta", self.beta, positive=True)
         if self.clip is not None:
-            _check_positive("clip", self.clip)
+            check_number("clip", self.clip, positive=True)
 
 
 class ImplicitSource:
@@ -157,12 +156,6 @@ def implicit_rewards(
     return rewards if clip is None else rewards.clamp(-clip, clip)
 
 
-def _check_positive(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
-
-
 def _causal_lm(context: Context, option: str, path: str) -> Any:
     """A whole model, in the dtype of the run's model and on its device.
 
@@ -188,7 +181,7 @@ def _check_tokenizer(own: Any, option: str, path: str) -> None:
     """
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         return
-    other = load_tokenizer(option, path)
+    other = load_tokenizer(f"rewards.{option}", path)
     vocabularies = [x.get_vocab() for x in (own, other)]
     probes = [x(PROBE, add_special_tokens=False)["input_ids"] for x in (own, other)]
     if vocabularies[0] != vocabularies[1] or probes[0] != probes[1]:

@@ -29,7 +29,8 @@ class KeptColumns:
     def __init__(self, names: Sequence[str], pairs: Sequence[Pair]):
         self.names = tuple(names)
         self.pairs = pairs
-        self.types = kept_types(self.names, (pair.row.columns for pair in pairs))
+        kept = (pair for pair in pairs if self.problem(pair) is None)
+        self.types = kept_types(self.names, (pair.row.columns for pair in kept))
 
     @property
     def fingerprint(self) -> str:
@@ -44,13 +45,27 @@ class KeptColumns:
         return {name: pair.row.columns.get(name) for name in self.names}
 
     def problem(self, pair: Pair) -> RowProblem | None:
-        """Why a pair cannot be kept: its row lacks one of the columns."""
+        """Why a pair cannot be kept: its row lacks one of the columns, or has in it a list with
+        nothing in a place, or text that is no UTF-8.
+        """
         for name, value in self.of(pair).items():
             if value is None:
                 columns = ", ".join(map(str, pair.row.columns)) or "none"
                 detail = f"the other columns are {columns}"
                 return RowProblem(f"no column {name!r}", detail, pair.row.where)
+            held = value if isinstance(value, (list, tuple)) else [value]
+            if any(x is None for x in held):
+                detail = f"expected a value in every place, got {value!r}"
+                return RowProblem(f"null in column {name!r}", detail, pair.row.where)
+            if not all(_is_utf8(x) for x in held):
+                detail = f"expected text that UTF-8 can hold, got {value!r}"
+                return RowProblem(f"broken text in column {name!r}", detail, pair.row.where)
         return None
+
+
+def _is_utf8(value: Any) -> bool:
+    """Whether a value is no text, or one without half of a surrogate pair."""
+    return not isinstance(value, str) or not any("\ud800" <= x <= "\udfff" for x in value)
 
 
 def check_names(names: Sequence[str], streams: Sequence[str]) -> None:

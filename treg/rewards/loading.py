@@ -21,7 +21,7 @@ def load_model(kind: Any, option: str, path: str, what: str, **options: Any) -> 
     Raises:
         ValueError: no such folder, or nothing that kind can load.
     """
-    _check_folder(option, path)
+    check_folder(f"rewards.{option}", path)
     try:
         with torch.inference_mode(False):
             model, info = kind.from_pretrained(path, output_loading_info=True, **options)
@@ -42,28 +42,30 @@ def check_whole(missing: set[str], option: str, path: str, what: str) -> None:
         )
 
 
-def load_tokenizer(option: str, path: str) -> Any:
-    """The tokenizer of a folder or hub name."""
-    _check_folder(option, path)
+def load_tokenizer(name: str, path: str) -> Any:
+    """The tokenizer of a folder or hub name. name: of the option that says path, for errors."""
+    check_folder(name, path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # as of models
         raise ValueError(
-            f"rewards.{option}: expected a folder or hub name with a tokenizer, got {path!r}: "
+            f"{name}: expected a folder or hub name with a tokenizer, got {path!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
-def _check_folder(option: str, path: str) -> None:
-    """ValueError for a path that is no folder: the hub's word on it would be no help."""
+def check_folder(name: str, path: str) -> None:
+    """ValueError for a path that is no folder: the hub's word on it would be no help. name: of the
+    option.
+    """
     hub_name = path.count("/") == 1 and not path.startswith(("/", ".", "~"))
     if not Path(path).is_dir() and "/" in path and not hub_name:
-        raise ValueError(f"rewards.{option}: no such folder: {path}")
+        raise ValueError(f"{name}: no such folder: {path}")
 
 
 def is_adapter(option: str, path: str) -> bool:
     """Whether a folder or hub name holds a PEFT adapter, and no whole model."""
-    _check_folder(option, path)
+    check_folder(f"rewards.{option}", path)
     return find_adapter_config_file(path) is not None
 
 

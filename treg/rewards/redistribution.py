@@ -44,7 +44,7 @@ from torch import Tensor
 from treg.data import RowProblem, text_of
 from treg.data.annotated import tokenizer_fingerprint
 from treg.data.pieces import content_places, text_spans
-from treg.rewards.base import Context, Response, cut_messages
+from treg.rewards.base import Context, Response, cut_messages, differs
 from treg.rewards.reward_model import DTYPES, RewardModel
 
 PREFIXES = ("together", "separate")
@@ -79,7 +79,7 @@ class RedistributionOptions:
         },
     )
     step: int = field(default=1, metadata={"help": "With separate: tokens between two beginnings."})
-    label: str | None = field(
+    label: str | int | None = field(
         default=None, metadata={"help": "Index or name of the logit to use, if there are several."}
     )
     beta_c: float = field(
@@ -179,8 +179,7 @@ class RedistributionSource:
         except RowProblem as problem:
             return RowProblem(problem.reason, problem.detail, response.where)
         if response.spans is None:
-            detail = "its text differs from what its tokens say"
-            return RowProblem("answer not found", detail, response.where)
+            return RowProblem("answer not found", differs(response), response.where)
         self.reward_model.check_ids(reading.ids)
         need, longest = len(reading.ids), self.reward_model.longest
         if need <= longest:

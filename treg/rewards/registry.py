@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from treg.rewards.base import Context, TokenRewardSource
+from treg.rewards.options import check_types
 
 SOURCES: dict[str, type[TokenRewardSource]] = {}  # filled by `treg.rewards`
 DEFAULT_SOURCE = "contrastive"
@@ -84,7 +85,7 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
 
     Raises:
         ValueError: a name that is no option of it, with the nearest one; an option that is missing;
-            what Options itself refuses.
+            a value of another type (see `check_types`); what Options itself refuses.
     """
     kind = source_class(name).Options
     known = {x.name: x for x in fields(kind) if x.init}
@@ -96,10 +97,11 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
             )
     for option, x in known.items():
         required = x.default is MISSING and x.default_factory is MISSING
-        if required and option not in given:
+        if required and given.get(option) is None:
             raise ValueError(
                 f"rewards.{option}: expected a value, which the source {name!r} needs, got none"
             )
+    check_types(kind, given)
     try:
         return kind(**given)
     except (ValueError, TypeError) as error:

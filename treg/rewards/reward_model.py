@@ -67,7 +67,7 @@ class RewardModel:
     ):
         dtype = dtype or ("float32" if device.type == "cpu" else "auto")
         option = "model" if tokenizer is None else "tokenizer"
-        self.tokenizer: Any = load_tokenizer(option, tokenizer or path)
+        self.tokenizer: Any = load_tokenizer(f"rewards.{option}", tokenizer or path)
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"rewards.{option}: expected a fast tokenizer, which tells where in the text its "

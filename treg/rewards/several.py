@@ -21,7 +21,7 @@ with the same keys; a weight is STREAM=NUMBER.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -30,9 +30,12 @@ from torch import Tensor
 from treg.data import RowProblem
 from treg.data.annotated import NO_STREAMS
 from treg.data.reading import json_object
-from treg.rewards.base import Context, Response, check_number, check_response, score_once
+from treg.rewards.base import Context, Response, check_response, score_once
+from treg.rewards.options import numbers_by_name
 from treg.rewards.registry import load_source, make_options, nearest, source_class, streams_given
 from treg.rewards.shaping import Step, parse_steps, shape
+
+KEYS = ("stream", "name", "take", "shape")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Entry:
                 f"sources: expected a name that can be part of a column's, got {stream!r}; give "
                 "STREAM=NAME"
             )
+        own = {x.name for x in fields(source_class(name).Options)} & {*KEYS}
+        if own:
+            raise ValueError(
+                f"sources: expected a source without options named {', '.join(KEYS)}, which say "
+                f"something else here, got {name!r} with {', '.join(sorted(own))}; rename them"
+            )
         steps = parse_steps(values.pop("shape", None))
         take = values.pop("take", None)
         streams = streams_given(name, values)
@@ -90,11 +99,11 @@ class SeveralOptions:
     token_rewards. mix: weights of streams, whose sum is token_rewards.
     """
 
-    sources: list[str | dict[str, Any]] = field(
+    sources: list[str | dict[str, Any]] | str | dict[str, Any] = field(
         default_factory=lambda: ["contrastive", "surprise"],
         metadata={"help": "Sources: STREAM=NAME, or JSON with stream, name, shape and options."},
     )
-    mix: list[str] | dict[str, float] | None = field(
+    mix: list[str] | dict[str, float] | str | None = field(
         default=None,
         metadata={"help": "token_rewards as a weighted sum of streams: STREAM=WEIGHT."},
     )
@@ -109,13 +118,12 @@ class SeveralOptions:
             if source_class(entry.name).Options is type(self):
                 raise ValueError(f"sources: expected single sources, got {entry.name!r} within it")
             make_options(entry.name, entry.options)
-        for stream, weight in self.weights.items():
+        for stream in self.weights:
             if stream not in names:
                 raise ValueError(
                     f"mix: expected streams among {', '.join(names)}, got {stream!r}"
                     f"{nearest(stream, names)}"
                 )
-            check_number(f"mix: {stream}", weight)
         if self.weights and "token_rewards" in names:
             raise ValueError(
                 "mix: expected no source with the stream token_rewards beside it, got one; give "
@@ -130,19 +138,7 @@ class SeveralOptions:
     @cached_property
     def weights(self) -> dict[str, float]:
         """The weight of each stream in the mix."""
-        if isinstance(self.mix, Mapping):
-            return dict(self.mix)
-        found: dict[str, float] = {}
-        for text in self.mix or []:
-            if str(text).lstrip().startswith("{"):
-                found |= json_object("mix", text)
-                continue
-            stream, _, number = str(text).partition("=")
-            try:
-                found[stream] = float(number)
-            except ValueError:
-                raise ValueError(f"mix: expected STREAM=NUMBER, got {text!r}") from None
-        return found
+        return numbers_by_name("mix", self.mix, "STREAM=NUMBER")
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -165,10 +161,13 @@ class SeveralSource:
         return self.options.streams
 
     def settings(self) -> dict[str, Any]:
-        return {"sources": self.described(), "mix": self.options.weights}
+        return {"sources": self.described, "mix": self.options.weights}
 
+    @cached_property
     def described(self) -> dict[str, dict[str, Any]]:
-        """Of each stream of a source: the source, its settings, the shaping, and what is taken."""
+        """Of each stream of a source: the source, its settings, the shaping, and what is taken.
+        Made once: settings may hold fingerprints of models.
+        """
         found = {}
         for entry, source in zip(self.options.entries, self.sources, strict=True):
             found[entry.stream] = {

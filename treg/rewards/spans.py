@@ -33,8 +33,9 @@ from torch import Tensor
 
 from treg.data import RowProblem, text_of
 from treg.data.reading import parse_json
-from treg.rewards.base import Context, Response, check_number
+from treg.rewards.base import Context, Response, check_number, differs
 from treg.rewards.columns import columns_fingerprint, side_column
+from treg.rewards.options import numbers_by_name
 
 LABELS = ("label", "severity", "type", "error_type", "error type", "category")
 Span = tuple[int, int, float]  # start, end, value
@@ -42,15 +43,16 @@ Span = tuple[int, int, float]  # start, end, value
 
 @dataclass(frozen=True)
 class SpansOptions:
-    """column: of the spans, with {side} for chosen and rejected. values: "label=number" for every
-    label. inside: the value of a span that has none. outside: of tokens in no span.
+    """column: of the spans, with {side} for chosen and rejected. values: the number of every label,
+    as "label=number", a list of them, or by name. inside: the value of a span that has none.
+    outside: of tokens in no span.
     """
 
     column: str = field(
         default="{side}_spans",
         metadata={"help": "Column of the spans; {side} stands for chosen and rejected."},
     )
-    values: list[str] | None = field(
+    values: list[str] | dict[str, float] | str | None = field(
         default=None, metadata={"help": "The value of each label, LABEL=NUMBER."}
     )
     inside: float = field(default=-0.5, metadata={"help": "The value of a span that has none."})
@@ -65,16 +67,7 @@ class SpansOptions:
 
     @cached_property
     def by_label(self) -> dict[str, float]:
-        found = {}
-        for text in self.values or []:
-            label, equals, number = str(text).rpartition("=")
-            try:
-                found[label] = float(number)
-            except ValueError:
-                equals = ""
-            if not equals or not np.isfinite(found[label]):
-                raise ValueError(f"values: expected LABEL=NUMBER, got {text!r}")
-        return found
+        return numbers_by_name("values", self.values, "LABEL=NUMBER")
 
 
 class SpansSource:
@@ -103,7 +96,7 @@ class SpansSource:
         except RowProblem as problem:
             return problem
         if characters_of_tokens(response) is None:
-            detail = f"{response.side}: the tokens do not say the answer's text"
+            detail = f"{response.side}: {differs(response)}"
             return RowProblem("spans cannot be placed", detail, response.where)
         return None
 
