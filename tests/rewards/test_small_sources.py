@@ -340,6 +340,11 @@ def test_shuffled_rewards_keep_the_end():
         ("shuffled", {"of": "suprise"}, "did you mean 'surprise'?"),
         ("shuffled", {"of_options": '{"promts": "x"}'}, "did you mean 'prompts'?"),
         ("shuffled", {"of_options": "[1]"}, "of_options: expected values by name"),
+        (
+            "shuffled",
+            {"of": "redistribution"},
+            "got none; options of 'redistribution' go into of_options, as JSON: --rewards.of",
+        ),
         ("shuffled", {"of_options": "{"}, "of_options: expected a JSON object"),
         ("shuffled", {"of": "shuffled"}, "of: expected another source than this one"),
         (

@@ -30,7 +30,14 @@ class NestedOptions:
     )
 
     def __post_init__(self):
-        streams = streams_given(self.of, self.inner_options)
+        options = self.inner_options
+        try:
+            streams = streams_given(self.of, options)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; options of {self.of!r} go into of_options, as JSON: "
+                """--rewards.of_options '{"NAME": VALUE}'"""
+            ) from error
         if "token_rewards" not in streams:
             raise ValueError(
                 f"of: expected a source of token_rewards, got {self.of!r}, which gives "

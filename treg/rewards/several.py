@@ -101,7 +101,10 @@ class SeveralOptions:
 
     sources: list[str | dict[str, Any]] | str | dict[str, Any] = field(
         default_factory=lambda: ["contrastive", "surprise"],
-        metadata={"help": "Sources: STREAM=NAME, or JSON with stream, name, shape and options."},
+        metadata={
+            "help": "Sources: STREAM=NAME, or JSON whose other keys are the source's options: "
+            '{"stream": "red", "name": "redistribution", "model": "FOLDER", "shape": ["centre"]}.'
+        },
     )
     mix: list[str] | dict[str, float] | str | None = field(
         default=None,
