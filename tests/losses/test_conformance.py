@@ -40,7 +40,16 @@ def option_sets(loss_type):
         if name in objective.positive:
             tried = [x for x in tried if x > 0]
         found = [{**others, name: x} for others in found for x in tried]
-    return found
+    return [values for values in found if allowed(objective, values)]
+
+
+def allowed(objective, values):
+    try:
+        if objective.check is not None:
+            objective.check(values)
+    except ValueError:
+        return False
+    return True
 
 
 def options_of(loss_type, values, **more):
@@ -112,6 +121,8 @@ def test_options_come_back_from_text_and_numbers(loss_type, weighting):
             if i == 1 and not alpha:
                 continue
             changed = [0.4 if i == k else x for k, x in enumerate(numbers)]
+            if not allowed(OBJECTIVES[loss_type], dict(zip(values, changed[2:], strict=True))):
+                continue
             assert LossOptions.of(options.text(), changed) != options
 
 
