@@ -201,7 +201,7 @@ def test_opcheck_pairs(impl, packed, grouped):
     )
     numbers = scalars(1.0, 0.0, 1.0, *options.numbers())
     forward, gradient = PAIRS
-    given = (target, rewards, b["ref_logps"], None, starts, numbers, call.text())
+    given = (target, rewards, b["ref_logps"], None, None, starts, numbers, call.text())
     opcheck(forward._call, (hidden, weight, None, *given))
     saved = [x.detach() for x in forward(hidden, weight, None, *given)[4:]]
     assert (len(saved) == 7) == grouped  # coef, five of the plan, the flag; else three of the plan
