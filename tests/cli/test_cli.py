@@ -639,7 +639,7 @@ def test_bfpo_from_raw_rows(folder, tmp_path, capsys):
     capsys.readouterr()
     other = train_options(folder, tmp_path / "no", max_steps=1, loss_type="bfpo")
     assert main(other) == 2
-    assert "expected a number in the column chosen_safe" in capsys.readouterr().err
+    assert "expected a finite number in the column chosen_safe" in capsys.readouterr().err
 
 
 def test_a_source_that_cannot_serve_an_objective(folder, tmp_path, capsys):
