@@ -139,8 +139,8 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
             f"alpha: expected 0 with --rewards {made.rewards}, which gives {', '.join(streams)} "
             f"and no token_rewards, got {loss.alpha}"
         )
-    for stream in loss.objective.needs:
-        if stream != "kl" and stream not in streams:
+    for stream in loss.needed_streams:
+        if stream not in streams:
             raise ValueError(
                 f"loss_type: expected one that {', '.join(streams)} of --rewards {made.rewards} "
                 f"serve, got {loss.loss_type!r}, which needs {stream}"
@@ -166,7 +166,7 @@ def _train(out: Path, options: Options) -> None:
         eval_data = prepare(own.eval_data, "annotated-eval", own.eval_split)
     objective = config.loss_options.objective
     plain = isinstance(train_data, list) and not objective.reference_free
-    plain |= "kl" in objective.needs  # which log-probs of a file do not give
+    plain |= config.loss_options.with_kl  # which log-probs of a file do not give
     if reference is None and plain and not own.use_peft:
         reference = _load_model(options, options.model.model)
     trainer = TRegTrainer(

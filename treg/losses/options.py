@@ -256,7 +256,7 @@ def check_needs(options: LossOptions, given: Mapping[str, object | None]) -> Non
     for what in objective.needs:
         if given.get(what) is None:
             raise ValueError(f"{what}: expected a tensor for {name}, got None")
-    if "kl" not in objective.needs:
+    if not options.with_kl:
         for what in ("kl", "kl_weights"):
             if given.get(what) is not None:
                 raise ValueError(f"{what}: expected None for {name}, which takes none, got one")

@@ -21,9 +21,8 @@ def credit(tokens: Tokens, scalars: Scalars) -> Credit:
     Differs: the paper divides by keep * n and not by the whole number of tokens kept; its code has
     beta = 1 and no gamma.
     """
-    sign = tokens.chosen.double() * 2 - 1
     # the highest rewards of the chosen, the lowest of the rejected come first
-    places = tokens.places(-sign * tokens.rewards)
+    places = tokens.places(-tokens.sign * tokens.rewards)
     # a product that is a whole number but for its rounding is that number
     kept = torch.ceil(scalars["keep"] * tokens.lengths - 1e-9).clamp(min=1)
     return Credit((places < tokens.spread(kept)).double(), norm=kept)

@@ -16,8 +16,7 @@ def credit(tokens: Tokens, scalars: Scalars) -> Credit:
     sigmoid sees the margin without them; the two agree where sum_t rhat_t (lp_t - ref_t) is 0 in
     both answers.
     """
-    sign = tokens.chosen.double() * 2 - 1
-    return Credit(1 + scalars["strength"] * sign * tokens.rewards)
+    return Credit(1 + scalars["strength"] * tokens.sign * tokens.rewards)
 
 
 TGDPO = Objective(

@@ -26,8 +26,7 @@ def credit(tokens: Tokens, scalars: Scalars) -> Credit:
     runs.
     """
     low, high, clamp = scalars["low"], scalars["high"], scalars["clamp"]
-    sign = tokens.chosen.double() * 2 - 1
-    score = sign * tokens.rewards
+    score = tokens.sign * tokens.rewards
     last = tokens.spread(tokens.lengths) - 1
     share = torch.where(last > 0, tokens.ranks(score) / last.clamp(min=1), 0.5)
     if clamp > 0:

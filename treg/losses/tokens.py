@@ -56,6 +56,11 @@ class Tokens:
         return self.sequence < (self.starts.shape[0] - 1) // 2
 
     @cached_property
+    def sign(self) -> Tensor:
+        """[N]: 1 at tokens of chosen answers, -1 at those of rejected ones."""
+        return self.chosen.double() * 2 - 1
+
+    @cached_property
     def lengths(self) -> Tensor:
         """[2B]: scored tokens of each sequence."""
         return self.total(self.scored.double())

@@ -10,6 +10,7 @@ it. The random ones are functions of the response's ids and the seed alone: neit
 restart change a bit.
 """
 
+import abc
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,13 +35,12 @@ class ConstantOptions:
         check_number("value", self.value)
 
 
-class ConstantSource:
-    """The same reward for every token of every response."""
+class _OfContent(abc.ABC):
+    """Rewards of a response's content that no model has a part in; what ends it gets 0."""
 
-    Options: ClassVar[type] = ConstantOptions
     streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
 
-    def __init__(self, options: ConstantOptions, context: Context):
+    def __init__(self, options: Any, context: Context):
         self.options = options
 
     def settings(self) -> dict[str, Any]:
@@ -50,12 +50,25 @@ class ConstantSource:
         return None
 
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
-        return [{"token_rewards": self._of(response)} for response in responses]
+        found = []
+        for response in responses:
+            rewards = torch.zeros(len(response.ids))
+            rewards[: response.content] = self._content(response)
+            found.append({"token_rewards": rewards})
+        return found
 
-    def _of(self, response: Response) -> Tensor:
-        rewards = torch.zeros(len(response.ids))
-        rewards[: response.content] = self.options.value
-        return rewards
+    @abc.abstractmethod
+    def _content(self, response: Response) -> Tensor:
+        """[content] floating."""
+
+
+class ConstantSource(_OfContent):
+    """The same reward for every token of every response."""
+
+    Options: ClassVar[type] = ConstantOptions
+
+    def _content(self, response: Response) -> Tensor:
+        return torch.full((response.content,), float(self.options.value))
 
 
 @dataclass(frozen=True)
@@ -70,29 +83,14 @@ class RandomOptions:
         check_number("spread", self.spread, positive=True)
 
 
-class RandomSource:
+class RandomSource(_OfContent):
     """Normal random numbers around 0."""
 
     Options: ClassVar[type] = RandomOptions
-    streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
 
-    def __init__(self, options: RandomOptions, context: Context):
-        self.options = options
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self.options)
-
-    def check(self, response: Response) -> RowProblem | None:
-        return None
-
-    def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
-        return [{"token_rewards": self._of(response)} for response in responses]
-
-    def _of(self, response: Response) -> Tensor:
+    def _content(self, response: Response) -> Tensor:
         numbers = _generator(self.options.seed, response).standard_normal(response.content)
-        rewards = torch.zeros(len(response.ids))
-        rewards[: response.content] = torch.from_numpy(numbers * self.options.spread)
-        return rewards
+        return torch.from_numpy(numbers * self.options.spread)
 
 
 @dataclass(frozen=True)
