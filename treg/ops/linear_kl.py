@@ -241,7 +241,18 @@ class Work:
             reverse=call.reverse,
             scored=self.target is not None,
         )
-        self.most_kept, self.step = self.tiles.plan(policy.budget, gradient=any(policy.needs))
+        self._plan = self.tiles.plan(policy.budget, gradient=any(policy.needs))
+
+    @property
+    def kept(self) -> int:
+        """The rows that are kept if all are scored."""
+        return min(self.batch.hidden.shape[0], self._plan[0])
+
+    def tile_rows(self, count: int) -> int:
+        """Rows that are worked on at a time, of `count` scored ones."""
+        if count > self.kept:
+            return self._plan[1]
+        return self.tiles.tile_beside(self.kept, self.batch.call.budget, count)
 
     def scored(self) -> RowSelection:
         if self.target is None:
@@ -264,11 +275,8 @@ class Work:
         """Room for the rows that are kept if all are scored."""
         if not any(self.batch.call.needs):
             return []
-        N, V = self.batch.hidden.shape[0], self.batch.head.weight.shape[0]
-        kept, dtype = min(N, self.most_kept), self.tiles.stash_dtype
-        return [
-            self.batch.hidden.new_empty(kept, V, dtype=dtype) for _ in range(self.tiles.stashes)
-        ]
+        shape, dtype = (self.kept, self.batch.head.weight.shape[0]), self.tiles.stash_dtype
+        return [self.batch.hidden.new_empty(shape, dtype=dtype) for _ in range(self.tiles.stashes)]
 
 
 def _score(*args) -> list[Tensor]:
@@ -283,10 +291,10 @@ def _score(*args) -> list[Tensor]:
     found = [
         given.hidden.new_zeros(N, dtype=work.tiles.compute) for _ in range(_outputs(given.target))
     ]
-    kept = min(work.most_kept, len(rows)) if stashes else 0
-    done = 0
+    kept = min(work.kept, len(rows)) if stashes else 0
+    step, done = work.tile_rows(len(rows)), 0
     for part, keep in ((rows.section(0, kept), True), (rows.section(kept, len(rows)), False)):
-        for chosen in part.chunks(work.step):
+        for chosen in part.chunks(step):
             here = slice(done, done + len(chosen))
             values = work.tiles.forward(*work.read(chosen), [x[here] for x in stashes if keep])
             for x, new in zip(found, values.values(), strict=True):
@@ -364,22 +372,22 @@ def _gradient_sums(
     batch, tiles, count = work.batch, work.tiles, len(rows)
     kept = min(stashes[0].shape[0], count)
     whole = kept if coefs[1] is None else 0
-    tiled = count - whole
+    tiled, step = count - whole, work.tile_rows(count)
     sums = GradientSums(
         batch.hidden,
         batch.tiles,
         batch.call.needs,
         complete=rows.complete,
-        dweight_dtype=batch.dweight_dtype if _in_one_tile(work, whole, kept, count) else None,
+        dweight_dtype=batch.dweight_dtype if _in_one_tile(step, whole, kept, count) else None,
     )
     if whole:
         of_whole = rows.section(0, whole)
         sums.add(stashes[0][:whole], of_whole, of_whole.read(coefs[0]))
     V = batch.head.weight.shape[0]
-    tile = batch.hidden.new_empty(min(work.step, tiled), V, dtype=tiles.stash_dtype)
+    tile = batch.hidden.new_empty(min(step, tiled), V, dtype=tiles.stash_dtype)
     done = whole
     for part in (rows.section(whole, kept), rows.section(kept, count)):
-        for chosen in part.chunks(work.step):
+        for chosen in part.chunks(step):
             out, here = tile[: len(chosen)], slice(done, done + len(chosen))
             mine = chosen.read(coefs[0]), None if coefs[1] is None else chosen.read(coefs[1])
             if here.stop <= kept:
@@ -396,11 +404,11 @@ def _gradient_sums(
     return sums
 
 
-def _in_one_tile(work: Work, whole: int, kept: int, count: int) -> bool:
+def _in_one_tile(step: int, whole: int, kept: int, count: int) -> bool:
     """Whether a single product makes dweight."""
     if whole:
         return whole == count
-    return count <= work.step and kept in (0, count)
+    return count <= step and kept in (0, count)
 
 
 _OPERANDS = (

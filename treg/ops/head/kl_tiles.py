@@ -98,11 +98,12 @@ class KlTiles:
         V, D = self.head.weight.shape
         return (self.stashes * V + 2 * D) * self.stash_dtype.itemsize
 
-    def row_bytes(self, *, gradient: bool) -> int:
-        """Of a row that is worked on."""
+    def row_bytes(self, *, gradient: bool, kept: bool = False) -> int:
+        """Of a row that is worked on; kept: beside its stashes, which may be one of its buffers."""
         V, D = self.head.weight.shape
         ref_D = self.ref_head.weight.shape[1]
-        total = (2 * V + ROW_BUFFERS * D + 2 * ref_D) * self.compute.itemsize
+        wide = V if kept and self._in_place else 2 * V
+        total = (wide + ROW_BUFFERS * D + 2 * ref_D) * self.compute.itemsize
         if gradient and not self._in_place:
             total += V * self.stash_dtype.itemsize
         return total + slab_bytes(D, self.stash_dtype, self.head.weight.device)[1]
@@ -142,6 +143,17 @@ class KlTiles:
         step = min(most, max(1, isqrt(each * capacity * self.kept_bytes // (2 * row))))
         kept = (free - step * row) // self.kept_bytes
         return (kept, step) if kept >= each else (0, most)  # they cost a pass of their own
+
+    def tile_beside(self, kept: int, budget: int, count: int) -> int:
+        """Rows that are worked on at a time, of `count`, where `kept` have stashes and none is
+        computed again: the fewest tiles that fit, all of a size.
+        """
+        room = (budget - self.fixed_bytes - kept * self.kept_bytes) // self.row_bytes(
+            gradient=True, kept=True
+        )
+        most = max(1, min(MAX_ROWS.get(self.head.weight.device.type, MAX_ROWS_GPU), room))
+        tiles = max(1, -(-count // most))
+        return max(1, -(-count // tiles))
 
     def forward(
         self, hidden: Tensor, ref_hidden: Tensor, target: Tensor | None, stashes: list[Tensor]
