@@ -3,6 +3,7 @@
 import gc
 import math
 from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
@@ -293,7 +294,7 @@ def test_equal_heads(impl, dtype, direction):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nearly_equal_heads_keep_their_digits(impl, direction):
     """Divergences of some 1e-7: each to a thousandth, where float32 logs of probabilities give no
-    digit; and a gradient that is as good.
+    digit; and a gradient that is as good, or has all digits.
     """
     device = device_of(impl)
     hidden = torch.randint(-8, 9, (N, D)).float()  # products that float32 holds exactly
@@ -317,7 +318,27 @@ def test_nearly_equal_heads_keep_their_digits(impl, direction):
     assert ((found[0].cpu() - exact[0]) / exact[0]).abs().max() < 1e-3
     assert (found[0] > 0).all()
     for a, b in zip(found[1:], exact[1:], strict=True):
-        assert error(a, b) < 1e-3
+        assert error(a, b) < (1e-6 if impl == "torch" else 1e-3)
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["kl alone", "with targets"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_both_forms_at_the_border(direction, scored, monkeypatch):
+    """Ratios of probabilities up to e^39 times others: the form for near heads, the one for any."""
+    case = make_case(torch.float32, direction=direction, scored=scored)
+    hidden, ref_hidden = case.hidden.double(), case.rest["ref_hidden"]
+    logits = hidden @ case.weight.double().T - ref_hidden @ case.rest["ref_weight"].T
+    stretch = 39 / (logits.amax(1) - logits.amin(1)).max()
+    case.hidden = (stretch * hidden).float()
+    case.rest["ref_hidden"] = (stretch * ref_hidden).float().double()
+    near = mock.Mock(wraps=treg.ops.head.kl_torch._near)
+    monkeypatch.setattr(treg.ops.head.kl_torch, "_near", near)
+    against_reference(case, torch.float32, "torch")
+    assert near.called
+    near.reset_mock()
+    monkeypatch.setattr(treg.ops.head.kl_torch, "NEAR", 0.0)
+    against_reference(case, torch.float32, "torch")
+    assert not near.called
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

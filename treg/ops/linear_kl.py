@@ -50,8 +50,8 @@ def linear_kl(
                    d kl_t / d z_tv = p_tv (log p_tv - log q_tv - kl_t)
 
     forward is the sequential KL divergence of TDPO (arXiv 2404.11999), whose tokens are added up
-    by the caller. A sum of terms that are never negative: distributions that are nearly equal keep
-    their digits, equal ones give 0.
+    by the caller. Distributions that are nearly equal keep their digits, equal ones give 0, and no
+    others give less (docs/maths.md).
 
     The matrix products a row are 2 forward only, and with a trainable head 4 for the rows whose
     unscaled gradient of the logits fits into memory_budget, 6 for the others (all in float16). A

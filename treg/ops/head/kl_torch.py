@@ -2,6 +2,8 @@
 stay in cache.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from treg.ops.head.selection import sees_values
 from treg.ops.head.torch_tiles import BLOCK, BLOCK_GPU, transformed
 
 PASS_BUFFERS = 4  # blocks alive at once, at most
+NEAR = 40.0  # below the logarithm of the least normal float32, 87, by more than one of its 1 / eps
 
 
 class TorchPasses:
@@ -29,9 +32,10 @@ class TorchPasses:
     ) -> dict[str, Tensor]:
         names = ("kl",) if target is None else ("kl", "logprobs", "ref_logprobs")
         found = {name: a.new_empty(a.shape[0]) for name in names}
+        room = self._room(a)
         for rows in self._blocks(a.shape[0]):
             y = None if target is None else target[rows]
-            values, made = self._block_of(a[rows], ref_a[rows], y, len(stashes))
+            values, made = self._block_of(a[rows], ref_a[rows], y, len(stashes), room)
             for name, x in values.items():
                 found[name][rows] = x
             for stash, x in zip(stashes, made, strict=True):
@@ -48,9 +52,10 @@ class TorchPasses:
         out: Tensor,
     ) -> None:
         count = 1 if coefs[1] is None else 2
+        room = self._room(a)
         for rows in self._blocks(a.shape[0]):
             y = None if target is None else target[rows]
-            _, made = self._block_of(a[rows], ref_a[rows], y, count)
+            _, made = self._block_of(a[rows], ref_a[rows], y, count, room)
             self._combine(made, coefs, rows, out)
 
     def combine(
@@ -76,37 +81,40 @@ class TorchPasses:
         if total is not here:
             here.copy_(total)
 
-    def _blocks(self, n: int):
-        step = max(1, self._block // self.head.weight.shape[0])
-        return (slice(i, min(i + step, n)) for i in range(0, n, step))
+    @property
+    def _step(self) -> int:
+        return max(1, self._block // self.head.weight.shape[0])
+
+    def _blocks(self, n: int) -> Iterator[slice]:
+        return (slice(i, min(i + self._step, n)) for i in range(0, n, self._step))
+
+    def _room(self, a: Tensor) -> Tensor:
+        """For the rows of one block; memory that is new in each is slower than the work in it."""
+        return torch.empty_like(a[: self._step], dtype=self.compute)
 
     def _block_of(
-        self, a: Tensor, ref_a: Tensor, target: Tensor | None, count: int
+        self, a: Tensor, ref_a: Tensor, target: Tensor | None, count: int, room: Tensor
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The rows' numbers, and `count` stashes: the first in place of ref_a, the second of a."""
+        """The rows' numbers, and `count` stashes: the first in place of ref_a, the second of a.
+        room is overwritten.
+        """
         z, slope = transformed(a, self.head)
         ref_z, _ = transformed(ref_a, self.ref_head)
-        scored = y = None
-        # first, so that no offset of a row costs d a digit
+        # first, so that no offset of a row costs a difference a digit
         z.sub_(z.amax(1, keepdim=True))
         ref_z.sub_(ref_z.amax(1, keepdim=True))
-        picked = []  # the targets' logits
+        scored = y = None
         if target is not None:
             scored = target != self.head.ignore_index
             y = torch.where(scored, target, 0).unsqueeze(1)
-            picked = [z.gather(1, y), ref_z.gather(1, y)]
-        d = z - ref_z
-        p, q = torch.softmax(z, 1, out=z), torch.softmax(ref_z, 1, out=ref_z)
-        # the largest probability is exp(-logsumexp) here, never small
-        logs = p.amax(1, keepdim=True).log_(), q.amax(1, keepdim=True).log_()
-        d.add_(logs[0] - logs[1])
-        kl = self._divergence(p, q, d, gradient=count > 0)
-        values = {"kl": kl}
-        for name, z_y, log in zip(("logprobs", "ref_logprobs"), picked, logs, strict=False):
-            values[name] = (z_y + log).squeeze(1)
-        made = [q, p][:count]
+        over, under = (ref_z, z) if self.reverse else (z, ref_z)
+        d = torch.sub(over, under, out=room[: z.shape[0]])
+        divergence = _near if self._is_near(d) else self._far
+        kl, logps = divergence(z, ref_z, d, y, reverse=self.reverse, count=count)
+        values = {"kl": kl.clamp_(min=0.0)} | logps
+        made = [ref_z, z][:count]
         if count > 1 and y is not None:
-            p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+            z.scatter_add_(1, y, z.new_full(y.shape, -1.0))
         if slope is not None:
             for x in made:
                 x.mul_(slope)
@@ -117,21 +125,89 @@ class TorchPasses:
                 x.masked_fill_(~scored.unsqueeze(1), 0.0)
         return values, made
 
-    def _divergence(self, p: Tensor, q: Tensor, d: Tensor, *, gradient: bool) -> Tensor:
-        """KL [n]; dKL / dz takes the place of q, p stays, d is overwritten."""
+    def _is_near(self, d: Tensor) -> bool:
+        """Whether the ratio of two probabilities of a word is at most exp(NEAR) times that of
+        another, in every row. Then one that is lost because it is too small for a float is lost to
+        both, for good.
+        """
+        return sees_values(d) and bool((d.amax(1) - d.amin(1)).max() < NEAR)
+
+    def _far(
+        self, z: Tensor, ref_z: Tensor, d: Tensor, y: Tensor | None, *, reverse: bool, count: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same as `_near` of any two heads: a sum of terms that are never negative."""
+        picked = [] if y is None else [z.gather(1, y), ref_z.gather(1, y)]  # the targets' logits
+        if reverse:
+            d.neg_()
+        p, q = torch.softmax(z, 1, out=z), torch.softmax(ref_z, 1, out=ref_z)
+        # the largest probability is exp(-logsumexp) here, never small
+        logs = p.amax(1, keepdim=True).log_(), q.amax(1, keepdim=True).log_()
+        d.add_(logs[0] - logs[1])
         infinite = None
         if self._forbids:
             # where both heads forbid a word it counts for nothing; where one does, d is infinite
             largest = torch.finfo(d.dtype).max
             d.nan_to_num_(nan=0.0, posinf=largest, neginf=-largest)
-            infinite = d.amax(1) == largest if self.reverse else d.amin(1) == -largest
+            infinite = d.amax(1) == largest if reverse else d.amin(1) == -largest
         t = torch.copysign(d, -1.0).expm1_()  # exp(-|d|) - 1
-        w = d.mul_(p if self.reverse else q)  # the sign is that of d, also of a zero
+        w = d.mul_(p if reverse else q)  # the sign is that of d, also of a zero
         e = torch.maximum(p, q, out=q).mul_(t).copysign_(w)
-        torch.sub(w, e, out=t) if self.reverse else torch.sub(e, w, out=t)
-        kl = t.sum(1).clamp_(min=0.0)
+        torch.sub(w, e, out=t) if reverse else torch.sub(e, w, out=t)
+        kl = t.sum(1)
         if infinite is not None:
             kl.masked_fill_(infinite, torch.inf)
-        if self.reverse and gradient:
+        if reverse and count:
             torch.addcmul(w, p, kl.unsqueeze(1), value=-1.0, out=q)
-        return kl
+        names = ("logprobs", "ref_logprobs")
+        found = zip(names, picked, logs, strict=False)
+        return kl, {name: (z_y + log).squeeze(1) for name, z_y, log in found}
+
+
+def _near(
+    z: Tensor, ref_z: Tensor, d: Tensor, y: Tensor | None, *, reverse: bool, count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """KL [n], and log-probs of the targets y [n, 1]; with count dKL / dz takes the place of ref_z,
+    with 2 p that of z.
+
+    b is q of the forward divergence, p of the reverse one, and the other distribution o is known by
+    its logits above those of b. All that is small is computed as such:
+
+        d_v = those of o - those of b, less their mean under b         r = sum_v b_v d_v
+        x_v = exp(d_v) - 1                                             s = sum_v b_v x_v
+        o_v = b_v (1 + x_v) / (1 + s)                KL(b, o) = log(1 + s) - r
+
+        forward  dKL / dz_v = p_v - q_v = q_v (x_v - s) / (1 + s)
+        reverse  dKL / dz_v = p_v (r - d_v)
+
+    r is what the mean's rounding has left, and the sum of b may be as far from 1 as it is.
+
+    Args: z, ref_z [n, V], the largest of a row 0; d [n, V] is overwritten.
+    """
+    base, other = (z, ref_z) if reverse else (ref_z, z)
+    base_y = None if y is None else base.gather(1, y)
+    b = torch.softmax(base, 1, out=base)
+    # the largest probability is exp(-logsumexp) here, never small
+    lp = None if base_y is None else base_y + b.amax(1, keepdim=True).log_()
+    d.sub_(_mean(b, d, other))
+    r = _mean(b, d, other)
+    d_y = None if y is None else d.gather(1, y)
+    x = torch.expm1(d, out=other if reverse else d)
+    s = _mean(b, x, other)
+    log_s = s.log1p()
+    if reverse and count:
+        torch.sub(r, d, out=ref_z).mul_(b)
+    elif count:
+        ratio = x.sub_(s).mul_(1 / (1 + s))  # p / q - 1
+        if count > 1:
+            torch.addcmul(b, b, ratio, out=z)
+        b.mul_(ratio)
+    logps = {}
+    if lp is not None and d_y is not None:
+        both = (lp, lp + d_y - log_s) if reverse else (lp + d_y - log_s, lp)
+        logps = {"logprobs": both[0].squeeze(1), "ref_logprobs": both[1].squeeze(1)}
+    return (log_s - r).squeeze(1), logps
+
+
+def _mean(weights: Tensor, x: Tensor, room: Tensor) -> Tensor:
+    """[n, 1]; in room, which may be x; no product of matrices, which autocast would round."""
+    return torch.mul(weights, x, out=room).sum(1, keepdim=True)
