@@ -574,10 +574,10 @@ class TestCurves:
 
 
 class TestTerminal:
-    def render(self, pairs, **options):
+    def render(self, pairs, colours="truecolor", **options):
         rich = pytest.importorskip("rich.console")
         console = rich.Console(
-            file=io.StringIO(), width=120, force_terminal=True, color_system="truecolor"
+            file=io.StringIO(), width=120, force_terminal=True, color_system=colours
         )
         print_pairs(pairs, console, **options)
         return console.file.getvalue()
@@ -586,13 +586,19 @@ class TestTerminal:
         out = self.render(
             [pair(where=f"data.jsonl:{n}", rewards=(0.5, -0.4)) for n in range(4)], limit=2
         )
-        assert (
-            "data.jsonl:1" in out
-            and "data.jsonl:2" not in out
-            and "4 pairs, 2 of them above" in out
-        )
+        assert "data.jsonl:1" in out and "data.jsonl:2" not in out and "4 pairs, 2 above" in out
         assert "48;2;98;169;232" in out and "48;2;242;149;63" in out
         assert "sum rewards +0.100" in out and re.search(r"sign agreement +0\.5", out)
+
+    @pytest.mark.parametrize("colours", ["standard", "256", "truecolor"])
+    def test_the_sign_shows_with_few_colours(self, colours):
+        def styles(reward):
+            side = Side(["a", "b"], [reward, reward])
+            out = self.render([PairView("data.jsonl:1", "Why?", side, side)], colours)
+            return set(re.findall(r"\x1b\[30;([0-9;]+)m", out.partition("agreement")[0]))
+
+        found = [styles(x) for x in (-0.5, -0.25, -0.125, 0.125, 0.25, 0.5)]
+        assert all(len(x) == 1 for x in found) and len(set.union(*found)) == len(found)
 
     def test_text_cannot_send_control_characters(self):
         hostile = "[red]\x1b]0;owned\x07\x1b[2J\u202e\r"

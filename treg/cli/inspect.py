@@ -1,6 +1,7 @@
 """treg inspect: annotated pairs and a trained model's implicit rewards as a page."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from treg.cli.loading import drawable, load_model, load_tokenizer, say
 from treg.cli.options import InspectOptions, parse, words
 from treg.data.annotated import read_annotated, streams_of, tokenizer_fingerprint
 from treg.files import last_checkpoint
-from treg.rewards import DEFAULT_SOURCE
+from treg.rewards import DEFAULT_SOURCE, nearest
 from treg.rewards.annotate import process_state
 from treg.viz import plot_curves, print_pairs, write_page
 from treg.viz.views import pair_views
@@ -44,7 +45,7 @@ def run(argv: list[str]) -> None:
     kept = "ref_chosen_token_logps" in examples[0]
     if options.model is not None and reference is None and not kept:
         reference = settings.get("ref_model") or settings.get("model")  # what the run started from
-    stream = options.stream or _default_stream(meta)
+    stream = _stream(options.stream, streams_of(meta))
     pairs = pair_views(
         examples,
         tokenizer,
@@ -71,7 +72,7 @@ def run(argv: list[str]) -> None:
         plot_curves(curves, options.curves)
     if options.terminal:
         print_pairs(pairs)
-    say(f"{len(pairs)} pairs", f"wrote {output}")
+    say(f"{len(pairs)} pair{'s' * (len(pairs) != 1)}", f"wrote {output}")
 
 
 def _tokenizer(options: InspectOptions, meta: dict[str, Any]) -> Any:
@@ -95,9 +96,16 @@ def _load(path: str | None) -> Any:
     return None if path is None else load_model(path, "auto", process_state().device)
 
 
-def _default_stream(meta: dict[str, Any]) -> str:
-    streams = streams_of(meta)
-    return "token_rewards" if "token_rewards" in streams else streams[0]
+def _stream(given: str | None, streams: Sequence[str]) -> str:
+    """The stream to show, of those that the file has."""
+    if given is None:
+        return "token_rewards" if "token_rewards" in streams else streams[0]
+    if given not in streams:
+        raise ValueError(
+            f"stream: expected one of {', '.join(streams)}, which the file has, got {given!r}"
+            f"{nearest(given, streams)}"
+        )
+    return given
 
 
 def _source(meta: dict[str, Any], stream: str) -> str:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 # black on colours that begin well away from white and from black: no patch where a number is near 0
 BLUES = ("#cfe5f9", "#9ccaf2", "#62a9e8")  # of positive numbers, the smallest first
 ORANGES = ("#fbe0c4", "#f6bf8a", "#f2953f")  # of negative numbers
+# a terminal of 16 colours would show both as grey and white
+BLUES_OF_16 = ("cyan", "bright_cyan", "bright_blue")
+ORANGES_OF_16 = ("yellow", "bright_yellow", "bright_red")
+
+Colours = tuple[tuple[str, ...], tuple[str, ...]]  # of positive and of negative numbers
 
 
 def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | None = 5) -> None:
@@ -35,23 +40,28 @@ def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | Non
     from rich.text import Text
 
     console = console or Console()
+    few = console.color_system in ("standard", "windows")
+    colours = (BLUES_OF_16, ORANGES_OF_16) if few else (BLUES, ORANGES)
     numbers = numbers_of(pairs)
     printed = list(zip(pairs, numbers, strict=True))[:limit]
     for pair, pair_numbers in printed:
         data = pair_data(pair, pair_numbers)
         console.rule(Text(visible(pair.where)))
         grid = Table.grid(Column(ratio=1), Column(ratio=1), padding=(0, 2), expand=True)
-        grid.add_row(_response("chosen", data["chosen"]), _response("rejected", data["rejected"]))
+        grid.add_row(*(_response(side, data[side], colours) for side in ("chosen", "rejected")))
         console.print(Text(visible(pair.prompt) + "\n", "dim"), grid)
-    console.rule(Text(f"agreement over {len(pairs)} pairs, {len(printed)} of them above"))
+    number = f"{len(pairs)} pair{'s' * (len(pairs) != 1)}"
+    console.rule(Text(f"agreement over {number}, {len(printed)} above"))
     scale = [-0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5]
     labels = [f" {value:+.3f} " for value in scale]
-    console.print(_coloured(labels, scale, REWARD_LIMIT), pairs[0].stream.replace("_", " "))
+    console.print(
+        _coloured(labels, scale, REWARD_LIMIT, colours), pairs[0].stream.replace("_", " ")
+    )
     for name, value in agreement_of(numbers).items():
         console.print(f"{name.replace('_', ' '):22}{round(value, 3):>9}", highlight=False)
 
 
-def _response(name: str, data: dict[str, Any]) -> Text:
+def _response(name: str, data: dict[str, Any], colours: Colours) -> Text:
     """A line of sums, and the coloured tokens of a response. data: of `pair_data`."""
     from rich.text import Text
 
@@ -66,22 +76,23 @@ def _response(name: str, data: dict[str, Any]) -> Text:
     else:
         values, limit = [0.0] * len(data["pieces"]), REWARD_LIMIT
     head = (", ".join(facts) + "\n", "bold")
-    return Text.assemble(head, _coloured(data["pieces"], values, limit))
+    return Text.assemble(head, _coloured(data["pieces"], values, limit, colours))
 
 
-def _coloured(pieces: Sequence[str], values: Sequence[float], limit: float) -> Text:
+def _coloured(
+    pieces: Sequence[str], values: Sequence[float], limit: float, colours: Colours
+) -> Text:
     from rich.text import Text
 
     parts = []
     for piece, value in zip(pieces, values, strict=True):
-        parts.append((visible(piece), _style(value, limit)))
+        parts.append((visible(piece), _style(value, limit, colours)))
     return Text.assemble(*parts)
 
 
-def _style(value: float, limit: float) -> str:
+def _style(value: float, limit: float, colours: Colours) -> str:
     """The colour of a number on a scale that ends at limit."""
     level = min(int(4 * abs(value) / limit + 0.5), 3)
     if level == 0:
         return ""
-    colours = BLUES if value > 0 else ORANGES
-    return f"black on {colours[level - 1]}"
+    return f"black on {colours[0 if value > 0 else 1][level - 1]}"
