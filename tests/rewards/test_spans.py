@@ -60,8 +60,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form(form):
     for options in ({}, {"inside": -9.0, "values": ["other=1", "wrong=-0.5"]}):
-        if options and "wrong" not in str(FORMS[form]):
+        labelled = "wrong" in str(FORMS[form])
+        if options and not labelled:
             options = {"values": ["other=1"]}
+        if labelled and not options:
+            options = {"values": ["other=1", "*=-0.5"]}
         response, found = marked(FORMS[form], **options)
         assert said(response, found, -0.5).strip() == "old"
         assert (found != 0).sum() == (found == -0.5).sum() > 0
@@ -164,7 +167,8 @@ PROBLEMS = {
     "label": (
         {"chosen_spans": [[1, 2, "ok"], [1, 2, "no"]]},
         "unknown label",
-        "chosen_spans[1]: expected one of ok as its label, got [1, 2, 'no']",
+        "chosen_spans[1]: expected one of ok as its label; give --rewards.values 'no=NUMBER', or "
+        "'*=NUMBER' for all, got [1, 2, 'no']",
     ),
     "severity": (
         {"chosen_spans": [{"start": 1, "end": 2, "severity": 3}]},
@@ -180,6 +184,13 @@ def test_what_is_no_span_is_refused(case):
     problem = make(values=["ok=1"]).check(responses(row)[0])
     assert isinstance(problem, RowProblem) and problem.where == "row 0"
     assert problem.reason == reason and detail in problem.detail, problem.detail
+
+
+def test_a_label_is_not_passed_over():
+    problem = make().check(responses({"chosen_spans": [[1, 2, "bad"]]})[0])
+    assert problem.reason == "unknown label" and "expected one of none as" in problem.detail
+    response, found = marked([[0, 3, "a"], [4, 7, "b"]], values=["a=2", "*=0"])
+    assert said(response, found, 2.0).strip() == "the" and (found != 0).sum() == (found == 2).sum()
 
 
 @pytest.mark.parametrize(

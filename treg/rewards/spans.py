@@ -17,7 +17,7 @@ A column holds a list, or the same as a string of JSON, of
 start and end count characters (Unicode code points) of the answer's text, end not included, as the
 row has it, also where the answer is cut at max_length. Messages of an answer count as joined by
 newlines; of a row of whole dialogues the text is that of the last turn without blanks around it.
-Without `values` a label says nothing, and the value is `inside`.
+A label that `values` does not have is refused, unless it has "*", which stands for any other.
 
 Differs: no paper; FineGrainedRLHF (arXiv 2306.01693) and MQM keep marks of this kind.
 """
@@ -38,14 +38,15 @@ from treg.rewards.columns import columns_fingerprint, side_column
 from treg.rewards.options import numbers_by_name
 
 LABELS = ("label", "severity", "type", "error_type", "error type", "category")
+ANY_LABEL = "*"
 Span = tuple[int, int, float]  # start, end, value
 
 
 @dataclass(frozen=True)
 class SpansOptions:
     """column: of the spans, with {side} for chosen and rejected. values: the number of every label,
-    as "label=number", a list of them, or by name. inside: the value of a span that has none.
-    outside: of tokens in no span.
+    as "label=number", a list of them, or by name; "*" is any label that is not named. inside: the
+    value of a span without a value and without a label. outside: of tokens in no span.
     """
 
     column: str = field(
@@ -53,9 +54,12 @@ class SpansOptions:
         metadata={"help": "Column of the spans; {side} stands for chosen and rejected."},
     )
     values: list[str] | dict[str, float] | str | None = field(
-        default=None, metadata={"help": "The value of each label, LABEL=NUMBER."}
+        default=None,
+        metadata={"help": "The value of each label, LABEL=NUMBER; '*=NUMBER' for all others."},
     )
-    inside: float = field(default=-0.5, metadata={"help": "The value of a span that has none."})
+    inside: float = field(
+        default=-0.5, metadata={"help": "The value of a span without value and label."}
+    )
     outside: float = field(default=0.0, metadata={"help": "The reward of tokens in no span."})
 
     def __post_init__(self):
@@ -139,12 +143,15 @@ class SpansSource:
             except ValueError:
                 raise RowProblem("bad span", "expected a finite number as its value") from None
             return start, end, float(value)
-        if label is None or not self.options.by_label:
+        if label is None:
             return start, end, self.options.inside
-        if label not in self.options.by_label:
-            known = ", ".join(self.options.by_label)
-            raise RowProblem("unknown label", f"expected one of {known} as its label")
-        return start, end, self.options.by_label[label]
+        known = self.options.by_label
+        number = known.get(label, known.get(ANY_LABEL))
+        if number is None:
+            detail = f"expected one of {', '.join(known) or 'none'} as its label"
+            fix = f"--rewards.values '{label}=NUMBER', or '{ANY_LABEL}=NUMBER' for all"
+            raise RowProblem("unknown label", f"{detail}; give {fix}")
+        return start, end, number
 
     def _of(self, response: Response) -> Tensor:
         places = characters_of_tokens(response)
