@@ -189,6 +189,27 @@ REFUSED = {
         "annotate --model {model} --data {data} --output a.parquet --keep_columns chosen",
         "keep_columns: expected columns beside the prompt and the answers",
     ),
+    "no such columns": (
+        "train --model {model} --data {data} --output_dir o --loss_type bfpo --use_cpu",
+        "data: expected the columns chosen_safe, rejected_safe, which the loss needs",
+    ),
+    "like two": (
+        "train --model {model} --data {data} --output_dir o --loss_type tdpo",
+        "did you mean 'tdpo1' or 'tdpo2' or 'tgdpo'?",
+    ),
+    "scalars": (
+        "train --model {model} --data {data} --output_dir o --loss_type sepo --loss_scalars keep=1",
+        """loss_scalars: expected a JSON object such as {"name": 0.5}, got 'keep=1'""",
+    ),
+    "a scalar": (
+        "train --model {model} --data {data} --output_dir o --loss_type sepo "
+        """--loss_scalars {{"kep":0.5}}""",
+        "loss_scalars of a trainer): expected options of loss_type='sepo', which takes keep, ",
+    ),
+    "a source's model": (
+        "annotate --model {model} --data {data} --output a.parquet --rewards redistribution",
+        "got none: Folder or hub name of the reward model, a sequence classifier.",
+    ),
     "nothing kept": (
         "annotate --model {model} --data {data} --output a.parquet --no_reference --per_token",
         "per_token: expected False",
@@ -408,13 +429,16 @@ def test_the_three_commands(folder, tmp_path, capsys):
     assert "was annotated with another tokenizer" in capsys.readouterr().err
 
 
-def test_a_page_of_a_file_without_fingerprints(folder, tmp_path):
+def test_a_page_of_a_file_without_fingerprints(folder, tmp_path, capsys):
     """The tokenizer that is given is taken."""
     row = {"index": 0, "where": "f:0", "prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
     row |= {"chosen_token_rewards": [0.1], "rejected_token_rewards": [0.2]}
     write_annotated(tmp_path / "a.parquet", [row], {}, reference=False)
     inspect = ["inspect", "--data", tmp_path / "a.parquet", "--tokenizer", folder / "model"]
     assert main([str(x) for x in inspect]) == 0 and (tmp_path / "a.html").exists()
+    assert "\n1 pair\n" in "\n" + capsys.readouterr().out
+    assert main([str(x) for x in (*inspect, "--stream", "token_reward")]) == 2
+    assert "expected one of token_rewards, which the file has, got" in capsys.readouterr().err
     assert main([str(x) for x in (*inspect, "--stream", "token_rewards")]) == 0
     assert (tmp_path / "a.token_rewards.html").exists()  # each stream has its page
 
@@ -639,7 +663,10 @@ def test_bfpo_from_raw_rows(folder, tmp_path, capsys):
     capsys.readouterr()
     other = train_options(folder, tmp_path / "no", max_steps=1, loss_type="bfpo")
     assert main(other) == 2
-    assert "expected a finite number in the column chosen_safe" in capsys.readouterr().err
+    assert (
+        "expected the columns chosen_safe, rejected_safe, which the loss needs"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_source_that_cannot_serve_an_objective(folder, tmp_path, capsys):

@@ -66,8 +66,19 @@ def test_rows_that_lack_a_column_are_counted(tmp_path):
     assert example["margin"] == 1.0
     with pytest.raises(RowProblem, match=r"row \d: no column 'margin'"):
         run(tmp_path / "b.parquet", data, "margin", strict=True)
-    with pytest.raises(ValueError, match="no column 'margn'"):
-        run(tmp_path / "c.parquet", data, "margn")
+
+
+def test_columns_that_no_row_has_are_named_before_anything_is_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(treg.rewards.annotate, "annotate_pairs", pytest.fail)
+    data = rows(margin=[1.0, None, 2.0], source=["a", "b", "c"])
+    for names, message in (
+        (["margn"], "expected the column margn, which"),
+        (["a", "source", "b"], "expected the columns a, b, which"),
+    ):
+        with pytest.raises(ValueError, match=f"data: {message}.*found margin, source beside"):
+            run(tmp_path / "c.parquet", data, *names)
+    with pytest.raises(ValueError, match=r"data: .*margin.*found none beside"):
+        run(tmp_path / "c.parquet", rows(), "margin")
 
 
 BROKEN = {

@@ -20,7 +20,7 @@ from treg.cli.options import (
 )
 from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import is_annotated
-from treg.data.examples import example_of
+from treg.data.examples import examples_of
 from treg.files import last_checkpoint, locked, replacing
 from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state
@@ -233,7 +233,7 @@ class _DataPreparation:
         )
         say(f"{name}: {report}")
         columns = self.options.config.loss_options.objective.pair_columns
-        return [example_of(pair, columns) for pair in pairs]
+        return examples_of(pairs, columns)
 
     def _annotated(self, source: str, name: str, split: str) -> str:
         config, rows = self.options.config, self.options.rows

@@ -71,7 +71,7 @@ class ExampleLoader:
         else:
             options = EncodeOptions(self.max_length)
             pairs, self.reports[name] = load_pairs(source, self.tokenizer, options)
-            examples = [example_of(pair, self.pair_columns) for pair in pairs]
+            examples = examples_of(pairs, self.pair_columns)
         for stream, who in self.streams.items():
             columns = stream_columns(stream)
             if columns[0] not in examples[0]:
@@ -119,10 +119,30 @@ class ExampleLoader:
         return examples
 
 
-def example_of(pair: Pair, columns: Sequence[str] = ()) -> dict[str, Any]:
-    """What `PairCollator` needs of a pair, with these columns of its row where it has them."""
-    row = pair.row.columns
-    return pair.example | {name: row[name] for name in columns if name in row}
+def examples_of(pairs: Sequence[Pair], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """What `PairCollator` needs of pairs, with these columns of their rows where they have them.
+
+    Raises:
+        ValueError: columns that no row has.
+    """
+    check_columns(columns, pairs)
+    found = []
+    for pair in pairs:
+        row = pair.row.columns
+        found.append(pair.example | {name: row[name] for name in columns if name in row})
+    return found
+
+
+def check_columns(names: Sequence[str], pairs: Sequence[Pair]) -> None:
+    """ValueError for columns that no row of these pairs has."""
+    there = dict.fromkeys(name for pair in pairs for name in pair.row.columns)
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(
+            f"data: expected the column{'s' * (len(missing) > 1)} {', '.join(missing)}, which the "
+            f"loss needs or keep_columns names, found {', '.join(there) or 'none'} beside the "
+            "prompt and the answers"
+        )
 
 
 def _check_same_columns(

@@ -60,8 +60,8 @@ def find_objective(name: Any) -> Objective:
         return OBJECTIVES[name]
     module, colon, attribute = str(name).partition(":")
     if not isinstance(name, str) or not colon:
-        near = difflib.get_close_matches(str(name), OBJECTIVES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(str(name), OBJECTIVES)
+        hint = f"; did you mean {' or '.join(map(repr, sorted(near)))}?" if near else ""
         raise ValueError(
             f"loss_type: expected one of {sorted(OBJECTIVES)}, or package.module:NAME, got {name!r}"
             f"{hint}"

@@ -191,10 +191,7 @@ def annotate(
             report.truncated -= truncated
             report.problem(problem)
         if not report.kept:
-            raise ValueError(
-                "data: the source of token rewards refuses every pair, or no pair fits into the "
-                f"model's context: {report}"
-            )
+            raise ValueError(f"data: expected a pair that can be annotated, found none: {report}")
         if state.is_main_process:
             # of a run that was killed while it wrote
             for left in output.parent.glob(f"{output.name}.*.tmp"):

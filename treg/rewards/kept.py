@@ -14,6 +14,7 @@ from treg.data.annotated import (
     stream_columns,
 )
 from treg.data.batches import LOSS_STREAMS
+from treg.data.examples import check_columns
 from treg.data.rows import READ_COLUMNS
 
 
@@ -23,12 +24,14 @@ class KeptColumns:
     Args:
         names: of the columns. pairs: all that are annotated, whose rows give each column its type.
     Raises:
-        ValueError: a column that is neither numbers nor strings nor lists of one of them.
+        ValueError: columns that no row has; a column that is neither numbers nor strings nor lists
+            of one of them.
     """
 
     def __init__(self, names: Sequence[str], pairs: Sequence[Pair]):
         self.names = tuple(names)
         self.pairs = pairs
+        check_columns(self.names, pairs)
         kept = (pair for pair in pairs if self.problem(pair) is None)
         self.types = kept_types(self.names, (pair.row.columns for pair in kept))
 

@@ -11,6 +11,7 @@ from treg.rewards.options import check_types
 
 SOURCES: dict[str, type[TokenRewardSource]] = {}  # filled by `treg.rewards`
 DEFAULT_SOURCE = "contrastive"
+ALIKE = 0.6  # share of equal letters from which a name may have been meant for another
 
 
 def load_source(name: str, options: Mapping[str, Any], context: Context) -> TokenRewardSource:
@@ -98,8 +99,10 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
     for option, x in known.items():
         required = x.default is MISSING and x.default_factory is MISSING
         if required and given.get(option) is None:
+            means = x.metadata.get("help", "")
             raise ValueError(
                 f"rewards.{option}: expected a value, which the source {name!r} needs, got none"
+                f"{means and ': '}{means}"
             )
     check_types(kind, given)
     try:
@@ -109,6 +112,10 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known: the one that is most like it, if any is."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """A hint for a name that is not known: what is most like it, each of several that are as much
+    like it; "" where nothing is.
+    """
+    likeness = {x: difflib.SequenceMatcher(None, x, name).ratio() for x in map(str, known)}
+    most = max(likeness.values(), default=0.0)
+    found = [repr(x) for x, ratio in likeness.items() if ratio == most]
+    return f"; did you mean {' or '.join(found)}?" if most >= ALIKE else ""

@@ -236,7 +236,8 @@ def _label_index(config: Any, label: str | int | None) -> int:
         if config.num_labels == 1:
             return 0
         raise ValueError(
-            f"rewards.label: expected one of the labels {listed}, since R is one number, got none"
+            f"rewards.label: expected one of the labels {listed}, since R is one number, got none; "
+            "name one with --rewards.label"
         )
     by_name = {name: int(index) for index, name in names.items()}
     found = by_name.get(str(label))
