@@ -341,6 +341,58 @@ def test_both_forms_at_the_border(direction, scored, monkeypatch):
     assert not near.called
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_rows_near_and_far_in_one_block(direction, order, monkeypatch):
+    """Any row of a block decides for all of it."""
+    monkeypatch.setattr(treg.ops.head.kl_torch, "BLOCK", {"cpu": 3 * V})
+    case = make_case(torch.float32, n=3, ignored=0, spread=0.1, direction=direction)
+    peaks = torch.tensor([0.0, 35.0, 300.0]).roll(order)
+    h, r = case.hidden, case.rest["ref_hidden"]
+    case.weight[:3] += peaks[:, None] * h / h.square().sum(1, keepdim=True)
+    case.rest["ref_weight"][3:6] += peaks[:, None] * r / r.square().sum(1, keepdim=True)
+    case.rest = {k: x.float().double() if "ref" in k else x for k, x in case.rest.items()}
+    against_reference(case, torch.float32, "torch")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_log_probs_are_never_above_0(impl, direction):
+    """Of targets that one model is sure of and the other is not; nor has their gradient a wrong
+    sign.
+    """
+    n, sure, unsure = 64, 26 * torch.eye(64), 2 * torch.randn(64, 64)
+    logits, ref_logits = (sure, unsure) if direction == "forward" else (unsure, sure)
+    device, words = device_of(impl), torch.eye(64, device=device_of(impl))
+    hidden = logits.to(device).requires_grad_()
+    ref_hidden, target = ref_logits.to(device), torch.arange(n, device=device)
+    out = linear_kl(hidden, words, ref_hidden, words, target=target, direction=direction, impl=impl)
+    assert (out.logprobs <= 0).all() and (out.ref_logprobs <= 0).all()
+    (out.kl.sum() * 0 + out.logprobs.sum()).backward()
+    assert (hidden.grad.diagonal() >= 0).all()
+    off = hidden.grad.masked_fill(torch.eye(n, dtype=torch.bool, device=device), 0.0)
+    assert (off <= 0).all()
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["one stash", "two stashes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_rows_take_the_fewest_tiles(dtype, scored, monkeypatch):
+    monkeypatch.setattr(budgets, "PASS_ROWS", {"cpu": 2})
+    seen, forward, n = [], KlTiles.forward, 50
+    monkeypatch.setattr(KlTiles, "forward", lambda *a: seen.append(a[1].shape[0]) or forward(*a))
+    case = make_case(dtype, n, scored=scored, ignored=0).at(dtype)
+    given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in case.rest.items()}
+    hidden = case.hidden.requires_grad_()
+    tiles, budget = [], budget_for(dtype, "torch", n, scored=scored)
+    for more in (0, 8, 1000):
+        seen.clear()
+        row = 2 * 4 * V + 4 * 4 * (D + REF_D) + 4 * V  # of any row that is worked on, at least
+        linear_kl(hidden, case.weight, **given, memory_budget=budget + more * row)
+        assert sum(seen) == n and max(seen) - min(seen) < len(seen)
+        tiles.append(len(seen))
+    assert tiles[0] > tiles[1] > tiles[2] == 1 and tiles[1] <= -(-n // 8)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_logits_with_a_common_offset(impl, direction):

@@ -12,7 +12,7 @@ from treg.ops.head.selection import sees_values
 from treg.ops.head.torch_tiles import BLOCK, BLOCK_GPU, transformed
 
 PASS_BUFFERS = 4  # blocks alive at once, at most
-NEAR = 40.0  # below the logarithm of the least normal float32, 87, by more than one of its 1 / eps
+NEAR = 40.0  # nats: see `_is_near`
 
 
 class TorchPasses:
@@ -114,7 +114,7 @@ class TorchPasses:
         values = {"kl": kl.clamp_(min=0.0)} | logps
         made = [ref_z, z][:count]
         if count > 1 and y is not None:
-            z.scatter_add_(1, y, z.new_full(y.shape, -1.0))
+            z.scatter_(1, y, (z.gather(1, y) - 1).clamp_(max=0.0))
         if slope is not None:
             for x in made:
                 x.mul_(slope)
@@ -126,11 +126,11 @@ class TorchPasses:
         return values, made
 
     def _is_near(self, d: Tensor) -> bool:
-        """Whether the ratio of two probabilities of a word is at most exp(NEAR) times that of
-        another, in every row. Then one that is lost because it is too small for a float is lost to
-        both, for good.
+        """Whether `_near` is right for a block of rows: o_v <= b_v * exp(NEAR) for every word v. A
+        b_v that float32 loses, below exp(-87), then stands for an o_v below exp(-47), which is
+        nothing beside 1. On a GPU a look at a value would be waited for.
         """
-        return sees_values(d) and bool((d.amax(1) - d.amin(1)).max() < NEAR)
+        return d.device.type == "cpu" and bool((d.amax(1) - d.amin(1)).max() < NEAR)
 
     def _far(
         self, z: Tensor, ref_z: Tensor, d: Tensor, y: Tensor | None, *, reverse: bool, count: int
@@ -184,28 +184,29 @@ def _near(
     Args: z, ref_z [n, V], the largest of a row 0; d [n, V] is overwritten.
     """
     base, other = (z, ref_z) if reverse else (ref_z, z)
-    base_y = None if y is None else base.gather(1, y)
+    picked = None if y is None else (base.gather(1, y), other.gather(1, y))
     b = torch.softmax(base, 1, out=base)
-    # the largest probability is exp(-logsumexp) here, never small
-    lp = None if base_y is None else base_y + b.amax(1, keepdim=True).log_()
     d.sub_(_mean(b, d, other))
     r = _mean(b, d, other)
-    d_y = None if y is None else d.gather(1, y)
     x = torch.expm1(d, out=other if reverse else d)
-    s = _mean(b, x, other)
-    log_s = s.log1p()
+    o = torch.mul(b, x, out=other)
+    s = o.sum(1, keepdim=True)
+    shrink = 1 / (1 + s)
+    logps = {}
+    if picked is not None:
+        o.add_(b)  # (1 + s) times what it is called
+        # the largest probability is exp(-logsumexp) here, never small
+        tops = b.amax(1, keepdim=True), (o.amax(1, keepdim=True) * shrink).clamp_(max=1.0)
+        found = [(x_y + top.log_()).squeeze(1) for x_y, top in zip(picked, tops, strict=True)]
+        names = ("logprobs", "ref_logprobs") if reverse else ("ref_logprobs", "logprobs")
+        logps = dict(zip(names, found, strict=True))
     if reverse and count:
         torch.sub(r, d, out=ref_z).mul_(b)
     elif count:
-        ratio = x.sub_(s).mul_(1 / (1 + s))  # p / q - 1
         if count > 1:
-            torch.addcmul(b, b, ratio, out=z)
-        b.mul_(ratio)
-    logps = {}
-    if lp is not None and d_y is not None:
-        both = (lp, lp + d_y - log_s) if reverse else (lp + d_y - log_s, lp)
-        logps = {"logprobs": both[0].squeeze(1), "ref_logprobs": both[1].squeeze(1)}
-    return (log_s - r).squeeze(1), logps
+            o.mul_(shrink)
+        b.mul_(x.sub_(s).mul_(shrink))
+    return (s.log1p() - r).squeeze(1), logps
 
 
 def _mean(weights: Tensor, x: Tensor, room: Tensor) -> Tensor:
