@@ -2,8 +2,6 @@
 reference on dense logits in float64.
 """
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -11,13 +9,13 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from dense_step import exact_step, reference_logits
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
 from treg.integrations.trl import TRegDPOConfig, TRegDPOTrainer
 from treg.integrations.trl.own import TRL_LOSSES, OwnLoss, own_options
 from treg.losses import OBJECTIVES, LossOptions
-from treg.ops import reference
 
 SIDES = ("chosen", "rejected")
 VOCAB, BETA = 400, 0.3
@@ -98,55 +96,10 @@ def make_trainer(tmp_path, model, pairs, ref_model=None, eval_pairs=None, peft=N
     )
 
 
-def dense_rows(model, pairs):
-    """Logits [N, V] of the completions' tokens, chosen first."""
-    found = []
-    for side in SIDES:
-        for pair in pairs:
-            ids = torch.tensor(pair["prompt_ids"] + pair[f"{side}_ids"])[None]
-            logits = model(input_ids=ids, use_cache=False).logits[0].double()
-            found.append(logits[-len(pair[f"{side}_ids"]) - 1 : -1])
-    return torch.cat(found)
-
-
-def exact_step(model, ref_logits, pairs, loss_type, alpha=None):
-    """The reference's loss, and its gradient in every parameter."""
-    row, model = OBJECTIVES[loss_type], copy.deepcopy(model).double()
-    logits = dense_rows(model, pairs)
-
-    def stream(name):
-        return torch.tensor([x for side in SIDES for p in pairs for x in p[f"{side}_{name}"]])
-
-    target, more = stream("ids"), {"token_rewards": stream("token_rewards").double()}
-    if "token_weights" in row.needs:
-        more["token_weights"] = stream("token_weights").double()
-    if row.pair_columns:
-        more["pair_values"] = {n: torch.tensor([p[n] for p in pairs]) for n in row.pair_columns}
-    if not row.reference_free:
-        log_q = ref_logits.log_softmax(-1)
-        more["ref_logps"] = log_q.gather(1, target[:, None])[:, 0]
-    if "kl" in row.needs:
-        more["kl"] = (log_q.exp() * (log_q - logits.log_softmax(-1))).sum(-1)
-    scalars = dict(SCALARS.get(loss_type, {}))
-    out = reference.fused_treg_loss(
-        logits,
-        torch.eye(VOCAB, dtype=torch.float64),
-        target,
-        cu_seqlens=torch.tensor([0, *(len(p[f"{s}_ids"]) for s in SIDES for p in pairs)]).cumsum(0),
-        beta=BETA,
-        alpha=alpha,
-        loss_type=loss_type,
-        gamma=scalars.pop("gamma", 0.0),
-        scalars=scalars,
-        **more,
+def exact(model, ref_logits, pairs, loss_type, **options):
+    return exact_step(
+        model, ref_logits, pairs, loss_type, beta=BETA, scalars=SCALARS.get(loss_type), **options
     )
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return out, dict(zip(named, torch.autograd.grad(out.loss, list(named.values())), strict=True))
-
-
-@torch.no_grad()
-def reference_logits(model, pairs):
-    return dense_rows(copy.deepcopy(model).double(), pairs)
 
 
 def check_step(trainer, out, expected, rel=1e-5):
@@ -173,7 +126,7 @@ def test_what_trl_lacks():
 @pytest.mark.parametrize("loss_type", KINDS)
 def test_a_step_is_the_references(tmp_path, loss_type):
     base, model, pairs = make_model(), make_model(1), make_pairs(loss_type)
-    out, expected = exact_step(model, reference_logits(base, pairs), pairs, loss_type)
+    out, expected = exact(model, reference_logits(base, pairs), pairs, loss_type)
     options = {"loss_type": [loss_type], "treg_loss_scalars": SCALARS.get(loss_type)}
     trainer = make_trainer(tmp_path, model, pairs, base, pairs, **options)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
@@ -185,7 +138,7 @@ def test_log_probs_of_the_data(tmp_path, loss_type):
     """Annotated per token, they take the reference's place: it does not run."""
     base, model, pairs = make_model(), make_model(1), make_pairs(loss_type)
     ref_logits = reference_logits(base, pairs)
-    out, expected = exact_step(model, ref_logits, pairs, loss_type, alpha=0.2)
+    out, expected = exact(model, ref_logits, pairs, loss_type, alpha=0.2)
     target = torch.tensor([x for side in SIDES for p in pairs for x in p[f"{side}_ids"]])
     logps = ref_logits.log_softmax(-1).gather(1, target[:, None])[:, 0].tolist()
     for side in SIDES:
@@ -209,10 +162,9 @@ def test_adapters(tmp_path, loss_type):
         for p in trainer.model.parameters():
             if p.requires_grad:
                 p += 0.3 * torch.randn(p.shape, generator=generator)
-    exact = peft.get_peft_model(make_model(), lora)
-    exact.load_state_dict(trainer.model.state_dict())
-    ref_logits = reference_logits(make_model(), pairs)
-    out, expected = exact_step(exact.eval(), ref_logits, pairs, loss_type)
+    model = peft.get_peft_model(make_model(), lora)
+    model.load_state_dict(trainer.model.state_dict())
+    out, expected = exact(model.eval(), reference_logits(make_model(), pairs), pairs, loss_type)
     check_step(trainer, out, expected)
 
 
@@ -232,9 +184,12 @@ BAD = [
     ({"loss_type": ["tgdpo"], "ld_alpha": 0.5}, "ld_alpha: expected None for loss_type='tgdpo'"),
     ({"loss_type": "figa", "treg_alpha": 0.3}, "alpha: expected 0 for loss_type='figa'"),
     ({"treg_loss_scalars": {"tau": 1.0}}, "treg_loss_scalars: expected none for a loss of TRL's"),
-    ({"loss_type": ["d2po"], "treg_loss_scalars": {"x": 1}}, "scalars: expected options of loss"),
+    (
+        {"loss_type": ["d2po"], "treg_loss_scalars": {"x": 1}},
+        "scalars .*: expected options of loss",
+    ),
     ({"loss_type": ["sepo"], "treg_loss_scalars": "[1]"}, "treg_loss_scalars: expected"),
-    ({"loss_type": ["tgdpoo"]}, "loss_type: expected one of .* did you mean 'tgdpo'?"),
+    ({"loss_type": ["tgdpoo"]}, "loss_type: expected one of .* did you mean 'tgdpo'"),
     ({"loss_type": ["d2po"], "loss_weights": [0.5]}, "loss_weights: expected None for loss_type="),
 ]
 

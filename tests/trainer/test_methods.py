@@ -2,11 +2,12 @@
 of the reference on dense logits in float64.
 """
 
+import contextlib
 import copy
 
 import numpy as np
 import pytest
-import torch
+from dense_step import exact_step, reference_logits
 from trainer_worker import (
     BETA,
     SIDES,
@@ -22,7 +23,6 @@ from trainer_worker import (
 
 from treg.data import PairCollator, first_pairs
 from treg.losses import OBJECTIVES
-from treg.ops import reference
 
 pytest.importorskip("peft")
 
@@ -47,60 +47,10 @@ def annotated(loss_type, n=5):
     return pairs
 
 
-def dense_rows(model, pairs):
-    """Logits [N, V] of the completions' tokens, chosen first."""
-    found = []
-    for side in SIDES:
-        for pair in pairs:
-            prompt, completion = (
-                torch.from_numpy(pair[f"{x}_ids"]).long() for x in ("prompt", side)
-            )
-            ids = torch.cat([prompt, completion])[None]
-            found.append(model(input_ids=ids).logits[0, -len(completion) - 1 : -1])
-    return torch.cat(found)
-
-
-def exact_step(model, pairs, ref_model, loss_type, alpha=None):
-    """The reference's loss and gradients, from dense logits in float64."""
-    row, model = OBJECTIVES[loss_type], copy.deepcopy(model).double()
-    logits = dense_rows(model, pairs)
-    with torch.no_grad():
-        if ref_model == "adapters":
-            with model.disable_adapter():
-                ref_logits = dense_rows(model, pairs)
-        else:
-            ref_logits = dense_rows(copy.deepcopy(ref_model).double(), pairs)
-
-    def stream(name):
-        return torch.from_numpy(np.concatenate([p[f"{s}_{name}"] for s in SIDES for p in pairs]))
-
-    target, lengths = stream("ids").long(), [len(p[f"{s}_ids"]) for s in SIDES for p in pairs]
-    more = {}
-    for name in ("token_rewards", "token_weights", "kl_weights"):
-        if f"chosen_{name}" in pairs[0]:
-            more[name] = stream(name)
-    if not row.reference_free:
-        log_q = ref_logits.log_softmax(-1)
-        more["ref_logps"] = log_q.gather(1, target[:, None])[:, 0]
-    if "kl" in row.needs:
-        more["kl"] = (log_q.exp() * (log_q - logits.log_softmax(-1))).sum(-1)
-    if row.pair_columns:
-        numbers = {x: torch.tensor([float(p[x]) for p in pairs]) for x in row.pair_columns}
-        more["pair_values"] = numbers
-    out = reference.fused_treg_loss(
-        logits,
-        torch.eye(logits.shape[1], dtype=torch.float64),
-        target,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-        beta=BETA,
-        alpha=alpha,
-        loss_type=loss_type,
-        scalars=SCALARS.get(loss_type),
-        **more,
+def exact(model, ref_logits, pairs, loss_type, **options):
+    return exact_step(
+        model, ref_logits, pairs, loss_type, beta=BETA, scalars=SCALARS.get(loss_type), **options
     )
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(out.loss, list(named.values()))
-    return out, dict(zip(named, grads, strict=True))
 
 
 # where the reference comes from, and the layout; the KL divergence needs the reference itself
@@ -118,7 +68,9 @@ def test_gradient_is_that_of_dense_logits(tmp_path, loss_type, source, packing):
     model = copy.deepcopy(base)
     model = with_lora(model) if source == "adapters" else perturb(model)
     pairs = annotated(loss_type)
-    out, grads = exact_step(model, pairs, "adapters" if source == "adapters" else base, loss_type)
+    with model.disable_adapter() if source == "adapters" else contextlib.nullcontext():
+        ref_logits = reference_logits(model if source == "adapters" else base, pairs)
+    out, grads = exact(model, ref_logits, pairs, loss_type)
     if source == "tokens":
         pairs = with_reference(pairs, base, per_token=True)
     given = base if source == "model" else None
@@ -138,7 +90,7 @@ def test_kl_of_heads_with_options(tmp_path, family):
     base = make_model(family)
     model = perturb(copy.deepcopy(base))
     pairs = annotated("tdpo2")
-    out, grads = exact_step(model, pairs, base, "tdpo2", alpha=0.3)
+    out, grads = exact(model, reference_logits(base, pairs), pairs, "tdpo2", alpha=0.3)
     found, log = first_step(tmp_path, model, pairs, base, loss_type="tdpo2", alpha=0.3)
     assert_same(found, grads)
     assert log["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
@@ -149,10 +101,12 @@ def test_a_reference_in_another_dtype(tmp_path):
     model = perturb(copy.deepcopy(base))
     pairs = annotated("tdpo1")
     # weights that bfloat16 holds exactly, so that the two references differ by activations alone
-    exact = copy.deepcopy(base).bfloat16().float()
-    out, grads = exact_step(model, pairs, exact, "tdpo1")
-    other, _ = exact_step(model, pairs, perturb(copy.deepcopy(base), 0.1), "tdpo1")
-    found, log = first_step(tmp_path, model, pairs, exact.bfloat16(), loss_type="tdpo1")
+    half = copy.deepcopy(base).bfloat16()
+    rounded = reference_logits(copy.deepcopy(half).float(), pairs)
+    out, grads = exact(model, rounded, pairs, "tdpo1")
+    far = reference_logits(perturb(copy.deepcopy(base), 0.1), pairs)
+    other, _ = exact(model, far, pairs, "tdpo1")
+    found, log = first_step(tmp_path, model, pairs, half, loss_type="tdpo1")
     assert log["loss"] == pytest.approx(out.loss.item(), rel=2e-2)
     assert abs(log["loss"] - other.loss.item()) > 0.1 * other.loss.item()
     assert_same(found, grads, 0.1)
