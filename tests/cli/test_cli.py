@@ -191,15 +191,15 @@ REFUSED = {
     ),
     "no such columns": (
         "train --model {model} --data {data} --output_dir o --loss_type bfpo --use_cpu",
-        "data: expected the columns chosen_safe, rejected_safe, which the loss needs",
+        "data: expected for the loss the columns chosen_safe, rejected_safe, found none",
     ),
     "like two": (
         "train --model {model} --data {data} --output_dir o --loss_type tdpo",
-        "did you mean 'tdpo1' or 'tdpo2' or 'tgdpo'?",
+        "did you mean 'tgdpo' or 'tdpo2' or 'tdpo1'?",
     ),
     "scalars": (
         "train --model {model} --data {data} --output_dir o --loss_type sepo --loss_scalars keep=1",
-        """loss_scalars: expected a JSON object such as {"name": 0.5}, got 'keep=1'""",
+        """loss_scalars: expected a JSON object, {"KEY": VALUE}, got 'keep=1'""",
     ),
     "a scalar": (
         "train --model {model} --data {data} --output_dir o --loss_type sepo "
@@ -664,7 +664,7 @@ def test_bfpo_from_raw_rows(folder, tmp_path, capsys):
     other = train_options(folder, tmp_path / "no", max_steps=1, loss_type="bfpo")
     assert main(other) == 2
     assert (
-        "expected the columns chosen_safe, rejected_safe, which the loss needs"
+        "data: expected for the loss the columns chosen_safe, rejected_safe, found none"
         in capsys.readouterr().err
     )
 

@@ -72,10 +72,10 @@ def test_columns_that_no_row_has_are_named_before_anything_is_scored(tmp_path, m
     monkeypatch.setattr(treg.rewards.annotate, "annotate_pairs", pytest.fail)
     data = rows(margin=[1.0, None, 2.0], source=["a", "b", "c"])
     for names, message in (
-        (["margn"], "expected the column margn, which"),
-        (["a", "source", "b"], "expected the columns a, b, which"),
+        (["margn"], "expected, to be kept, the column margn, "),
+        (["a", "source", "b"], "expected, to be kept, the columns a, b, "),
     ):
-        with pytest.raises(ValueError, match=f"data: {message}.*found margin, source beside"):
+        with pytest.raises(ValueError, match=f"data: {message}found margin, source beside"):
             run(tmp_path / "c.parquet", data, *names)
     with pytest.raises(ValueError, match=r"data: .*margin.*found none beside"):
         run(tmp_path / "c.parquet", rows(), "margin")
@@ -122,6 +122,8 @@ def test_columns_that_cannot_be_kept(tmp_path, column, message):
 def test_names_that_cannot_be_kept(name):
     with pytest.raises(ValueError, match=f"keep_columns: expected columns beside .*got '{name}'"):
         AnnotateOptions(keep_columns=("margin", name))
+    with pytest.raises(ValueError, match=f"keep_columns: expected a list of columns, got '{name}'"):
+        AnnotateOptions(keep_columns=name)
     with pytest.raises(ValueError, match="keep_columns: expected each column once"):
         AnnotateOptions(keep_columns=("margin", "margin"))
 

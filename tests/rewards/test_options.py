@@ -7,7 +7,8 @@ from typing import Any, Literal
 import pytest
 
 from treg.cli.options import RewardsOptions, RowOptions, parse
-from treg.rewards import SOURCES, make_options
+from treg.rewards import SOURCES, make_options, nearest
+from treg.rewards.annotate import AnnotateOptions
 from treg.rewards.options import numbers_by_name
 
 
@@ -138,7 +139,7 @@ def test_one_number_and_none():
         (["a=-inf"], "x: expected NAME=NUMBER, got 'a=-inf'"),
         ({"a": True}, "x: expected NAME=NUMBER, got {'a': True}"),
         ({"a": None}, "x: expected NAME=NUMBER, got {'a': None}"),
-        ("{", "x: expected a JSON object, got '{'"),
+        ("{", """x: expected a JSON object, {"KEY": VALUE}, got '{'"""),
     ],
 )
 def test_what_is_no_number_by_name(given, message):
@@ -164,3 +165,11 @@ def test_numbers_by_label_in_yaml(tmp_path):
         _, found = parse("annotate", argv, (RowOptions, RewardsOptions), "")
         made = make_options("spans", found.rewards_options)
         assert made.by_label == {"minor": -1.0, "major": -0.5}
+
+
+def test_names_that_are_not_known():
+    assert nearest("tdpo", ["dpo", "tdpo1", "tdpo2"]) == "; did you mean 'tdpo1' or 'tdpo2'?"
+    assert nearest("dpoo", ["tgdpo", "dpo", "d2po"]) == "; did you mean 'dpo'?"
+    assert nearest("x", ["dpo"]) == nearest(5, []) == ""
+    with pytest.raises(ValueError, match=r"rewards: expected one of .*, got 5"):
+        AnnotateOptions(rewards=5)

@@ -167,8 +167,8 @@ PROBLEMS = {
     "label": (
         {"chosen_spans": [[1, 2, "ok"], [1, 2, "no"]]},
         "unknown label",
-        "chosen_spans[1]: expected one of ok as its label; give --rewards.values 'no=NUMBER', or "
-        "'*=NUMBER' for all, got [1, 2, 'no']",
+        "chosen_spans[1]: expected one of ok as its label; add no=NUMBER, or '*=NUMBER' for all "
+        "others, to --rewards.values, got [1, 2, 'no']",
     ),
     "severity": (
         {"chosen_spans": [{"start": 1, "end": 2, "severity": 3}]},

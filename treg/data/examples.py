@@ -71,7 +71,7 @@ class ExampleLoader:
         else:
             options = EncodeOptions(self.max_length)
             pairs, self.reports[name] = load_pairs(source, self.tokenizer, options)
-            examples = examples_of(pairs, self.pair_columns)
+            examples = examples_of(pairs, self.pair_columns, name)
         for stream, who in self.streams.items():
             columns = stream_columns(stream)
             if columns[0] not in examples[0]:
@@ -119,29 +119,30 @@ class ExampleLoader:
         return examples
 
 
-def examples_of(pairs: Sequence[Pair], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+def examples_of(
+    pairs: Sequence[Pair], columns: Sequence[str] = (), name: str = "data"
+) -> list[dict[str, Any]]:
     """What `PairCollator` needs of pairs, with these columns of their rows where they have them.
 
     Raises:
-        ValueError: columns that no row has.
+        ValueError: columns that no row has; name is that of the data.
     """
-    check_columns(columns, pairs)
+    check_columns(columns, pairs, f"{name}: expected for the loss")
     found = []
     for pair in pairs:
         row = pair.row.columns
-        found.append(pair.example | {name: row[name] for name in columns if name in row})
+        found.append(pair.example | {column: row[column] for column in columns if column in row})
     return found
 
 
-def check_columns(names: Sequence[str], pairs: Sequence[Pair]) -> None:
-    """ValueError for columns that no row of these pairs has."""
-    there = dict.fromkeys(name for pair in pairs for name in pair.row.columns)
+def check_columns(names: Sequence[str], pairs: Sequence[Pair], expected: str) -> None:
+    """ValueError for columns that no row of these pairs has; expected: how its message begins."""
+    there = dict.fromkeys(column for pair in pairs for column in pair.row.columns)
     missing = [name for name in names if name not in there]
     if missing:
         raise ValueError(
-            f"data: expected the column{'s' * (len(missing) > 1)} {', '.join(missing)}, which the "
-            f"loss needs or keep_columns names, found {', '.join(there) or 'none'} beside the "
-            "prompt and the answers"
+            f"{expected} the column{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, "
+            f"found {', '.join(map(str, there)) or 'none'} beside the prompt and the answers"
         )
 
 

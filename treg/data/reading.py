@@ -209,7 +209,7 @@ def json_object(name: str, given: Mapping[str, Any] | str | None) -> dict[str, A
             found = parse_json(given)
         except ValueError as error:
             raise ValueError(
-                f'{name}: expected a JSON object such as {{"name": 0.5}}, got {given!r}: {error}'
+                f'{name}: expected a JSON object, {{"KEY": VALUE}}, got {given!r}: {error}'
             ) from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{name}: expected values by name, got {given!r}")

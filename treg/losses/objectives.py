@@ -61,7 +61,7 @@ def find_objective(name: Any) -> Objective:
     module, colon, attribute = str(name).partition(":")
     if not isinstance(name, str) or not colon:
         near = difflib.get_close_matches(str(name), OBJECTIVES)
-        hint = f"; did you mean {' or '.join(map(repr, sorted(near)))}?" if near else ""
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"loss_type: expected one of {sorted(OBJECTIVES)}, or package.module:NAME, got {name!r}"
             f"{hint}"

@@ -31,7 +31,7 @@ class KeptColumns:
     def __init__(self, names: Sequence[str], pairs: Sequence[Pair]):
         self.names = tuple(names)
         self.pairs = pairs
-        check_columns(self.names, pairs)
+        check_columns(self.names, pairs, "data: expected, to be kept,")
         kept = (pair for pair in pairs if self.problem(pair) is None)
         self.types = kept_types(self.names, (pair.row.columns for pair in kept))
 
@@ -76,6 +76,8 @@ def check_names(names: Sequence[str], streams: Sequence[str]) -> None:
 
     streams: of the file.
     """
+    if isinstance(names, str):
+        raise ValueError(f"keep_columns: expected a list of columns, got {names!r}")
     own = {"index", "where", *ID_COLUMNS, *REF_COLUMNS, *REF_TOKEN_COLUMNS}
     for stream in (*LOSS_STREAMS, *streams):
         own |= set(stream_columns(stream))

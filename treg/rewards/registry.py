@@ -111,11 +111,12 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
         raise ValueError(f"rewards.*: the source {name!r} refuses its options: {error}") from error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: Any, known: Iterable[str]) -> str:
     """A hint for a name that is not known: what is most like it, each of several that are as much
     like it; "" where nothing is.
     """
-    likeness = {x: difflib.SequenceMatcher(None, x, name).ratio() for x in map(str, known)}
+    names = map(str, known)
+    likeness = {x: difflib.SequenceMatcher(None, x, str(name)).ratio() for x in names}
     most = max(likeness.values(), default=0.0)
     found = [repr(x) for x, ratio in likeness.items() if ratio == most]
     return f"; did you mean {' or '.join(found)}?" if most >= ALIKE else ""

@@ -22,6 +22,7 @@ A label that `values` does not have is refused, unless it has "*", which stands 
 Differs: no paper; FineGrainedRLHF (arXiv 2306.01693) and MQM keep marks of this kind.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -149,8 +150,8 @@ class SpansSource:
         number = known.get(label, known.get(ANY_LABEL))
         if number is None:
             detail = f"expected one of {', '.join(known) or 'none'} as its label"
-            fix = f"--rewards.values '{label}=NUMBER', or '{ANY_LABEL}=NUMBER' for all"
-            raise RowProblem("unknown label", f"{detail}; give {fix}")
+            fix = f"{shlex.quote(label)}=NUMBER, or '{ANY_LABEL}=NUMBER' for all others,"
+            raise RowProblem("unknown label", f"{detail}; add {fix} to --rewards.values")
         return start, end, number
 
     def _of(self, response: Response) -> Tensor:
