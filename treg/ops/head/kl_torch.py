@@ -192,7 +192,7 @@ def _near(
     o = torch.mul(b, x, out=other)
     s = o.sum(1, keepdim=True)
     shrink = 1 / (1 + s)
-    logps = {}
+    logps: dict[str, Tensor] = {}
     if picked is not None:
         o.add_(b)  # (1 + s) times what it is called
         # the largest probability is exp(-logsumexp) here, never small
