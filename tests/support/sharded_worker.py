@@ -230,6 +230,13 @@ def train(layout: str, way: str, folder: Path) -> None:
         torch.save(found, folder / f"{layout}-{way}.pt")
 
 
+def save_sequence_parallel(folder: Path) -> None:
+    """In a function of its own, as `train`."""
+    found = sequence_parallel(*bare_head(), make_batch())
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "sequence_parallel.pt")
+
+
 def main(folder: str) -> None:
     faulthandler.dump_traceback_later(280, exit=True)
     dist.init_process_group("gloo")
@@ -237,9 +244,9 @@ def main(folder: str) -> None:
         for way in WAYS:
             train(layout, way, Path(folder))
             gc.collect()
-    found = sequence_parallel(*bare_head(), make_batch())
-    if dist.get_rank() == 0:
-        torch.save(found, Path(folder) / "sequence_parallel.pt")
+    save_sequence_parallel(Path(folder))
+    gc.collect()
+    dist.barrier()  # until both are done, neither takes the group down
     dist.destroy_process_group()
 
 
