@@ -195,7 +195,7 @@ REFUSED = {
     ),
     "like two": (
         "train --model {model} --data {data} --output_dir o --loss_type tdpo",
-        "did you mean 'tgdpo' or 'tdpo2' or 'tdpo1'?",
+        "did you mean 'tgdpo' or 'tdpo1' or 'tdpo2'?",
     ),
     "scalars": (
         "train --model {model} --data {data} --output_dir o --loss_type sepo --loss_scalars keep=1",
@@ -204,11 +204,11 @@ REFUSED = {
     "a scalar": (
         "train --model {model} --data {data} --output_dir o --loss_type sepo "
         """--loss_scalars {{"kep":0.5}}""",
-        "loss_scalars of a trainer): expected options of loss_type='sepo', which takes keep, ",
+        "got 'kep'; they are loss_scalars of a trainer",
     ),
     "a source's model": (
         "annotate --model {model} --data {data} --output a.parquet --rewards redistribution",
-        "got none: Folder or hub name of the reward model, a sequence classifier.",
+        "needs (Folder or hub name of the reward model, a sequence classifier), got none",
     ),
     "nothing kept": (
         "annotate --model {model} --data {data} --output a.parquet --no_reference --per_token",

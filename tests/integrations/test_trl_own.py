@@ -186,10 +186,10 @@ BAD = [
     ({"treg_loss_scalars": {"tau": 1.0}}, "treg_loss_scalars: expected none for a loss of TRL's"),
     (
         {"loss_type": ["d2po"], "treg_loss_scalars": {"x": 1}},
-        "scalars .*: expected options of loss",
+        "scalars: expected options of loss",
     ),
     ({"loss_type": ["sepo"], "treg_loss_scalars": "[1]"}, "treg_loss_scalars: expected"),
-    ({"loss_type": ["tgdpoo"]}, "loss_type: expected one of .* did you mean 'tgdpo'"),
+    ({"loss_type": ["tgdpoo"]}, "loss_type: expected one of .* did you mean 'tgdpo'?"),
     ({"loss_type": ["d2po"], "loss_weights": [0.5]}, "loss_weights: expected None for loss_type="),
 ]
 

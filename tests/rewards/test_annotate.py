@@ -373,7 +373,7 @@ def test_too_long_for_the_model(tmp_path, prompt, chosen):
         match=r"row 2: contrastive prompt too long: \d+ tokens, the model has 70 positions",
     ):
         run(tmp_path, options, data, model=model, name="b.parquet", strict=True)
-    with pytest.raises(ValueError, match=r"no pair fits into the model's context: 0 of 1"):
+    with pytest.raises(ValueError, match=r"found none: 0 of 1"):
         run(tmp_path, options, data[2:], model=model, name="c.parquet")
 
 

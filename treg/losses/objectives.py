@@ -3,8 +3,8 @@
 Without a row, "package.module:NAME" is an `Objective` of anybody's that Python can import.
 """
 
-import difflib
 import importlib
+from difflib import SequenceMatcher
 from typing import Any
 
 from treg.losses import pairwise
@@ -19,6 +19,8 @@ from treg.losses.sparsepo import SPARSEPO
 from treg.losses.tdpo import TDPO1, TDPO2
 from treg.losses.tgdpo import TGDPO
 from treg.losses.tis_dpo import TIS_DPO
+
+ALIKE = 0.6  # share of equal letters from which a name may have been meant for another
 
 OBJECTIVES: dict[str, Objective] = {
     "dpo": pairwise.DPO,
@@ -60,8 +62,10 @@ def find_objective(name: Any) -> Objective:
         return OBJECTIVES[name]
     module, colon, attribute = str(name).partition(":")
     if not isinstance(name, str) or not colon:
-        near = difflib.get_close_matches(str(name), OBJECTIVES)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        likeness = {x: SequenceMatcher(None, x, str(name)).ratio() for x in OBJECTIVES}
+        most = max(likeness.values())
+        near = [repr(x) for x, ratio in likeness.items() if ratio == most >= ALIKE]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
             f"loss_type: expected one of {sorted(OBJECTIVES)}, or package.module:NAME, got {name!r}"
             f"{hint}"

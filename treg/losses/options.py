@@ -178,8 +178,8 @@ class LossOptions:
                 raise ValueError(f"scalars: expected {name} as an argument of its own, got it here")
             if name not in self.objective.options:
                 raise ValueError(
-                    f"scalars (loss_scalars of a trainer): expected options of "
-                    f"loss_type={self.loss_type!r}, which takes {self._taken()}, got {name!r}"
+                    f"scalars: expected options of loss_type={self.loss_type!r}, "
+                    f"which takes {self._taken()}, got {name!r}; they are loss_scalars of a trainer"
                 )
 
     def _check_numbers(self) -> None:

@@ -99,10 +99,10 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
     for option, x in known.items():
         required = x.default is MISSING and x.default_factory is MISSING
         if required and given.get(option) is None:
-            means = x.metadata.get("help", "")
+            what = x.metadata.get("help", "").rstrip(".")
             raise ValueError(
-                f"rewards.{option}: expected a value, which the source {name!r} needs, got none"
-                f"{means and ': '}{means}"
+                f"rewards.{option}: expected a value, which the source {name!r} needs"
+                f"{what and f' ({what})'}, got none"
             )
     check_types(kind, given)
     try:
