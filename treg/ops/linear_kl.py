@@ -291,7 +291,7 @@ def _score(*args) -> list[Tensor]:
     found = [
         given.hidden.new_zeros(N, dtype=work.tiles.compute) for _ in range(_outputs(given.target))
     ]
-    kept = min(work.kept, len(rows)) if stashes else 0
+    kept = min(work.kept, len(rows))  # none where nothing is to be differentiated
     step, done = work.tile_rows(len(rows)), 0
     for part, keep in ((rows.section(0, kept), True), (rows.section(kept, len(rows)), False)):
         for chosen in part.chunks(step):

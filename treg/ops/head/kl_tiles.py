@@ -128,15 +128,15 @@ class KlTiles:
 
         Raises: ValueError where the budget does not hold one row.
         """
-        device, row = self.head.weight.device, self.row_bytes(gradient=gradient)
-        free, each = budget - self.fixed_bytes, pass_rows(device)
+        row, each = self.row_bytes(gradient=gradient), pass_rows(self.head.weight.device)
+        free = budget - self.fixed_bytes
         if free < row:
             V = self.head.weight.shape[0]
             raise ValueError(
                 f"memory_budget: expected at least {self.fixed_bytes + row} bytes (one row at "
                 f"V={V}), got {budget}"
             )
-        most = min(MAX_ROWS.get(device.type, MAX_ROWS_GPU), free // row)
+        most = min(self._max_rows, free // row)
         if not gradient or self.stash_dtype == torch.float16:
             # a loss scaler's factor must reach the 16-bit products: no row is kept
             return 0, most
@@ -149,11 +149,9 @@ class KlTiles:
         """Rows that are worked on at a time, of `count`, where `kept` have stashes and none is
         computed again: the fewest tiles that fit, all of a size.
         """
-        room = (budget - self.fixed_bytes - kept * self.kept_bytes) // self.row_bytes(
-            gradient=True, kept=True
-        )
-        most = max(1, min(MAX_ROWS.get(self.head.weight.device.type, MAX_ROWS_GPU), room))
-        tiles = max(1, -(-count // most))
+        free = budget - self.fixed_bytes - kept * self.kept_bytes
+        most = min(self._max_rows, free // self.row_bytes(gradient=True, kept=True))
+        tiles = max(1, -(-count // max(1, most)))
         return max(1, -(-count // tiles))
 
     def forward(
@@ -178,6 +176,10 @@ class KlTiles:
     def release(self) -> None:
         """Free the buffers kept between tiles."""
         self._buffers.clear()
+
+    @property
+    def _max_rows(self) -> int:
+        return MAX_ROWS.get(self.head.weight.device.type, MAX_ROWS_GPU)
 
     @property
     def _in_place(self) -> bool:

@@ -109,8 +109,10 @@ class TorchPasses:
             y = torch.where(scored, target, 0).unsqueeze(1)
         over, under = (ref_z, z) if self.reverse else (z, ref_z)
         d = torch.sub(over, under, out=room[: z.shape[0]])
-        divergence = _near if self._is_near(d) else self._far
-        kl, logps = divergence(z, ref_z, d, y, reverse=self.reverse, count=count)
+        if _is_near(d):
+            kl, logps = _near(z, ref_z, d, y, reverse=self.reverse, count=count)
+        else:
+            kl, logps = self._far(z, ref_z, d, y, count)
         values = {"kl": kl.clamp_(min=0.0)} | logps
         made = [ref_z, z][:count]
         if count > 1 and y is not None:
@@ -125,19 +127,12 @@ class TorchPasses:
                 x.masked_fill_(~scored.unsqueeze(1), 0.0)
         return values, made
 
-    def _is_near(self, d: Tensor) -> bool:
-        """Whether `_near` is right for a block of rows: o_v <= b_v * exp(NEAR) for every word v. A
-        b_v that float32 loses, below exp(-87), then stands for an o_v below exp(-47), which is
-        nothing beside 1. On a GPU a look at a value would be waited for.
-        """
-        return d.device.type == "cpu" and bool((d.amax(1) - d.amin(1)).max() < NEAR)
-
     def _far(
-        self, z: Tensor, ref_z: Tensor, d: Tensor, y: Tensor | None, *, reverse: bool, count: int
+        self, z: Tensor, ref_z: Tensor, d: Tensor, y: Tensor | None, count: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same as `_near` of any two heads: a sum of terms that are never negative."""
         picked = [] if y is None else [z.gather(1, y), ref_z.gather(1, y)]  # the targets' logits
-        if reverse:
+        if self.reverse:
             d.neg_()
         p, q = torch.softmax(z, 1, out=z), torch.softmax(ref_z, 1, out=ref_z)
         # the largest probability is exp(-logsumexp) here, never small
@@ -148,19 +143,27 @@ class TorchPasses:
             # where both heads forbid a word it counts for nothing; where one does, d is infinite
             largest = torch.finfo(d.dtype).max
             d.nan_to_num_(nan=0.0, posinf=largest, neginf=-largest)
-            infinite = d.amax(1) == largest if reverse else d.amin(1) == -largest
+            infinite = d.amax(1) == largest if self.reverse else d.amin(1) == -largest
         t = torch.copysign(d, -1.0).expm1_()  # exp(-|d|) - 1
-        w = d.mul_(p if reverse else q)  # the sign is that of d, also of a zero
+        w = d.mul_(p if self.reverse else q)  # the sign is that of d, also of a zero
         e = torch.maximum(p, q, out=q).mul_(t).copysign_(w)
-        torch.sub(w, e, out=t) if reverse else torch.sub(e, w, out=t)
+        torch.sub(w, e, out=t) if self.reverse else torch.sub(e, w, out=t)
         kl = t.sum(1)
         if infinite is not None:
             kl.masked_fill_(infinite, torch.inf)
-        if reverse and count:
+        if self.reverse and count:
             torch.addcmul(w, p, kl.unsqueeze(1), value=-1.0, out=q)
         names = ("logprobs", "ref_logprobs")
         found = zip(names, picked, logs, strict=False)
         return kl, {name: (z_y + log).squeeze(1) for name, z_y, log in found}
+
+
+def _is_near(d: Tensor) -> bool:
+    """Whether `_near` is right for a block of rows: o_v <= b_v * exp(NEAR) for every word v. A b_v
+    that float32 loses, below exp(-87), then stands for an o_v below exp(-47), which is nothing
+    beside 1. On a GPU a look at a value would be waited for.
+    """
+    return d.device.type == "cpu" and bool((d.amax(1) - d.amin(1)).max() < NEAR)
 
 
 def _near(
