@@ -13,6 +13,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import poison  # noqa: E402
 import pytest  # noqa: E402
 import slow  # noqa: E402
 
@@ -27,33 +28,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-def poison(x: torch.Tensor) -> torch.Tensor:
-    """Fill with what no result may hold: NaN, the largest integer, True."""
-    if x.dtype.is_floating_point or x.dtype.is_complex:
-        x.detach().fill_(float("nan"))
-    elif x.dtype == torch.bool:
-        x.fill_(True)
-    else:
-        x.fill_(torch.iinfo(x.dtype).max)
-    return x
-
-
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that nobody has written yet is poisoned, so that a result which was never written, or
     was read too early, is seen.
     """
-
-    def poisoning(make):
-        def made(*args, **kwargs):
-            return poison(make(*args, **kwargs))
-
-        return made
-
-    makers = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
-    makers += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
-    for owner, name in makers:
-        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+    poison.install(monkeypatch)
 
 
 # Tests of code that allocates its own results.

@@ -214,9 +214,10 @@ def test_opcheck_pairs(impl, packed, grouped):
     )
 
 
+ONE_PAIR = one_pair("torch")
 SCHEDULED = {
     "loss": lambda b, x: fused_treg_loss(**b, beta=x, alpha=x + 0.1, temperature=x + 0.7).loss,
-    "groups": lambda b, x: fused_treg_loss(**b, beta=x, memory_budget=one_pair("torch")).loss,
+    "groups": lambda b, x: fused_treg_loss(**b, beta=x, memory_budget=ONE_PAIR).loss,
     "gamma": lambda b, x: (
         fused_treg_loss(**b | {"ref_logps": None}, loss_type="simpo", beta=2.0, gamma=x).loss
     ),
