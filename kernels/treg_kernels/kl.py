@@ -4,19 +4,23 @@ gradients.
 p, q: probabilities of policy and reference; d = log p - log q, and y the target.
 
     e        = p - q = sign(d) * max(p, q) * (1 - exp(-|d|))
-    forward  KL(q, p) = sum_v ( e - q d )       dKL/dz = e
-    reverse  KL(p, q) = sum_v ( p d - e )       dKL/dz = p (d - KL)
+    forward  KL(q, p) = sum_v ( e - q d )       dKL/dz = e - p * sum_v e
+    reverse  KL(p, q) = sum_v ( p d - e )       dKL/dz = p d - p * sum_v p d
     lp       = log p_y                          dlp/dz = 1{v = y} - p
 
-No term of either sum is negative. d is a difference of logits less a number a row, and so keeps its
-digits where p and q are nearly equal, and e with it.
+No term of either sum is negative. d is a difference of logits less that of two logsumexps. The
+rounding of these is all that keeps sum_v e from 0, and sum_v p d from KL; as written, it cancels in
+the gradient, which has the digits of the logits' differences where p and q are nearly equal.
 
-A program has a row. It reads both rows of products once for their logsumexps, once for the sum, and
-in reverse once more, since the gradient needs the sum. A gradient may take the place of the
-products that it comes from: each entry is read before it is written, by the same program.
+A program has a row. It reads both rows of products once for their logsumexps, once for the sums,
+and for a gradient once more. A gradient may take the place of the products that it comes from: each
+entry is read before it is written, by the same program.
 
-V vocabulary; z2 is base 2, as in tiles.py.
+V vocabulary. Logits are natural ones: in base 2, as in tiles.py, each would be rounded once more,
+and the differences would have the error.
 """
+
+import math
 
 import torch
 import triton
@@ -45,38 +49,42 @@ def _one_less_exp(x):
 
 
 @triton.jit
-def _logits(a_ptr, bias_ptr, offs, mask, scale2, cap_scale, cap2):
-    """z2 of some words, -inf past the end; and the slope of a softcap."""
+def _logits(a_ptr, bias_ptr, offs, mask, scale, cap_scale, cap):
+    """z of some words, -inf past the end; and the slope of a softcap."""
     a = tl.load(a_ptr + offs, mask=mask, other=0.0)
     if bias_ptr is not None:
         a += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    z2, slope = transform(a, scale2, cap_scale, cap2)
-    return tl.where(mask, z2, float("-inf")), slope
+    z, slope = transform(a, scale, cap_scale, cap)
+    return tl.where(mask, z, float("-inf")), slope
 
 
 @triton.jit
-def _add_exp(top, total, z2):
-    """Running maxima and sums of 2**(z2 - top), one a lane."""
-    new = tl.maximum(top, z2)
+def _exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _add_exp(top, total, z):
+    """Running maxima and sums of exp(z - top), one a lane."""
+    new = tl.maximum(top, z)
     base = tl.where(new == float("-inf"), 0.0, new)
-    return new, total * tl.exp2(top - base) + tl.exp2(z2 - base)
+    return new, total * _exp(top - base) + _exp(z - base)
 
 
 @triton.jit
 def _log_sum(top, total):
-    """The maximum of all lanes, and log2 of the sum above it."""
+    """The maximum of all lanes, and the log of the sum above it."""
     highest = tl.max(top, axis=0)
-    return highest, tl.log2(tl.sum(total * tl.exp2(top - highest), axis=0))
+    return highest, tl.log2(tl.sum(total * _exp(top - highest), axis=0)) * LN2
 
 
 @triton.jit
-def _words(z2, ref_z2, top, ref_top, log_sum, ref_log_sum):
+def _words(z, ref_z, top, ref_top, log_sum, ref_log_sum):
     """p, q and d of some words. A word that both forbid has d = 0."""
-    x, ref_x = z2 - top, ref_z2 - ref_top
-    d = ((x - ref_x) - (log_sum - ref_log_sum)) * LN2
-    neither = (z2 == float("-inf")) & (ref_z2 == float("-inf"))
-    d = tl.where(neither, 0.0, d)
-    return tl.exp2(x - log_sum), tl.exp2(ref_x - ref_log_sum), d
+    x, ref_x = z - top, ref_z - ref_top
+    neither = (z == float("-inf")) & (ref_z == float("-inf"))
+    d = tl.where(neither, 0.0, (x - ref_x) - (log_sum - ref_log_sum))
+    return _exp(x - log_sum), _exp(ref_x - ref_log_sum), d
 
 
 @triton.jit
@@ -86,11 +94,22 @@ def _weighted(mass, d, forbidden):
 
 
 @triton.jit
+def _terms(p, q, d, REVERSE: tl.constexpr):
+    """e; and x, of which dKL/dz is x_v - p_v * sum_v x_v."""
+    size = tl.maximum(p, q) * _one_less_exp(tl.abs(d))
+    e = tl.where(d < 0.0, -size, size)
+    x = _weighted(p, d, float("inf")) if REVERSE else e
+    return e, x
+
+
+@triton.jit
 def _log_sums(
-    a_ptr, ref_a_ptr, bias_ptr, ref_bias_ptr, V, scale2, cap_scale, cap2, ref_scale2,
-    ref_cap_scale, ref_cap2, BLOCK: tl.constexpr,
+    a_ptr, ref_a_ptr, bias_ptr, ref_bias_ptr, V, scale, cap_scale, cap, ref_scale, ref_cap_scale,
+    ref_cap, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest z2 of a row, and log2 of the sum above it, of policy and reference."""
+    """The largest logit of a row and the log of the sum of exponentials above it, of policy and
+    reference.
+    """
     top = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     ref_top = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -98,12 +117,12 @@ def _log_sums(
     for start in range(0, V, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < V
-        z2, _slope = _logits(a_ptr, bias_ptr, offs, mask, scale2, cap_scale, cap2)
-        ref_z2, _ref_slope = _logits(
-            ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale2, ref_cap_scale, ref_cap2
+        z, _slope = _logits(a_ptr, bias_ptr, offs, mask, scale, cap_scale, cap)
+        ref_z, _ref_slope = _logits(
+            ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale, ref_cap_scale, ref_cap
         )
-        top, total = _add_exp(top, total, z2)
-        ref_top, ref_total = _add_exp(ref_top, ref_total, ref_z2)
+        top, total = _add_exp(top, total, z)
+        ref_top, ref_total = _add_exp(ref_top, ref_total, ref_z)
     highest, log_sum = _log_sum(top, total)
     ref_highest, ref_log_sum = _log_sum(ref_top, ref_total)
     return highest, log_sum, ref_highest, ref_log_sum
@@ -131,14 +150,14 @@ def _store_gradients(
 
 @triton.jit
 def _store_scores(
-    kl, lp2, ref_lp2, scored, inside, kl_ptr, logprob_ptr, ref_logprob_ptr, row
+    kl, lp, ref_lp, scored, inside, kl_ptr, logprob_ptr, ref_logprob_ptr, row
 ):  # fmt: skip
     if kl_ptr is not None:
         tl.store(kl_ptr + row, tl.where(scored, kl, 0.0))
     if logprob_ptr is not None:
         nothing = tl.where(scored, float("nan"), 0.0)  # of an impossible target
-        tl.store(logprob_ptr + row, tl.where(scored & inside, lp2 * LN2, nothing))
-        tl.store(ref_logprob_ptr + row, tl.where(scored & inside, ref_lp2 * LN2, nothing))
+        tl.store(logprob_ptr + row, tl.where(scored & inside, lp, nothing))
+        tl.store(ref_logprob_ptr + row, tl.where(scored & inside, ref_lp, nothing))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -146,7 +165,7 @@ def _kl_kernel(
     a_ptr, ref_a_ptr, bias_ptr, ref_bias_ptr, target_ptr,
     kl_ptr, logprob_ptr, ref_logprob_ptr, kl_stash_ptr, lp_stash_ptr,
     kl_coef_ptr, lp_coef_ptr, out_ptr,
-    V, ignore_index, scale2, cap_scale, cap2, ref_scale2, ref_cap_scale, ref_cap2,
+    V, ignore_index, scale, cap_scale, cap, ref_scale, ref_cap_scale, ref_cap,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     gradient: tl.constexpr = kl_stash_ptr is not None or out_ptr is not None
@@ -161,53 +180,48 @@ def _kl_kernel(
     inside = (target >= 0) & (target < V)
     at = tl.where(inside, target, 0)
     # before anything is written, which may be in place
-    y2, _slope_there = _logits(a_ptr, bias_ptr, at, inside, scale2, cap_scale, cap2)
-    ref_y2, _slope_there = _logits(
-        ref_a_ptr, ref_bias_ptr, at, inside, ref_scale2, ref_cap_scale, ref_cap2
+    z_y, _slope_there = _logits(a_ptr, bias_ptr, at, inside, scale, cap_scale, cap)
+    ref_z_y, _slope_there = _logits(
+        ref_a_ptr, ref_bias_ptr, at, inside, ref_scale, ref_cap_scale, ref_cap
     )
     highest, log_sum, ref_highest, ref_log_sum = _log_sums(
-        a_ptr, ref_a_ptr, bias_ptr, ref_bias_ptr, V, scale2, cap_scale, cap2, ref_scale2,
-        ref_cap_scale, ref_cap2, BLOCK,
+        a_ptr, ref_a_ptr, bias_ptr, ref_bias_ptr, V, scale, cap_scale, cap, ref_scale,
+        ref_cap_scale, ref_cap, BLOCK,
     )  # fmt: skip
 
     terms = tl.zeros([BLOCK], dtype=tl.float32)
+    uncentred = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, V, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < V
-        z2, slope = _logits(a_ptr, bias_ptr, offs, mask, scale2, cap_scale, cap2)
-        ref_z2, _ref_slope = _logits(
-            ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale2, ref_cap_scale, ref_cap2
+        z, _slope = _logits(a_ptr, bias_ptr, offs, mask, scale, cap_scale, cap)
+        ref_z, _ref_slope = _logits(
+            ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale, ref_cap_scale, ref_cap
         )
-        p, q, d = _words(z2, ref_z2, highest, ref_highest, log_sum, ref_log_sum)
-        size = tl.maximum(p, q) * _one_less_exp(tl.abs(d))
-        e = tl.where(d < 0.0, -size, size)
-        if REVERSE:
-            terms += _weighted(p, d, float("inf")) - e
-        else:
-            terms += e - _weighted(q, d, float("-inf"))
-            if gradient:
-                _store_gradients(
-                    e, p, slope, target, scored, kl_coef_ptr, lp_coef_ptr, kl_stash_ptr,
-                    lp_stash_ptr, out_ptr, row, V, offs,
-                )  # fmt: skip
+        p, q, d = _words(z, ref_z, highest, ref_highest, log_sum, ref_log_sum)
+        e, x = _terms(p, q, d, REVERSE)
+        terms += x - e if REVERSE else e - _weighted(q, d, float("-inf"))
+        uncentred += x
     kl = tl.sum(terms, axis=0)
     kl = tl.where(kl < 0.0, 0.0, kl)  # NaN stays
     _store_scores(
-        kl, (y2 - highest) - log_sum, (ref_y2 - ref_highest) - ref_log_sum, scored, inside, kl_ptr,
-        logprob_ptr, ref_logprob_ptr, row,
+        kl, (z_y - highest) - log_sum, (ref_z_y - ref_highest) - ref_log_sum, scored, inside,
+        kl_ptr, logprob_ptr, ref_logprob_ptr, row,
     )  # fmt: skip
-    if REVERSE and gradient:
+    if gradient:
+        total = tl.sum(uncentred, axis=0)
         for start in range(0, V, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             mask = offs < V
-            z2, slope = _logits(a_ptr, bias_ptr, offs, mask, scale2, cap_scale, cap2)
-            ref_z2, _ref_slope = _logits(
-                ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale2, ref_cap_scale, ref_cap2
+            z, slope = _logits(a_ptr, bias_ptr, offs, mask, scale, cap_scale, cap)
+            ref_z, _ref_slope = _logits(
+                ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale, ref_cap_scale, ref_cap
             )
-            p, q, d = _words(z2, ref_z2, highest, ref_highest, log_sum, ref_log_sum)
+            p, q, d = _words(z, ref_z, highest, ref_highest, log_sum, ref_log_sum)
+            _e, x = _terms(p, q, d, REVERSE)
             _store_gradients(
-                _weighted(p, d, float("inf")) - p * kl, p, slope, target, scored, kl_coef_ptr,
-                lp_coef_ptr, kl_stash_ptr, lp_stash_ptr, out_ptr, row, V, offs,
+                x - p * total, p, slope, target, scored, kl_coef_ptr, lp_coef_ptr, kl_stash_ptr,
+                lp_stash_ptr, out_ptr, row, V, offs,
             )  # fmt: skip
 
 
@@ -226,6 +240,12 @@ def _stash_sum_kernel(
         second = tl.load(lp_stash_ptr + at, mask=mask, other=0.0).to(tl.float32)
         total += tl.load(lp_coef_ptr + row) * second
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _natural(scalars: Scalars) -> tuple[float, float | None, float | None]:
+    """scale, cap_scale and cap / temperature."""
+    cap = None if scalars.cap2 is None else scalars.cap2 / math.log2(math.e)
+    return scalars.scale, scalars.cap_scale, cap
 
 
 def kl_rows(
@@ -270,7 +290,7 @@ def kl_rows(
         a, ref_a, bias, ref_bias, target,
         found.get("kl"), found.get("logprobs"), found.get("ref_logprobs"), kl_stash, lp_stash,
         *(coefs or (None, None)), out,
-        V, ignore_index, *scalars[1:], *ref_scalars[1:],
+        V, ignore_index, *_natural(scalars), *_natural(ref_scalars),
         REVERSE=reverse, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
     )  # fmt: skip
     return found

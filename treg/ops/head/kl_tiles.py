@@ -14,8 +14,8 @@ What is summed is never negative, and small where p and q are nearly equal. With
     KL(p, q)   = sum_v ( p_v d_v - e_v )
 
 since sum_v e_v = 0. An error of all d_v alike, as that of a logsumexp, is felt in the second order
-alone, and so is the rounding of p and q. `kl_torch` has a form for heads that are near each other
-whose gradients keep their digits too.
+alone, and so is the rounding of p and q. Such an error cancels in the gradients as they are coded,
+e_v - p_v sum_u e_u and p_v (d_v - sum_u p_u d_u).
 
 The stashes [n, V] are unscaled gradients, the policy's dz / da = scale * slope aside:
 
