@@ -4,7 +4,7 @@ gradients.
 p, q: probabilities of policy and reference; d = log p - log q, and y the target.
 
     e        = p - q = sign(d) * max(p, q) * (1 - exp(-|d|))
-    forward  KL(q, p) = sum_v ( e - q d )       dKL/dz = e - p * sum_v e
+    forward  KL(q, p) = sum_v ( e - q d )       dKL/dz = e - min(p, q) * sum_v e
     reverse  KL(p, q) = sum_v ( p d - e )       dKL/dz = p d - p * sum_v p d
     lp       = log p_y                          dlp/dz = 1{v = y} - p
 
@@ -95,11 +95,12 @@ def _weighted(mass, d, forbidden):
 
 @triton.jit
 def _terms(p, q, d, REVERSE: tl.constexpr):
-    """e; and x, of which dKL/dz is x_v - p_v * sum_v x_v."""
+    """e; and x and c, of which dKL/dz is x_v - c_v * sum_v x_v."""
     size = tl.maximum(p, q) * _one_less_exp(tl.abs(d))
     e = tl.where(d < 0.0, -size, size)
     x = _weighted(p, d, float("inf")) if REVERSE else e
-    return e, x
+    c = p if REVERSE else tl.minimum(p, q)
+    return e, x, c
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def _kl_kernel(
             ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale, ref_cap_scale, ref_cap
         )
         p, q, d = _words(z, ref_z, highest, ref_highest, log_sum, ref_log_sum)
-        e, x = _terms(p, q, d, REVERSE)
+        e, x, _c = _terms(p, q, d, REVERSE)
         terms += x - e if REVERSE else e - _weighted(q, d, float("-inf"))
         uncentred += x
     kl = tl.sum(terms, axis=0)
@@ -218,9 +219,9 @@ def _kl_kernel(
                 ref_a_ptr, ref_bias_ptr, offs, mask, ref_scale, ref_cap_scale, ref_cap
             )
             p, q, d = _words(z, ref_z, highest, ref_highest, log_sum, ref_log_sum)
-            _e, x = _terms(p, q, d, REVERSE)
+            _e, x, c = _terms(p, q, d, REVERSE)
             _store_gradients(
-                x - p * total, p, slope, target, scored, kl_coef_ptr, lp_coef_ptr, kl_stash_ptr,
+                x - c * total, p, slope, target, scored, kl_coef_ptr, lp_coef_ptr, kl_stash_ptr,
                 lp_stash_ptr, out_ptr, row, V, offs,
             )  # fmt: skip
 

@@ -14,8 +14,9 @@ What is summed is never negative, and small where p and q are nearly equal. With
     KL(p, q)   = sum_v ( p_v d_v - e_v )
 
 since sum_v e_v = 0. An error of all d_v alike, as that of a logsumexp, is felt in the second order
-alone, and so is the rounding of p and q. Such an error cancels in the gradients as they are coded,
-e_v - p_v sum_u e_u and p_v (d_v - sum_u p_u d_u).
+alone, and so is the rounding of p and q. It cancels in the gradients as they are coded:
+
+    forward    e_v - min(p_v, q_v) sum_u e_u            reverse    p_v (d_v - sum_u p_u d_u)
 
 The stashes [n, V] are unscaled gradients, the policy's dz / da = scale * slope aside:
 

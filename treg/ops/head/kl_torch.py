@@ -151,12 +151,12 @@ class TorchPasses:
         kl = t.sum(1)
         if infinite is not None:
             kl.masked_fill_(infinite, torch.inf)
-        if count:  # the gradient, moved so that its sum over the words is 0: see docs/maths.md
-            x = w if self.reverse else e
-            total = x.sum(1)
-            if infinite is not None and self.reverse:
-                total.masked_fill_(infinite, torch.inf)
-            torch.addcmul(x, p, total.unsqueeze(1), value=-1.0, out=q)
+        if count and self.reverse:  # moved so that its sum over the words is 0: see docs/maths.md
+            total = torch.where(kl.isfinite(), w.sum(1), kl)
+            torch.addcmul(w, p, total.unsqueeze(1), value=-1.0, out=q)
+        elif count:
+            smaller = torch.sub(p, torch.clamp(e, min=0.0, out=t), out=t)  # min(p, q)
+            e.addcmul_(smaller, e.sum(1, keepdim=True), value=-1.0)
         names = ("logprobs", "ref_logprobs")
         found = zip(names, picked, logs, strict=False)
         return kl, {name: (z_y + log).squeeze(1) for name, z_y, log in found}
