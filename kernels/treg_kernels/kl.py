@@ -8,9 +8,9 @@ p, q: probabilities of policy and reference; d = log p - log q, and y the target
     reverse  KL(p, q) = sum_v ( p d - e )       dKL/dz = p d - p * sum_v p d
     lp       = log p_y                          dlp/dz = 1{v = y} - p
 
-No term of either sum is negative. d is a difference of logits less that of two logsumexps. The
-rounding of these is all that keeps sum_v e from 0, and sum_v p d from KL; as written, it cancels in
-the gradient, which has the digits of the logits' differences where p and q are nearly equal.
+No term of either sum is negative. d is a difference of logits less that of two logsumexps. Where p
+and q are nearly equal, it is above all the rounding of the logsumexps that keeps sum_v e from 0,
+and sum_v p d from KL. As written, it cancels in the gradient.
 
 A program has a row. It reads both rows of products once for their logsumexps, once for the sums,
 and for a gradient once more. A gradient may take the place of the products that it comes from: each

@@ -343,7 +343,7 @@ def test_both_forms_at_the_border(direction, scored, monkeypatch):
     assert not near.called
 
 
-@pytest.mark.parametrize("first", [-95.0, -41.0, -39.0, 39.0, 41.0, 95.0])
+@pytest.mark.parametrize("first", [-95.0, -41.0, -39.0, -0.6, 0.4, 39.0, 41.0, 95.0])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_heads_that_differ_in_the_first_word(impl, direction, first):
@@ -354,6 +354,28 @@ def test_heads_that_differ_in_the_first_word(impl, direction, first):
     case.rest["ref_bias"] = case.bias.double()
     case.bias[0] += first
     against_reference(case, torch.float32, impl)
+
+
+@pytest.mark.parametrize("sure", ["policy", "reference"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_far_heads_of_a_large_vocabulary(direction, sure):
+    """Whose probabilities, as computed, have a sum that is not quite 1."""
+    case = make_case(
+        torch.float32, 4, words=100_000, ignored=0, direction=direction, biases=True, scored=False
+    )
+    if sure == "policy":
+        case.bias[0] += 100.0
+    else:
+        case.rest["ref_bias"][0] += 100.0
+    against_reference(case, torch.float32, "torch")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_finite_gradient_of_an_infinite_divergence(impl):
+    case = make_case(torch.float32, 3, scored=False, biases=True, direction="reverse")
+    case.rest["ref_bias"][5] = -INF
+    found = run(case, torch.float32, impl, lambda out: out.kl.sum())
+    assert (found["kl"] == INF).all() and not found["dbias"].isfinite().any()
 
 
 @pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])

@@ -14,7 +14,7 @@ What is summed is never negative, and small where p and q are nearly equal. With
     KL(p, q)   = sum_v ( p_v d_v - e_v )
 
 since sum_v e_v = 0. An error of all d_v alike, as that of a logsumexp, is felt in the second order
-alone, and so is the rounding of p and q. It cancels in the gradients as they are coded:
+alone, and so is the rounding of p and q. It cancels in the gradients, which are for any two heads:
 
     forward    e_v - min(p_v, q_v) sum_u e_u            reverse    p_v (d_v - sum_u p_u d_u)
 

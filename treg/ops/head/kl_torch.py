@@ -151,9 +151,11 @@ class TorchPasses:
         kl = t.sum(1)
         if infinite is not None:
             kl.masked_fill_(infinite, torch.inf)
-        if count and self.reverse:  # moved so that its sum over the words is 0: see docs/maths.md
-            total = torch.where(kl.isfinite(), w.sum(1), kl)
-            torch.addcmul(w, p, total.unsqueeze(1), value=-1.0, out=q)
+        # the gradients are moved so that their sum over the words is 0: see docs/maths.md
+        if count and self.reverse:
+            mean = w.sum(1).div_(p.sum(1))  # p as computed has a sum that is not quite 1
+            mean = torch.where(kl.isfinite(), mean, kl)
+            torch.addcmul(w, p, mean.unsqueeze(1), value=-1.0, out=q)
         elif count:
             smaller = torch.sub(p, torch.clamp(e, min=0.0, out=t), out=t)  # min(p, q)
             e.addcmul_(smaller, e.sum(1, keepdim=True), value=-1.0)
