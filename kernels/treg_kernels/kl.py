@@ -20,8 +20,6 @@ V vocabulary. Logits are natural ones: in base 2, as in tiles.py, each would be 
 and the differences would have the error.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -243,12 +241,6 @@ def _stash_sum_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _natural(scalars: Scalars) -> tuple[float, float | None, float | None]:
-    """scale, cap_scale and cap / temperature."""
-    cap = None if scalars.cap2 is None else scalars.cap2 / math.log2(math.e)
-    return scalars.scale, scalars.cap_scale, cap
-
-
 def kl_rows(
     a: torch.Tensor,
     ref_a: torch.Tensor,
@@ -291,7 +283,7 @@ def kl_rows(
         a, ref_a, bias, ref_bias, target,
         found.get("kl"), found.get("logprobs"), found.get("ref_logprobs"), kl_stash, lp_stash,
         *(coefs or (None, None)), out,
-        V, ignore_index, *_natural(scalars), *_natural(ref_scalars),
+        V, ignore_index, *scalars.natural(), *ref_scalars.natural(),
         REVERSE=reverse, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
     )  # fmt: skip
     return found

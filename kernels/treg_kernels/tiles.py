@@ -32,6 +32,11 @@ class Scalars(NamedTuple):
             return cls(scale, scale * log2e, None, None)
         return cls(scale, scale * log2e, logit_scale / softcap, softcap / temperature * log2e)
 
+    def natural(self) -> tuple[float, float | None, float | None]:
+        """What `transform` needs for z in place of z2: scale, cap_scale, cap / temperature."""
+        cap = None if self.cap2 is None else self.cap2 / math.log2(math.e)
+        return self.scale, self.cap_scale, cap
+
 
 @triton.jit
 def tile_of(index, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):

@@ -18,6 +18,8 @@ alone, and so is the rounding of p and q. It cancels in the gradients, which are
 
     forward    e_v - min(p_v, q_v) sum_u e_u            reverse    p_v (d_v - sum_u p_u d_u)
 
+the last sum over sum_u p_u in `kl_torch`, since PyTorch's softmax of many words is not quite 1.
+
 The stashes [n, V] are unscaled gradients, the policy's dz / da = scale * slope aside:
 
     dKL / da = scale * stash_0        dlp / da = -scale * stash_1
