@@ -63,8 +63,8 @@ CHAT_FORMS = {
     "text": (
         {"prompt": "q", "chosen": " x ", "rejected": "y\n"},
         [usr("q")],
-        [bot("x")],
-        [bot("y")],
+        [bot(" x ")],
+        [bot("y\n")],
     ),
     "messages": (
         {"prompt": [sys("be kind"), usr("q")], "chosen": [bot("x")], "rejected": [bot("y")]},
@@ -132,12 +132,6 @@ CHAT_FORMS = {
         [bot("x")],
         [bot("y")],
     ),
-    "implicit-text": (
-        {"chosen": "the fox is red", "rejected": "the fox is reddish"},
-        [usr("the fox is")],
-        [bot("red")],
-        [bot("reddish")],
-    ),
     "text-and-conversation": (
         {
             "prompt": "q",
@@ -202,10 +196,10 @@ CHAT_FORMS = {
             "tools": None,
             "chosen": [bot(None, tool_calls=[{"name": "f", "arguments": {"a": 1, "b": None}}])],
             "rejected": [bot("y", tool_calls=None)],
-            "chat_template_kwargs": {"a": None},
+            "chat_template_kwargs": {},
         },
         [usr("q")],
-        [bot("", tool_calls=[{"name": "f", "arguments": {"a": 1}}])],
+        [bot("", tool_calls=[{"name": "f", "arguments": {"a": 1, "b": None}}])],
         [bot("y")],
     ),
     "parts-of-text": (
@@ -227,19 +221,6 @@ CHAT_FORMS = {
 }
 PLAIN_FORMS = {
     "text": ({"prompt": "q ", "chosen": " x ", "rejected": "y\n"}, "q ", " x ", "y\n"),
-    "implicit": (
-        {"chosen": "the fox is red", "rejected": "the fox is old"},
-        "the fox is",
-        " red",
-        " old",
-    ),
-    "implicit-inside-a-word": ({"chosen": "the fox", "rejected": "the fog"}, "the", " fox", " fog"),
-    "implicit-begins-the-other": (
-        {"chosen": "the old fox", "rejected": "the old fox is"},
-        "the old",
-        " fox",
-        " fox is",
-    ),
     "implicit-hh": ({"chosen": HH + " x", "rejected": HH + " y"}, HH, " x", " y"),
     "messages": (
         {"prompt": "q", "chosen": [bot("x")], "rejected": [bot("y")]},
@@ -338,7 +319,7 @@ CHAT_ODD = {
         dumped({"chosen": HH + " x", "rejected": HH.replace("hi", "no") + " y"}),
         "prompts differ",
     ),
-    "text-prompts-differ": (dumped({"chosen": "the sun", "rejected": "a moon"}), "prompts differ"),
+    "text-without-prompt": (dumped({"chosen": "the sun", "rejected": "the fox"}), "no prompt"),
     "user-after-prompt": (
         dumped({"prompt": [usr("q")], "chosen": [usr("r"), bot("x")], "rejected": [bot("y")]}),
         "prompts differ",
@@ -402,7 +383,7 @@ def test_deep_rows_from_memory():
     deep: dict = {}
     for _ in range(5000):
         deep = {"a": deep}
-    pairs, report = load_pairs([GOOD, {**GOOD, "chat_template_kwargs": deep}], CHAT)
+    pairs, report = load_pairs([GOOD, {**GOOD, "chat_template_kwargs": {"style": deep}}], CHAT)
     assert len(pairs) == 1 and report.dropped == {"nested too deeply": 1}
 
 
@@ -448,7 +429,7 @@ def test_roles_in_the_wrong_order():
 def test_template_that_renders_nothing_of_the_prompt():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1].content }}"
-    with pytest.raises(RowProblem, match="row 0: empty prompt"):
+    with pytest.raises(RowProblem, match="row 0: prompt rendered otherwise"):
         load_pairs([{**GOOD, "chosen": "x", "rejected": "y"}], tokenizer, strict=True)
 
 
@@ -838,7 +819,7 @@ def test_any_text(prompt, chosen, rejected, max_length, tokenizer):
         assume(False)
     if parsed.chat:
         before = f"<|im_start|>user\n{prompt}{END}\n<|im_start|>assistant\n"
-        wholes = [tokenizer(f"{before}{x.strip()}{END}\n")["input_ids"] for x in (chosen, rejected)]
+        wholes = [tokenizer(f"{before}{x}{END}\n")["input_ids"] for x in (chosen, rejected)]
         alone = tokenizer(before)["input_ids"]
     else:
         wholes = [tokenizer(prompt + x)["input_ids"] for x in (chosen, rejected)]

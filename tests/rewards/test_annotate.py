@@ -44,7 +44,7 @@ from treg.data.annotated import (
 from treg.data.examples import ExampleLoader
 from treg.rewards import Context, ContrastivePrompts, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import ResponsePairs
+from treg.rewards.response import ResponsePairs
 
 SIDES = ("chosen", "rejected")
 CHAT, PLAIN = tiny_tokenizer(), tiny_tokenizer(chat=False)

@@ -16,8 +16,8 @@ from treg.rewards import (
     load_source,
     make_options,
 )
-from treg.rewards.base import ResponsePairs
 from treg.rewards.contrastive import ContrastiveSource, HiddenPrompts
+from treg.rewards.response import ResponsePairs
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},

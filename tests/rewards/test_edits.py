@@ -7,10 +7,11 @@ import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
 from treg.data import EncodeOptions, load_pairs
-from treg.rewards import Context, load_source, make_options
+from treg.rewards import Context, columns_read, load_source, make_options
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import ResponsePairs, score_checked
+from treg.rewards.base import score_checked
 from treg.rewards.edits import edits
+from treg.rewards.response import ResponsePairs
 
 CHAT, PLAIN = tiny_tokenizer(), tiny_tokenizer(chat=False)
 MODEL = tiny_llama(len(CHAT))
@@ -98,7 +99,8 @@ def rows(**more):
 
 
 def scored(data, tokenizer=CHAT, **options):
-    pairs, _ = load_pairs(data, tokenizer, EncodeOptions(256))
+    known = columns_read("edits", options)
+    pairs, _ = load_pairs(data, tokenizer, EncodeOptions(256), known=known)
     source = load_source("edits", options, Context(MODEL, tokenizer))
     responses = ResponsePairs(pairs, tokenizer)[0]
     assert [source.check(response) for response in responses] == [None, None]

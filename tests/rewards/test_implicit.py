@@ -18,8 +18,8 @@ from treg.data import EncodeOptions, RowProblem, load_pairs
 from treg.data.annotated import model_fingerprint, read_annotated
 from treg.rewards import SOURCES, Context, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import ResponsePairs
 from treg.rewards.implicit import implicit_rewards
+from treg.rewards.response import ResponsePairs
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))

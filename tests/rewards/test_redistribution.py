@@ -20,8 +20,9 @@ from treg.data import EncodeOptions, RowProblem, load_pairs
 from treg.data.annotated import read_annotated
 from treg.rewards import Context, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import ResponsePairs, score_checked
+from treg.rewards.base import score_checked
 from treg.rewards.redistribution import carried_over, token_ends
+from treg.rewards.response import ResponsePairs
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))

@@ -7,7 +7,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from treg.data import EncodeOptions, load_pairs
 from treg.rewards import Context
 from treg.rewards.annotate import annotate_pairs
-from treg.rewards.base import ResponsePairs
+from treg.rewards.response import ResponsePairs
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))

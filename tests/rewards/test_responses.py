@@ -8,7 +8,7 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from treg.data import EncodeOptions, load_pairs
 from treg.rewards import Context, load_source
-from treg.rewards.base import ResponsePairs
+from treg.rewards.response import ResponsePairs
 
 CHAT, PLAIN = tiny_tokenizer(), tiny_tokenizer(chat=False)
 MODEL = tiny_llama(len(CHAT))

@@ -18,7 +18,8 @@ from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import read_annotated
 from treg.rewards import Context, load_source, make_options, streams_given
 from treg.rewards.annotate import AnnotateOptions, annotate, annotate_pairs
-from treg.rewards.base import ResponsePairs, score_checked
+from treg.rewards.base import score_checked
+from treg.rewards.response import ResponsePairs
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))

@@ -10,7 +10,7 @@ from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import read_annotated, read_meta
 from treg.rewards import Context, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import ResponsePairs
+from treg.rewards.response import ResponsePairs
 from treg.rewards.shaping import (
     STEPS,
     Step,

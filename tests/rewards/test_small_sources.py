@@ -16,8 +16,9 @@ from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import read_annotated
 from treg.rewards import SOURCES, Context, load_source, make_options
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import ResponsePairs, score_checked
+from treg.rewards.base import score_checked
 from treg.rewards.entropy import entropy_segments
+from treg.rewards.response import ResponsePairs
 from treg.rewards.units import SENTENCE, WORD, numbers_of
 
 TOKENIZER = tiny_tokenizer()

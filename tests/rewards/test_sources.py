@@ -28,8 +28,9 @@ from treg.rewards import (
     source_class,
 )
 from treg.rewards.annotate import AnnotateOptions, annotate, annotate_pairs
-from treg.rewards.base import Response, ResponsePairs, check_response, score_checked
+from treg.rewards.base import check_response, score_checked
 from treg.rewards.lookup import TokenRewards
+from treg.rewards.response import Response, ResponsePairs
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))

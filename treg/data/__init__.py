@@ -1,23 +1,30 @@
 """Preference files -> token ids -> batches."""
 
 from treg.data.batches import LOSS_KEYS, SIDES, PairCollator, first_pairs, pack_pairs, pair_tokens
-from treg.data.encode import EncodeOptions, Pair, encode, load_pairs, prompt_text
+from treg.data.encode import encode, load_pairs, prompt_text
 from treg.data.examples import ExampleLoader
+from treg.data.messages import Messages, common_prefix, shown_text, text_of
+from treg.data.pair import EncodeOptions, Pair
 from treg.data.reading import read_rows
+from treg.data.rendering import Renderer, answer_end, conversation
 from treg.data.report import Report, RowProblem
-from treg.data.rows import Preference, common_prefix, parse_row, text_of
+from treg.data.rows import Preference, parse_row
 
 __all__ = [
     "LOSS_KEYS",
     "SIDES",
     "EncodeOptions",
     "ExampleLoader",
+    "Messages",
     "Pair",
     "PairCollator",
     "Preference",
+    "Renderer",
     "Report",
     "RowProblem",
+    "answer_end",
     "common_prefix",
+    "conversation",
     "encode",
     "first_pairs",
     "load_pairs",
@@ -26,5 +33,6 @@ __all__ = [
     "parse_row",
     "prompt_text",
     "read_rows",
+    "shown_text",
     "text_of",
 ]

@@ -8,6 +8,8 @@ A parquet file with a row for each pair:
     chosen_STREAM, rejected_STREAM            list<float32>: one number a token of the completion
     ref_chosen_logps, ref_rejected_logps      double, nats: sums over the completion
     ref_chosen_token_logps, ref_rejected_...  list<float32>, nats; only on request
+    chosen_mask, rejected_mask                list<bool>: the tokens that are scored, where some
+                                              are not, as another person's turn in a completion
 
 and, under the key "treg" of its metadata, a JSON object: `fingerprint`, `settings`, `report`.
 
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from treg.data.batches import LOSS_STREAMS, SIDES, WEIGHT_STREAMS
+from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS, SIDES, WEIGHT_STREAMS
 from treg.files import replacing
 
 if TYPE_CHECKING:
@@ -113,6 +115,7 @@ def write_annotated(
     streams: Sequence[str] = DEFAULT_STREAMS,
     reference: bool = True,
     per_token: bool = False,
+    masks: bool = False,
     kept: Mapping[str, "pa.DataType"] | None = None,
 ) -> None:
     """Write rows (the columns above, by name) and meta; a reader sees the whole file or none.
@@ -121,6 +124,7 @@ def write_annotated(
         streams: names of the per-token signals. Where they are not token_rewards alone, `streams`
             of meta must name them, or a reader does not find them.
         reference: whether rows have the reference's sums; per_token: its log-prob of each token.
+        masks: whether they have masks of the tokens that are scored.
         kept: columns of the source that rows have as well, and their types (see `kept_types`).
     """
     import pyarrow as pa
@@ -139,6 +143,8 @@ def write_annotated(
         columns |= dict.fromkeys(REF_COLUMNS, pa.float64())
     if per_token:
         columns |= dict.fromkeys(REF_TOKEN_COLUMNS, pa.list_(pa.float32()))
+    if masks:
+        columns |= dict.fromkeys(MASK_COLUMNS, pa.list_(pa.bool_()))
     columns |= kept or {}
     schema = pa.schema(list(columns.items()), metadata={"treg": json.dumps(meta)})
     arrays = [pa.array([row[name] for row in rows], kind) for name, kind in columns.items()]
@@ -287,7 +293,7 @@ def _groups(present: Sequence[str], streams: Sequence[str]) -> list[tuple[str, .
     reference of which it has one.
     """
     groups: list[tuple[str, ...]] = [ID_COLUMNS, *map(stream_columns, streams)]
-    for group in (REF_COLUMNS, REF_TOKEN_COLUMNS):
+    for group in (REF_COLUMNS, REF_TOKEN_COLUMNS, MASK_COLUMNS):
         if any(name in present for name in group):
             groups.append(group)
     return groups
@@ -304,6 +310,7 @@ def _with_types(path: str | Path, table: "pa.Table", groups: list[tuple[str, ...
     for group in groups:
         kind = pa.list_(pa.int32() if group == ID_COLUMNS else pa.float32())
         kind = pa.float64() if group == REF_COLUMNS else kind
+        kind = pa.list_(pa.bool_()) if group == MASK_COLUMNS else kind
         for name in group:
             column = table.column(name)
             try:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 SIDES = ("chosen", "rejected")
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 # per-token signals that the losses take
 LOSS_STREAMS = ("token_rewards", "token_weights", "kl_weights")
 WEIGHT_STREAMS = ("token_weights", "kl_weights")  # those of them that are at least 0
@@ -27,8 +28,9 @@ class PairCollator:
     """Examples -> one batch of B pairs.
 
     An example maps prompt_ids, chosen_ids, rejected_ids to integers, and may have streams, such as
-    chosen_token_rewards [tokens of the completion], ref_chosen_logps (nats: a sum), and the same of
-    rejected. A list of examples (see `pack_pairs`) counts as its members.
+    chosen_token_rewards [tokens of the completion], ref_chosen_logps (nats: a sum), chosen_mask
+    [tokens of the completion], False where a token is not scored, and the same of rejected. A list
+    of examples (see `pack_pairs`) counts as its members.
 
     packing: False: input_ids and attention_mask [2B, T], padded on the right. True: input_ids and
         position_ids [1, L], one sequence after the other; attention starts anew where position_ids
@@ -66,21 +68,27 @@ class PairCollator:
             starts = np.cumsum([0, *map(len, inputs[:-1])])
         else:
             starts = np.arange(len(inputs)) * width
+        masks = _masks(pairs)
+
+        def kept(values: Sequence[Any]) -> np.ndarray:
+            """What tokens that are scored have, of all completions."""
+            return np.concatenate([np.asarray(x)[m] for x, m in zip(values, masks, strict=True)])
+
         scored = [
             np.arange(start + len(prompt) - 1, start + len(prompt) - 1 + len(completion))
             for start, (prompt, completion) in zip(starts, sequences, strict=True)
         ]
-        completions = np.concatenate([completion for _, completion in sequences])
         batch = self._packed(inputs) if self.packing else self._padded(inputs, width)
-        batch["scored"] = torch.from_numpy(np.concatenate(scored))
-        batch["target"] = torch.from_numpy(completions.astype(np.int64))
-        batch["lengths"] = np.array([len(completion) for _, completion in sequences])
+        batch["scored"] = torch.from_numpy(kept(scored))
+        target = kept([completion for _, completion in sequences])
+        batch["target"] = torch.from_numpy(target.astype(np.int64))
+        batch["lengths"] = np.array([int(mask.sum()) for mask in masks])
         batch["num_tokens"] = np.array(sum(map(len, inputs)))
         for stream in LOSS_STREAMS:
             if (values := _gather(pairs, f"{{}}_{stream}")) is not None:
-                batch[stream] = np.concatenate(values).astype(np.float32)
+                batch[stream] = kept(values).astype(np.float32)
         if (per_token := _gather(pairs, "ref_{}_token_logps")) is not None:
-            batch["ref_logps"] = np.concatenate(per_token).astype(np.float32)
+            batch["ref_logps"] = kept(per_token).astype(np.float32)
         elif (sums := _gather(pairs, "ref_{}_logps")) is not None:
             batch["ref_logps"] = np.array(sums, dtype=np.float64)
         if self.pair_columns:
@@ -135,6 +143,26 @@ def _gather(pairs: Sequence[Mapping[str, Any]], column: str) -> list | None:
             if name not in pair:
                 return None
             found.append(pair[name])
+    return found
+
+
+def _masks(pairs: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    """[tokens of the completion] bool of each sequence, the B chosen ones first: which are scored.
+
+    Raises:
+        ValueError: a mask of another length, or of no token.
+    """
+    found = []
+    for side in SIDES:
+        for i, pair in enumerate(pairs):
+            n = len(pair[f"{side}_ids"])
+            mask = np.asarray(pair.get(f"{side}_mask", np.ones(n, dtype=bool)))
+            if mask.shape != (n,) or not mask.any() or mask.dtype != bool:
+                raise ValueError(
+                    f"{side}_mask: expected {n} of True and False, one a token of {side}_ids and "
+                    f"not all False, got {mask.tolist()} in pair {i}"
+                )
+            found.append(mask)
     return found
 
 

@@ -1,85 +1,55 @@
 """Preferences as token ids: rendered, split into prompt and completions, truncated.
 
 The completions start where the tokens of prompt and completion cease to agree with those of the
-prompt alone.
+prompt alone. Which of their tokens are an answer's is known from the text (`treg.data.rendering`)
+and the characters that each token holds.
 """
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from treg.data.annotated import ID_COLUMNS, is_annotated
+from treg.data.annotated import is_annotated
 from treg.data.batches import SIDES
+from treg.data.messages import Messages, common_prefix
+from treg.data.pair import AnswerTokens, EncodeOptions, Pair
+from treg.data.pieces import token_pieces
 from treg.data.reading import read_rows
-from treg.data.report import Report, RowProblem
-from treg.data.rows import Messages, Preference, common_prefix, parse_row
+from treg.data.rendering import (
+    PROBE,
+    RenderedAnswer,
+    Renderer,
+    render_answer,
+    render_prompt,
+)
+from treg.data.report import Report, RowProblem, described
+from treg.data.rows import Preference, parse_row
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A preference as token ids, int32.
-
-    A sequence is prompt_ids followed by chosen_ids or by rejected_ids.
-    cut: the sides that max_length cut, of "chosen" and "rejected".
-    """
-
-    prompt_ids: np.ndarray
-    chosen_ids: np.ndarray
-    rejected_ids: np.ndarray
-    row: Preference
-    index: int  # of the row in its source, counting rows that were dropped
-    cut: tuple[str, ...] = ()
-
-    @property
-    def truncated(self) -> bool:
-        """Whether max_length cut a completion."""
-        return bool(self.cut)
-
-    @property
-    def example(self) -> dict[str, np.ndarray]:
-        """What `PairCollator` needs of a pair."""
-        return {name: getattr(self, name) for name in ID_COLUMNS}
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """How rows become token ids.
-
-    Args:
-        max_length: >= 2, tokens of prompt and completion together, or None. A completion keeps its
-            start; a prompt must fit whole.
-        chat: whether text without roles becomes messages (see `parse_row`). None: it does if the
-            tokenizer has a chat template.
-    """
-
-    max_length: int | None = 1024
-    chat: bool | None = None
-
-    def __post_init__(self):
-        if self.max_length is not None and (
-            not isinstance(self.max_length, int) or self.max_length < 2
-        ):
-            raise ValueError(
-                f"max_length: expected an integer >= 2 or None, got {self.max_length!r}"
-            )
+DEFAULTS = EncodeOptions()
+ROWS_TOGETHER = 256  # rows whose texts are tokenized in one call, which uses all cores
 
 
 def load_pairs(
     source: Any,
     tokenizer: Any,
-    options: EncodeOptions = EncodeOptions(),
+    options: EncodeOptions = DEFAULTS,
     *,
     split: str = "train",
     strict: bool = False,
     limit: int | None = None,
+    known: Collection[str] = (),
 ) -> tuple[list[Pair], Report]:
     """Every usable pair of a source, and what became of the other rows.
 
     Args:
         source, split: see `read_rows`. limit: only so many rows are looked at.
         strict: raise RowProblem at the first row that cannot be used, instead of counting it.
+        known: names of columns of text that somebody reads, see `treg.data.columns`.
     Raises:
         ValueError: the source cannot be read, or holds no usable row; the message says what became
             of the rows.
@@ -90,139 +60,376 @@ def load_pairs(
         raise ValueError(
             f"data: expected rows of text or messages, got {source}, which is annotated already"
         )
-    chat = options.chat
-    if chat is None:
-        chat = tokenizer.chat_template is not None
     report = Report(strict)
-    pairs = []
-    rows = itertools.islice(read_rows(source, split), limit)
-    for index, (where, row) in enumerate(rows):
-        report.seen += 1
-        try:
-            if isinstance(row, RowProblem):
-                raise row
-            preference = parse_row(row, where, chat=chat)
-            pair = encode(preference, tokenizer, options.max_length, index)
-        except RowProblem as problem:
-            report.problem(problem)
-            continue
-        report.kept += 1
-        report.truncated += pair.truncated
-        pairs.append(pair)
+    pairs: list[Pair] = []
+    encoder = _Encoder(tokenizer, options.dated(tokenizer), known)
+    rows = enumerate(itertools.islice(read_rows(source, split), limit))
+    for part in _parts(rows, ROWS_TOGETHER):
+        for found in encoder.pairs(part):
+            report.seen += 1
+            if isinstance(found, RowProblem):
+                report.problem(found)
+                continue
+            pair, notes = found
+            report.kept += 1
+            report.truncated += pair.truncated
+            for note in notes:
+                report.note(RowProblem(note, "", pair.row.where))
+            pairs.append(pair)
     if not pairs:
         raise ValueError(f"data: expected at least one usable row, found none: {report}")
     return pairs, report
 
 
-def encode(row: Preference, tokenizer: Any, max_length: int | None = None, index: int = 0) -> Pair:
-    """Token ids of a preference.
+def _parts(items: Iterable, size: int) -> Iterator[list]:
+    """Items in lists of at most so many."""
+    items = iter(items)
+    while part := list(itertools.islice(items, size)):
+        yield part
 
-    The completion starts where the tokens of prompt + chosen, prompt + rejected and of the prompt
-    alone (with the template's generation prompt) cease to agree, so that no token is shared between
-    a prompt and a completion. Plain text gets the tokenizer's special tokens, and its
+
+def encode(
+    row: Preference,
+    tokenizer: Any,
+    max_length: int | None = None,
+    index: int = 0,
+    options: EncodeOptions = DEFAULTS,
+) -> Pair:
+    """The token ids of a row.
+
+    Messages go through the chat template, whose text is tokenized as a whole: prompt, and prompt
+    with completion. The completion starts where both cease to agree, so that no token is shared
+    between a prompt and a completion. Plain text gets the tokenizer's special tokens, and its
     end-of-sequence token at the end.
 
     Args:
         max_length: as in `EncodeOptions`. index: of the row in its source, kept in the pair.
+        options: of everything else.
     Raises:
         RowProblem: the row cannot be used. ValueError: the tokenizer cannot serve such rows.
     """
-    try:
-        if row.chat:
-            prompt, chosen, rejected = _chat_ids(row, tokenizer)
-        else:
-            prompt, chosen, rejected = _text_ids(row, tokenizer)
-    except UnicodeEncodeError as error:
-        raise RowProblem("broken text", str(error), row.where) from None
-    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-    if start == 0:
-        raise RowProblem("empty prompt", "the prompt and the completions share no token", row.where)
+    encoder = _Encoder(tokenizer, dataclasses.replace(options, max_length=max_length), ())
+    (found,) = encoder.tokenized([(index, encoder.texts(row))])
+    if isinstance(found, RowProblem):
+        raise found
+    return found[0]
 
-    cut: tuple[str, ...] = ()
-    if max_length is not None:
-        if start >= max_length:
-            raise RowProblem(
-                "prompt too long", f"{start} tokens, max_length is {max_length}", row.where
+
+@dataclass(frozen=True)
+class _Texts:
+    """A row as texts. alone: the prompt; answers: by side."""
+
+    row: Preference
+    alone: str
+    answers: dict[str, RenderedAnswer]
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """A text's token ids, and the characters [start, end) of the text that each holds."""
+
+    ids: list[int]
+    places: list[tuple[int, int]]
+
+
+class _Encoder:
+    """Rows -> pairs, many at a time."""
+
+    def __init__(self, tokenizer: Any, options: EncodeOptions, known: Collection[str]):
+        self.tokenizer = tokenizer
+        self.options = options
+        self.known = known
+        self.chat = options.chat
+        if self.chat is None:
+            self.chat = tokenizer.chat_template is not None
+
+    def pairs(self, rows: Sequence[tuple[int, tuple[str, Any]]]) -> list:
+        """For each (index, (where, row)) a pair with its notes, or its RowProblem."""
+        found: list[Any] = []
+        texts = []
+        for index, (where, row) in rows:
+            try:
+                if isinstance(row, RowProblem):
+                    raise row
+                preference = parse_row(
+                    row,
+                    where,
+                    chat=bool(self.chat),
+                    columns=self.options.columns,
+                    known=self.known,
+                )
+                self._check_not_rendered(preference)
+                texts.append((index, self.texts(preference)))
+                found.append(None)
+            except RowProblem as problem:
+                found.append(problem)
+        done = iter(self.tokenized(texts))
+        return [next(done) if x is None else x for x in found]
+
+    def texts(self, row: Preference) -> _Texts:
+        """A row as texts.
+
+        Raises:
+            RowProblem: the row cannot be used. ValueError: the tokenizer cannot serve such rows.
+        """
+        try:
+            return self._chat_texts(row) if row.chat else self._plain_texts(row)
+        except RowProblem as problem:
+            raise RowProblem(problem.reason, problem.detail, row.where) from None
+
+    def _chat_texts(self, row: Preference) -> _Texts:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"chat_template: {row.where} holds messages, and the tokenizer has no chat "
+                "template to render them; give one with chat_template, or use a tokenizer of a "
+                "chat model"
             )
-        both = zip(SIDES, (chosen, rejected), strict=True)
-        cut = tuple(side for side, ids in both if len(ids) > max_length)
-        chosen, rejected = chosen[:max_length], rejected[:max_length]
-    if len(chosen) == start or len(rejected) == start:
-        raise RowProblem("empty completion", "no token after the prompt", row.where)
-    if chosen == rejected:
-        detail = "after truncation" if cut else ""
-        raise RowProblem("identical completions", detail, row.where)
-    return Pair(
-        prompt_ids=np.asarray(chosen[:start], dtype=np.int32),
-        chosen_ids=np.asarray(chosen[start:], dtype=np.int32),
-        rejected_ids=np.asarray(rejected[start:], dtype=np.int32),
-        row=row,
-        index=index,
-        cut=cut,
-    )
+        render = Renderer(self.tokenizer, row.tools, row.template_kwargs, self.options.day)
+        prompt = _messages(row.prompt)
+        alone = render_prompt(render, prompt)
+        self._check_short(alone)
+        all_turns = self.options.turns == "all"
+        answers = {}
+        for side in SIDES:
+            try:
+                answers[side] = render_answer(
+                    render, prompt, alone, _messages(getattr(row, side)), all_turns=all_turns
+                )
+            except RowProblem as problem:
+                raise RowProblem(problem.reason, f"{side}: {problem.detail}") from None
+        return _Texts(row, alone, answers)
+
+    def _plain_texts(self, row: Preference) -> _Texts:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer: expected one with an end-of-sequence token for rows of plain text, got "
+                "none"
+            )
+        prompt = _text(row.prompt)
+        self._check_short(prompt)
+        answers = {}
+        for side in SIDES:
+            text = _text(getattr(row, side))
+            content = len(text.removesuffix(self.tokenizer.eos_token))
+            # the end-of-sequence token has the place after the text
+            scored = ((0, len(text) + 1),)
+            answers[side] = RenderedAnswer(prompt, text, scored, ((0, content),))
+        return _Texts(row, prompt, answers)
+
+    def _check_short(self, prompt: str) -> None:
+        """RowProblem for a prompt that cannot fit, whatever its tokens are."""
+        limit = self._characters
+        if limit is not None and len(prompt) > limit:
+            raise RowProblem(
+                "prompt too long",
+                f"{len(prompt)} characters, max_length is {self.options.max_length} tokens",
+            )
+
+    @property
+    def _characters(self) -> int | None:
+        """Characters that max_length tokens hold at most; None without a bound."""
+        if self.options.max_length is None:
+            return None
+        return (self.options.max_length + 1) * _longest_token(self.tokenizer)
+
+    def _check_not_rendered(self, row: Preference) -> None:
+        """RowProblem for plain text that a chat template has written already."""
+        if self.options.chat is not None or not row.chat or not row.text:
+            return
+        openings = _openings(self.tokenizer)
+        texts = [message["content"] for message in row.prompt if isinstance(message, dict)]
+        for opening in openings:
+            if any(opening in text for text in texts):
+                raise RowProblem(
+                    "rendered already",
+                    f"the prompt holds {described(opening)}, which the chat template writes; take "
+                    "the text as it is with --plain_text (EncodeOptions(chat=False))",
+                    row.where,
+                )
+
+    # -- tokens
+
+    def tokenized(self, rows: Sequence[tuple[int, _Texts]]) -> list:
+        """For each (index, texts) a pair with its notes, or its RowProblem. The texts of all rows
+        go through the tokenizer together.
+        """
+        problems: dict[int, RowProblem] = {}
+        wanted: list[tuple[bool, str]] = []
+        for k, (_, texts) in enumerate(rows):
+            try:
+                mine = self._wanted(texts)
+            except UnicodeEncodeError as error:
+                problems[k] = RowProblem("broken text", str(error), texts.row.where)
+                continue
+            wanted += mine
+        ids = iter(self._ids(wanted))
+        found: list[Any] = []
+        for k, (index, texts) in enumerate(rows):
+            if k in problems:
+                found.append(problems[k])
+                continue
+            alone, *sides = next(ids), next(ids), next(ids)
+            try:
+                pair = self._pair(index, texts, alone, sides)
+            except RowProblem as problem:
+                found.append(RowProblem(problem.reason, problem.detail, texts.row.where))
+                continue
+            notes = {f"{n}": None for side in SIDES for n in texts.answers[side].notes}
+            found.append((pair, list(notes)))
+        return found
+
+    def _wanted(self, texts: _Texts) -> list[tuple[bool, str]]:
+        """(plain, text) of the prompt and of both sides.
+
+        Raises:
+            UnicodeEncodeError: a text holds half of a surrogate pair, of which tokenizers say
+                nothing of use.
+        """
+        plain = not texts.row.chat
+        wholes = [x.prompt + x.answer for x in (texts.answers[side] for side in SIDES)]
+        # what lies far beyond max_length need not be tokenized
+        bound = None if self._characters is None else 2 * self._characters
+        found = [(plain, texts.alone), *((plain, whole[:bound]) for whole in wholes)]
+        for _, text in found:
+            text.encode()
+        return found
+
+    def _ids(self, wanted: Sequence[tuple[bool, str]]) -> list[_Ids]:
+        """Ids and places of texts, those of plain text with the tokenizer's special tokens."""
+        found: list[Any] = [None] * len(wanted)
+        for plain in (False, True):
+            at = [i for i, (kind, _) in enumerate(wanted) if kind == plain]
+            if not at:
+                continue
+            texts = [wanted[i][1] for i in at]
+            fast = bool(getattr(self.tokenizer, "is_fast", False))
+            more = {"return_offsets_mapping": True} if fast else {}
+            # verbose=False: no warning about lengths, which max_length sees to later
+            got = self.tokenizer(texts, add_special_tokens=plain, verbose=False, **more)
+            for k, i in enumerate(at):
+                ids = got["input_ids"][k]
+                if fast:
+                    places = got["offset_mapping"][k]
+                else:
+                    places = _places(ids, self.tokenizer, texts[k])
+                found[i] = _Ids(ids, places)
+        return found
+
+    def _pair(self, index: int, texts: _Texts, alone: _Ids, sides: Sequence[_Ids]) -> Pair:
+        row, max_length = texts.row, self.options.max_length
+        if not row.chat:
+            alone = self._one_beginning(alone, texts.alone)
+            sides = [
+                self._ended(self._one_beginning(x, texts.alone), texts.answers[side])
+                for side, x in zip(SIDES, sides, strict=True)
+            ]
+        whole = [x.ids for x in sides]
+        start = min(common_prefix(alone.ids, ids) for ids in whole)
+        if start == 0:
+            raise RowProblem("empty prompt", "the prompt and the completions share no token")
+        cut: tuple[str, ...] = ()
+        if max_length is not None:
+            if start >= max_length:
+                raise RowProblem("prompt too long", f"{start} tokens, max_length is {max_length}")
+            both = zip(SIDES, whole, strict=True)
+            cut = tuple(side for side, ids in both if len(ids) > max_length)
+        answers, completions = {}, []
+        for side, tokens in zip(SIDES, sides, strict=True):
+            ids = tokens.ids[start:max_length]
+            places = tokens.places[start:max_length]
+            answers[side] = _answer_tokens(texts.answers[side], places)
+            if not ids or not answers[side].scored.any():
+                raise RowProblem("empty completion", "no token after the prompt")
+            completions.append(np.asarray(ids, dtype=np.int32))
+        if np.array_equal(*completions):
+            raise RowProblem("identical completions", "after truncation" if cut else "")
+        prompt = np.asarray(whole[0][:start], dtype=np.int32)
+        return Pair(prompt, *completions, row=row, index=index, cut=cut, answers=answers)
+
+    def _one_beginning(self, tokens: _Ids, text: str) -> _Ids:
+        """Ids of a plain text with one beginning-of-sequence token where the text has its own."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or tokens.ids[:2] != [bos, bos]:
+            return tokens
+        if not text.startswith(self.tokenizer.bos_token) or text.startswith(
+            self.tokenizer.bos_token * 2
+        ):
+            return tokens
+        return _Ids(tokens.ids[1:], tokens.places[1:])
+
+    def _ended(self, tokens: _Ids, answer: RenderedAnswer) -> _Ids:
+        """Ids with the end-of-sequence token at the end, which some tokenizers add by themselves.
+        Its place is that after the text, which no content has.
+        """
+        eos = self.tokenizer.eos_token_id
+        end = len(answer.prompt) + len(answer.answer)
+        if tokens.ids[-1:] == [eos]:
+            places = tokens.places
+            if places[-1] == (0, 0):
+                places = [*places[:-1], (end, end + 1)]
+            return _Ids(tokens.ids, places)
+        return _Ids([*tokens.ids, eos], [*tokens.places, (end, end + 1)])
+
+
+def _answer_tokens(answer: RenderedAnswer, places: Sequence[tuple[int, int]]) -> AnswerTokens:
+    """What the tokens of a completion are; places: the characters of prompt and answer that each
+    holds.
+    """
+    spans = np.asarray(places, dtype=np.int64).reshape(-1, 2) - len(answer.prompt)
+    # a token of no characters of its own counts with the place where it stands
+    starts, ends = spans[:, 0], np.maximum(spans[:, 1], spans[:, 0] + 1)
+
+    def held(wanted: Iterable[tuple[int, int]]) -> np.ndarray:
+        found = np.zeros(len(spans), dtype=bool)
+        for a, b in wanted:
+            found |= (starts < b) & (ends > a)
+        return found
+
+    scored, content = held(answer.scored), held(answer.content)
+    return AnswerTokens(scored, content & scored, answer.said)
+
+
+def _places(ids: Sequence[int], tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """The characters of a text that each token holds, by what it adds to the decoded text.
+
+    Raises:
+        RowProblem: the decoded text is another one.
+    """
+    pieces = token_pieces(ids, tokenizer)
+    if not text.startswith("".join(pieces).strip()):
+        raise RowProblem("tokens unplaced", "the tokenizer's tokens do not give the text back")
+    ends = list(itertools.accumulate(map(len, pieces), initial=0))
+    return list(itertools.pairwise(ends))
+
+
+@functools.lru_cache(maxsize=16)
+def _longest_token(tokenizer: Any) -> int:
+    """Characters of the longest token of a vocabulary."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
+
+
+def _openings(tokenizer: Any) -> tuple[str, ...]:
+    return _openings_of(tokenizer, str(tokenizer.get_chat_template()))
+
+
+@functools.lru_cache(maxsize=16)
+def _openings_of(tokenizer: Any, template: str) -> tuple[str, ...]:
+    """Special tokens that a chat template writes before a user's words."""
+    try:
+        text = Renderer(tokenizer)([{"role": "user", "content": PROBE}])
+    except RowProblem:
+        return ()
+    before = text.partition(PROBE)[0]
+    special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    tokens = [str(x) for x in tokenizer.get_added_vocab()]
+    return tuple(x for x in tokens if x in before and x not in special)
 
 
 def prompt_text(
     tokenizer: Any, messages: Messages, tools: list | None = None, kwargs: dict | None = None
 ) -> str:
     """Messages through the chat template, up to where the assistant's next words begin."""
-    goes_on = messages[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        messages,
-        tools=tools,
-        tokenize=False,
-        add_generation_prompt=not goes_on,
-        continue_final_message=goes_on,
-        **(kwargs or {}),
-    )
-
-
-def _chat_ids(row: Preference, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
-    """Ids of prompt, prompt + chosen and prompt + rejected through the chat template."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"chat_template: {row.where} holds messages, and the tokenizer has no chat template to "
-            "render them; give one with chat_template, or use a tokenizer of a chat model"
-        )
-    try:
-        prompt = _messages(row.prompt)
-        prompt_alone = prompt_text(tokenizer, prompt, row.tools, row.template_kwargs)
-        with_chosen = _dialogue_text(tokenizer, [*prompt, *_messages(row.chosen)], row)
-        with_rejected = _dialogue_text(tokenizer, [*prompt, *_messages(row.rejected)], row)
-    except Exception as error:  # a template is a program: it raises anything
-        raise RowProblem("chat template", f"{type(error).__name__}: {error}", row.where) from None
-    # the template has written the special tokens already
-    return (
-        _ids(tokenizer, prompt_alone, add_special_tokens=False),
-        _ids(tokenizer, with_chosen, add_special_tokens=False),
-        _ids(tokenizer, with_rejected, add_special_tokens=False),
-    )
-
-
-def _dialogue_text(tokenizer: Any, messages: Messages, row: Preference) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tools=row.tools, tokenize=False, **row.template_kwargs
-    )
-
-
-def _text_ids(row: Preference, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
-    """Ids of prompt, prompt + chosen and prompt + rejected of plain text."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "tokenizer: expected one with an end-of-sequence token for rows of plain text, got none"
-        )
-    prompt = _text(row.prompt)
-    return (
-        _ids(tokenizer, prompt),
-        _ended(tokenizer, _ids(tokenizer, prompt + _text(row.chosen))),
-        _ended(tokenizer, _ids(tokenizer, prompt + _text(row.rejected))),
-    )
-
-
-def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Ids with the end-of-sequence token at the end, which some tokenizers add by themselves."""
-    eos = tokenizer.eos_token_id
-    return ids if ids[-1:] == [eos] else [*ids, eos]
+    return Renderer(tokenizer, tools, kwargs).prompt(messages)
 
 
 def _messages(value: Messages | str) -> Messages:
@@ -235,15 +442,3 @@ def _text(value: Messages | str) -> str:
     if not isinstance(value, str):
         raise TypeError("expected text beside a prompt of text, got messages")
     return value
-
-
-def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """Token ids of a text.
-
-    Raises:
-        UnicodeEncodeError: the text holds half of a surrogate pair, of which tokenizers say
-            nothing of use.
-    """
-    text.encode()
-    # verbose=False: no warning about lengths, which max_length sees to later
-    return tokenizer(text, verbose=False, **options)["input_ids"]

@@ -15,7 +15,7 @@ from treg.data.annotated import (
     stream_columns,
     tokenizer_fingerprint,
 )
-from treg.data.batches import LOSS_STREAMS, pair_numbers
+from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS, pair_numbers
 from treg.data.encode import EncodeOptions, Pair, load_pairs
 from treg.data.report import Report
 
@@ -91,7 +91,7 @@ class ExampleLoader:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         streams = [stream_columns(stream) for stream in LOSS_STREAMS]
-        for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS):
+        for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS, MASK_COLUMNS):
             _check_same_columns(examples, group, name)
         return examples
 
@@ -129,9 +129,11 @@ def examples_of(
     """
     check_columns(columns, pairs, f"{name}: expected for the loss")
     found = []
+    masked = any(pair.masked for pair in pairs)
     for pair in pairs:
         row = pair.row.columns
-        found.append(pair.example | {column: row[column] for column in columns if column in row})
+        example = pair.example | (pair.masks if masked else {})
+        found.append(example | {column: row[column] for column in columns if column in row})
     return found
 
 

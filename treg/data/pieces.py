@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from treg.data.rows import Messages, common_prefix
+from treg.data.messages import Messages, common_prefix
 
 PROBE = "\x00"  # a content that no other begins like
 WINDOW = 64  # tokens decoded together

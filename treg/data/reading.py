@@ -1,13 +1,18 @@
 """Preference files, folders and datasets, read row by row.
 
 Rows come from files (.jsonl, .ndjson, .json, .parquet; .jsonl and .json also as .gz), from a
-folder of these or of `datasets.save_to_disk`, from a dataset object, a list of dicts, or a name on
-the hub. What a row is, `treg.data.rows` says.
+folder of these or of `datasets.save_to_disk`, from a dataset object, a pandas frame, a list of
+dicts, or a name on the hub. What a row is, `treg.data.rows` says.
+
+Arrow, in which parquet files and datasets are kept, gives every object of a column the keys of all:
+those that are null are left out. In JSON and in Python's objects a null is what somebody wrote, and
+stays.
 """
 
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +23,14 @@ from treg.data.report import RowProblem
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".parquet")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_BATCH = 256  # rows that are held in memory at once
+LONGEST_LINE = 64 * 2**20  # bytes of one row
+# names of the splits of a folder's files, as `datasets` has them
+SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+NOT_DATA = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 Located = tuple[str, dict | RowProblem]  # where a row is, and the row or why it cannot be read
 
 
@@ -27,8 +40,10 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Located]:
     A row that cannot be read comes as the RowProblem that says why.
 
     Args:
-        source: a path, a hub name, a `datasets` dataset (or dict of them), or an iterable of dicts.
-        split: of a hub name, a saved dataset dict, or a dict of datasets.
+        source: a path, a hub name, a `datasets` dataset (or dict of them), a pandas frame, or an
+            iterable of dicts.
+        split: of a hub name, a saved dataset dict, a dict of datasets, or a folder whose files are
+            named after splits.
     Raises:
         ValueError, FileNotFoundError, TypeError: the source as a whole cannot be read.
     """
@@ -38,6 +53,14 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Located]:
         if split not in source:
             raise ValueError(f"split: expected one of {sorted(source)}, got {split!r}")
         source = source[split]
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas frame
+        import pyarrow as pa
+
+        batches = pa.Table.from_pandas(source, preserve_index=False).to_batches(PARQUET_BATCH)
+        return _located((row for batch in batches for row in _rows_of_batch(batch)), "row ")
+    if hasattr(source, "with_format"):  # of `datasets`: rows as Python's objects
+        plain = (without_nulls(dict(row)) for row in source.with_format(None))
+        return _located(plain, "row ")
     if not isinstance(source, Iterable):
         raise TypeError(
             f"data: expected a path, a dataset or an iterable of rows, got {type(source).__name__}"
@@ -47,17 +70,34 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Located]:
 
 def _read_path(source: str | Path, split: str) -> Iterator[Located]:
     """The rows of a folder, of a file, or of a dataset on the hub."""
-    path = Path(source)
+    path, name = Path(source), str(source)
+    if not name.strip():
+        raise ValueError(f"data: expected a path or a name, got {name!r}")
     if path.is_dir():
         return _read_folder(path, split)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"data: expected a file or a folder, got {name}, which is neither")
     if path.is_file():
         return _read_file(path)
-    name = str(source)
     if not _may_be_on_the_hub(name):
         raise FileNotFoundError(f"data: no such file: {name}")
     import datasets
 
-    return _located(datasets.load_dataset(name, split=split), f"{name}[{split}]:")
+    rows = (without_nulls(row) for row in datasets.load_dataset(name, split=split))
+    return _located(rows, f"{name}[{split}]:")
+
+
+def without_nulls(row: Any) -> dict:
+    """A row of Arrow without the keys, within its columns, that are null."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _may_be_on_the_hub(name: str) -> bool:
@@ -67,19 +107,62 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _read_folder(path: Path, split: str) -> Iterator[Located]:
-    """The rows of a saved dataset, or of every data file in a folder, in the order of names."""
+    """The rows of a saved dataset, or of the data files of a split in a folder, in the order of
+    names.
+    """
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         import datasets
 
         yield from read_rows(datasets.load_from_disk(str(path)), split)
         return
-    files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+    for file in _files_of_split(path, split):
+        yield from _read_file(file)
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that belong to a split; where no file is named after one, all are
+    of the split "train".
+
+    Raises:
+        ValueError: there are none, or some are named after a split and others are not.
+    """
+    hidden = (".", "_")
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.name.endswith(SUFFIXES)
+        and file.name not in NOT_DATA
+        and not file.name.startswith(hidden)
+    )
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"data: expected a regular file, got {file}; move it away")
     if not files:
         raise ValueError(
-            f"data: expected files ending in {', '.join(SUFFIXES)} in {path}, found none"
+            f"data: expected files ending in {', '.join(SUFFIXES)} in {folder}, found none"
         )
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        yield from _read_file(file)
+        by_split.setdefault(_split_of(file.name), []).append(file)
+    unnamed = by_split.pop("", [])
+    if not by_split:
+        by_split, unnamed = {"train": unnamed}, []
+    wanted = _split_of(split) or split
+    if unnamed or wanted not in by_split:
+        there = "; ".join(f"{x}: {', '.join(y.name for y in by_split[x])}" for x in by_split)
+        if unnamed:
+            there += f"; of no split: {', '.join(x.name for x in unnamed)}"
+        raise ValueError(
+            f"split: expected one that {folder} has, got {split!r}; there are {there}; give one, "
+            "or the file itself"
+        )
+    return by_split[wanted]
+
+
+def _split_of(name: str) -> str:
+    """The split after which a file is named: a word of its name, as in "data-train-0001"."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return next((split for split, names in SPLITS.items() if words & set(names)), "")
 
 
 def _read_file(path: Path) -> Iterator[Located]:
@@ -116,7 +199,7 @@ def _rows_of_parquet(file: Any) -> Iterator[dict | RowProblem]:
 def _rows_of_batch(batch: Any) -> list[dict | RowProblem]:
     """The rows of an Arrow batch. A row whose text is not UTF-8 is a problem."""
     try:
-        return batch.to_pylist()
+        return [without_nulls(row) for row in batch.to_pylist()]
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
             return [RowProblem("broken text", str(error))]
@@ -152,15 +235,30 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_lines(file), 1):
+                where = f"{path}:{number}"
+                if line is None:
+                    detail = f"a line of more than {LONGEST_LINE} bytes"
+                    yield where, RowProblem("row too long", detail, where)
+                    continue
                 if number == 1:
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 if line.strip():
-                    where = f"{path}:{number}"
                     yield where, _row_of_line(line, where)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         where = f"{path}:{number + 1}"
         yield where, RowProblem("broken gzip", str(error), where)
+
+
+def _lines(file: io.BufferedIOBase) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long to be a row, which is passed over."""
+    while line := file.readline(LONGEST_LINE):
+        if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE)
+        yield None
 
 
 def _row_of_line(line: bytes, where: str) -> dict | RowProblem:
@@ -181,6 +279,8 @@ def _located(rows: Iterable, prefix: str) -> Iterator[Located]:
 def _row_or_problem(row: Any, where: str) -> dict | RowProblem:
     if isinstance(row, dict):
         return row
+    if isinstance(row, RowProblem):
+        return RowProblem(row.reason, row.detail, where)
     found = type(row).__name__
     return RowProblem("not an object", f"expected an object with columns, got {found}", where)
 

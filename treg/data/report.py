@@ -1,8 +1,25 @@
 """What became of the rows of a source: kept, or dropped with a reason that is counted and shown."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 SHOWN_EXAMPLES = 3  # of each reason
+LONGEST = 2000  # characters of a message
+QUOTED = 80  # characters of a value that it quotes
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """A text from data as it can be shown: no control characters, no halves of characters, and not
+    endless.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest - 3]}..."
+    return "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+
+
+def described(value: Any) -> str:
+    """repr of a value from data, as it can be shown."""
+    return printable(repr(value), QUOTED)
 
 
 class RowProblem(ValueError):
@@ -15,6 +32,7 @@ class RowProblem(ValueError):
     """
 
     def __init__(self, reason: str, detail: str = "", where: str = ""):
+        reason, detail, where = map(printable, (reason, detail, where))
         colon = ": " if detail else ""
         super().__init__(f"{where}: {reason}{colon}{detail}")
         self.reason = reason
@@ -35,19 +53,37 @@ class Report:
     truncated: int = 0  # of those that were kept
     dropped: dict[str, int] = field(default_factory=dict)  # reason: how many rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason: the first few messages
+    # of rows that were kept, what a person should know: how many, and the first few
+    noted: dict[str, int] = field(default_factory=dict)
+    noted_examples: dict[str, list[str]] = field(default_factory=dict)
 
     def problem(self, problem: RowProblem) -> None:
         """Count a row that cannot be used."""
         if self.strict:
             raise problem
-        self.dropped[problem.reason] = self.dropped.get(problem.reason, 0) + 1
-        examples = self.examples.setdefault(problem.reason, [])
-        if len(examples) < SHOWN_EXAMPLES:
-            examples.append(str(problem))
+        _count(problem, self.dropped, self.examples)
+
+    def note(self, note: RowProblem) -> None:
+        """Count what there is to say of a row that is used."""
+        _count(note, self.noted, self.noted_examples)
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.seen} rows kept, {self.truncated} of them truncated"]
-        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
-            lines.append(f"  dropped {count}: {reason}")
-            lines += [f"    {example}" for example in self.examples[reason]]
+        lines += _listed("dropped", self.dropped, self.examples)
+        lines += _listed("kept", self.noted, self.noted_examples)
         return "\n".join(lines)
+
+
+def _count(problem: RowProblem, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
+    counts[problem.reason] = counts.get(problem.reason, 0) + 1
+    shown = examples.setdefault(problem.reason, [])
+    if len(shown) < SHOWN_EXAMPLES:
+        shown.append(str(problem))
+
+
+def _listed(what: str, counts: dict[str, int], examples: dict[str, list[str]]) -> list[str]:
+    lines = []
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        lines.append(f"  {what} {count}: {reason}")
+        lines += [f"    {example}" for example in examples[reason]]
+    return lines

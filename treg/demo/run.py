@@ -28,7 +28,7 @@ from treg.data.annotated import read_annotated
 from treg.demo import world
 from treg.evaluate import auroc
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.base import content_length
+from treg.rewards.response import content_length
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.viz import token_pieces, write_page
 from treg.viz.views import pair_views

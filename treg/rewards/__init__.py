@@ -1,6 +1,6 @@
 """Sources of token rewards, one file each. A source gives every token of a response a number."""
 
-from treg.rewards.base import Context, Response, TokenRewardSource
+from treg.rewards.base import Context, TokenRewardSource
 from treg.rewards.contrastive import (
     ContrastiveOptions,
     ContrastivePrompts,
@@ -16,12 +16,14 @@ from treg.rewards.redistribution import RedistributionSource
 from treg.rewards.registry import (
     DEFAULT_SOURCE,
     SOURCES,
+    columns_read,
     load_source,
     make_options,
     nearest,
     source_class,
     streams_given,
 )
+from treg.rewards.response import Response
 from treg.rewards.several import SeveralSource
 from treg.rewards.spans import SpansSource
 from treg.rewards.surprise import SurpriseSource
@@ -34,6 +36,7 @@ __all__ = [
     "ContrastivePrompts",
     "Response",
     "TokenRewardSource",
+    "columns_read",
     "contrastive_rewards",
     "load_source",
     "make_options",

@@ -14,7 +14,8 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ from treg.rewards import (
     ContrastivePrompts,
     Response,
     TokenRewardSource,
+    columns_read,
     load_source,
     streams_given,
 )
-from treg.rewards.base import ResponsePairs, check_response
+from treg.rewards.base import check_response
 from treg.rewards.kept import KeptColumns, check_names
 from treg.rewards.progress import Progress
+from treg.rewards.response import ResponsePairs
 from treg.rewards.several import SeveralSource
 from treg.rewards.shaping import Step, parse_steps, score_shaped, shaped_streams
 
@@ -154,8 +157,10 @@ def annotate(
     if output.suffix != ".parquet":
         raise ValueError(f"output: expected a path that ends in .parquet, got {output}")
     state = process_state()
+    options = replace(options, encode=options.encode.dated(tokenizer))
+    known = {*options.keep_columns, *columns_read(options.rewards, options.source_options)}
     pairs, report = load_pairs(
-        source, tokenizer, options.encode, split=split, strict=strict, limit=limit
+        source, tokenizer, options.encode, split=split, strict=strict, limit=limit, known=known
     )
     # the longest first: memory runs out early
     order = sorted(pairs, key=lambda pair: (-pair_tokens(vars(pair)), pair.index))
@@ -240,6 +245,11 @@ class _Run:
     folder: Path
     strict: bool
 
+    @cached_property
+    def masks(self) -> bool:
+        """Whether tokens of some completion are not scored."""
+        return any(pair.masked for pair in self.order)
+
 
 def _annotate_parts(
     run: _Run, bar: Progress, state: PartialState
@@ -274,6 +284,7 @@ def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
         [pair for pair in part if missing[pair.index] is None],
         reference=options.reference,
         per_token=options.per_token,
+        masks=run.masks,
         steps=options.steps,
     )
     problems += [problem for problem in missing.values() if problem is not None]
@@ -290,6 +301,7 @@ def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
         streams=run.rewards.streams,
         reference=options.reference,
         per_token=options.per_token,
+        masks=run.masks,
         kept=run.kept.types,
     )
 
@@ -310,6 +322,7 @@ def annotate_pairs(
     *,
     reference: bool = True,
     per_token: bool = False,
+    masks: bool = False,
     steps: Sequence[Step] = (),
 ) -> tuple[list[dict[str, Any]], list[RowProblem]]:
     """The rows of the annotated file for some pairs, and a problem for each that the source or the
@@ -317,6 +330,7 @@ def annotate_pairs(
 
     Args:
         reference: whether the rows get the reference's sums; per_token: its log-prob of each token.
+        masks: whether they get the masks of the tokens that are scored.
         steps: of shaping.
     """
     kept: list[tuple[Pair, Response]] = []
@@ -341,13 +355,16 @@ def annotate_pairs(
     if reference:
         for (pair, response), said in zip(kept, context.reference(responses), strict=True):
             row, side, logps = rows[pair.index], response.side, said["logprobs"]
-            row[f"ref_{side}_logps"] = logps.double().sum().item()
+            scored = logps if response.scored is None else logps[response.scored]
+            row[f"ref_{side}_logps"] = scored.double().sum().item()
             if per_token:
                 row[f"ref_{side}_token_logps"] = logps.float().numpy()
     found = score_shaped(rewards, responses, steps)
     for (pair, response), streams in zip(kept, found, strict=True):
         row, side = rows[pair.index], response.side
         row[f"{side}_ids"] = response.ids
+        if masks:
+            row |= {name: mask for name, mask in pair.masks.items() if name.startswith(side)}
         for stream, values in streams.items():
             row[f"{side}_{stream}"] = values.numpy()
     return list(rows.values()), problems
@@ -381,7 +398,7 @@ def _made_with(
     model = context.model
     own = _json_settings(rewards)
     default = options.rewards == DEFAULT_SOURCE
-    settings = {"encode": asdict(options.encode)}
+    settings: dict[str, Any] = {"encode": _encode_settings(options.encode)}
     if default:
         settings |= own
     settings |= {
@@ -403,6 +420,13 @@ def _made_with(
     if not default or options.steps:
         made_with["streams"] = _described(rewards, options, own)
     return made_with
+
+
+def _encode_settings(options: EncodeOptions) -> dict[str, Any]:
+    """How rows became ids; of what was added later, only what is not the default."""
+    default, given = asdict(EncodeOptions()), asdict(options)
+    always = ("max_length", "chat")
+    return {x: given[x] for x in given if x in always or given[x] != default[x]}
 
 
 def _described(

@@ -10,11 +10,9 @@ library.
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
@@ -22,176 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treg.data import SIDES, Pair, RowProblem, common_prefix, text_of
+from treg.data import (
+    RowProblem,
+)
 from treg.data.batches import WEIGHT_STREAMS
-from treg.data.pieces import content_places, text_spans, token_pieces
-from treg.data.rows import Messages
+from treg.rewards.response import Response
 
 if TYPE_CHECKING:
     from treg.rewards.scorer import Scorer
-
-
-@dataclass(frozen=True, eq=False)
-class Response:
-    """One answer, as token ids and as text.
-
-    prompt: what was asked, as messages or as plain text.
-    completion: the answer as the row has it, messages or plain text; without an end-of-sequence
-        token that the plain text ends with, as where TRL has added it.
-    text: the text of the answer. Of an answer that was cut at max_length: what its tokens say. If
-        it was cut after the first of several messages, that has the template's words in it: sources
-        that read text refuse it (`cut_messages`).
-    prompt_ids, ids: [P] and [T] int32; ids are the answer's.
-    content: how many of the T tokens precede what ends the answer (special tokens, and blanks after
-        them).
-    side: "chosen" or "rejected". where: "file:line" of the row.
-    row: the other columns of the row. row_text: the answer's text as the row has it, where blanks
-        around it were left out; else None.
-    other_ids: the ids of the pair's other answer, [T'] int32; None of a response that comes without
-        one.
-    cut: whether the answer was cut at max_length.
-    tools, template_kwargs: what goes on to the chat template.
-    """
-
-    prompt: Messages | str
-    completion: Messages | str
-    text: str
-    prompt_ids: np.ndarray
-    ids: np.ndarray
-    content: int
-    tokenizer: Any = field(repr=False)
-    side: str = "chosen"
-    where: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict)
-    row_text: str | None = None
-    other_ids: np.ndarray | None = None
-    cut: bool = False
-    tools: list | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of_pair(cls, pair: Pair, side: str, tokenizer: Any) -> Response:
-        """The chosen or the rejected answer of a pair."""
-        row = pair.row
-        ids = getattr(pair, f"{side}_ids")
-        completion = getattr(row, side)
-        if isinstance(completion, str) and tokenizer.eos_token:
-            completion = completion.removesuffix(tokenizer.eos_token)
-        content = content_length(ids.tolist(), tokenizer)
-        text, cut = text_of(completion), side in pair.cut
-        if cut:
-            text = tokenizer.decode(ids[:content], skip_special_tokens=True)
-        return cls(
-            prompt=row.prompt,
-            completion=completion,
-            text=text,
-            prompt_ids=pair.prompt_ids,
-            ids=ids,
-            content=content,
-            tokenizer=tokenizer,
-            side=side,
-            where=row.where,
-            row=row.columns,
-            row_text=row.given.get(side),
-            other_ids=getattr(pair, f"{SIDES[side == SIDES[0]]}_ids"),
-            cut=cut,
-            tools=row.tools,
-            template_kwargs=row.template_kwargs,
-        )
-
-    @cached_property
-    def pieces(self) -> list[str]:
-        """What each of the T tokens adds to the decoded text, see `token_pieces`."""
-        return token_pieces(self.ids.tolist(), self.tokenizer)
-
-    @cached_property
-    def spans(self) -> np.ndarray | None:
-        """[T, 2] int32: the characters of `text` that each token holds, see `text_spans`; None
-        where the text cannot be found in what the tokens say.
-        """
-        completion = self.completion
-        if isinstance(completion, str) or self.text != text_of(completion):
-            return text_spans(self.pieces, [self.text])
-        parts = [text_of([message]) for message in completion]
-        start = len(self.prompt_ids)
-        tokens = content_places(self._rendered, self._whole, self._prompt, completion)
-        ends = list(accumulate(map(len, self.pieces), initial=0))
-        places = [[ends[max(0, x - start)] for x in of_message] for of_message in tokens]
-        return text_spans(self.pieces, parts, places)
-
-    @cached_property
-    def messages(self) -> np.ndarray:
-        """[T] int32: which message of the answer each token is in, counted from 0.
-
-        The bounds are found by rendering the first messages alone: what their tokens have in common
-        with the whole belongs to them.
-        """
-        if isinstance(self.completion, str):
-            return np.zeros(len(self.ids), dtype=np.int32)
-        bounds = []
-        for count in range(1, len(self.completion)):
-            ids = self._rendered([*self._prompt, *self.completion[:count]])
-            bounds.append(common_prefix(ids, self._whole) - len(self.prompt_ids))
-        return np.searchsorted(bounds, np.arange(len(self.ids)), side="right").astype(np.int32)
-
-    @property
-    def _whole(self) -> list[int]:
-        return [*self.prompt_ids.tolist(), *self.ids.tolist()]
-
-    @property
-    def _prompt(self) -> Messages:
-        """The prompt of an answer of messages."""
-        return [] if isinstance(self.prompt, str) else self.prompt
-
-    def _rendered(self, messages: Messages, **more: Any) -> list[int]:
-        """The ids of messages through the chat template."""
-        text = self.tokenizer.apply_chat_template(
-            messages, tools=self.tools, tokenize=False, **more, **self.template_kwargs
-        )
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def content_length(ids: list[int], tokenizer: Any) -> int:
-    """Tokens of a response before what ends it: special tokens, and blanks after them."""
-    special = set(tokenizer.all_special_ids)
-    end = len(ids)
-    while end and (ids[end - 1] in special or not tokenizer.decode([ids[end - 1]]).strip()):
-        end -= 1
-    return next((i for i in range(end, len(ids)) if ids[i] in special), len(ids))
-
-
-def differs(response: Response) -> str:
-    """What there is to say of a text that is not found in what its tokens say."""
-    found = "its text differs from what its tokens say"
-    composed = unicodedata.normalize("NFC", response.text)
-    if composed != response.text and composed in "".join(response.pieces):
-        return f"{found}: the tokenizer writes it in Unicode's form NFC; normalize the data to NFC"
-    return found
-
-
-def cut_messages(response: Response) -> RowProblem | None:
-    """Why a source that reads an answer's text cannot read this one: it was cut after the first of
-    several messages, and its tokens do not say where the words of the template end. None if it can.
-    """
-    if not response.cut or response.messages[-1] == 0:
-        return None
-    detail = f"{response.side}: cut after the first of its messages; raise max_length"
-    return RowProblem("several messages, cut", detail, response.where)
-
-
-class ResponsePairs(Sequence):
-    """The responses of pairs, (chosen, rejected) of each, made when they are asked for."""
-
-    def __init__(self, pairs: Sequence[Pair], tokenizer: Any):
-        self.pairs = pairs
-        self.tokenizer = tokenizer
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: Any) -> Any:
-        pair = self.pairs[index]
-        return tuple(Response.of_pair(pair, side, self.tokenizer) for side in SIDES)
 
 
 def _ignore(tokens: int) -> None:
@@ -387,13 +223,27 @@ def score_checked(
                 f"{where}: expected the streams {', '.join(source.streams)}, got "
                 f"{', '.join(map(str, streams)) or 'none'}"
             )
-        checked.append(
-            {
-                stream: _one_number_a_token(streams[stream], len(response.ids), where, stream)
-                for stream in source.streams
-            }
-        )
+        found_here = {}
+        for stream in source.streams:
+            values = _one_number_a_token(streams[stream], len(response.ids), where, stream)
+            found_here[stream] = of_the_answer(response, stream, values)
+        checked.append(found_here)
     return checked
+
+
+def of_the_answer(response: Response, stream: str, values: Tensor) -> Tensor:
+    """Numbers of a stream, 0 for tokens that are not the answer's: turns of others, and for rewards
+    the words of the template before and between what it says.
+    """
+    if response.says is None or response.scored is None:
+        return values
+    kept = response.scored
+    if stream == "token_rewards":
+        within = np.arange(len(kept)) < response.content
+        kept = kept & ~(within & ~response.says)
+    if kept.all():
+        return values
+    return torch.where(torch.from_numpy(kept), values, 0.0)
 
 
 def score_once(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from treg.data import RowProblem
-from treg.rewards.base import Response
+from treg.rewards.response import Response
 
 
 def side_column(response: Response, column: str) -> tuple[str, Any]:

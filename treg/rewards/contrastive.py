@@ -17,6 +17,7 @@ models up to 0.5B parameters, none of these readings, the paper's among them, to
 one set of marks did not on another. Models as large as the paper's were not measured.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -29,9 +30,10 @@ import jinja2.sandbox
 import torch
 from torch import Tensor
 
-from treg.data import RowProblem, prompt_text
+from treg.data import RowProblem, prompt_text, shown_text
 from treg.files import read_yaml
-from treg.rewards.base import Context, Response, check_number, cut_messages
+from treg.rewards.base import Context, check_number
+from treg.rewards.response import Response, cut_messages
 from treg.rewards.shaping import means_over, standardise
 from treg.rewards.units import Unit, unit_numbers
 
@@ -296,7 +298,7 @@ class ContrastiveSource:
             ratios = self._read(better - worse, response)
             rewards = contrastive_rewards(ratios, torch.zeros_like(ratios))
             rewards[response.content :] = 0.0
-            rewards[: self.options.skip_first] = 0.0
+            rewards[: response.first + self.options.skip_first] = 0.0
             found.append({"token_rewards": rewards})
         return found
 
@@ -309,7 +311,8 @@ class ContrastiveSource:
     def _read(self, ratios: Tensor, response: Response) -> Tensor:
         """Log-ratios [T] as the options say they are read."""
         options = self.options
-        read = slice(min(options.skip_first, response.content), response.content)
+        first = response.first + options.skip_first
+        read = slice(min(first, response.content), response.content)
         if options.unit != "token":
             ratios[read] = means_over(ratios[read], unit_numbers(response, options.unit)[read])
         if options.spread is not None and response.content > read.start:
@@ -326,11 +329,13 @@ class ContrastiveSource:
         prompt = response.prompt
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        answer = [{"role": "assistant", "content": response.text}]
-        messages = [
-            {"role": message["role"], "content": str(message.get("content") or "")}
-            for message in [*prompt, *(answer if self.prompts.shows_response else [])]
-        ]
+        messages = [{"role": x["role"], "content": shown_text(x)} for x in prompt]
+        if response.tools:
+            tools = json.dumps(response.tools, ensure_ascii=False, default=str)
+            messages.insert(0, {"role": "tools", "content": tools})
+        if self.prompts.shows_response:
+            said = response.text if response.shown is None else response.shown
+            messages.append({"role": "assistant", "content": said})
         better = self._context(messages, response.template_kwargs, better=True)
         worse = self._context(messages, response.template_kwargs, better=False)
         return better, worse

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from treg.data import SIDES, Preference, RowProblem, encode
-from treg.rewards.base import Context, Response, check_number, content_length
+from treg.rewards.base import Context, check_number
 from treg.rewards.columns import columns_fingerprint, side_column
+from treg.rewards.response import Response, content_length
 
 KEPT_OR_REPLACED, DELETED, INSERTED = 0, 1, 2
 
@@ -177,7 +178,7 @@ def _revision(response: Response, column: str, text: Any) -> np.ndarray:
         raise RowProblem("no revision", detail, response.where)
     revision: Any = text
     if not isinstance(response.completion, str):
-        revision = [{"role": "assistant", "content": text.strip()}]
+        revision = [{"role": "assistant", "content": text}]
     row = Preference(
         response.prompt,
         response.completion,

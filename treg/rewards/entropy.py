@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from treg.data import RowProblem
-from treg.rewards.base import Context, Response, check_number
+from treg.rewards.base import Context, check_number
 from treg.rewards.nested import NestedOptions, NestedSource
+from treg.rewards.response import Response
 from treg.rewards.shaping import means_over, rewarded
 
 

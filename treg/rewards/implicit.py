@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from treg.data import RowProblem
 from treg.data.annotated import PROBE, model_fingerprint
-from treg.rewards.base import Context, Response, check_number
+from treg.rewards.base import Context, check_number
 from treg.rewards.loading import (
     check_whole,
     is_adapter,
@@ -32,6 +32,7 @@ from treg.rewards.loading import (
     load_tokenizer,
     with_adapter,
 )
+from treg.rewards.response import Response
 from treg.rewards.scorer import Scorer
 
 WHAT = "a causal LM"

@@ -13,9 +13,9 @@ from treg.data.annotated import (
     kept_types,
     stream_columns,
 )
-from treg.data.batches import LOSS_STREAMS
+from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS
+from treg.data.columns import READ_COLUMNS
 from treg.data.examples import check_columns
-from treg.data.rows import READ_COLUMNS
 
 
 class KeptColumns:
@@ -78,7 +78,7 @@ def check_names(names: Sequence[str], streams: Sequence[str]) -> None:
     """
     if isinstance(names, str):
         raise ValueError(f"keep_columns: expected a list of columns, got {names!r}")
-    own = {"index", "where", *ID_COLUMNS, *REF_COLUMNS, *REF_TOKEN_COLUMNS}
+    own = {"index", "where", *ID_COLUMNS, *REF_COLUMNS, *REF_TOKEN_COLUMNS, *MASK_COLUMNS}
     for stream in (*LOSS_STREAMS, *streams):
         own |= set(stream_columns(stream))
     for name in names:

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from treg.data import SIDES
-from treg.rewards.base import Context, Response, check_number
+from treg.rewards.base import Context, check_number
 from treg.rewards.nested import NestedOptions, NestedSource
+from treg.rewards.response import Response
 from treg.rewards.shaping import rewarded, segment_means
 
 EMPTY = ("zero", "whole")

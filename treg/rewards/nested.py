@@ -8,8 +8,9 @@ from torch import Tensor
 
 from treg.data import RowProblem
 from treg.data.reading import json_object
-from treg.rewards.base import Context, Response, check_response, score_once
+from treg.rewards.base import Context, check_response, score_once
 from treg.rewards.registry import load_source, make_options, streams_given
+from treg.rewards.response import Response
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ from torch import Tensor
 from treg.data import RowProblem, text_of
 from treg.data.annotated import tokenizer_fingerprint
 from treg.data.pieces import content_places, text_spans
-from treg.rewards.base import Context, Response, cut_messages, differs
+from treg.rewards.base import Context
+from treg.rewards.response import Response, cut_messages, differs
 from treg.rewards.reward_model import DTYPES, RewardModel
 
 PREFIXES = ("together", "separate")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from treg.data import SIDES
 from treg.rewards.base import Context, TokenRewardSource
 from treg.rewards.options import check_types
 
@@ -62,6 +63,27 @@ def streams_given(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     found: Any = make_options(name, options)
     kind: Any = source_class(name)
     return found.streams if hasattr(found, "streams") else kind.streams
+
+
+def columns_read(name: str, options: Mapping[str, Any]) -> frozenset[str]:
+    """The columns of the data that a source with these options reads: those that an option whose
+    name ends in "column" names; of a source of sources, those of all.
+    """
+    made = make_options(name, options)
+    found: set[str] = set()
+    for entry in getattr(made, "entries", ()):
+        found |= columns_read(entry.name, entry.options)
+
+    def look(option: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                look(str(key), item)
+        elif isinstance(value, str) and option.endswith("column"):
+            found.update(value.replace("{side}", side) for side in SIDES)
+
+    for x in fields(made):
+        look(x.name, getattr(made, x.name))
+    return frozenset(found)
 
 
 def _check_source(name: str, found: Any) -> None:

@@ -30,9 +30,10 @@ from torch import Tensor
 from treg.data import RowProblem
 from treg.data.annotated import NO_STREAMS
 from treg.data.reading import json_object
-from treg.rewards.base import Context, Response, check_response, score_once
+from treg.rewards.base import Context, check_response, score_once
 from treg.rewards.options import numbers_by_name
 from treg.rewards.registry import load_source, make_options, nearest, source_class, streams_given
+from treg.rewards.response import Response
 from treg.rewards.shaping import Step, parse_steps, shape
 
 KEYS = ("stream", "name", "take", "shape")

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treg.data.batches import WEIGHT_STREAMS
-from treg.rewards.base import Response, TokenRewardSource, check_finite, score_checked
+from treg.rewards.base import TokenRewardSource, check_finite, of_the_answer, score_checked
 from treg.rewards.registry import nearest
+from treg.rewards.response import Response
 
 
 def scale(rewards: Tensor, factor: float) -> Tensor:
@@ -188,7 +189,8 @@ def score_shaped(
     found = score_checked(source, responses)
     for response, streams in zip(responses, found, strict=True):
         for stream in shaped_streams(streams):
-            streams[stream] = shape(streams[stream], response.content, steps)
+            shaped = shape(streams[stream], response.content, steps)
+            streams[stream] = of_the_answer(response, stream, shaped)
             check_finite(streams[stream], f"shape: {response.where}: {response.side}", stream)
     return found
 

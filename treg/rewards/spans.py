@@ -34,9 +34,10 @@ from torch import Tensor
 
 from treg.data import RowProblem, text_of
 from treg.data.reading import parse_json
-from treg.rewards.base import Context, Response, check_number, differs
+from treg.rewards.base import Context, check_number
 from treg.rewards.columns import columns_fingerprint, side_column
 from treg.rewards.options import numbers_by_name
+from treg.rewards.response import Response, differs
 
 LABELS = ("label", "severity", "type", "error_type", "error type", "category")
 ANY_LABEL = "*"

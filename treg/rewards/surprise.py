@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from treg.data import RowProblem
-from treg.rewards.base import Context, Response
+from treg.rewards.base import Context
+from treg.rewards.response import Response
 from treg.rewards.units import unit_numbers
 
 UNITS = ("token", "word")

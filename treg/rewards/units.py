@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from treg.rewards.base import Response
+from treg.rewards.response import Response
 
 Unit = Literal["token", "word", "sentence"]
 # where a word begins, and where a sentence does: after . ! ? and what closes it, or on a new line

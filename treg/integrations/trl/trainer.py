@@ -41,7 +41,7 @@ from treg.losses.regularizer import token_regularizer
 from treg.results import PairLoss
 from treg.rewards import Context, load_source
 from treg.rewards.annotate import PART_PAIRS, annotate_pairs
-from treg.rewards.base import ResponsePairs
+from treg.rewards.response import ResponsePairs
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,285 @@
+"""Rows as people write them: each column is read or refused by name."""
+
+import dataclasses
+import json
+
+import datasets
+import pandas
+import pytest
+
+from tests.support.tiny import CHATML, tiny_tokenizer
+from treg.data import EncodeOptions, RowProblem, load_pairs, parse_row
+from treg.data.columns import parse_columns
+
+CHAT = tiny_tokenizer()
+PLAIN = tiny_tokenizer(chat=False)
+
+
+def msg(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def usr(content):
+    return msg("user", content)
+
+
+def bot(content, **more):
+    return msg("assistant", content, **more)
+
+
+def sys(content):
+    return msg("system", content)
+
+
+ANSWERS = {"chosen": "the sun", "rejected": "the moon"}
+ENDS = [bot("the sun")], [bot("the moon")]
+READ = {  # columns beside the answers, and the prompt that they are
+    "question": ({"question": "q"}, [usr("q")]),
+    "query": ({"query": "q"}, [usr("q")]),
+    "orca": ({"system": "s", "question": "q"}, [sys("s"), usr("q")]),
+    "orca-empty-system": ({"system": "", "question": "q"}, [usr("q")]),
+    "system-prompt": ({"system_prompt": "s", "prompt": "q"}, [sys("s"), usr("q")]),
+    "system-and-messages": ({"system": "s", "prompt": [usr("q")]}, [sys("s"), usr("q")]),
+    "alpaca": ({"instruction": "Do", "input": "this", "system": ""}, [usr("Do\nthis")]),
+    "alpaca-no-input": ({"instruction": "Do", "input": ""}, [usr("Do")]),
+    "input-alone": ({"system": "s", "input": "q"}, [sys("s"), usr("q")]),
+    "history": (
+        {"instruction": "q", "history": [["a", "b"], ["c", "d"]], "system": "s"},
+        [sys("s"), usr("a"), bot("b"), usr("c"), bot("d"), usr("q")],
+    ),
+    "history-json": ({"prompt": "q", "history": '[["a", "b"]]'}, [usr("a"), bot("b"), usr("q")]),
+    "history-messages": (
+        {"prompt": "q", "history": [usr("a"), bot("b")]},
+        [usr("a"), bot("b"), usr("q")],
+    ),
+    "json-prompt": ({"prompt": json.dumps([sys("s"), usr("q")])}, [sys("s"), usr("q")]),
+    "json-sharegpt": (
+        {"conversations": json.dumps([{"from": "Human", "value": "q"}])},
+        [usr("q")],
+    ),
+    "roles": ({"prompt": [msg("Human", "q"), msg("gpt", "a"), msg("human", "r")]}, None),
+    "crlf": ({"prompt": "\r\n\r\nHuman: hi\r\n\r\nAssistant:"}, [usr("hi")]),
+    "about": (
+        {"prompt": "q", "prompt_id": "x y", "source": "a b", "chosen_model": "m n", "score": 1.5},
+        [usr("q")],
+    ),
+    "list-that-is-json-no-messages": ({"prompt": '[{"a": 1}]'}, [usr('[{"a": 1}]')]),
+}
+
+
+@pytest.mark.parametrize("form", READ)
+def test_columns_that_are_read(form):
+    columns, prompt = READ[form]
+    if form == "roles":
+        prompt = [usr("q"), bot("a"), usr("r")]
+    row = parse_row({**columns, **ANSWERS}, chat=True)
+    assert (row.prompt, row.chosen, row.rejected) == (prompt, *ENDS)
+
+
+def test_answers_as_strings_of_json():
+    row = {"prompt": "q", "chosen": json.dumps([bot("x")]), "rejected": json.dumps([bot("y")])}
+    assert parse_row(row, chat=True).chosen == [bot("x")]
+
+
+REFUSED = {
+    "unknown": ({"prompt": "q", "context": "a text"}, "unknown column 'context'", "--columns"),
+    "unknown-messages": (
+        {"prompt": "q", "thread": [usr("a")]},
+        "unknown column 'thread'",
+        "messages",
+    ),
+    "no-prompt": ({"body": "a text"}, "unknown column 'body'", "--columns NEW=body"),
+    "nothing": ({}, "no prompt", "--columns prompt=NAME"),
+    "two-prompts": (
+        {"prompt": "q", "question": "r"},
+        "two columns of one meaning",
+        "prompt and question",
+    ),
+    "two-systems": (
+        {"prompt": [sys("a"), usr("q")], "system": "b"},
+        "two columns of one meaning",
+        "system",
+    ),
+    "images": ({"prompt": "q", "images": ["a.png"]}, "not text", "'images' is not read"),
+    "python-messages": (
+        {"prompt": "[{'role': 'user', 'content': 'q'}]"},
+        "broken JSON",
+        "as Python writes them",
+    ),
+    "history-numbers": ({"prompt": "q", "history": [1]}, "mixed types", "history[0]"),
+    "system-number": ({"prompt": "q", "system": 3}, "mixed types", "system is int"),
+    "input-beside-messages": ({"prompt": [usr("q")], "input": "x"}, "mixed types", "input"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_columns_that_are_refused(form):
+    columns, reason, detail = REFUSED[form]
+    with pytest.raises(RowProblem) as problem:
+        parse_row({**columns, **ANSWERS}, chat=True)
+    assert problem.value.reason == reason and detail in problem.value.detail
+
+
+def test_a_system_column_needs_a_chat_template():
+    with pytest.raises(RowProblem, match="turns beside plain text.*--columns system="):
+        parse_row({"prompt": "q", "system": "s", **ANSWERS}, chat=False)
+
+
+def test_columns_are_renamed_and_left_out():
+    row = {"body": "q", "context": "c", "good": "x", "bad": "y"}
+    given = "prompt=body,context=,chosen=good,rejected=bad"
+    read = parse_row(row, chat=True, columns=parse_columns(given))
+    assert (read.prompt, read.chosen, read.rejected) == ([usr("q")], [bot("x")], [bot("y")])
+    # a column that is named wins over another of the same meaning, which nobody reads then
+    both = {"prompt": "p", "question": "q", **ANSWERS}
+    assert parse_row(both, chat=True, columns={"prompt": "question"}).prompt == [usr("q")]
+    with pytest.raises(RowProblem, match="unknown column 'question'"):
+        parse_row(both, chat=True, columns={"prompt": "prompt"})
+    with pytest.raises(RowProblem, match="no column 'nothing': the columns are body"):
+        parse_row(row, chat=True, columns={"prompt": "nothing"})
+    pairs, _ = load_pairs([row], CHAT, EncodeOptions(columns=given.split(",")))
+    assert pairs[0].row == dataclasses.replace(read, where="row 0")
+
+
+@pytest.mark.parametrize("given", ["prompt", "prompt=a,prompt=b", ["=a"], {"a": 3}])
+def test_columns_that_cannot_be_named_so(given):
+    with pytest.raises(ValueError, match="columns: expected"):
+        EncodeOptions(columns=given)
+
+
+def test_known_columns_are_passed_on():
+    row = {"prompt": "q", "revision": "a text", **ANSWERS}
+    pairs, _ = load_pairs([row], CHAT, known=("revision",))
+    assert pairs[0].row.columns == {"revision": "a text"}
+
+
+def test_crlf_dialogues():
+    head = "\r\n\r\nHuman: hi\r\n\r\nAssistant:"
+    row = {"chosen": f"{head} I think so too", "rejected": f"{head} I think not"}
+    read = parse_row(row, chat=True)
+    assert read.prompt == [usr("hi")] and read.chosen == [bot("I think so too")]
+
+
+def test_one_rule_for_blanks():
+    """Text and messages of the same words have the same tokens."""
+    text = {"prompt": "q", "chosen": "  x\n", "rejected": "y"}
+    messages = {"prompt": [usr("q")], "chosen": [bot("  x\n")], "rejected": [bot("y")]}
+    pairs, _ = load_pairs([text, messages], CHAT)
+    assert pairs[0].chosen_ids.tolist() == pairs[1].chosen_ids.tolist()
+
+
+def test_nulls_of_arrow_go_and_those_that_were_written_stay(tmp_path):
+    def rows():
+        call = [{"function": {"name": "f", "arguments": {"city": "Oslo", "day": None}}}]
+        other = [{"function": {"name": "f", "arguments": {"ticker": "X"}}}]
+        return [
+            {
+                "prompt": [usr("q")],
+                "chosen": [bot("", tool_calls=call)],
+                "rejected": [bot("", tool_calls=other)],
+            }
+        ]
+
+    def arguments(read):
+        calls = [getattr(read, side)[0]["tool_calls"][0]["function"] for side in ANSWERS]
+        return [call["arguments"] for call in calls]
+
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows())))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TOOLS
+    written = load_pairs(path, tokenizer)[0][0].row
+    assert arguments(written) == [{"city": "Oslo", "day": None}, {"ticker": "X"}]
+    # Arrow gives both calls all three keys
+    arrow = load_pairs(datasets.Dataset.from_list(rows()), tokenizer)[0][0].row
+    assert arguments(arrow) == [{"city": "Oslo"}, {"ticker": "X"}]
+    # a pair that differs in a null that was written is no pair of equals
+    (row,) = rows()
+    row["rejected"] = [bot("", tool_calls=[{"function": {"name": "f", "arguments": {"day": 1}}}])]
+    row["chosen"] = [bot("", tool_calls=[{"function": {"name": "f", "arguments": {}}}])]
+    assert load_pairs([row], tokenizer)[1].kept == 1
+
+
+TOOLS = CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "frame"])
+def test_formatted_datasets(kind):
+    rows = [{"prompt": [usr("q")], "chosen": [bot("x")], "rejected": [bot("y")]}] * 2
+    data = datasets.Dataset.from_list(rows)
+    data = pandas.DataFrame(rows) if kind == "frame" else data.with_format(kind)
+    pairs, report = load_pairs(data, CHAT)
+    assert report.kept == 2 and pairs[0].row.prompt == [usr("q")]
+
+
+# -- folders
+
+
+def folder_of(tmp_path, *names):
+    for i, name in enumerate(names):
+        row = {"prompt": f"q{i}", "chosen": "x", "rejected": "y"}
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def prompts(folder, split):
+    pairs, _ = load_pairs(folder, CHAT, split=split)
+    return [pair.row.prompt[0]["content"] for pair in pairs]
+
+
+def test_a_folder_has_the_splits_of_its_names(tmp_path):
+    folder = folder_of(tmp_path, "train-00.jsonl", "train-01.jsonl", "test.jsonl", "a.val.jsonl")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / ".hidden.jsonl").write_text("no data")
+    assert prompts(folder, "train") == ["q0", "q1"]
+    assert prompts(folder, "test") == prompts(folder, "eval") == ["q2"]
+    assert prompts(folder, "validation") == prompts(folder, "dev") == ["q3"]
+    with pytest.raises(ValueError, match=r"got 'nonsense'; there are .*test: test\.jsonl"):
+        prompts(folder, "nonsense")
+
+
+def test_a_folder_without_splits_is_one(tmp_path):
+    folder = folder_of(tmp_path, "a.jsonl", "contest.jsonl")
+    assert prompts(folder, "train") == ["q0", "q1"]
+    with pytest.raises(ValueError, match=r"got 'test'; there are train: a\.jsonl, contest\.jsonl"):
+        prompts(folder, "test")
+
+
+def test_a_folder_of_which_some_have_no_split(tmp_path):
+    folder = folder_of(tmp_path, "a.jsonl", "test.jsonl")
+    with pytest.raises(ValueError, match=r"of no split: a\.jsonl"):
+        prompts(folder, "test")
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    import os
+
+    with pytest.raises(ValueError, match="expected a path or a name, got ''"):
+        load_pairs("", CHAT)
+    os.mkfifo(tmp_path / "a.jsonl")
+    for source in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(ValueError, match=r"regular file|neither"):
+            load_pairs(source, CHAT)
+
+
+def test_a_line_that_is_no_row_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("treg.data.reading.LONGEST_LINE", 200)
+    row = json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"})
+    (tmp_path / "a.jsonl").write_text(f"{row}\n{'[' * 900}\n{row}\n{' ' * 200}\n{row}")
+    pairs, report = load_pairs(tmp_path / "a.jsonl", CHAT)
+    assert [pair.row.where[-2:] for pair in pairs] == [":1", ":3", ":5"]
+    assert report.dropped == {"row too long": 2}
+
+
+# -- what messages show
+
+
+def test_text_from_data_is_shown_as_it_can_be():
+    row = {"prompt": "q", "chosen": "x", "rejected": "y", "a\ud800\x1b[31m": "text"}
+    _, report = load_pairs([row, {"prompt": "q", **ANSWERS}], CHAT)
+    text = str(report)
+    assert text.encode() and "\x1b" not in text and "\\ud800\\x1b" in text

@@ -1,0 +1,131 @@
+"""Pairs as token ids, and how rows become such pairs."""
+
+import dataclasses
+import datetime
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from treg.data.annotated import ID_COLUMNS
+from treg.data.batches import SIDES
+from treg.data.columns import Columns, parse_columns
+from treg.data.rendering import template_variables
+from treg.data.rows import Preference
+
+Turns = Literal["assistant", "all"]
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """Which of the T tokens of a completion are what.
+
+    scored: [T] bool, what the assistant writes: what its messages say and the ends of its turns,
+        but no turn of others in between.
+    content: [T] bool, of these, what its messages say.
+    said: what the messages say, as the template writes it (tool calls and thoughts included), also
+        where the tokens are cut.
+    """
+
+    scored: np.ndarray
+    content: np.ndarray
+    said: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference as token ids, int32.
+
+    A sequence is prompt_ids followed by chosen_ids or by rejected_ids.
+    cut: the sides that max_length cut, of "chosen" and "rejected".
+    answers: by side; empty where the ids come from elsewhere.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    row: Preference
+    index: int  # of the row in its source, counting rows that were dropped
+    cut: tuple[str, ...] = ()
+    answers: dict[str, AnswerTokens] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether max_length cut a completion."""
+        return bool(self.cut)
+
+    @property
+    def masked(self) -> bool:
+        """Whether tokens of a completion are not scored: those of other people's turns."""
+        return not all(answer.scored.all() for answer in self.answers.values())
+
+    @property
+    def example(self) -> dict[str, np.ndarray]:
+        """What `PairCollator` needs of a pair; masks only where tokens are not scored."""
+        found = {name: getattr(self, name) for name in ID_COLUMNS}
+        if self.masked:
+            found |= self.masks
+        return found
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The columns chosen_mask and rejected_mask, [T] bool."""
+        found = {}
+        for side in SIDES:
+            every = np.ones(len(getattr(self, f"{side}_ids")), dtype=bool)
+            found[f"{side}_mask"] = self.answers[side].scored if self.answers else every
+        return found
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How rows become token ids.
+
+    Args:
+        max_length: >= 2, tokens of prompt and completion together, or None. A completion keeps its
+            start; a prompt must fit whole.
+        chat: whether text without roles becomes messages (see `parse_row`). None: it does if the
+            tokenizer has a chat template, and text that was rendered already is refused. False:
+            text is taken as it is.
+        columns: new names of columns, as in `treg.data.columns`: by name, or "prompt=question".
+        turns: which turns of a completion of several messages are scored: the assistant's, or all
+            of them, as TRL does.
+        date: what a chat template takes for today, as YYYY-MM-DD. None: today.
+    """
+
+    max_length: int | None = 1024
+    chat: bool | None = None
+    columns: Columns = field(default_factory=dict)
+    turns: Turns = "assistant"
+    date: str | None = None
+
+    def __post_init__(self):
+        if self.max_length is not None and (
+            not isinstance(self.max_length, int) or self.max_length < 2
+        ):
+            raise ValueError(
+                f"max_length: expected an integer >= 2 or None, got {self.max_length!r}"
+            )
+        if self.turns not in get_args(Turns):
+            raise ValueError(f"turns: expected assistant or all, got {self.turns!r}")
+        object.__setattr__(self, "columns", parse_columns(self.columns))
+        _ = self.day
+
+    @property
+    def day(self) -> datetime.date:
+        if self.date is None:
+            return datetime.date.today()
+        try:
+            return datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"date: expected YYYY-MM-DD, got {self.date!r}") from error
+
+    def dated(self, tokenizer: Any) -> "EncodeOptions":
+        """These with the date of today, if the tokenizer's chat template asks for one."""
+        template = tokenizer.chat_template
+        if self.date is not None or template is None:
+            return self
+        templates = template.values() if isinstance(template, dict) else [template]
+        if not any("strftime_now" in template_variables(x) for x in templates):
+            return self
+        return dataclasses.replace(self, date=self.day.isoformat())
