@@ -196,7 +196,7 @@ def test_turns_of_others_are_scored_on_request():
 def test_a_prompt_that_is_written_otherwise_before_the_answer():
     """The system's text moves into a later turn: it would be scored."""
     prompt = [msg("system", "Be kind."), usr("2+2?")]
-    with pytest.raises(RowProblem, match="prompt rendered otherwise: chosen: .*'Be kind"):
+    with pytest.raises(RowProblem, match=r"prompt rendered otherwise: chosen: .*'Be kind"):
         pair_of(SYSTEM_LAST, prompt, [bot("four"), usr("sure?"), bot("yes")])
     tokenizer, pair, _ = pair_of(SYSTEM_LAST, prompt, [bot("four")])
     assert parts(tokenizer, pair)[:2] == ["[INST]Be kind. 2+2?[/INST]", "four<|im_end|>"]
@@ -306,7 +306,7 @@ def test_a_row_sets_only_what_the_template_reads(kwargs):
 def test_templates_are_bounded(monkeypatch):
     row = {"prompt": "q", "chosen": "x", "rejected": "y"}
     many = "{% for i in range(999) %}{% for j in range(999) %}xxxxxxxxxx{% endfor %}{% endfor %}"
-    with pytest.raises(RowProblem, match="chat template: it writes 99.* characters for"):
+    with pytest.raises(RowProblem, match=r"chat template: it writes 99.* characters for"):
         load_pairs([row], with_template(many + CHATML), strict=True)
     monkeypatch.setattr("treg.data.rendering.SECONDS", 0.2)
     slow = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -329,7 +329,7 @@ def test_today_is_the_same_for_a_whole_run():
 
 def test_text_that_is_rendered_already_is_not_rendered_again():
     row = {"prompt": HEAD, "chosen": "x", "rejected": "y"}
-    with pytest.raises(RowProblem, match="rendered already.*im_start.*--plain_text"):
+    with pytest.raises(RowProblem, match=r"rendered already.*im_start.*--plain_text"):
         load_pairs([row], tiny_tokenizer(), strict=True)
     ((pair,), _) = load_pairs([row], tiny_tokenizer(), EncodeOptions(chat=False))
     assert tiny_tokenizer().decode(pair.prompt_ids) == HEAD

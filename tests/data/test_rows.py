@@ -121,7 +121,7 @@ def test_columns_that_are_refused(form):
 
 
 def test_a_system_column_needs_a_chat_template():
-    with pytest.raises(RowProblem, match="turns beside plain text.*--columns system="):
+    with pytest.raises(RowProblem, match=r"turns beside plain text.*--columns system="):
         parse_row({"prompt": "q", "system": "s", **ANSWERS}, chat=False)
 
 
