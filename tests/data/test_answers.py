@@ -461,3 +461,40 @@ def test_encode_is_load_pairs_of_one_row():
         assert np.array_equal(getattr(pair, f"{side}_ids"), getattr(other, f"{side}_ids"))
         assert np.array_equal(pair.answers[side].scored, other.answers[side].scored)
     assert torch.is_tensor(PairCollator()([pair.example])["input_ids"])
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path):
+    from treg.rewards.annotate import annotate
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|extra|>"])
+    rows = [{"prompt": "q", "chosen": "x <|extra|>", "rejected": "y"}, TURNS]
+    report = annotate(MODEL, tokenizer, rows, tmp_path / "a.parquet", progress=False)
+    (message,) = report.examples["token beyond the embeddings"]
+    assert "'<|extra|>' is token" in message and report.kept == 1
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_an_annotated_file_keeps_what_is_scored(tmp_path, per_token):
+    from treg.data.annotated import read_annotated
+    from treg.rewards.annotate import AnnotateOptions, annotate
+
+    tokenizer, file = tiny_tokenizer(), tmp_path / "a.parquet"
+    annotate(MODEL, tokenizer, [TURNS], file, AnnotateOptions(per_token=per_token), progress=False)
+    ((pair,), _) = load_pairs([TURNS], tokenizer)
+    ((example,), _) = read_annotated(file)
+    ids = torch.tensor([[*pair.prompt_ids, *pair.chosen_ids]])
+    logits = MODEL(ids).logits[0, len(pair.prompt_ids) - 1 : -1].double()
+    logps = (
+        logits.log_softmax(-1)
+        .gather(1, torch.tensor(pair.chosen_ids).long()[:, None])[:, 0]
+        .detach()
+    )
+    scored = pair.answers["chosen"].scored
+    assert example["chosen_mask"].tolist() == scored.tolist() and not scored.all()
+    np.testing.assert_allclose(example["ref_chosen_logps"], logps[scored].sum().item(), atol=1e-4)
+    assert not example["chosen_token_rewards"][~scored].any()
+    batch = PairCollator()([example])
+    assert batch["lengths"][0] == scored.sum()
+    if per_token:
+        np.testing.assert_allclose(batch["ref_logps"][: scored.sum()], logps[scored], atol=1e-4)

@@ -7,7 +7,7 @@ from treg.data.messages import Messages, common_prefix, shown_text, text_of
 from treg.data.pair import EncodeOptions, Pair
 from treg.data.reading import read_rows
 from treg.data.rendering import Renderer, answer_end, conversation
-from treg.data.report import Report, RowProblem
+from treg.data.report import Report, RowProblem, described
 from treg.data.rows import Preference, parse_row
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "answer_end",
     "common_prefix",
     "conversation",
+    "described",
     "encode",
     "first_pairs",
     "load_pairs",

@@ -376,6 +376,9 @@ def _problem_of(
     """Why a pair cannot be annotated: the first of what the source says of its responses and of
     what does not fit the reference.
     """
+    problem = context.unknown_token(*sides)
+    if problem is not None:
+        return problem
     for response in sides:
         problem = check_response(rewards, response)
         if problem is not None:

@@ -20,9 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treg.data import (
-    RowProblem,
-)
+from treg.data import RowProblem, described
 from treg.data.batches import WEIGHT_STREAMS
 from treg.rewards.response import Response
 
@@ -146,6 +144,28 @@ class Context:
         detail = f"{need} tokens, the model has {self.longest} positions; lower max_length"
         return RowProblem("pair too long", detail, responses[0].where)
 
+    def unknown_token(self, *responses: Response) -> RowProblem | None:
+        """Why a response is not the model's: a token that it has no embedding of; None if all are
+        its own.
+        """
+        rows = self._embeddings
+        for response in responses:
+            ids = np.concatenate([response.prompt_ids, response.ids])
+            if rows is not None and int(ids.max()) >= rows:
+                token = described(self.tokenizer.decode([int(ids.max())]))
+                detail = (
+                    f"{response.side}: {token} is token {ids.max()}, the model has embeddings of "
+                    f"{rows}; use the model's own tokenizer, or resize the embeddings"
+                )
+                return RowProblem("token beyond the embeddings", detail, response.where)
+        return None
+
+    @cached_property
+    def _embeddings(self) -> int | None:
+        """How many tokens the model has embeddings of."""
+        layer = self.model.get_input_embeddings()
+        return None if layer is None else int(layer.weight.shape[0])
+
 
 class TokenRewardSource(Protocol):
     """What `treg annotate` and the trainers ask of a source of token rewards."""
@@ -235,10 +255,8 @@ def of_the_answer(response: Response, stream: str, values: Tensor) -> Tensor:
     """Numbers of a stream, 0 for tokens that are not the answer's: turns of others, and for rewards
     the words of the template before and between what it says.
     """
-    if response.says is None or response.scored is None:
-        return values
-    kept = response.scored
-    if stream == "token_rewards":
+    kept = response.assistants
+    if stream == "token_rewards" and response.says is not None:
         within = np.arange(len(kept)) < response.content
         kept = kept & ~(within & ~response.says)
     if kept.all():

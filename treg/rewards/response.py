@@ -110,6 +110,18 @@ class Response:
             shown=shown,
         )
 
+    @cached_property
+    def assistants(self) -> np.ndarray:
+        """[T] bool: the tokens that are the assistant's, which are those that are scored; where
+        that is not known, all but those of messages of others.
+        """
+        if self.scored is not None:
+            return self.scored
+        if isinstance(self.completion, str):
+            return np.ones(len(self.ids), dtype=bool)
+        own = np.array([message["role"] == "assistant" for message in self.completion])
+        return np.ones(len(self.ids), dtype=bool) if own.all() else own[self.messages]
+
     @property
     def first(self) -> int:
         """How many of the tokens precede what the answer says: the template's own words."""

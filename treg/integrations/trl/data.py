@@ -21,6 +21,9 @@ from treg.data.annotated import (
 from treg.data.batches import pair_numbers
 from treg.integrations.trl.own import REF_STREAM
 
+# the columns of a row that TRL reads
+TRL_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
 
 @dataclass
 class RewardCollator:
@@ -149,8 +152,13 @@ def text_pairs(dataset: Dataset) -> tuple[list[Pair], list[RowProblem]]:
     pairs, problems = [], []
     for index, example in enumerate(dataset):
         ids = [np.array(example[name], dtype=np.int32) for name in ID_COLUMNS]
+        # TRL renders these columns and no others
+        known = [name for name in example if name not in TRL_COLUMNS]
+        given = {name: example[name] for name in TRL_COLUMNS if name in example}
         try:
-            pairs.append(Pair(*ids, parse_row(example, f"row {index}", chat=False), index))
+            row = parse_row(given, f"row {index}", chat=False)
+            row.columns.update({name: example[name] for name in known})
+            pairs.append(Pair(*ids, row, index))
         except RowProblem as problem:
             problems.append(problem)
     return pairs, problems
