@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trainer_worker
+from safetensors.torch import save_file
 from tiny import environment
 from trainer_worker import (
     BETA,
@@ -37,7 +38,6 @@ from trainer_worker import (
     with_lora,
     with_reference,
 )
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import treg.trainer

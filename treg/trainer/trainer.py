@@ -112,6 +112,7 @@ class TRegTrainer(SealedCheckpoints):
             pair_columns=options.objective.pair_columns,
             adapters=ref_model is not None or not adapters,
             check_fingerprint=not args.ignore_fingerprint,
+            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
         loaded = {}
         for name, data in _named_datasets(train_dataset, eval_dataset).items():
