@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from tiny import tiny_llama, tiny_tokenizer
 
-from treg.data import ExampleLoader
+from treg.data import SIDES, ExampleLoader, PairCollator, dataset_card
 from treg.data.annotated import is_annotated, read_annotated, read_meta
 from treg.data.fingerprints import (
     checksum,
@@ -24,6 +24,7 @@ from treg.data.fingerprints import (
     sampled_fingerprint,
 )
 from treg.data.tables import read_parquet
+from treg.integrations.common import looked_up
 from treg.rewards.annotate import AnnotateOptions, annotate
 from treg.rewards.lookup import TokenRewards
 
@@ -300,6 +301,35 @@ def test_other_types_are_converted_or_refused(file, tmp_path):
     nulls = pa.chunked_array([pa.array([[1, None]] * PAIRS)])
     with pytest.raises(ValueError, match=r"t\.parquet: row 0: expected token ids in chosen_ids"):
         read_annotated(written(pa.list_(pa.int32()), nulls))
+
+
+def test_a_card_that_the_hub_reads(file, tmp_path):
+    card_module = pytest.importorskip("huggingface_hub")
+    path = tmp_path / "a.parquet"
+    path.write_bytes(file.read_bytes())
+    card = card_module.DatasetCard.load(dataset_card(path, license="apache-2.0"))
+    assert card.data.license == "apache-2.0" and "treg" in card.data.tags
+    assert card.data.size_categories == ["n<1K"]
+    assert load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"].num_rows == PAIRS
+    assert f'"model": "{model_fingerprint(MODEL)}"' in card.text
+    with pytest.raises(FileExistsError):
+        dataset_card(path)
+
+
+def test_ones_own_loop_and_the_integrations_read_it(file, tmp_path):
+    """What Axolotl, LLaMA-Factory, ms-swift, OpenRLHF and NeMo-RL call with the file's path, and
+    batches for a loop of one's own.
+    """
+    path = through_pandas(file, tmp_path)
+    examples, _ = read_annotated(path)
+    batch = PairCollator(CHAT.pad_token_id)(examples[:2])
+    wanted = [examples[i][f"{side}_token_rewards"] for side in SIDES for i in range(2)]
+    np.testing.assert_array_equal(batch["token_rewards"], np.concatenate(wanted))
+    found = looked_up(str(path), 0)
+    for example in examples:
+        ids = np.concatenate([example["prompt_ids"], example["rejected_ids"]])
+        rewards = found.of(ids)[len(example["prompt_ids"]) :]
+        np.testing.assert_array_equal(rewards, example["rejected_token_rewards"])
 
 
 # -- files that lie, and damaged ones

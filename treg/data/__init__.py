@@ -1,6 +1,7 @@
 """Preference files -> token ids -> batches."""
 
 from treg.data.batches import LOSS_KEYS, SIDES, PairCollator, first_pairs, pack_pairs, pair_tokens
+from treg.data.card import dataset_card
 from treg.data.encode import EncodeOptions, Pair, encode, load_pairs, prompt_text
 from treg.data.examples import ExampleLoader
 from treg.data.reading import read_rows
@@ -18,6 +19,7 @@ __all__ = [
     "Report",
     "RowProblem",
     "common_prefix",
+    "dataset_card",
     "encode",
     "first_pairs",
     "load_pairs",
