@@ -31,12 +31,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import treg.rewards.annotate
 from treg.cli import main
 from treg.data.annotated import read_annotated
 from treg.demo import world
 from treg.demo.run import MODEL
 
-PAIRS, OTHER_SEED = 70, 5  # three parts
+PAIRS, OTHER_SEED = 20, 5
+PART_PAIRS = 8  # so that there are three
 ROUNDS = 4  # kills of one run
 
 
@@ -51,6 +53,7 @@ class Job:
 
 def prepare(folder: Path) -> None:
     """Rows, the same of another seed, and annotated ones."""
+    treg.rewards.annotate.PART_PAIRS = PART_PAIRS
     folder.mkdir(parents=True, exist_ok=True)
     for name, seed in (("prefs", 0), ("others", OTHER_SEED)):
         rows = world.preference_rows(seed, PAIRS, "train")
@@ -323,8 +326,6 @@ def stop_before_merge(command: list) -> None:
     out.parent.mkdir(parents=True)
     process = os.fork()
     if process == 0:
-        import treg.rewards.annotate
-
         treg.rewards.annotate.merge_annotated = lambda *_: os._exit(9)
         quietly(command)
         os._exit(1)
