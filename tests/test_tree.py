@@ -52,8 +52,8 @@ MAY_IMPORT = {
         *("torch", "numpy", "jinja2", "tqdm", "peft", *HUGGING_FACE),
     },
     "treg.trainer": {
-        *("treg.trainer", "treg.data", "treg.heads", "treg.ops", "treg.losses", "treg.results"),
-        *("torch", "numpy", "peft", *HUGGING_FACE),
+        *("treg.trainer", "treg.data", "treg.files", "treg.heads", "treg.ops", "treg.losses"),
+        *("treg.results", "torch", "numpy", "peft", *HUGGING_FACE),
     },
     "treg.evaluate": {"treg.evaluate", "numpy"},
     "treg.viz": {
@@ -66,7 +66,7 @@ MAY_IMPORT = {
         *("torch", "numpy", "tokenizers", "safetensors", *HUGGING_FACE),
     },
     "treg.cli": {
-        *("treg", "treg.cli", "treg.checks", "treg.data", "treg.demo", "treg.files"),
+        *("treg", "treg.cli", "treg.data", "treg.demo", "treg.files"),
         *("treg.losses", "treg.ops", "treg.rewards", "treg.trainer", "treg.viz"),
         *("torch", "peft", *HUGGING_FACE),
     },

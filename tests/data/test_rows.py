@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.tiny import CHATML, tiny_tokenizer
 from treg.data import EncodeOptions, RowProblem, load_pairs, parse_row
-from treg.data.columns import parse_columns
+from treg.data.names import parse_columns
 
 CHAT = tiny_tokenizer()
 PLAIN = tiny_tokenizer(chat=False)

@@ -550,6 +550,24 @@ def test_an_annotated_file_is_what_the_trainer_makes_itself(tmp_path):
         assert lines[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-5)
 
 
+def test_an_annotated_file_that_went_through_datasets(tmp_path):
+    """Shuffled and back: the same gradients, and the model that made it is known all the same."""
+    file = annotated(tmp_path, make_model())
+    expected, _ = train(trainer_of(tmp_path, perturbed(make_model()), str(file), make_model()))
+    count = len(read_annotated(file)[0])
+    turned = (
+        Dataset.from_parquet(str(file))
+        .select(range(count - 1, -1, -1))
+        .select(range(count - 1, -1, -1))
+    )
+    trainer = trainer_of(tmp_path, perturbed(make_model()), turned, make_model())
+    assert trainer.ref_model is None
+    steps, _ = train(trainer)
+    assert_same(steps[0], expected[0], 1e-6)
+    with pytest.raises(ValueError, match="expected data annotated with this model"):
+        trainer_of(tmp_path, make_model(initializer_range=0.2), turned)
+
+
 @pytest.mark.parametrize("source", ["contrastive", "redistribution"])
 def test_a_source_reads_plain_rows_as_treg_annotate_does(tmp_path, source):
     """TRL ends their texts with the end-of-sequence token, which is no part of an answer."""

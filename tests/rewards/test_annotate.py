@@ -44,6 +44,7 @@ from treg.data.annotated import (
 from treg.data.examples import ExampleLoader
 from treg.rewards import Context, ContrastivePrompts, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
+from treg.rewards.parts import Parts
 from treg.rewards.response import ResponsePairs
 
 SIDES = ("chosen", "rejected")
@@ -471,7 +472,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, whole):
     done = sorted(parts.glob("part-*.parquet"))
     assert 1 <= len(done) < 7 and not output.exists()
     (parts / "part-00006.parquet.1.tmp").write_bytes(b"half")
-    (tmp_path / "a.parquet.1.tmp").write_bytes(b"half")
+    (tmp_path / "a.parquet.treg-1.tmp").write_bytes(b"half")
     made, make = [], treg.rewards.annotate.annotate_pairs
     monkeypatch.setattr(
         treg.rewards.annotate,
@@ -544,7 +545,7 @@ def test_smaller_batches_go_on(tmp_path, monkeypatch, small_parts, whole, change
     folder = stopped(tmp_path, monkeypatch)
     parts = {file: file.stat().st_mtime_ns for file in folder.glob("part-*")}
     with monkeypatch.context() as patch:
-        patch.setattr(treg.rewards.annotate.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Parts, "remove", lambda self: None)
         _, examples, _ = run(tmp_path, replace(SMALL, **changed), rows(26, seed=4))
     assert all(file.stat().st_mtime_ns == time for file, time in parts.items())
     for x, y in zip(examples, read_annotated(whole)[0], strict=True):
@@ -735,15 +736,15 @@ def test_a_run_that_is_killed_while_it_cleans_up(tmp_path, monkeypatch, whole):
     """
     folder = tmp_path / "a.parquet.parts"
 
-    def half(path, *args, **kwargs):
-        (path / "manifest.json").unlink()
+    def half(self):
+        (self.folder / "manifest.json").unlink()
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(treg.rewards.annotate.shutil, "rmtree", half)
+        patch.setattr(Parts, "remove", half)
         with pytest.raises(Stop):
             run(tmp_path, data=rows(26, seed=4))
-    assert len(list(folder.glob("part-*"))) == 7 and same(tmp_path / "a.parquet", whole)
+    assert len(list(folder.glob("part-*.parquet"))) == 7 and same(tmp_path / "a.parquet", whole)
     (tmp_path / "a.parquet").unlink()
     other = tiny_llama(V, initializer_range=0.2)
     run(tmp_path, data=rows(26, seed=4), model=other)
@@ -753,7 +754,7 @@ def test_a_run_that_is_killed_while_it_cleans_up(tmp_path, monkeypatch, whole):
 
 def test_left_over_parts_of_a_complete_output_are_removed(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch:
-        patch.setattr(treg.rewards.annotate.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Parts, "remove", lambda self: None)
         run(tmp_path, data=rows(26, seed=4))
     assert (tmp_path / "a.parquet.parts").exists()
     run(tmp_path, data=rows(26, seed=4))
@@ -973,7 +974,7 @@ def test_files_that_are_not_annotated(tmp_path):
     assert not is_annotated(tmp_path / "b.parquet") and not is_annotated(5)
     write_annotated(path, [annotated()], {})
     table = pq.read_table(path)
-    pq.write_table(table.replace_schema_metadata(None), path)
+    pq.write_table(table.replace_schema_metadata(None).drop(["treg"]), path)
     with pytest.raises(ValueError, match="got one without its metadata; run `treg annotate`"):
         read_annotated(path)
     assert not is_annotated(path)

@@ -61,6 +61,16 @@ FUNCTIONS = {
         "test_two_runs_in_one_folder",
         "test_weights_of_ones_own_source_train_simpo",
     ),
+    "cli/test_runs.py": (
+        "test_a_checkpoint_of_the_model_alone_is_no_start",
+        "test_a_checkpoint_without_a_seal_is_tested_by_its_formats",
+        "test_a_disk_that_is_full",
+        "test_a_finished_run_without_checkpoints_is_kept",
+        "test_a_run_that_diverges_ends_with_an_error",
+        "test_data_and_models_are_known_by_their_content",
+        "test_the_run_goes_on_from_the_older_one",
+        "test_the_same_of_epochs_that_are_not_whole",
+    ),
     "data/test_data.py": (
         "test_any_text",
         "test_real_files",

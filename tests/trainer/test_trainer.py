@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trainer_worker
+from safetensors.torch import save_file
 from tiny import environment
 from trainer_worker import (
     BETA,
@@ -350,17 +351,25 @@ def test_tokens_are_counted_across_a_resume_between_log_lines(tmp_path, uninterr
 
 
 def test_last_checkpoint_is_whole(tmp_path):
+    """Of another trainer, without a seal: each file that a resume reads, and a state that can be
+    read; tests/cli/test_runs.py has the sealed ones.
+    """
     assert last_checkpoint(tmp_path) is None
-    for name, text in (
-        ("checkpoint-9", "{}"),
-        ("checkpoint-10", "{}"),
-        ("checkpoint-11", '{"epoch'),
-        ("checkpoint-x", "{}"),
-        ("checkpoint-12", None),
+    for step, text in (
+        ("9", '{"global_step": 9}'),
+        ("10", '{"global_step": 10}'),
+        ("11", '{"global_step'),
+        ("12", None),
+        ("13", '{"global_step": 9}'),
+        ("x", '{"global_step": 10}'),
     ):
-        (tmp_path / name).mkdir()
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+            torch.save({"x": 1}, folder / name)
         if text is not None:
-            (tmp_path / name / "trainer_state.json").write_text(text)
+            (folder / "trainer_state.json").write_text(text)
     assert last_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-10"
 
 

@@ -1,6 +1,6 @@
 """treg annotate: token rewards and reference log-probs of a preference file."""
 
-from treg.cli.loading import annotate_options, load_model, load_tokenizer, say
+from treg.cli.loading import annotate_options, check_data, load_model, load_tokenizer, say
 from treg.cli.options import AnnotateOnlyOptions, ModelOptions, RewardsOptions, RowOptions, parse
 from treg.rewards.annotate import annotate, process_state
 
@@ -19,6 +19,7 @@ is worse (contrastive prompts). --rewards NAME --help shows the options of anoth
 def run(argv: list[str]) -> None:
     kinds = (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)
     model_options, rows, own, rewards = parse("annotate", argv, kinds, TEXT)
+    check_data("data", rows.data)
     options = annotate_options(
         rewards,
         own.max_length,

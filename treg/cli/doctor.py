@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from treg.checks import resolve_impl
 from treg.cli.options import parse, words
-from treg.ops import fused_treg_loss, reference
+from treg.ops import fused_treg_loss, reference, resolve_impl
 
 PACKAGES = words(
     """

@@ -1,14 +1,14 @@
 """treg inspect: annotated pairs and a trained model's implicit rewards as a page."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from treg.cli.loading import drawable, load_model, load_tokenizer, say
 from treg.cli.options import InspectOptions, parse, words
+from treg.cli.runs import last_history
 from treg.data.annotated import read_annotated, streams_of, tokenizer_fingerprint
-from treg.files import last_checkpoint
+from treg.files import read_json
 from treg.rewards import DEFAULT_SOURCE, nearest
 from treg.rewards.annotate import process_state
 from treg.viz import plot_curves, print_pairs, write_page
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> None:
     tokenizer = _tokenizer(options, meta)
     run = Path(options.run or options.model or ".")
     settings = _settings(run)
-    history = _history(run) if options.run or options.model else []
+    history = last_history(run) if options.run or options.model else []
     beta = options.beta if options.beta is not None else settings.get("beta", 0.1)
     reference = options.ref_model
     kept = "ref_chosen_token_logps" in examples[0]
@@ -118,12 +118,4 @@ def _source(meta: dict[str, Any], stream: str) -> str:
 def _settings(run: Path) -> dict[str, Any]:
     """The options of a training run; none where the folder holds no run."""
     file = run / "treg_run.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def _history(run: Path) -> list[dict[str, Any]]:
-    """The log of a training run: of the whole, or of its last checkpoint."""
-    folder = run if (run / "trainer_state.json").exists() else last_checkpoint(run)
-    if folder is None:
-        return []
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return read_json(file) if file.exists() else {}

@@ -14,7 +14,8 @@ from treg.rewards.annotate import AnnotateOptions, process_state
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     loading.check_folder("model", path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with loading.no_code_of(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -27,8 +28,17 @@ def load_model(
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     loading.check_folder("model", path)
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more)
+    with loading.no_code_of(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, **more
+        )
     return model if device is None else model.to(device)
+
+
+def check_data(name: str, path: str) -> None:
+    """ValueError for data without a name, which a path takes for the current folder."""
+    if not path.strip():
+        raise ValueError(f"{name}: expected a file, a folder or a hub name, got {path!r}")
 
 
 def annotate_options(

@@ -1,14 +1,13 @@
 """treg train: a causal LM on preference pairs, annotated or raw."""
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from treg.cli.loading import annotate_options, drawable, load_model, load_tokenizer, say
+from treg.cli.loading import annotate_options, check_data, drawable, load_model, load_tokenizer, say
 from treg.cli.options import (
     SOURCE_PREFIX,
     ModelOptions,
@@ -18,10 +17,11 @@ from treg.cli.options import (
     parse,
     words,
 )
+from treg.cli.runs import claim_run, finish, finished, going_on_from
 from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import is_annotated
 from treg.data.examples import examples_of
-from treg.files import last_checkpoint, locked, replacing
+from treg.files import locked, writing
 from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state
 from treg.trainer import TRegConfig, TRegTrainer
@@ -86,8 +86,8 @@ def run(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         if process_state().is_main_process:
             stack.enter_context(locked(out))
-        _claim_run(out, options.settings)
-        if _finished(out):
+        claim_run(out, options.settings)
+        if finished(out):
             say(f"{out} holds a finished run of these settings: nothing to do")
         else:
             _train(out, options)
@@ -102,7 +102,11 @@ def _check(options: Options) -> None:
         raise ValueError(
             "use_liger_kernel: expected a GPU, got a CPU; Liger's layers are Triton kernels"
         )
-    data = [x for x in (options.rows.data, options.own.eval_data) if x]
+    data = [options.rows.data]
+    check_data("data", options.rows.data)
+    if options.own.eval_data is not None:
+        data.append(options.own.eval_data)
+        check_data("eval_data", options.own.eval_data)
     raw = [x for x in data if not is_annotated(x)]
     limit = options.rows.limit
     if limit is not None and len(raw) < len(data):
@@ -174,15 +178,17 @@ def _train(out: Path, options: Options) -> None:
     )
     # the trainer keeps the reference if it is needed
     del reference, prepare
-    checkpoint = last_checkpoint(out)
-    if checkpoint is not None:
-        say(f"going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model()
-    trainer.create_model_card(finetuned_from=options.model.model, dataset=options.rows.data)
-    if trainer.is_world_process_zero() and drawable(trainer.state.log_history):
-        plot_curves({out.name: trainer.state.log_history}, out / "curves.png")
-    trainer.save_state()
+    if config.save_only_model:
+        say("save_only_model: if this run is stopped, it starts from its beginning again")
+    trainer.train(resume_from_checkpoint=going_on_from(out))
+    with writing(out):
+        trainer.save_model()
+        trainer.create_model_card(finetuned_from=options.model.model, dataset=options.rows.data)
+        if trainer.is_world_process_zero() and drawable(trainer.state.log_history):
+            plot_curves({out.name: trainer.state.log_history}, out / "curves.png")
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            finish(out)
     say(f"wrote {out}: the model, its card, trainer_state.json, curves.png")
 
 
@@ -259,33 +265,3 @@ class _DataPreparation:
             )
         say(f"{name}: {report}")
         return str(output)
-
-
-def _finished(out: Path) -> bool:
-    """Whether the run in out was trained to its end and saved: its state is what is saved last."""
-    file = out / "trainer_state.json"
-    if not file.exists() or last_checkpoint(out) is None:
-        return False
-    state = json.loads(file.read_text())
-    return state["global_step"] >= state["max_steps"]
-
-
-def _claim_run(out: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a run beside it; a folder that holds checkpoints of other settings is
-    refused.
-    """
-    settings = json.loads(json.dumps(settings, default=str))
-    file = out / "treg_run.json"
-    before = json.loads(file.read_text()) if file.exists() else None
-    if before is not None and last_checkpoint(out) is not None:
-        for name in settings.keys() & before.keys():
-            if settings[name] != before[name]:
-                raise ValueError(
-                    f"{name}: {out} holds a run with {before[name]!r}, now it is "
-                    f"{settings[name]!r}; give another output_dir, or remove that one"
-                )
-    if process_state().is_main_process and before != settings:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
-    process_state().wait_for_everyone()

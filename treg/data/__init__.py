@@ -1,6 +1,7 @@
 """Preference files -> token ids -> batches."""
 
 from treg.data.batches import LOSS_KEYS, SIDES, PairCollator, first_pairs, pack_pairs, pair_tokens
+from treg.data.card import dataset_card
 from treg.data.encode import encode, load_pairs, prompt_text
 from treg.data.examples import ExampleLoader
 from treg.data.messages import Messages, common_prefix, shown_text, text_of
@@ -25,6 +26,7 @@ __all__ = [
     "answer_end",
     "common_prefix",
     "conversation",
+    "dataset_card",
     "described",
     "encode",
     "first_pairs",

@@ -10,96 +10,56 @@ A parquet file with a row for each pair:
     ref_chosen_token_logps, ref_rejected_...  list<float32>, nats; only on request
     chosen_mask, rejected_mask                list<bool>: the tokens that are scored, where some
                                               are not, as another person's turn in a completion
+    prompt_text, chosen_text, rejected_text   string: the ids decoded, special tokens and all
+    treg_checksum                             string: of the ids, of each stream, of the reference
+    treg                                      string, the same in every row: the description
 
-and, under the key "treg" of its metadata, a JSON object: `fingerprint`, `settings`, `report`.
+and, under the key "treg" of its metadata, a JSON object: `fingerprint`, `config`, `settings`,
+`report`, `streams`. The description is the same without the report and what belongs to the rows
+together; it is in a column because `datasets` and pandas keep columns alone. So rows may be
+filtered, shuffled and put together with those of other files that are described alike, by any
+program that keeps the two last columns.
 
 A stream is a named per-token signal, such as token_rewards (what a source gives) or token_weights
-(u_t in a margin). `streams` of the metadata says of each its source, its settings and the shaping;
-without `streams` the file has one, token_rewards by contrastive prompts, whose settings are among
-the file's. The reference columns may be missing, as in files for objectives without a reference.
-Other columns are passed on to the examples.
+(u_t in a margin). `streams` says of each its source, its settings and the shaping; without
+`streams` the file has one, token_rewards by contrastive prompts, whose settings are among the
+file's. The reference columns may be missing, as in files for objectives without a reference. Other
+columns are passed on to the examples. Files of earlier versions have neither text nor checksums.
 """
 
-import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS, SIDES, WEIGHT_STREAMS
-from treg.files import replacing
+from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS
+from treg.data.columns import (
+    CHECKSUM,
+    DESCRIPTION,
+    ID_COLUMNS,
+    REF_COLUMNS,
+    REF_TOKEN_COLUMNS,
+    TEXT_COLUMNS,
+    groups_of,
+    stream_columns,
+)
+from treg.data.columns import REWARD_COLUMNS as REWARD_COLUMNS
+from treg.data.fingerprints import PROBE as PROBE
+from treg.data.fingerprints import model_fingerprint as model_fingerprint
+from treg.data.fingerprints import tokenizer_fingerprint as tokenizer_fingerprint
+from treg.data.row_checks import check_example, checksum_of
+from treg.data.tables import is_described, read_parquet, source_name, table_of, values_of
+from treg.files import digest_of, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def stream_columns(stream: str) -> tuple[str, str]:
-    """The two columns of a stream."""
-    chosen, rejected = (f"{side}_{stream}" for side in SIDES)
-    return chosen, rejected
-
-
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 DEFAULT_STREAMS = ("token_rewards",)  # of a file whose metadata name none
-REWARD_COLUMNS = stream_columns("token_rewards")
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-REF_TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
-NO_STREAMS = ("ids", "logps", "token_logps")  # names that other columns have
-PROBE = "The quick brown fox, 12345 + 6.78 = ?\n\tdéjà vu — 東京 🙂 def f(x): return x"
-SAMPLES = 64
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary, the chat template, the end-of-sequence token, and the ids of a
-    probe text.
-    """
-    vocabulary, probe = sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]
-    state = [vocabulary, tokenizer.chat_template, tokenizer.eos_token_id, probe]
-    return hashlib.sha256(json.dumps(state, ensure_ascii=True).encode()).hexdigest()[:16]
-
-
-def model_fingerprint(model: torch.nn.Module, *, adapters: bool = False) -> str:
-    """SHA-256 over the parameters' names and shapes and 64 values of each, rounded to bfloat16.
-
-    So a checkpoint has one fingerprint in float32 and in bfloat16, and one that has been trained
-    has another. adapters: whether those on the model count, with the factor that scales each
-    (alpha / r of LoRA); without them a PEFT model has the fingerprint of its bare checkpoint.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters() if adapters else _base_parameters(model):
-        flat = parameter.detach().reshape(-1)
-        at = torch.linspace(
-            0, flat.shape[0] - 1, min(SAMPLES, flat.shape[0]), dtype=torch.float64
-        ).long()
-        sample = flat[at.to(flat.device)].bfloat16().float().cpu()
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    if adapters:
-        for name, module in model.named_modules():
-            scaling = getattr(module, "scaling", None)
-            # of PEFT's layers a dict by adapter; attention has a number of that name
-            if isinstance(scaling, dict) and hasattr(module, "active_adapters"):
-                digest.update(f"{name}{sorted(scaling.items())}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of the checkpoint itself, by their own names: without adapters, and copies
-    that are trained.
-    """
-    # PEFT methods name their own weights by a prefix: lora_, ia3_, ...
-    adapter = getattr(getattr(model, "base_model", None), "prefix", "lora_")
-    for name, parameter in model.named_parameters():
-        if adapter in name or ".modules_to_save." in name or ".trainable_tokens_" in name:
-            continue
-        name = name.removeprefix("base_model.model.")
-        for wrapper in (".base_layer", ".original_module", ".token_adapter"):
-            name = name.replace(wrapper, "")
-        yield name, parameter
+NO_STREAMS = ("ids", "logps", "token_logps", "text", "mask")  # names that other columns have
+# what belongs to all rows of one file together, and what changes roundings only
+OF_THE_WHOLE = ("report", "problems", "fingerprint.pairs", "fingerprint.columns")
+CUTTING = ("settings.tokens_per_batch", "settings.share_prefix")
 
 
 def streams_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
@@ -146,9 +106,13 @@ def write_annotated(
     if masks:
         columns |= dict.fromkeys(MASK_COLUMNS, pa.list_(pa.bool_()))
     columns |= kept or {}
-    schema = pa.schema(list(columns.items()), metadata={"treg": json.dumps(meta)})
+    columns |= {x: pa.string() for x in TEXT_COLUMNS if rows and x in rows[0]}
+    columns[CHECKSUM] = pa.string()
+    groups = groups_of(columns, streams)
+    rows = [{**row, CHECKSUM: checksum_of(row, groups)} for row in rows]
+    schema = pa.schema(list(columns.items()))
     arrays = [pa.array([row[name] for row in rows], kind) for name, kind in columns.items()]
-    _write(path, pa.table(arrays, schema=schema))
+    _write(path, pa.table(arrays, schema=schema), meta)
 
 
 def kept_types(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, "pa.DataType"]:
@@ -190,116 +154,163 @@ def _is_plain(kind: "pa.DataType") -> bool:
 def merge_annotated(parts: Sequence[Path], path: Path, meta: Mapping[str, Any]) -> None:
     """The rows of all parts as one file, in the order of the source."""
     import pyarrow as pa
-    import pyarrow.parquet
 
-    table = pa.concat_tables(
-        [pyarrow.parquet.read_table(part).replace_schema_metadata(None) for part in parts]
-    )
-    _write(path, table.sort_by("index").replace_schema_metadata({"treg": json.dumps(meta)}))
+    tables = [read_parquet(part).replace_schema_metadata(None) for part in parts]
+    # a part without rows has no text
+    table = pa.concat_tables([x for x in tables if x.num_rows] or tables)
+    _write(path, table.sort_by("index"), meta)
 
 
 def without_weight(path: str | Path) -> tuple[int, int]:
     """How many responses of a file have token_weights of 0 alone, of how many; (0, 0) for a file
     without weights.
     """
-    import pyarrow.parquet
-
-    present = pyarrow.parquet.read_schema(path).names
-    names = [name for name in stream_columns("token_weights") if name in present]
-    table = pyarrow.parquet.read_table(path, columns=names)
-    weights = [x for name in names for x in _values(table.column(name))]
+    names = stream_columns("token_weights")
+    table = table_of(path, columns=names)
+    names = [name for name in names if name in table.column_names]
+    weights = [x for name in names for x in values_of(table.column(name))]
     return sum(not x.any() for x in weights), len(weights)
 
 
-def read_meta(path: str | Path) -> dict[str, Any]:
-    """What `write_annotated` was given as meta."""
+def read_meta(source: Any) -> dict[str, Any]:
+    """What `write_annotated` was given as meta; of what has been through other programs, the
+    description.
+    """
+    return _meta_of(table_of(source, columns=[DESCRIPTION]), source)
+
+
+def _write(path: str | Path, table: "pa.Table", meta: Mapping[str, Any]) -> None:
+    """The table with its description, as a whole file."""
+    import pyarrow as pa
     import pyarrow.parquet
 
-    return json.loads(pyarrow.parquet.read_schema(path).metadata[b"treg"])
-
-
-def _write(path: str | Path, table: Any) -> None:
-    import pyarrow.parquet
-
+    if DESCRIPTION in table.column_names:
+        table = table.drop_columns([DESCRIPTION])
+    said = pa.repeat(pa.scalar(json.dumps(description_of(meta)), pa.string()), table.num_rows)
+    table = table.append_column(DESCRIPTION, said)
+    metadata = {"treg": json.dumps(meta), "treg_sha256": digest_of(meta)}
+    table = table.replace_schema_metadata(metadata)
     with replacing(path) as temporary:
-        pyarrow.parquet.write_table(table, temporary, compression="zstd")
+        pyarrow.parquet.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
-def is_annotated(path: Any) -> bool:
-    """Whether path is a file that `write_annotated` wrote."""
-    if (
-        not isinstance(path, (str, Path))
-        or not str(path).endswith(".parquet")
-        or not Path(path).is_file()
-    ):
-        return False
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        return b"treg" in (pyarrow.parquet.read_schema(path).metadata or {})
-    except (OSError, pyarrow.lib.ArrowException):
-        return False
+def description_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a file's meta holds of each of its rows alone."""
+    found = {}
+    for name, value in json.loads(json.dumps(meta)).items():
+        if name in OF_THE_WHOLE:
+            continue
+        if isinstance(value, dict):
+            value = {k: x for k, x in value.items() if f"{name}.{k}" not in OF_THE_WHOLE}
+        found[name] = value
+    return found
 
 
-def read_annotated(path: str | Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Examples for `PairCollator`, in the order of the file, and the file's meta.
+def is_annotated(source: Any) -> bool:
+    """Whether source is a file that `write_annotated` wrote, or that was made from such ones; a
+    folder of them, or one that `datasets` saved; or a dataset, a pandas frame or a list with their
+    columns.
+    """
+    return is_described(source, DESCRIPTION)
+
+
+def _meta_of(table: "pa.Table", source: Any) -> dict[str, Any]:
+    """The meta of a table: its description by the column, if there is one, and what the metadata
+    add to it.
 
     Raises:
-        ValueError: no annotated file, or a row whose columns do not agree.
+        ValueError: rows that were annotated otherwise than others; a damaged description.
     """
-    table = _read_table(path)
-    metadata = (table.schema.metadata or {}).get(b"treg")
-    meta = json.loads(metadata or b"{}")
+    metadata = table.schema.metadata or {}
+    texts = []
+    if DESCRIPTION in table.column_names and table.num_rows:
+        texts = table.column(DESCRIPTION).unique().to_pylist()
+    try:
+        said = [json.loads(text) for text in texts]
+        meta = json.loads(metadata.get(b"treg", b"{}"))
+        digest = metadata.get(b"treg_sha256", digest_of(meta).encode())
+        damaged = digest != digest_of(meta).encode()
+        damaged |= not all(isinstance(x, dict) for x in (*said, meta))
+    except (TypeError, ValueError):
+        damaged = True
+    if damaged:
+        raise ValueError(
+            f"{source_name(source)}: expected a description by `treg annotate` in {DESCRIPTION}, "
+            "got a damaged one; annotate again"
+        )
+    if not said or said == [description_of(meta)]:
+        return meta
+    for other in said[1:]:
+        _check_alike(said[0], other, source)
+    return said[0]
+
+
+def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], source: Any) -> None:
+    """ValueError where two descriptions differ in more than roundings."""
+    flat = [dict(_flat(x)) for x in (first, other)]
+    for name in sorted(flat[0].keys() | flat[1].keys()):
+        a, b = (x.get(name) for x in flat)
+        if a != b and name not in CUTTING:
+            raise ValueError(
+                f"{source_name(source)}: expected rows that were annotated alike, got some with "
+                f"{name} {a!r} and some with {b!r}; annotate them with the same model and options"
+            )
+
+
+def _flat(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in description.items():
+        if isinstance(value, Mapping):
+            for key, x in value.items():
+                yield f"{name}.{key}", x
+        else:
+            yield name, value
+
+
+def read_annotated(source: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Examples for `PairCollator`, in the order of the source, and its meta.
+
+    Args:
+        source: the path of an annotated file, or several in a list; of a folder of them, or one
+            that `datasets` saved; a `datasets.Dataset`, a pandas frame or a list with the columns
+            of one.
+    Raises:
+        ValueError: nothing annotated; a row whose columns do not agree, or that was changed since
+            it was annotated; numbers that no annotation gives (see `treg.data.row_checks`); rows
+            that were not annotated alike.
+    """
+    name = source_name(source)
+    table = table_of(source)
+    described = DESCRIPTION in table.column_names or b"treg" in (table.schema.metadata or {})
+    meta = _meta_of(table, source) if described else {}
     # the loss takes what is there, whether the metadata name it or not
     taken = [x for x in LOSS_STREAMS if set(stream_columns(x)) & set(table.column_names)]
     streams = tuple(dict.fromkeys((*streams_of(meta), *taken)))
-    groups = _groups(table.column_names, streams)
-    missing = [name for group in groups for name in group if name not in table.column_names]
-    if metadata is None or missing:
-        lack = "its metadata" if metadata is None else "the columns " + ", ".join(missing)
+    groups = groups_of(table.column_names, streams)
+    columns = [column for group in groups.values() for column in group]
+    missing = [column for column in columns if column not in table.column_names]
+    if not described or missing:
+        lack = f"the columns {', '.join(missing)}" if described else "its metadata"
         raise ValueError(
-            f"{path}: expected a parquet file written by `treg annotate`, got one without {lack}; "
-            "run `treg annotate` on it"
+            f"{name}: expected what `treg annotate` wrote, got one without {lack}; run `treg "
+            "annotate` on it"
         )
     if not table.num_rows:
-        raise ValueError(f"{path}: expected at least one pair, found none")
-    table = _with_types(path, table, groups)
-    columns = {name: _values(table.column(name)) for name in table.column_names}
-    examples = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
-    for example in examples:
-        _check_example(example, streams, path)
+        raise ValueError(f"{name}: expected at least one pair, found none")
+    table = _with_types(name, table, groups)
+    columns = {column: values_of(table.column(column)) for column in table.column_names}
+    columns.pop(DESCRIPTION, None)
+    rows = zip(*columns.values(), strict=True)
+    examples = [dict(zip(columns, values, strict=True)) for values in rows]
+    bounded = "streams" not in meta and "prompts" in meta.get("settings", {})
+    for i, example in enumerate(examples):
+        example.setdefault("index", i)
+        example.setdefault("where", f"row {i}")
+        check_example(example, groups, name, contrastive=bounded)
+        example.pop(CHECKSUM, None)
     return examples, meta
 
 
-def _read_table(path: str | Path) -> "pa.Table":
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"data: no such file: {path}")
-    try:
-        return pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.lib.ArrowException) as error:
-        raise ValueError(
-            f"{path}: expected a parquet file written by `treg annotate`, got: {error}"
-        ) from error
-
-
-def _groups(present: Sequence[str], streams: Sequence[str]) -> list[tuple[str, ...]]:
-    """The columns that a file must have, in groups: ids, those of each stream, and those of the
-    reference of which it has one.
-    """
-    groups: list[tuple[str, ...]] = [ID_COLUMNS, *map(stream_columns, streams)]
-    for group in (REF_COLUMNS, REF_TOKEN_COLUMNS, MASK_COLUMNS):
-        if any(name in present for name in group):
-            groups.append(group)
-    return groups
-
-
-def _with_types(path: str | Path, table: "pa.Table", groups: list[tuple[str, ...]]) -> "pa.Table":
+def _with_types(name: str, table: "pa.Table", groups: Mapping[str, Any]) -> "pa.Table":
     """The table with the types of the format: another program may have written it with wider ones.
 
     Raises:
@@ -307,58 +318,16 @@ def _with_types(path: str | Path, table: "pa.Table", groups: list[tuple[str, ...
     """
     import pyarrow as pa
 
-    for group in groups:
-        kind = pa.list_(pa.int32() if group == ID_COLUMNS else pa.float32())
-        kind = pa.float64() if group == REF_COLUMNS else kind
-        kind = pa.list_(pa.bool_()) if group == MASK_COLUMNS else kind
-        for name in group:
-            column = table.column(name)
-            try:
-                column = column.cast(kind)
-            except pa.ArrowException as error:
-                raise ValueError(
-                    f"{path}: {name}: expected {kind}, got {column.type}: {error}"
-                ) from error
-            table = table.set_column(table.column_names.index(name), name, column)
+    for column_name in (x for group in groups.values() for x in group):
+        kind = pa.list_(pa.int32() if column_name in ID_COLUMNS else pa.float32())
+        kind = pa.float64() if column_name in REF_COLUMNS else kind
+        kind = pa.list_(pa.bool_()) if column_name in MASK_COLUMNS else kind
+        column = table.column(column_name)
+        try:
+            column = column.cast(kind)
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"{name}: {column_name}: expected {kind}, got {column.type}: {error}"
+            ) from error
+        table = table.set_column(table.column_names.index(column_name), column_name, column)
     return table
-
-
-def _values(column: Any) -> list:
-    """A column as Python numbers and strings, or, where it holds lists of numbers, as arrays that
-    share one buffer.
-    """
-    import pyarrow as pa
-
-    if not pa.types.is_list(column.type) or not pa.types.is_primitive(column.type.value_type):
-        return column.to_pylist()
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    offsets = array.offsets.to_numpy()
-    values = array.values.to_numpy(zero_copy_only=False)
-    return [values[a:b] for a, b in itertools.pairwise(offsets)]
-
-
-def _check_example(example: Mapping[str, Any], streams: Sequence[str], path: str | Path) -> None:
-    where = f"{path}: row {example.get('index')}"
-    for side in SIDES:
-        length = len(example[f"{side}_ids"])
-        if not length or not len(example["prompt_ids"]):
-            raise ValueError(f"{where}: expected tokens in prompt_ids and {side}_ids, got none")
-        for name in (*(f"{side}_{stream}" for stream in streams), f"ref_{side}_token_logps"):
-            if name in example:
-                _check_numbers(where, name, example[name], length, f"{side}_ids")
-        for name in (f"{side}_{stream}" for stream in WEIGHT_STREAMS):
-            if name in example and example[name].min() < 0:
-                raise ValueError(f"{where}: expected {name} >= 0, got {example[name].min().item()}")
-        total = example.get(f"ref_{side}_logps", 0.0)
-        if total is None or not np.isfinite(total):
-            raise ValueError(f"{where}: expected a finite ref_{side}_logps, got {total}")
-
-
-def _check_numbers(where: str, name: str, values: np.ndarray, length: int, ids: str) -> None:
-    finite = bool(np.isfinite(values).all())
-    if len(values) != length or not finite:
-        raise ValueError(
-            f"{where}: expected {length} finite numbers in {name}, one a token of {ids}, got "
-            f"{len(values)}{'' if finite else ', some not finite'}"
-        )

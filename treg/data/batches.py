@@ -68,7 +68,7 @@ class PairCollator:
             starts = np.cumsum([0, *map(len, inputs[:-1])])
         else:
             starts = np.arange(len(inputs)) * width
-        masks = _masks(pairs)
+        masks = [scored_tokens(p, side, f"pair {i}") for side in SIDES for i, p in enumerate(pairs)]
 
         def kept(values: Sequence[Any]) -> np.ndarray:
             """What tokens that are scored have, of all completions."""
@@ -146,24 +146,20 @@ def _gather(pairs: Sequence[Mapping[str, Any]], column: str) -> list | None:
     return found
 
 
-def _masks(pairs: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """[tokens of the completion] bool of each sequence, the B chosen ones first: which are scored.
+def scored_tokens(example: Mapping[str, Any], side: str, where: str) -> np.ndarray:
+    """[tokens of the completion] bool: which are scored; where: the example, for errors.
 
     Raises:
         ValueError: a mask of another length, or of no token.
     """
-    found = []
-    for side in SIDES:
-        for i, pair in enumerate(pairs):
-            n = len(pair[f"{side}_ids"])
-            mask = np.asarray(pair.get(f"{side}_mask", np.ones(n, dtype=bool)))
-            if mask.shape != (n,) or not mask.any() or mask.dtype != bool:
-                raise ValueError(
-                    f"{side}_mask: expected {n} of True and False, one a token of {side}_ids and "
-                    f"not all False, got {mask.tolist()} in pair {i}"
-                )
-            found.append(mask)
-    return found
+    n = len(example[f"{side}_ids"])
+    mask = np.asarray(example.get(f"{side}_mask", np.ones(n, dtype=bool)))
+    if mask.shape != (n,) or not mask.any() or mask.dtype != bool:
+        raise ValueError(
+            f"{where}: expected {n} of True and False in {side}_mask, one a token of {side}_ids "
+            f"and not all False, got {mask.tolist()}"
+        )
+    return mask
 
 
 def first_pairs(batch: Mapping[str, Any], n: int) -> dict[str, Any]:

@@ -1,163 +1,39 @@
-"""What the columns of a row mean: one place decides it.
+"""The names of the annotated file's columns."""
 
-A column has one of the names below, or is given one by `columns`, or is passed on untouched if it
-holds no text. A column of text or of messages that nothing reads is refused by name: it may be a
-part of the question, and what is trained on would not be what the person wrote.
-"""
+from collections.abc import Iterable, Sequence
 
-import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from treg.data.batches import MASK_COLUMNS, SIDES
 
-from treg.data.report import RowProblem, described
 
-# a dialogue: the prompt, or the whole, which some datasets keep beside the pair
-DIALOGUES = ("conversations", "conversation", "messages")
-# names of a column, the usual one first
-ALIASES = {
-    "prompt": ("prompt", "question", "query", "instruction", *DIALOGUES),
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
-    "system": ("system", "system_prompt"),
-    "history": ("history",),
-    "input": ("input",),
-    "tools": ("tools",),
-    "chat_template_kwargs": ("chat_template_kwargs",),
-}
-READ_COLUMNS = {name for names in ALIASES.values() for name in names}
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# columns about a row: their text is no part of the question
-ABOUT = re.compile(
-    r"((.*[_. -])?(ids?|idx|index|uuid|hash|md5|sha1|sha256|source|sources|dataset|datasets|origin"
-    r"|model|models|category|categories|type|task|subset|split|lang|language|license|url|domain"
-    r"|date|time|timestamp|created|score|scores|rating|ratings|label|labels|tag|tags|metadata|meta"
-    r"|annotator|rationale|preference)|(chosen|rejected|ref|prompt)[_.-].+|.+[_.-](chosen|rejected)"
-    r"|generation_model|generations|generation_models|order|raw_.+|topic|topics|difficulty)",
-    re.IGNORECASE,
+def stream_columns(stream: str) -> tuple[str, str]:
+    """The two columns of a stream."""
+    chosen, rejected = (f"{side}_{stream}" for side in SIDES)
+    return chosen, rejected
+
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REWARD_COLUMNS = stream_columns("token_rewards")
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REF_TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+TEXT_COLUMNS = ("prompt_text", "chosen_text", "rejected_text")
+DESCRIPTION = "treg"  # a key of the metadata too
+CHECKSUM = "treg_checksum"
+OWN_COLUMNS = (
+    *("index", "where", *ID_COLUMNS, *REF_COLUMNS, *REF_TOKEN_COLUMNS, *TEXT_COLUMNS),
+    *(*MASK_COLUMNS, DESCRIPTION, CHECKSUM),
 )
-Columns = Mapping[str, str]  # new name: name in the data; "" drops the column of that name
 
 
-def parse_columns(given: Any) -> dict[str, str]:
-    """`columns` as "new=old,new=old", a list of those, or by name.
-
-    Raises:
-        ValueError: something else, or a name that is given twice.
+def groups_of(present: Iterable[str], streams: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The columns that a file must have, in groups: ids, those of each stream, and those of the
+    reference of which it has one.
     """
-    if given is None:
-        return {}
-    if isinstance(given, Mapping):
-        items = [(new, "" if old is None else old) for new, old in given.items()]
-    else:
-        texts = [given] if isinstance(given, str) else given
-        parts = [x.strip() for text in texts for x in str(text).split(",")]
-        items = [(a.strip(), b.strip()) for a, _, b in (x.partition("=") for x in parts if x)]
-        if any("=" not in x for x in parts if x):
-            raise ValueError(
-                f"columns: expected NEW=OLD, such as prompt=question, or NAME= to leave a column "
-                f"out, got {given!r}"
-            )
-    found: dict[str, str] = {}
-    for new, old in items:
-        if not isinstance(new, str) or not isinstance(old, str) or not new or new in found:
-            raise ValueError(
-                f"columns: expected each new name once and the name of a column for it, got "
-                f"{given!r}"
-            )
-        found[new] = old
-    return found
-
-
-def named_columns(
-    row: Mapping[str, Any], columns: Columns, known: Collection[str] = ()
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a row has of the columns of ALIASES, by their usual names, and its other columns.
-
-    Args:
-        columns: new names of columns, and those that are left out.
-        known: names of other columns that somebody reads.
-    Raises:
-        RowProblem: a column that `columns` names is missing; two columns have one meaning; a column
-            of text, of messages, or of pictures that nobody reads.
-    """
-    row = _renamed(row, columns)
-    found: dict[str, Any] = {}
-    others = dict(row)
-    for name, aliases in ALIASES.items():
-        if name in columns:
-            aliases = (name,)
-        there = {x: others.pop(x) for x in aliases if x in others}
-        holding = [x for x, value in there.items() if not _is_empty(value)]
-        if name == "prompt":
-            holding = _without_copies(holding, there, row)
-        if len(holding) > 1:
-            raise RowProblem(
-                "two columns of one meaning",
-                f"{' and '.join(holding)} are both a {name}; {_leave_out(holding[-1])}",
-            )
-        given = [x for x in there if there[x] is not None]
-        if holding or given:
-            found[name] = there[(holding or given)[0]]
-    for name, value in others.items():
-        if name not in known:
-            _check_unread(name, value)
-    return found, others
-
-
-def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    """A row with its new names; columns that a new name hides are gone."""
-    if not columns:
-        return dict(row)
-    taken = set(columns) | set(columns.values())
-    found = {name: value for name, value in row.items() if name not in taken}
-    for new, old in columns.items():
-        if not old:
-            continue
-        if old not in row:
-            there = ", ".join(map(str, row)) or "none"
-            raise RowProblem(f"no column {old!r}", f"the columns are {there}")
-        found[new] = row[old]
-    return found
-
-
-def _without_copies(holding: list[str], there: Mapping[str, Any], row: Mapping) -> list[str]:
-    """Prompts without dialogues that repeat an answer or another column."""
-    answers = [row[x] for side in ("chosen", "rejected") for x in ALIASES[side] if x in row]
-    kept = []
-    for i, name in enumerate(holding):
-        value = there[name]
-        copies = [*answers, *(there[x] for x in holding[:i])]
-        if name in DIALOGUES and len(holding) > 1 and any(value == x for x in copies):
-            continue
-        kept.append(name)
-    return kept
-
-
-def _check_unread(name: Any, value: Any) -> None:
-    """RowProblem for what may be a part of the question."""
-    if _is_empty(value):
-        return
-    if name in MEDIA:
-        raise RowProblem("not text", f"{name!r} is not read; {_leave_out(name)}")
-    if ABOUT.fullmatch(str(name)) or not _is_text(value):
-        return
-    raise RowProblem(
-        f"unknown column {described(name)}",
-        f"it holds {'messages' if isinstance(value, list) else 'text'}; say what it is with "
-        f"--columns NEW={name}, such as prompt={name}, or leave it out with --columns {name}=",
-    )
-
-
-def _leave_out(name: Any) -> str:
-    return f"leave one out with --columns {name}="
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is text, or messages."""
-    if isinstance(value, list):
-        return any(isinstance(x, dict) and {"role", "from"} & x.keys() for x in value)
-    return isinstance(value, str) and bool(value.strip())
+    present = set(present)
+    groups: dict[str, tuple[str, ...]] = {"ids": ID_COLUMNS}
+    groups |= {stream: stream_columns(stream) for stream in streams}
+    optional = {"reference": REF_COLUMNS, "reference_tokens": REF_TOKEN_COLUMNS}
+    optional["masks"] = MASK_COLUMNS
+    for name, group in optional.items():
+        if present & set(group):
+            groups[name] = group
+    return groups

@@ -49,7 +49,7 @@ def load_pairs(
     Args:
         source, split: see `read_rows`. limit: only so many rows are looked at.
         strict: raise RowProblem at the first row that cannot be used, instead of counting it.
-        known: names of columns of text that somebody reads, see `treg.data.columns`.
+        known: names of columns of text that somebody reads, see `treg.data.names`.
     Raises:
         ValueError: the source cannot be read, or holds no usable row; the message says what became
             of the rows.

@@ -2,29 +2,42 @@
 model that trains.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import torch
 
 from treg.data.annotated import (
     ID_COLUMNS,
     REF_COLUMNS,
     REF_TOKEN_COLUMNS,
     is_annotated,
-    model_fingerprint,
     read_annotated,
     stream_columns,
-    tokenizer_fingerprint,
 )
 from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS, pair_numbers
 from treg.data.encode import EncodeOptions, Pair, load_pairs
+from treg.data.fingerprints import (
+    FORM,
+    config_of,
+    model_fingerprint,
+    other_config,
+    sampled_fingerprint,
+    tokenizer_fingerprint,
+)
 from treg.data.report import Report
+from treg.data.tables import source_name
+
+log = logging.getLogger(__name__)
 
 
 class ExampleLoader:
     """Calls: (source, name of the argument) -> examples for `PairCollator`.
 
-    A source is an annotated file, its examples, or, where no stream is needed, anything
-    `load_pairs` reads.
+    A source is anything that `read_annotated` reads, examples, or, where no stream is needed,
+    anything `load_pairs` reads.
 
     Args:
         reference: the model that must have made the annotations; only its fingerprint is looked at.
@@ -33,6 +46,7 @@ class ExampleLoader:
         refused: signals that the loss would not take, by name.
         pair_columns: columns that examples must have, one number each.
         adapters: whether the reference is meant with the adapters that are on it.
+        autocast: the dtype that training's reference is cast to where PyTorch's autocast casts.
     """
 
     def __init__(
@@ -46,6 +60,7 @@ class ExampleLoader:
         pair_columns: Sequence[str] = (),
         adapters: bool = True,
         check_fingerprint: bool = True,
+        autocast: torch.dtype | None = None,
     ):
         self.tokenizer = tokenizer
         self.reference = reference
@@ -55,6 +70,7 @@ class ExampleLoader:
         self.pair_columns = pair_columns
         self.adapters = adapters
         self.check_fingerprint = check_fingerprint
+        self.autocast = autocast
         self.reports: dict[str, Report] = {}
 
     def __call__(self, source: Any, name: str) -> Sequence[Mapping[str, Any]]:
@@ -93,6 +109,7 @@ class ExampleLoader:
         streams = [stream_columns(stream) for stream in LOSS_STREAMS]
         for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS, MASK_COLUMNS):
             _check_same_columns(examples, group, name)
+        check_vocabulary(name, examples, self.reference)
         return examples
 
     def _annotated(self, source: Any) -> list[dict[str, Any]]:
@@ -100,20 +117,23 @@ class ExampleLoader:
         examples, meta = read_annotated(source)
         if self.check_fingerprint:
             check_made_with(
-                str(source),
+                source_name(source),
                 meta,
                 self.tokenizer,
                 self.reference,
                 adapters=self.adapters,
                 fix="set ignore_fingerprint",
             )
+        if any(name in examples[0] for name in (*REF_COLUMNS, *REF_TOKEN_COLUMNS)):
+            tell_of_precision(source_name(source), meta, self.reference, self.autocast)
         longest = max(
             len(x["prompt_ids"]) + max(len(x["chosen_ids"]), len(x["rejected_ids"]))
             for x in examples
         )
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
-                f"max_length: expected at least {longest}, the longest sequence of {source}, got "
+                f"max_length: expected at least {longest}, the longest sequence of "
+                f"{source_name(source)}, got "
                 f"{self.max_length}; annotate with a lower max_length, or raise it here"
             )
         return examples
@@ -176,17 +196,85 @@ def check_made_with(
     fix: how to train all the same.
     """
     made_with = meta.get("fingerprint", {})
-    found = {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": model_fingerprint(reference, adapters=adapters),
-    }
-    for what, value in found.items():
-        made = made_with.get(what, "none")
-        if made != value:
-            raise ValueError(
-                f"{path}: expected data annotated with this {what} ({value}), got {made}; annotate "
-                f"with the model that training starts from, give that one as ref_model, or {fix}"
-            )
+    form = str(made_with.get("model", "none"))
+    found = tokenizer_fingerprint(tokenizer)
+    if made_with.get("tokenizer") != found:
+        _refuse(path, "tokenizer", found, str(made_with.get("tokenizer", "none")), fix)
+    if not form.startswith(f"{FORM}-"):
+        found = sampled_fingerprint(reference, adapters=adapters)
+        if form != found:
+            _refuse(path, "model", found, f"{form} (by an earlier version)", fix)
+        log.warning(
+            "%s was annotated by an earlier version, which kept 64 values of each weight and "
+            "nothing of the model's configuration, so that no more is compared; annotate it again",
+            path,
+        )
+        return
+    found = model_fingerprint(reference, adapters=adapters)
+    if form.rpartition("-")[0] != found.rpartition("-")[0]:
+        _refuse(path, "model", found, form, fix)
+    if form != found:
+        other = other_config(meta.get("config", {}), config_of(reference))
+        if other is not None or "config" not in meta:
+            _refuse(path, "model", found, f"the same weights with {other or 'another config'}", fix)
+
+
+def _refuse(path: str, what: str, value: str, made: str, fix: str) -> None:
+    raise ValueError(
+        f"{path}: expected data annotated with this {what} ({value}), got {made}; annotate "
+        f"with the model that training starts from, give that one as ref_model, or {fix}"
+    )
+
+
+def check_vocabulary(name: str, examples: Sequence[Mapping[str, Any]], model: Any) -> None:
+    """ValueError for token ids that a model has no embedding for."""
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    size = getattr(text_config, "vocab_size", None)
+    if size is None:
+        return
+    for i, example in enumerate(examples):
+        for column in ID_COLUMNS:
+            ids = np.asarray(example[column])
+            if ids.size and not 0 <= ids.min() <= ids.max() < size:
+                worst = ids.max() if ids.min() >= 0 else ids.min()
+                raise ValueError(
+                    f"{name}: expected token ids from 0 to {size - 1}, the model's vocabulary, got "
+                    f"{worst} in {column} of pair {i}; annotate with the model's tokenizer"
+                )
+
+
+def tell_of_precision(
+    path: str, meta: Mapping[str, Any], reference: Any, autocast: torch.dtype | None
+) -> None:
+    """A warning where reference log-probs were made in another precision than training's own are:
+    the first margins are then not 0 but what the roundings differ by.
+    """
+    settings = meta.get("settings", {})
+    now = {"dtype": str(getattr(reference, "dtype", None)), "autocast": autocast and str(autocast)}
+    made = {name: settings.get(name) for name in now}
+    if "dtype" not in settings or made == now:
+        return
+    log.warning(
+        "%s: the reference's log-probs were made in %s, and training runs in %s: the first margins "
+        "are what the roundings differ by, not 0; annotate with %s, or train with %s",
+        path,
+        _precision(made),
+        _precision(now),
+        _options_for(now),
+        _options_for(made),
+    )
+
+
+def _precision(of: Mapping[str, Any]) -> str:
+    cast = f" under autocast to {of['autocast']}" if of["autocast"] else ""
+    return f"{of['dtype']}{cast}".replace("torch.", "")
+
+
+def _options_for(of: Mapping[str, Any]) -> str:
+    """The options of the command line that make a model run in a precision."""
+    flags = {"torch.bfloat16": " --bf16", "torch.float16": " --fp16"}
+    return f"--dtype {of['dtype']}{flags.get(of['autocast'], '')}".replace("torch.", "")
 
 
 def _are_examples(source: Any) -> bool:

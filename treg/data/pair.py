@@ -9,7 +9,7 @@ import numpy as np
 
 from treg.data.annotated import ID_COLUMNS
 from treg.data.batches import SIDES
-from treg.data.columns import Columns, parse_columns
+from treg.data.names import Columns, parse_columns
 from treg.data.rendering import template_variables
 from treg.data.rows import Preference
 
@@ -87,7 +87,7 @@ class EncodeOptions:
         chat: whether text without roles becomes messages (see `parse_row`). None: it does if the
             tokenizer has a chat template, and text that was rendered already is refused. False:
             text is taken as it is.
-        columns: new names of columns, as in `treg.data.columns`: by name, or "prompt=question".
+        columns: new names of columns, as in `treg.data.names`: by name, or "prompt=question".
         turns: which turns of a completion of several messages are scored: the assistant's, or all
             of them, as TRL does.
         date: what a chat template takes for today, as YYYY-MM-DD. None: today.

@@ -7,7 +7,7 @@ A row is one of
                                         the turns "\\n\\nHuman:" and "\\n\\nAssistant:" (HH)
     {conversations, chosen, rejected}   ShareGPT: {from, value}
 
-under the names that `treg.data.columns` knows (question, instruction and input, ...), or that
+under the names that `treg.data.names` knows (question, instruction and input, ...), or that
 `columns` gives. Messages may be a string of JSON. A row may have `system`, `history` (pairs of
 question and answer that precede the prompt), `tools` and `chat_template_kwargs`, of which the last
 two go on to the chat template. A column of text that nothing reads is refused by name.
@@ -19,7 +19,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from treg.data.columns import Columns, named_columns
 from treg.data.messages import (
     HH_ANSWER,
     Messages,
@@ -31,6 +30,7 @@ from treg.data.messages import (
     says_something,
     turn,
 )
+from treg.data.names import Columns, named_columns
 from treg.data.reading import parse_json
 from treg.data.report import RowProblem
 
@@ -72,7 +72,7 @@ def parse_row(
     Args:
         chat: whether plain text is to become messages: the prompt a user's turn, the completions an
             assistant's, an HH dialogue its turns. Rows of messages stay messages.
-        columns: new names of columns, see `treg.data.columns`.
+        columns: new names of columns, see `treg.data.names`.
         known: names of columns beside these that somebody reads.
     Raises:
         RowProblem: the row cannot be used.

@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 from treg.data.annotated import is_annotated, read_meta, streams_of
+from treg.data.tables import source_name
 from treg.rewards.lookup import TokenRewards
 
 
@@ -37,9 +38,10 @@ def looked_up(token_rewards: str | Path | TokenRewards, tail: int) -> TokenRewar
     """
     if isinstance(token_rewards, TokenRewards):
         return token_rewards
+    name = source_name(token_rewards)
     if is_annotated(token_rewards) and "token_weights" in streams_of(read_meta(token_rewards)):
         raise ValueError(
-            f"token_rewards: expected a file without token_weights, got {token_rewards}, which has "
+            f"token_rewards: expected a file without token_weights, got {name}, which has "
             "them; annotate without, or train with treg.trainer.TRegTrainer, which takes both"
         )
     return TokenRewards(token_rewards, tail=tail)

@@ -2,6 +2,7 @@
 of two heads, without [N, V] logits. README.md beside this file says how they work.
 """
 
+from treg.checks import resolve_impl
 from treg.ops.linear_kl import linear_kl
 from treg.ops.linear_logprobs import linear_logprobs
 from treg.ops.plans.vocab_parallel import VocabShard
@@ -16,4 +17,5 @@ __all__ = [
     "fused_treg_loss",
     "linear_kl",
     "linear_logprobs",
+    "resolve_impl",
 ]

@@ -12,8 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +26,13 @@ from treg.data import SIDES, EncodeOptions, Pair, Report, RowProblem, load_pairs
 from treg.data.annotated import (
     is_annotated,
     merge_annotated,
-    model_fingerprint,
+    read_annotated,
     read_meta,
-    tokenizer_fingerprint,
     without_weight,
     write_annotated,
 )
-from treg.files import locked, replacing
+from treg.data.fingerprints import config_of, model_fingerprint, tokenizer_fingerprint
+from treg.files import digest_of, plain, remove_leftovers
 from treg.rewards import (
     DEFAULT_SOURCE,
     Context,
@@ -46,6 +45,7 @@ from treg.rewards import (
 )
 from treg.rewards.base import check_response
 from treg.rewards.kept import KeptColumns, check_names
+from treg.rewards.parts import Parts, claimed
 from treg.rewards.progress import Progress
 from treg.rewards.response import ResponsePairs
 from treg.rewards.several import SeveralSource
@@ -183,13 +183,17 @@ def annotate(
         made_with["fingerprint"]["columns"] = kept.fingerprint
     folder = Path(f"{output}.parts")
     if output.exists():
-        return _finished(output, folder, _comparable(made_with), state)
+        report = _finished(output, _comparable(made_with))
+        if state.is_main_process:
+            Parts(folder, "", order, PART_PAIRS).remove()
+        return report
+    expected = plain(_comparable(made_with) | {"parts": {"part_pairs": PART_PAIRS}})
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
             if state.is_main_process:
-                expected = _comparable(made_with) | {"parts": {"part_pairs": PART_PAIRS}}
-                stack.enter_context(_claimed(folder, expected))
-        run = _Run(context, rewards, options, kept, order, folder, strict)
+                stack.enter_context(claimed(folder, expected, _check_same))
+        parts = Parts(folder, digest_of(expected), order, PART_PAIRS)
+        run = _Run(context, rewards, options, kept, parts, strict)
         files, problems = _annotate_parts(run, bar, state)
         for problem, truncated in problems:
             report.kept -= 1
@@ -198,27 +202,29 @@ def annotate(
         if not report.kept:
             raise ValueError(f"data: expected a pair that can be annotated, found none: {report}")
         if state.is_main_process:
-            # of a run that was killed while it wrote
-            for left in output.parent.glob(f"{output.name}.*.tmp"):
-                left.unlink()
+            remove_leftovers(output)  # of a run that was killed while it wrote
             merge_annotated(files, output, made_with | {"report": asdict(report)})
-            shutil.rmtree(folder)
+            parts.remove()
             _tell_of_empty_masks(output)
         state.wait_for_everyone()
     return report
 
 
-def _finished(output: Path, folder: Path, expected: dict[str, Any], state: PartialState) -> Report:
-    """The report of an output that is there; ValueError if it was made otherwise."""
+def _finished(output: Path, expected: dict[str, Any]) -> Report:
+    """The report of an output that is there; ValueError if it was made otherwise, or is damaged."""
     if not is_annotated(output):
         raise ValueError(
             f"{output}: not written by `treg annotate`; give another output, or remove {output}"
         )
-    meta = read_meta(output)
-    _check_same(output, meta, expected)
-    if state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    return Report(**meta["report"])
+    examples, meta = read_annotated(output)
+    _check_same(output, meta, plain(expected))
+    report = Report(**meta["report"])
+    if report.kept != len(examples):
+        raise ValueError(
+            f"{output}: expected the {report.kept} pairs that were annotated, got {len(examples)}; "
+            f"give another output, or remove {output}"
+        )
+    return report
 
 
 def _tell_of_empty_masks(output: Path) -> None:
@@ -235,20 +241,19 @@ def _tell_of_empty_masks(output: Path) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """What the parts of a run have in common. order: the pairs, the longest first."""
+    """What the parts of a run have in common."""
 
     context: Context
     rewards: TokenRewardSource
     options: AnnotateOptions
     kept: KeptColumns
-    order: Sequence[Pair]
-    folder: Path
+    parts: Parts
     strict: bool
 
     @cached_property
     def masks(self) -> bool:
         """Whether tokens of some completion are not scored."""
-        return any(pair.masked for pair in self.order)
+        return any(pair.masked for part in self.parts.pairs for pair in part)
 
 
 def _annotate_parts(
@@ -257,26 +262,25 @@ def _annotate_parts(
     """The files of all parts, once every process has done its share; each problem, and if its pair
     was truncated.
     """
-    starts = range(0, len(run.order), PART_PAIRS)
-    parts = [run.order[start : start + PART_PAIRS] for start in starts]
-    files = [run.folder / f"part-{i:05}.parquet" for i in range(len(parts))]
-    todo = [i for i in range(len(parts)) if not files[i].exists()]
+    parts = run.parts.pairs
+    todo = [i for i in range(len(parts)) if not run.parts.is_whole(i)]
     state.wait_for_everyone()  # until everyone has counted, nobody adds a part
     # by what is left, not by number, so that the processes have equal work after a stop as well
     mine = todo[state.process_index :: state.num_processes]
     with bar.over(sum(len(parts[i]) for i in mine)), torch.inference_mode():
         for i in mine:
-            _annotate_part(run, parts[i], files[i])
+            _annotate_part(run, i)
             bar.pairs(len(parts[i]))
     state.wait_for_everyone()
+    files = [run.parts.file(i) for i in range(len(parts))]
     found = [problem for file in files for problem in read_meta(file)["problems"]]
     state.wait_for_everyone()  # until everyone has read them, nobody removes the parts
     return files, [(RowProblem(*problem), truncated) for problem, truncated in found]
 
 
-def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
+def _annotate_part(run: _Run, number: int) -> None:
     """Write the rows of a part, and its problems into the metadata."""
-    options = run.options
+    options, part = run.options, run.parts.pairs[number]
     missing = {pair.index: run.kept.problem(pair) for pair in part}
     rows, problems = annotate_pairs(
         run.rewards,
@@ -292,18 +296,32 @@ def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:
         raise problems[0]
     by_index = {pair.index: pair for pair in part}
     rows = [row | run.kept.of(by_index[row["index"]]) for row in rows]
+    rows = [row | _texts(row, run.context.tokenizer) for row in rows]
     truncated = {pair.row.where: pair.truncated for pair in part}
     details = [((p.reason, p.detail, p.where), truncated[p.where]) for p in problems]
+    file = run.parts.file(number)
     write_annotated(
         file,
         rows,
-        {"problems": details},
+        run.parts.meta(number) | {"problems": details},
         streams=run.rewards.streams,
         reference=options.reference,
         per_token=options.per_token,
         masks=run.masks,
         kept=run.kept.types,
     )
+    run.parts.confirm(number)
+
+
+def _texts(row: Mapping[str, Any], tokenizer: Any) -> dict[str, str]:
+    """The ids of a row as people read them, special tokens and all."""
+    found = {}
+    for name in ("prompt", *SIDES):
+        ids = [int(i) for i in row[f"{name}_ids"]]
+        found[f"{name}_text"] = tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+    return found
 
 
 def process_state() -> PartialState:
@@ -418,6 +436,7 @@ def _made_with(
             "tokenizer": tokenizer_fingerprint(context.tokenizer),
             "pairs": _pairs_fingerprint(pairs),
         },
+        "config": config_of(model),
         "settings": settings,
     }
     if not default or options.steps:
@@ -480,25 +499,8 @@ def _autocast(device: str) -> str | None:
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path, made_with: dict[str, Any]) -> Iterator[None]:
-    """The folder of parts, made or found to be of the same annotation, for this run alone."""
-    with locked(folder):
-        manifest = folder / "manifest.json"
-        if manifest.exists():
-            _check_same(folder, json.loads(manifest.read_text()), made_with)
-        else:
-            # of an annotation that was stopped while it removed them
-            for part in folder.glob("part-*.parquet"):
-                part.unlink()
-            with replacing(manifest) as temporary:
-                temporary.write_text(json.dumps(made_with, indent=1))
-        yield
-
-
 def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """ValueError where a file or its parts were made otherwise than this run would make them."""
-    expected = json.loads(json.dumps(expected))  # as a file gives it back
     # settings first: they say what a fingerprint hides
     for group in sorted(expected.keys() | {"streams"}, reverse=True):
         now, before = expected.get(group, {}), found.get(group, {})

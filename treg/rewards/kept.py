@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from treg.data import Pair, RowProblem
-from treg.data.annotated import (
-    ID_COLUMNS,
-    REF_COLUMNS,
-    REF_TOKEN_COLUMNS,
-    kept_types,
-    stream_columns,
-)
-from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS
-from treg.data.columns import READ_COLUMNS
+from treg.data.annotated import kept_types, stream_columns
+from treg.data.batches import LOSS_STREAMS
+from treg.data.columns import OWN_COLUMNS
 from treg.data.examples import check_columns
+from treg.data.names import READ_COLUMNS
 
 
 class KeptColumns:
@@ -78,7 +73,7 @@ def check_names(names: Sequence[str], streams: Sequence[str]) -> None:
     """
     if isinstance(names, str):
         raise ValueError(f"keep_columns: expected a list of columns, got {names!r}")
-    own = {"index", "where", *ID_COLUMNS, *REF_COLUMNS, *REF_TOKEN_COLUMNS, *MASK_COLUMNS}
+    own = set(OWN_COLUMNS)
     for stream in (*LOSS_STREAMS, *streams):
         own |= set(stream_columns(stream))
     for name in names:

@@ -1,6 +1,8 @@
 """Models and tokenizers that a source loads beside the run's own, by folder or hub name."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ def load_model(kind: Any, option: str, path: str, what: str, **options: Any) -> 
     check_folder(f"rewards.{option}", path)
     try:
         with torch.inference_mode(False):
-            model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+            model, info = kind.from_pretrained(
+                path, output_loading_info=True, trust_remote_code=False, **options
+            )
     except Exception as error:  # each kind of broken folder raises its own
         raise ValueError(
             f"rewards.{option}: expected a folder or hub name of {what}, got {path!r}: "
@@ -46,11 +50,27 @@ def load_tokenizer(name: str, path: str) -> Any:
     """The tokenizer of a folder or hub name. name: of the option that says path, for errors."""
     check_folder(name, path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as of models
         raise ValueError(
             f"{name}: expected a folder or hub name with a tokenizer, got {path!r}: "
             f"{type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def no_code_of(path: str) -> Iterator[None]:
+    """What loads a folder or hub name with trust_remote_code=False in here says what that means.
+    Unset, transformers would ask on the terminal whether to run what lies there.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path}: expected a model whose code is a part of transformers, got one that brings "
+            "its own, which is not run; convert it to a type that transformers has"
         ) from error
 
 

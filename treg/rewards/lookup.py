@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treg.data.annotated import read_annotated
+from treg.data.annotated import is_annotated, read_annotated
 from treg.data.batches import SIDES
+from treg.data.tables import source_name
 
 DIFFERENT = 1e-2  # what batches of other shapes change in 16 bits is less
 
@@ -21,8 +22,8 @@ class TokenRewards:
     """Token rewards of whole sequences (prompt and completion), looked up by their ids.
 
     Args:
-        source: the path of an annotated file, or its examples (see
-            `treg.data.annotated.read_annotated`).
+        source: an annotated file, or anything else that `treg.data.annotated.read_annotated`
+            reads, or its examples.
         tail: so many tokens at the end of a sequence may differ from the annotated ones, as where a
             trainer ends a response otherwise; their reward is 0.
         stream: the per-token signal that is looked up, where it is not the token rewards.
@@ -30,7 +31,7 @@ class TokenRewards:
 
     def __init__(
         self,
-        source: str | Path | Iterable[Mapping[str, Any]],
+        source: Any,
         *,
         tail: int = 0,
         stream: str = "token_rewards",
@@ -39,12 +40,11 @@ class TokenRewards:
             raise ValueError(f"tail: expected a number of tokens >= 0, got {tail!r}")
         self.tail = tail
         self.stream = stream
-        if isinstance(source, (str, Path)):
-            self.source = str(source)
-            examples: Iterable[Mapping[str, Any]] = read_annotated(source)[0]
-        else:
-            self.source = "the annotated examples"
-            examples = source
+        examples: Iterable[Mapping[str, Any]] = source
+        self.source = "the annotated examples"
+        if isinstance(source, (str, Path)) or is_annotated(source):
+            self.source = source_name(source)
+            examples = read_annotated(source)[0]
         found: dict[bytes, tuple[np.ndarray, int]] = {}
         for example in examples:
             for side in SIDES:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treg.data import LOSS_KEYS, ExampleLoader, PairCollator, first_pairs, pack_pairs
 from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS, stream_columns
@@ -20,6 +20,7 @@ from treg.heads import check_sequences, install_head, run_head
 from treg.losses import LossOptions
 from treg.ops import fused_treg_loss, linear_logprobs
 from treg.results import TRegLoss
+from treg.trainer.checkpoints import SealedCheckpoints
 from treg.trainer.config import TRegConfig
 from treg.trainer.metrics import PairMetrics
 
@@ -49,7 +50,7 @@ reference model's under contrastive prompts:
 """
 
 
-class TRegTrainer(Trainer):
+class TRegTrainer(SealedCheckpoints):
     """Trains a causal LM on preference pairs with T-REG or any objective of `treg.losses`.
 
     The head is read by `treg.heads`; only the hidden states of scored tokens reach it, inside the
@@ -111,6 +112,7 @@ class TRegTrainer(Trainer):
             pair_columns=options.objective.pair_columns,
             adapters=ref_model is not None or not adapters,
             check_fingerprint=not args.ignore_fingerprint,
+            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )
         loaded = {}
         for name, data in _named_datasets(train_dataset, eval_dataset).items():
@@ -424,9 +426,13 @@ def _check_adapters(model: Any, adapters: bool, packing: bool) -> None:
 def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The model, loaded if it is a name or path, and its tokenizer if none is given."""
     if isinstance(model, (str, Path)):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        )
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.config._name_or_path, trust_remote_code=False
+        )
     return model, tokenizer
 
 

@@ -19,6 +19,7 @@ from treg.data.annotated import (
     stream_columns,
 )
 from treg.data.batches import pair_numbers
+from treg.data.tables import source_name
 from treg.integrations.trl.own import REF_STREAM
 
 # the columns of a row that TRL reads
@@ -97,8 +98,8 @@ def mapped(datasets: Any, function: Callable[[Any, str], Any]) -> Any:
 
 
 def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
-    """A dataset as TRL takes it; that of a path, whose meta is kept in files."""
-    if not isinstance(source, (str, Path)):
+    """A dataset as TRL takes it; where it is annotated, its meta is kept in files."""
+    if not isinstance(source, (str, Path)) and not is_annotated(source):
         return source
     if not is_annotated(source):
         if not Path(source).exists():
@@ -108,7 +109,8 @@ def read_dataset(source: Any, name: str, files: dict[str, dict]) -> Any:
             f"{name}: expected a dataset, or a parquet file by `treg annotate`, got {source}; run "
             f"{fix}"
         )
-    examples, files[str(source)] = read_annotated(source)
+    examples, meta = read_annotated(source)
+    files[name if isinstance(source, Dataset) else source_name(source)] = meta
     return Dataset.from_list(examples)
 
 
