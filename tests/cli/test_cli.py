@@ -14,9 +14,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import treg
 from treg.cli import main
+from treg.cli.loading import default_dtype, load_model
 from treg.cli.options import RewardsOptions, RowOptions, parse
 from treg.data.annotated import read_annotated, write_annotated
 from treg.files import locked
@@ -240,6 +242,45 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     assert main(command.format(**files).split()) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def short_model(folder):
+    """The model's checkpoint in bfloat16."""
+    path = folder / "bf16"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    return path
+
+
+SAID = {
+    None: ("float32", "in float32, as this is a CPU; the checkpoint is in bfloat16"),
+    "auto": ("bfloat16", "--dtype auto: bfloat16 takes several times"),
+    "bfloat16": ("bfloat16", "--dtype bfloat16: bfloat16 takes several times"),
+    "float32": ("float32", ""),
+}
+
+
+@pytest.mark.parametrize("asked", SAID)
+def test_a_cpu_runs_in_float32_unless_asked_otherwise(asked, short_model, capsys):
+    dtype, said = SAID[asked]
+    model = load_model(str(short_model), asked, "cpu")
+    assert str(model.dtype) == f"torch.{dtype}"
+    text = capsys.readouterr().out
+    assert said in text and bool(said) == bool(text)
+
+
+def test_a_float32_checkpoint_needs_no_word(folder, capsys):
+    assert load_model(str(folder / "model"), None, "cpu").dtype == torch.float32
+    assert capsys.readouterr().out == ""
+
+
+def test_the_dtype_of_a_device():
+    assert [default_dtype(x) for x in ("cpu", None, torch.device("cuda", 0))] == [
+        "float32",
+        "float32",
+        "auto",
+    ]
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError])

@@ -31,7 +31,7 @@ def run(argv: list[str]) -> None:
     )
     model = load_model(
         model_options.model,
-        model_options.dtype or "auto",
+        model_options.dtype,
         process_state().device,
         model_options.attn_implementation,
     )

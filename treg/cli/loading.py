@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from treg.cli.options import RewardsOptions
 from treg.data import EncodeOptions
 from treg.rewards import DEFAULT_SOURCE, loading
 from treg.rewards.annotate import AnnotateOptions, process_state
+
+SHORT = ("bfloat16", "float16")
+DTYPES = ("auto", "float32", *SHORT)
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
@@ -20,15 +24,52 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def default_dtype(device: Any) -> str:
+    """The dtype of a model that only runs forward, where none is asked for: float32 on a CPU, on
+    which a forward in 16 bits can take several times as long, else the checkpoint's own ("auto").
+
+    Args:
+        device: a torch.device or its name; None: the CPU.
+    """
+    return "float32" if torch.device(device or "cpu").type == "cpu" else "auto"
+
+
 def load_model(
-    path: str, dtype: str, device: Any = None, attn_implementation: str | None = None
+    path: str, dtype: str | None, device: Any = None, attn_implementation: str | None = None
 ) -> Any:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    """A causal LM from a folder or the hub, on the device.
+
+    Args:
+        dtype: float32, bfloat16, float16 or auto; None: `default_dtype` of the device. A word is
+            said where that is not the checkpoint's, and where 16 bits will run on a CPU.
+        device: None: it stays on the CPU for now, and nothing is said.
+    """
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     loading.check_folder("model", path)
+    chosen = dtype or default_dtype(device)
+    if device is not None:
+        _tell_of_dtype(path, dtype, chosen, torch.device(device))
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, **more)
     return model if device is None else model.to(device)
+
+
+def _tell_of_dtype(path: str, asked: str | None, chosen: str, device: torch.device) -> None:
+    """What a person could not guess about the dtype of a model on a CPU."""
+    own = str(getattr(AutoConfig.from_pretrained(path), "dtype", None)).removeprefix("torch.")
+    if asked is None and device.type == "cpu" and own in SHORT:
+        say(
+            f"{path}: in float32, as this is a CPU; the checkpoint is in {own}, which --dtype auto "
+            "keeps"
+        )
+    tell_of_short(f"--dtype {chosen}", own if chosen == "auto" else chosen, device)
+
+
+def tell_of_short(option: str, dtype: str, device: torch.device) -> None:
+    """A word where 16 bits will run on a CPU. option: what asks for them."""
+    if dtype in SHORT and device.type == "cpu":
+        say(f"{option}: {dtype} takes several times as long as float32 on most CPUs")
 
 
 def annotate_options(

@@ -46,7 +46,9 @@ class ModelOptions:
         None, "A Jinja file that replaces the tokenizer's chat template."
     )
     dtype: str | None = _option(
-        None, "float32, bfloat16, float16 or auto. Default: auto, for training float32."
+        None,
+        "float32, bfloat16, float16 or auto, the checkpoint's. Default: float32 for training and "
+        "on a CPU, else auto.",
     )
     attn_implementation: str | None = _option(None, "E.g. sdpa, flash_attention_2.")
 

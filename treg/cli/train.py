@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from treg.cli.loading import annotate_options, drawable, load_model, load_tokenizer, say
+from treg.cli.loading import (
+    annotate_options,
+    drawable,
+    load_model,
+    load_tokenizer,
+    say,
+    tell_of_short,
+)
 from treg.cli.options import (
     SOURCE_PREFIX,
     ModelOptions,
@@ -149,6 +156,9 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
 
 def _train(out: Path, options: Options) -> None:
     config, own = options.config, options.own
+    device = torch.device(config.device)
+    tell_of_short("--dtype", options.dtype, device)
+    tell_of_short("--bf16", "bfloat16" if config.bf16 else "float32", device)
     tokenizer = load_tokenizer(
         options.model.tokenizer or options.model.model, options.model.chat_template
     )
