@@ -90,8 +90,7 @@ def test_help(command, capsys):
     assert stop.value.code == 0 and text.startswith(f"usage: treg {command}") and "--config" in text
     if command == "train":
         assert "--beta" in text and "--fsdp" not in text and "--help_all" in text
-        # one spelling of a switch
-        assert "--disable_dropout" in text and "--no_disable_dropout" not in text
+        assert "--disable_dropout" in text
         assert all(name in text for name in OBJECTIVES)
 
 
@@ -758,7 +757,7 @@ LIST_VALUES = {
 
 def source_options(*argv) -> dict:
     argv = ["--data", "x", "--rewards", "own_lists:Lists", *argv]
-    _, options = parse("annotate", argv, (RowOptions, RewardsOptions), "")
+    _, options = parse("annotate", argv, (RowOptions, RewardsOptions))
     return options.rewards_options
 
 
@@ -799,17 +798,18 @@ def test_options_by_name_in_yaml(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("loss_type: discopop\nloss_scalars: {tau: 0.1}\n")
     argv = ["--output_dir", str(tmp_path)]
-    (found,) = parse("train", [*argv, "--config", str(config)], (TRegConfig,), "")
+    (found,) = parse("train", [*argv, "--config", str(config)], (TRegConfig,))
     scalars = ["--loss_type", "discopop", "--loss_scalars", '{"tau": 0.1}']
-    (expected,) = parse("train", [*argv, *scalars], (TRegConfig,), "")
+    (expected,) = parse("train", [*argv, *scalars], (TRegConfig,))
     assert found.loss_scalars == expected.loss_scalars
     assert found.loss_options == expected.loss_options
 
 
 def test_help_of_a_source(own_sources, capsys):
     for options, shown in (
-        ([], "--rewards.prompts STR"),
-        (["--rewards", "own_token_weights:Lengths"], "--rewards.short_word FLOAT"),
+        ([], "treg annotate --rewards NAME --help shows those of NAME"),
+        (["--rewards", "contrastive"], "--rewards.prompts TEXT"),
+        (["--rewards", "own_token_weights:Lengths"], "--rewards.short_word X"),
     ):
         with pytest.raises(SystemExit):
             main(["annotate", *options, "--help"])

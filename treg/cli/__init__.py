@@ -22,6 +22,7 @@ Any command: --help, and --config FILE.yaml with the same option names (the comm
 On several GPUs: accelerate launch -m treg annotate ..., accelerate launch -m treg train ...
 """
 COMMANDS = ("demo", "annotate", "train", "inspect", "doctor")
+HELP = {"-h", "--help", "--help_all"}
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -37,11 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"treg {treg.__version__}")
         return 0
     if name not in COMMANDS:
-        from treg.rewards import nearest
+        from treg.rewards.names import nearest
 
         print(f"treg: no command {name!r}{nearest(name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        if HELP.intersection(rest):  # before anything that is long to load
+            from treg.cli.options import help_text
+
+            print(help_text(name, rest), end="")
+            raise SystemExit(0)
         return importlib.import_module(f"treg.cli.{name}").run(rest) or 0  # loads transformers
     except KeyboardInterrupt:
         print(

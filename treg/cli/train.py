@@ -34,16 +34,6 @@ from treg.rewards.annotate import annotate, process_state
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.viz import plot_curves
 
-TEXT = """\
-Train a causal LM on preference pairs. The data may be annotated (treg annotate) or raw: raw data
-are annotated first, into the output folder. Run again after a stop: it goes on from the last whole
-checkpoint. alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards: raw data
-are then annotated only if --rewards names a source.
-
-  treg train --model MODEL --data prefs.jsonl --output_dir out --learning_rate 5e-7 --beta 0.01
-  treg train --model MODEL --data prefs.jsonl --output_dir out --use_peft --packing
-  accelerate launch -m treg train --config run.yaml"""
-
 # options that may change between the parts of one run, by the beginning of their names: they do not
 # change the numbers
 MAY_CHANGE = words(
@@ -87,7 +77,7 @@ class Options:
 
 def run(argv: list[str]) -> None:
     kinds = (ModelOptions, RowOptions, TrainOptions, RewardsOptions, TRegConfig)
-    options = Options(*parse("train", argv, kinds, TEXT))
+    options = Options(*parse("train", argv, kinds))
     _check(options)
     out = Path(options.config.output_dir or "")
     with contextlib.ExitStack() as stack:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from treg.data.batches import WEIGHT_STREAMS
 from treg.rewards.base import Response, TokenRewardSource, check_finite, score_checked
-from treg.rewards.registry import nearest
+from treg.rewards.names import nearest
 
 
 def scale(rewards: Tensor, factor: float) -> Tensor:
