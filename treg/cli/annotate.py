@@ -1,7 +1,14 @@
 """treg annotate: token rewards and reference log-probs of a preference file."""
 
-from treg.cli.loading import annotate_options, load_model, load_tokenizer, say
+from treg.cli.loading import (
+    annotate_options,
+    load_model,
+    load_tokenizer,
+    say,
+    signal_of_file,
+)
 from treg.cli.options import AnnotateOnlyOptions, ModelOptions, RewardsOptions, RowOptions, parse
+from treg.losses import OBJECTIVES
 from treg.rewards.annotate import annotate, process_state
 
 
@@ -34,4 +41,4 @@ def run(argv: list[str]) -> None:
         strict=rows.strict,
         limit=rows.limit,
     )
-    say(report, f"wrote {own.output}")
+    say(report, *signal_of_file(own.output, OBJECTIVES["dpo"].alpha), f"wrote {own.output}")

@@ -9,8 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from treg.cli.options import RewardsOptions
 from treg.data import EncodeOptions
+from treg.data.annotated import read_annotated, streams_of
 from treg.rewards import DEFAULT_SOURCE, loading
 from treg.rewards.annotate import AnnotateOptions, process_state
+from treg.rewards.signal import signal_lines
 
 SHORT = ("bfloat16", "float16")
 DTYPES = ("auto", "float32", *SHORT)
@@ -97,6 +99,17 @@ def annotate_options(
         shaping=tuple(rewards.shape or ()),
         keep_columns=tuple(keep_columns),
     )
+
+
+def signal_of_file(path: str | Path, alpha: float, *, length_normalised: bool = False) -> list[str]:
+    """What the per-token signals of an annotated file say, in lines: see `treg.rewards.signal`.
+
+    Empty in all processes but the first.
+    """
+    if not process_state().is_main_process:
+        return []
+    examples, meta = read_annotated(path)
+    return signal_lines(examples, streams_of(meta), alpha, length_normalised=length_normalised)
 
 
 def drawable(history: list[dict[str, Any]]) -> bool:

@@ -14,6 +14,7 @@ from treg.cli.loading import (
     load_model,
     load_tokenizer,
     say,
+    signal_of_file,
     tell_of_short,
 )
 from treg.cli.options import (
@@ -165,6 +166,9 @@ def _train(out: Path, options: Options) -> None:
     if own.eval_data is not None:
         eval_data = prepare(own.eval_data, "annotated-eval", own.eval_split)
     objective = config.loss_options.objective
+    if not isinstance(train_data, list):
+        alpha, mean = config.loss_options.alpha, objective.length_normalised
+        say(*signal_of_file(train_data, alpha, length_normalised=mean))
     plain = isinstance(train_data, list) and not objective.reference_free
     plain |= config.loss_options.with_kl  # which log-probs of a file do not give
     if reference is None and plain and not own.use_peft:

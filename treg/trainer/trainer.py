@@ -260,8 +260,16 @@ class TRegTrainer(Trainer):
             batch["token_rewards"],
             reference.get("ref_logps"),
             weighted=objective.credit is not None or batch["token_weights"] is not None,
+            alpha=self._alpha_of_ratio(),
+            length_normalised=objective.length_normalised,
         )
         return result
+
+    def _alpha_of_ratio(self) -> float:
+        """alpha where T-REG's gradient is a factor of the objective's at each token, else 0."""
+        options = self.loss_options
+        factor = options.weighting == "gradient" and not options.objective.nll
+        return options.alpha if factor else 0.0
 
     def _kept(self, pairs: int) -> int:
         """Pairs of an evaluation batch that count: the last batch of several processes is filled up
