@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import treg
+import treg.rewards.annotate
+import treg.trainer
 from treg.cli import main
 from treg.cli.loading import default_dtype, load_model
 from treg.cli.options import RewardsOptions, RowOptions, parse
@@ -826,6 +827,49 @@ def test_prompts_are_the_options_of_the_default_source(folder, tmp_path):
         assert main(annotate_command(folder, files[-1], option, prompts, "--limit", 3)) == 0
     assert files[0].read_bytes() == files[1].read_bytes()
     assert read_annotated(files[0])[1]["settings"]["prompts"]["prefill"] == "<a>"
+
+
+def test_an_interrupted_annotation_keeps_what_is_finished(folder, tmp_path, monkeypatch, capsys):
+    """It says how much that is, and the next run does the rest alone."""
+    whole, stopped = tmp_path / "whole.parquet", tmp_path / "stopped.parquet"
+    assert main(annotate_command(folder, whole)) == 0
+    work, parts = treg.rewards.annotate._annotate_part, []
+
+    def part(*args):
+        if len(parts) == 5:
+            raise KeyboardInterrupt
+        parts.append(args)
+        work(*args)
+
+    monkeypatch.setattr("treg.rewards.annotate._annotate_part", part)
+    assert main(annotate_command(folder, stopped)) == 130
+    error = capsys.readouterr().err
+    assert f"15 of {ROWS} pairs are finished and kept in {stopped}.parts; the same" in error
+    monkeypatch.setattr("treg.rewards.annotate._annotate_part", lambda *a: parts.append(work(*a)))
+    assert main(annotate_command(folder, stopped)) == 0
+    assert len(parts) == 8 and stopped.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [(None, "at step 3; no checkpoint is there yet (--save_steps)"), (2, "checkpoint-2 is whole")],
+)
+def test_an_interrupted_training_says_where_it_goes_on(
+    checkpoint, said, folder, tmp_path, monkeypatch, capsys
+):
+    if checkpoint is not None:
+        (tmp_path / "o" / f"checkpoint-{checkpoint}").mkdir(parents=True)
+        state = tmp_path / "o" / f"checkpoint-{checkpoint}" / "trainer_state.json"
+        state.write_text("{}")
+
+    def train(self, **_):
+        self.state.global_step = 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(treg.trainer.TRegTrainer, "train", train)
+    options = train_options(folder, tmp_path / "o", alpha=0, data=folder / "held-out.jsonl")
+    assert main(options) == 130
+    assert said in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_alone(folder, tmp_path, capsys):

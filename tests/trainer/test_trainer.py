@@ -376,6 +376,7 @@ def hand_metrics(model, ref_model, pairs):
         name: [] for name in ("reg", "rhat/chosen", "rhat/rejected", "same", "entropy", "top1")
     }
     found |= {f"logits/{side}": [] for side in SIDES}
+    found |= {"squares": [], "lengths": []}
     for pair in pairs:
         for side in SIDES:
             n = len(pair[f"{side}_ids"])
@@ -391,6 +392,8 @@ def hand_metrics(model, ref_model, pairs):
             found[f"logps/{side}"].append(lp.sum())
             found["reg"].append(-BETA * (rhat * lp).sum())
             found[f"rhat/{side}"] += rhat
+            found["squares"].append(rhat.square().sum())
+            found["lengths"].append(torch.tensor(n))
             found["same"] += ((rhat > 0) == (ratio > 0)).double()[rhat != 0]
             found["entropy"] += -(logps.exp() * logps).sum(-1)
             found["top1"] += (logits.argmax(-1) == ids[-n:]).double()
@@ -399,6 +402,7 @@ def hand_metrics(model, ref_model, pairs):
     margin = found["rewards/chosen"] - found["rewards/rejected"]
     reg = found["reg"].view(-1, 2).sum(-1)
     w = torch.sigmoid(-margin)
+    squares, lengths = (found[name].view(-1, 2).sum(-1) for name in ("squares", "lengths"))
     numbers = {
         "loss": -F.logsigmoid(margin) + 0.25 * w * reg,
         **{k: x for k, x in found.items() if k.startswith(("rewards/", "logps/"))},
@@ -409,6 +413,7 @@ def hand_metrics(model, ref_model, pairs):
         "treg/reward_chosen": found["rhat/chosen"],
         "treg/reward_rejected": found["rhat/rejected"],
         "treg/alignment": found["same"],
+        "treg/gradient_ratio": 0.25 * ((w**2 * squares).sum() / (w**2 * lengths).sum()).sqrt(),
     }
     numbers |= {"entropy": found["entropy"], "mean_token_accuracy": found["top1"]}
     numbers |= {k: x for k, x in found.items() if k.startswith("logits/")}

@@ -49,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_text(name, rest), end="")
             raise SystemExit(0)
         return importlib.import_module(f"treg.cli.{name}").run(rest) or 0  # loads transformers
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        kept = f"; {stop}" if str(stop) else ""
         print(
-            f"\ntreg {name}: interrupted; the same command goes on from what is finished",
+            f"\ntreg {name}: interrupted{kept}; the same command goes on from what is finished",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED

@@ -181,7 +181,13 @@ def _train(out: Path, options: Options) -> None:
     checkpoint = last_checkpoint(out)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        kept = last_checkpoint(out)
+        step = trainer.state.global_step
+        said = "no checkpoint is there yet (--save_steps)" if kept is None else f"{kept} is whole"
+        raise KeyboardInterrupt(f"at step {step}; {said}") from None
     trainer.save_model()
     trainer.create_model_card(finetuned_from=options.model.model, dataset=options.rows.data)
     if trainer.is_world_process_zero() and drawable(trainer.state.log_history):

@@ -3,9 +3,9 @@
 Each response y to a prompt x gets what a source gives its tokens (`treg.rewards.base`) and, from
 the reference model, the sum of log pi_ref(y_t | x, y_<t). Forward only.
 
-The pairs, sorted by length, are cut into parts. A part is computed as a whole and written as a
-whole: a run that is killed loses the parts that it was working on, and the next one computes them
-in the same batches, to the same bits.
+The pairs, sorted by length, are cut into parts (`treg.rewards.cutting`). A part is computed as a
+whole and written as a whole: a run that is killed loses the parts that it was working on, and the
+next one computes them in the same batches, to the same bits.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ from treg.rewards import (
     streams_given,
 )
 from treg.rewards.base import ResponsePairs, check_response
+from treg.rewards.cutting import cut_parts, part_tokens
 from treg.rewards.kept import KeptColumns, check_names
 from treg.rewards.progress import Progress
 from treg.rewards.several import SeveralSource
@@ -50,7 +51,7 @@ from treg.rewards.shaping import Step, parse_steps, score_shaped, shaped_streams
 
 log = logging.getLogger(__name__)
 
-PART_PAIRS = 32
+PART_PAIRS = 32  # at most
 CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
 
 
@@ -247,21 +248,34 @@ def _annotate_parts(
     """The files of all parts, once every process has done its share; each problem, and if its pair
     was truncated.
     """
-    starts = range(0, len(run.order), PART_PAIRS)
-    parts = [run.order[start : start + PART_PAIRS] for start in starts]
+    parts = cut_parts(run.order, PART_PAIRS, part_tokens(run.context.model))
     files = [run.folder / f"part-{i:05}.parquet" for i in range(len(parts))]
     todo = [i for i in range(len(parts)) if not files[i].exists()]
     state.wait_for_everyone()  # until everyone has counted, nobody adds a part
     # by what is left, not by number, so that the processes have equal work after a stop as well
     mine = todo[state.process_index :: state.num_processes]
-    with bar.over(sum(len(parts[i]) for i in mine)), torch.inference_mode():
+    with _kept_on_interrupt(files, parts), bar.over([parts[i] for i in mine]):
         for i in mine:
-            _annotate_part(run, parts[i], files[i])
-            bar.pairs(len(parts[i]))
+            with torch.inference_mode():
+                _annotate_part(run, parts[i], files[i])
+            bar.part_done()
     state.wait_for_everyone()
     found = [problem for file in files for problem in read_meta(file)["problems"]]
     state.wait_for_everyone()  # until everyone has read them, nobody removes the parts
     return files, [(RowProblem(*problem), truncated) for problem, truncated in found]
+
+
+@contextlib.contextmanager
+def _kept_on_interrupt(files: Sequence[Path], parts: Sequence[Sequence[Pair]]) -> Iterator[None]:
+    """Let an interruption say what is finished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        there = [len(part) for file, part in zip(files, parts, strict=True) if file.exists()]
+        pairs = sum(map(len, parts))
+        raise KeyboardInterrupt(
+            f"{sum(there)} of {pairs} pairs are finished and kept in {files[0].parent}"
+        ) from None
 
 
 def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:

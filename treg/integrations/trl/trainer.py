@@ -42,6 +42,7 @@ from treg.results import PairLoss
 from treg.rewards import Context, load_source
 from treg.rewards.annotate import PART_PAIRS, annotate_pairs
 from treg.rewards.base import ResponsePairs
+from treg.rewards.cutting import cut_parts, part_tokens
 
 log = logging.getLogger(__name__)
 
@@ -265,8 +266,7 @@ class TRegDPOTrainer(DPOTrainer):
                 pairs=ResponsePairs(longest_first, self.processing_class),
             )
             source = load_source(self.args.treg_rewards, self.args.source_options, context)
-            for i in range(rank * PART_PAIRS, len(pairs), size * PART_PAIRS):
-                part = pairs[i : i + PART_PAIRS]
+            for part in cut_parts(pairs, PART_PAIRS, part_tokens(model))[rank::size]:
                 rows, refused = annotate_pairs(source, context, part, reference=False)
                 for row in rows:
                     chosen, rejected = (row[column].tolist() for column in REWARD_COLUMNS)
