@@ -24,7 +24,7 @@ from treg.losses import OBJECTIVES
 from treg.rewards import SOURCES
 from treg.rewards.shaping import STEPS
 from treg.trainer import TRegConfig
-from treg.trainer.arguments import LOSS_TYPES
+from treg.trainer.arguments import ALPHA, LOSS_TYPES
 
 FIELDS = {x.name: x for x in dataclasses.fields(TRegConfig)}
 ANNOTATE = (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)
@@ -58,6 +58,7 @@ def test_the_default_output_folder_is_that_of_transformers():
 
 def test_names_that_are_listed_without_their_modules():
     assert tuple(OBJECTIVES) == LOSS_TYPES
+    assert OBJECTIVES["dpo"].alpha == ALPHA
     assert ", ".join(kind.form for kind in STEPS.values()) == SHAPES
     assert all(SOURCES[name].__name__.lower().startswith(name) for name in SOURCES)
 

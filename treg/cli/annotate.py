@@ -8,8 +8,8 @@ from treg.cli.loading import (
     signal_of_file,
 )
 from treg.cli.options import AnnotateOnlyOptions, ModelOptions, RewardsOptions, RowOptions, parse
-from treg.losses import OBJECTIVES
 from treg.rewards.annotate import annotate, process_state
+from treg.trainer.arguments import ALPHA
 
 
 def run(argv: list[str]) -> None:
@@ -41,4 +41,4 @@ def run(argv: list[str]) -> None:
         strict=rows.strict,
         limit=rows.limit,
     )
-    say(report, *signal_of_file(own.output, OBJECTIVES["dpo"].alpha), f"wrote {own.output}")
+    say(report, *signal_of_file(own.output, ALPHA), f"wrote {own.output}")

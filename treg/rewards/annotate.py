@@ -43,7 +43,7 @@ from treg.rewards import (
     streams_given,
 )
 from treg.rewards.base import ResponsePairs, check_response
-from treg.rewards.cutting import cut_parts, part_tokens
+from treg.rewards.cutting import cut_parts, kept_on_interrupt, part_tokens
 from treg.rewards.kept import KeptColumns, check_names
 from treg.rewards.progress import Progress
 from treg.rewards.several import SeveralSource
@@ -254,7 +254,7 @@ def _annotate_parts(
     state.wait_for_everyone()  # until everyone has counted, nobody adds a part
     # by what is left, not by number, so that the processes have equal work after a stop as well
     mine = todo[state.process_index :: state.num_processes]
-    with _kept_on_interrupt(files, parts), bar.over([parts[i] for i in mine]):
+    with kept_on_interrupt(files, parts), bar.over([parts[i] for i in mine]):
         for i in mine:
             with torch.inference_mode():
                 _annotate_part(run, parts[i], files[i])
@@ -263,19 +263,6 @@ def _annotate_parts(
     found = [problem for file in files for problem in read_meta(file)["problems"]]
     state.wait_for_everyone()  # until everyone has read them, nobody removes the parts
     return files, [(RowProblem(*problem), truncated) for problem, truncated in found]
-
-
-@contextlib.contextmanager
-def _kept_on_interrupt(files: Sequence[Path], parts: Sequence[Sequence[Pair]]) -> Iterator[None]:
-    """Let an interruption say what is finished."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        there = [len(part) for file, part in zip(files, parts, strict=True) if file.exists()]
-        pairs = sum(map(len, parts))
-        raise KeyboardInterrupt(
-            f"{sum(there)} of {pairs} pairs are finished and kept in {files[0].parent}"
-        ) from None
 
 
 def _annotate_part(run: _Run, part: Sequence[Pair], file: Path) -> None:

@@ -1,7 +1,9 @@
 """Pairs in parts that take about a minute each at most, whatever the machine does meanwhile."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from treg.data import Pair, pair_tokens
@@ -41,3 +43,16 @@ def part_tokens(model: Any) -> int:
     parameters = sum(x.numel() for x in model.parameters())
     work = MINUTE["cpu" if model.device.type == "cpu" else "other"]
     return max(1, int(work / (2 * parameters * RUN_PER_TOKEN)))
+
+
+@contextlib.contextmanager
+def kept_on_interrupt(files: Sequence[Path], parts: Sequence[Sequence[Pair]]) -> Iterator[None]:
+    """Let an interruption say what is finished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        there = [len(part) for file, part in zip(files, parts, strict=True) if file.exists()]
+        pairs = sum(map(len, parts))
+        raise KeyboardInterrupt(
+            f"{sum(there)} of {pairs} pairs are finished and kept in {files[0].parent}"
+        ) from None

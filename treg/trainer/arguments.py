@@ -4,6 +4,7 @@ load transformers.
 
 from dataclasses import dataclass, field
 
+ALPHA = 0.25  # of the regularizer, for loss types that have no token credit of their own
 LOSS_TYPES = (
     *("dpo", "sigmoid", "simpo", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair"),
     *("apo_zero", "apo_down", "sppo_hard", "discopop", "orpo", "cpo", "tgdpo", "tis_dpo", "sepo"),
@@ -33,8 +34,8 @@ class LossArguments:
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the T-REG regularizer; 0 is the plain objective. Default: 0.25, or "
-            "0 for loss types that are another method of token credit."
+            "help": f"Weight of the T-REG regularizer; 0 is the plain objective. Default: {ALPHA}, "
+            "or 0 for loss types that are another method of token credit."
         },
     )
     gamma: float = field(default=0.0, metadata={"help": "Margin of simpo, sepo and confpo."})

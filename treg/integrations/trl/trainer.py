@@ -43,6 +43,7 @@ from treg.rewards import Context, load_source
 from treg.rewards.annotate import PART_PAIRS, annotate_pairs
 from treg.rewards.base import ResponsePairs
 from treg.rewards.cutting import cut_parts, part_tokens
+from treg.trainer.card import PAPER
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,9 @@ class TRegDPOTrainer(DPOTrainer):
 
     _tag_names: ClassVar = ["trl", "dpo", "treg"]
     _name = "T-REG DPO"
+    _paper: ClassVar = PAPER | {
+        "citation": f"{PAPER['citation']}\n\n{DPOTrainer._paper['citation']}"
+    }
 
     def __init__(
         self,
