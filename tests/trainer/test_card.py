@@ -1,6 +1,5 @@
 """The card of a model: its header as the hub reads it, its words, and what is pushed beside it."""
 
-import importlib
 import subprocess
 
 import huggingface_hub
@@ -120,7 +119,7 @@ def test_what_is_pushed(tmp_path):
 
 
 def test_an_upload_takes_the_rules_with_it(tmp_path, monkeypatch):
-    """huggingface_hub hands the content of .gitignore on to the hub."""
+    """huggingface_hub hands the content of .gitignore on to the hub, which enforces it."""
     keep_from_hub(tmp_path)
     (tmp_path / "lock").write_text("x")
     seen = {}
@@ -129,9 +128,12 @@ def test_an_upload_takes_the_rules_with_it(tmp_path, monkeypatch):
         seen.update(given)
         raise InterruptedError
 
-    module = importlib.import_module("huggingface_hub._commit_api")
-    monkeypatch.setattr(module, "_fetch_upload_modes", stop)
-    api = huggingface_hub.HfApi(token="hf_x")
+    name = "huggingface_hub._commit_api._fetch_upload_modes"
+    monkeypatch.setattr(name, stop)
+    additions = [
+        huggingface_hub.CommitOperationAdd(path, str(tmp_path / path))
+        for path in (".gitignore", "lock")
+    ]
     with pytest.raises(InterruptedError):
-        api.upload_folder(repo_id="a/b", folder_path=str(tmp_path))
+        huggingface_hub.HfApi(token="hf_x").preupload_lfs_files("a/b", additions)
     assert seen["gitignore_content"].splitlines() == list(NOT_PUSHED)
