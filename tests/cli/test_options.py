@@ -9,7 +9,7 @@ import typing
 import pytest
 from transformers import TrainingArguments
 
-from treg.cli import help_page, main
+from treg.cli import COMMANDS, help_page, main
 from treg.cli.kinds import (
     SHAPES,
     AnnotateOnlyOptions,
@@ -45,7 +45,7 @@ def test_the_table_of_training_arguments_tells_the_truth(line):
     default = getattr(option.default, "value", option.default)
     assert (default or None) == (line.default or None) or line.name == "output_dir"
     if line.value.startswith("{"):
-        enum = typing.get_args(option.type)[0]
+        enum = typing.get_args(typing.get_type_hints(TRegConfig)[line.name])[0]
         assert set(line.value.strip("{}").split(",")) == {x.value for x in enum}
     deprecated = option.metadata["help"].startswith("Deprecated")
     assert not deprecated
@@ -103,7 +103,7 @@ print(*sorted({x.partition(".")[0] for x in set(sys.modules) - before}), file=sy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
     heavy = {"torch", "transformers", "accelerate", "peft", "datasets", "pyarrow", "jinja2"}
-    assert done.stdout.count("usage: treg ") == 5 and not loaded & heavy, loaded & heavy
+    assert done.stdout.count("usage: treg ") == len(COMMANDS) and not loaded & heavy, loaded & heavy
 
 
 def test_names_of_trl():
@@ -172,6 +172,13 @@ def test_one_or_several_in_yaml(case, tmp_path, monkeypatch):
     names = [expected] if isinstance(expected, str) else expected
     parse("train", ["--output_dir", "o", "--report_to", *names], (TRegConfig,))
     assert seen == [expected, expected]
+
+
+@pytest.mark.parametrize("argv", [["--disable_tqdm"], ["--disable_tqdm", "true"]])
+def test_a_switch_that_may_be_left_to_transformers(argv):
+    """`bool | None` is a switch too, as its page says."""
+    (found,) = parse("train", ["--output_dir", "o", "--use_cpu", *argv], (TRegConfig,))
+    assert found.disable_tqdm is True
 
 
 def test_a_source_is_loaded_when_it_is_asked_for(capsys):

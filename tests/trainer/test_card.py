@@ -99,6 +99,7 @@ LEFT_OUT = (
     "treg_run.json.123.tmp",
     "samples.jsonl",
     "checkpoint-5/optimizer.pt",
+    "merged/model.safetensors",
 )
 
 

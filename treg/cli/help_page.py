@@ -99,6 +99,8 @@ PLACES = {
     "eval_data": "evaluation",
     "eval_split": "evaluation",
     "ref_model": "model",
+    "sample_steps": "output and logging",
+    "sample_prompts": "output and logging",
     "memory_budget": "precision and memory",
     "packing": "precision and memory",
     "token_budget": "precision and memory",

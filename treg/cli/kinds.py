@@ -130,6 +130,20 @@ class TrainOptions:
         default=None,
         metadata=_told("Layers that get adapters. Default: all linear ones.", "NAME [...]"),
     )
+    load_in_4bit: bool = _option(
+        False, "QLoRA: the weights below the adapters in 4 bits (NF4), by bitsandbytes."
+    )
+    merge_adapter: bool = _option(
+        False, "After training, write the whole model into the folder `merged` of the run as well."
+    )
+    sample_steps: int | None = _option(
+        None, "Steps between samples: completions of a few prompts, to the log and samples.jsonl."
+    )
+    sample_prompts: str | None = _option(
+        None,
+        "Prompts of the samples: a text file, one a line, or JSONL. Default: three of the data.",
+        "FILE",
+    )
 
 
 @dataclass
@@ -168,3 +182,24 @@ class DemoOptions:
     output: str = _option("treg-demo", "Folder for the annotated pairs, the page and the curves.")
     seeds: int = _option(5, "Training runs of each method.")
     pairs: int | None = _option(None, "Preference pairs to train on.")
+
+
+@dataclass
+class MergeOptions:
+    GROUP: ClassVar[str] = "options"
+
+    adapter: str = _required("Folder or hub name of a PEFT adapter.", "NAME")
+    output: str = _required("Folder to write the whole model to.", "FOLDER")
+    model: str | None = _option(
+        None, "The model that the adapter was trained on. Default: what the adapter says.", "NAME"
+    )
+    dtype: str = _option(
+        "auto", "Of the weights that are written; auto: the model's.", "{auto,float32,...}"
+    )
+
+
+@dataclass
+class ConfigOptions:
+    GROUP: ClassVar[str] = "options"
+
+    name: str = _required("Which configuration to print.", "{fsdp2,multi_gpu}")

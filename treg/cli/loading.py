@@ -37,7 +37,11 @@ def default_dtype(device: Any) -> str:
 
 
 def load_model(
-    path: str, dtype: str | None, device: Any = None, attn_implementation: str | None = None
+    path: str,
+    dtype: str | None,
+    device: Any = None,
+    attn_implementation: str | None = None,
+    **options: Any,
 ) -> Any:
     """A causal LM from a folder or the hub, on the device.
 
@@ -45,6 +49,7 @@ def load_model(
         dtype: float32, bfloat16, float16 or auto; None: `default_dtype` of the device. A word is
             said where that is not the checkpoint's, and where 16 bits will run on a CPU.
         device: None: it stays on the CPU for now, and nothing is said.
+        options: others of from_pretrained.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -52,8 +57,9 @@ def load_model(
     chosen = dtype or default_dtype(device)
     if device is not None:
         _tell_of_dtype(path, dtype, chosen, torch.device(device))
-    more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, **more)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, **options)
     return model if device is None else model.to(device)
 
 

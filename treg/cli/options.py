@@ -16,18 +16,20 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from treg.cli import texts
 from treg.cli.help_page import CONFIG, HELP, HELP_ALL, TRAINING, lines_of, page
 from treg.cli.kinds import (
     AnnotateOnlyOptions,
+    ConfigOptions,
     DemoOptions,
     InspectOptions,
+    MergeOptions,
     ModelOptions,
     RewardsOptions,
     RowOptions,
     TrainOptions,
 )
 from treg.cli.other_names import hint, own_name
-from treg.cli.texts import ANNOTATE, DEMO, DOCTOR, INSPECT, TRAIN
 from treg.cli.yaml_options import (
     SOURCE_PREFIX,
     flat_yaml,
@@ -39,11 +41,13 @@ from treg.rewards.names import DEFAULT_SOURCE
 from treg.trainer.arguments import LossArguments
 
 PAGES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "annotate": (ANNOTATE, (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)),
-    "train": (TRAIN, (ModelOptions, RowOptions, TrainOptions, RewardsOptions, LossArguments)),
-    "inspect": (INSPECT, (InspectOptions,)),
-    "demo": (DEMO, (DemoOptions,)),
-    "doctor": (DOCTOR, ()),
+    "annotate": (texts.ANNOTATE, (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)),
+    "train": (texts.TRAIN, (ModelOptions, RowOptions, TrainOptions, RewardsOptions, LossArguments)),
+    "inspect": (texts.INSPECT, (InspectOptions,)),
+    "demo": (texts.DEMO, (DemoOptions,)),
+    "doctor": (texts.DOCTOR, ()),
+    "merge": (texts.MERGE, (MergeOptions,)),
+    "config": (texts.CONFIG, (ConfigOptions,)),
 }
 # a trainer has them with defaults of its own, in the table of the page
 NOT_SHOWN = ("learning_rate", "logging_steps", "remove_unused_columns")
@@ -67,6 +71,8 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any]) -> list[Any]:
     if early.help or early.help_all:
         print(help_text(name, argv), end="")
         raise SystemExit(0)
+    from transformers.hf_argparser import string_to_bool
+
     values = flat_yaml(early.config) if early.config else {}
     parser = _parser(name, kinds)
     source_fields: list[str] = []
@@ -80,6 +86,8 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any]) -> list[Any]:
     for action in parser._actions:
         if action.dest in several and action.nargs is None:
             action.nargs = "+"
+        if action.type is string_to_bool and action.nargs is None:  # `bool | None`
+            action.nargs, action.const = "?", True
     if early.config:
         set_defaults(parser, early.config, values, by_name, several)
     known = parser._option_string_actions

@@ -33,3 +33,15 @@ The whole path on a small world with known truth: annotate, train DPO and T-REG,
 inspect. No download: a tiny chat model comes with the package."""
 
 DOCTOR = "Print versions and devices, and compare the loss and its gradients with float64."
+
+MERGE = """\
+Write the whole model of an adapter: the weights of its base with the adapter in them, with the
+tokenizer. The log-probs are compared with those of the adapter on its base.
+
+  treg merge --adapter out --output out-merged"""
+
+CONFIG = """\
+Print a configuration for `accelerate launch`.
+
+  treg config fsdp2 > fsdp2.yaml
+  accelerate launch --config_file fsdp2.yaml --num_processes 8 -m treg train ..."""

@@ -17,6 +17,7 @@ from treg.cli.loading import (
     signal_of_file,
     tell_of_short,
 )
+from treg.cli.merge import write_merged
 from treg.cli.options import (
     SOURCE_PREFIX,
     ModelOptions,
@@ -26,8 +27,10 @@ from treg.cli.options import (
     parse,
     words,
 )
+from treg.cli.quantized import check_4bit, quantization
+from treg.cli.samples import Samples, check_whole, read_prompts
 from treg.data import EncodeOptions, load_pairs
-from treg.data.annotated import is_annotated
+from treg.data.annotated import is_annotated, read_annotated
 from treg.data.examples import examples_of
 from treg.files import last_checkpoint, locked, replacing
 from treg.rewards import streams_given
@@ -41,7 +44,7 @@ MAY_CHANGE = words(
     """
     output_dir log save eval report_to run_name disable_tqdm push_to hub dataloader memory_budget
     ignore_fingerprint load_best metric_for greater_is project trackio include do_ resume prediction
-    torch_empty batch_eval strict tokens_per_batch no_share_prefix
+    torch_empty batch_eval sample_ merge_adapter strict tokens_per_batch no_share_prefix
     """
 )
 
@@ -100,6 +103,7 @@ def _check(options: Options) -> None:
         raise ValueError(
             "use_liger_kernel: expected a GPU, got a CPU; Liger's layers are Triton kernels"
         )
+    _check_own(options)
     data = [x for x in (options.rows.data, options.own.eval_data) if x]
     raw = [x for x in data if not is_annotated(x)]
     limit = options.rows.limit
@@ -108,6 +112,25 @@ def _check(options: Options) -> None:
             f"limit: expected none with annotated data, got {limit}; annotate fewer rows"
         )
     _check_rewards(options, raw)
+
+
+def _check_own(options: Options) -> None:
+    """ValueError for options of adapters and samples that do not go together."""
+    own, config = options.own, options.config
+    for name in ("load_in_4bit", "merge_adapter"):
+        if getattr(own, name) and not own.use_peft:
+            raise ValueError(f"{name}: expected --use_peft beside it, got none")
+    if own.load_in_4bit:
+        check_4bit(torch.device(config.device))
+    if own.merge_adapter and own.load_in_4bit:
+        raise ValueError(
+            "merge_adapter: expected False with --load_in_4bit, got True; `treg merge` puts the "
+            "adapter into the weights that the checkpoint has"
+        )
+    if own.sample_prompts is not None and own.sample_steps is None:
+        raise ValueError("sample_prompts: expected --sample_steps beside it, got none")
+    if own.sample_steps is not None and own.sample_steps < 1:
+        raise ValueError(f"sample_steps: expected a positive number, got {own.sample_steps}")
 
 
 def _check_rewards(options: Options, raw: list[str]) -> None:
@@ -153,7 +176,8 @@ def _train(out: Path, options: Options) -> None:
     tokenizer = load_tokenizer(
         options.model.tokenizer or options.model.model, options.model.chat_template
     )
-    model = _load_model(options, options.model.model)
+    quantized = quantization(device, config.bf16) if own.load_in_4bit else {}
+    model = _load_model(options, options.model.model, **quantized)
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"model: expected a whole model, got {options.model.model}, which holds adapters; "
@@ -173,9 +197,17 @@ def _train(out: Path, options: Options) -> None:
     plain |= config.loss_options.with_kl  # which log-probs of a file do not give
     if reference is None and plain and not own.use_peft:
         reference = _load_model(options, options.model.model)
+    if own.load_in_4bit:
+        from peft import prepare_model_for_kbit_training
+
+        checkpointing = bool(config.gradient_checkpointing or config.activation_checkpointing)
+        model = prepare_model_for_kbit_training(model, checkpointing)
     trainer = TRegTrainer(
         model, reference, config, train_data, eval_data, tokenizer, _peft_config(own)
     )
+    if own.sample_steps is not None:
+        check_whole(trainer)
+        trainer.add_callback(_samples(out, own, train_data, tokenizer))
     # the trainer keeps the reference if it is needed
     del reference, prepare
     checkpoint = last_checkpoint(out)
@@ -194,10 +226,23 @@ def _train(out: Path, options: Options) -> None:
         plot_curves({out.name: trainer.state.log_history}, out / "curves.png")
     trainer.save_state()
     say(f"wrote {out}: the model, its card, trainer_state.json, curves.png")
+    if own.merge_adapter and trainer.is_world_process_zero():
+        write_merged(options.model.model, str(out), out / "merged", tokenizer)
 
 
-def _load_model(options: Options, path: str) -> Any:
-    return load_model(path, options.dtype, attn_implementation=options.model.attn_implementation)
+def _load_model(options: Options, path: str, **more: Any) -> Any:
+    attention = options.model.attn_implementation
+    return load_model(path, options.dtype, attn_implementation=attention, **more)
+
+
+def _samples(out: Path, own: TrainOptions, data: Any, tokenizer: Any) -> Samples:
+    if own.sample_prompts is not None:
+        prompts = read_prompts(own.sample_prompts)
+    else:
+        first = data if isinstance(data, list) else read_annotated(data)[0]
+        prompts = [tokenizer.decode(x["prompt_ids"]) for x in first[:3]]
+    rendered = own.sample_prompts is None
+    return Samples(out, int(own.sample_steps or 1), prompts, tokenizer, rendered=rendered)
 
 
 def _peft_config(own: TrainOptions) -> Any:

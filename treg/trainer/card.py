@@ -54,6 +54,7 @@ NOT_PUSHED = (
     "*.tmp",
     "samples.jsonl",
     "checkpoint-*/",
+    "merged/",
 )
 OBJECTIVE = """
 ## Objective
