@@ -190,6 +190,6 @@ def _value(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"{_value(members[0])} [...]"
     found: Any = origin or annotation
-    if isinstance(found, type) and hasattr(found, "__members__"):
-        return "{" + ",".join(str(x.value) for x in found) + "}"
+    if hasattr(found, "__members__"):
+        return "{" + ",".join(str(x.value) for x in found.__members__.values()) + "}"
     return VALUES.get(found, "TEXT")
