@@ -18,6 +18,7 @@ from treg.cli.kinds import (
     RowOptions,
     TrainOptions,
 )
+from treg.cli.loading import columns_of, refuse_columns
 from treg.cli.options import NOT_SHOWN, parse
 from treg.cli.other_names import ALIASES, INSTEAD
 from treg.losses import OBJECTIVES
@@ -193,3 +194,13 @@ def test_a_percent_sign_in_a_help_text_stays():
     parser = argparse.ArgumentParser()
     help_page._add(parser.add_argument_group("g"), line)
     assert "20 % of it" in parser.format_help()
+
+
+def test_columns_as_a_mapping():
+    assert columns_of(["prompt=question", "system="]) == {"prompt": "question", "system": None}
+    assert columns_of(None) == {}
+    for given in (["prompt"], ["=x"], ["prompt=a", "prompt=b"]):
+        with pytest.raises(ValueError, match="columns: expected OURS=YOURS"):
+            columns_of(given)
+    with pytest.raises(ValueError, match="columns: expected none"):
+        refuse_columns(["prompt=question"])

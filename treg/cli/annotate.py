@@ -4,6 +4,7 @@ from treg.cli.loading import (
     annotate_options,
     load_model,
     load_tokenizer,
+    refuse_columns,
     say,
     signal_of_file,
 )
@@ -15,6 +16,7 @@ from treg.trainer.arguments import ALPHA
 def run(argv: list[str]) -> None:
     kinds = (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)
     model_options, rows, own, rewards = parse("annotate", argv, kinds)
+    refuse_columns(rows.columns)
     options = annotate_options(
         rewards,
         own.max_length,

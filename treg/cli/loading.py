@@ -118,6 +118,24 @@ def signal_of_file(path: str | Path, alpha: float, *, length_normalised: bool = 
     return signal_lines(examples, streams_of(meta), alpha, length_normalised=length_normalised)
 
 
+def columns_of(given: Sequence[str] | None) -> dict[str, str | None]:
+    """--columns as a mapping: OURS=YOURS, and None for OURS= alone."""
+    found: dict[str, str | None] = {}
+    for text in given or ():
+        own, equals, theirs = text.partition("=")
+        if not own or not equals or own in found:
+            raise ValueError(f"columns: expected OURS=YOURS, each of ours once, got {text!r}")
+        found[own] = theirs or None
+    return found
+
+
+def refuse_columns(given: Sequence[str] | None) -> None:
+    """Until rows are read by other names than their own, nothing is ignored without a word."""
+    columns = columns_of(given)
+    if columns:
+        raise ValueError(f"columns: expected none, which rows cannot be read by yet, got {columns}")
+
+
 def drawable(history: list[dict[str, Any]]) -> bool:
     return any("loss" in x or "eval_loss" in x for x in history)
 

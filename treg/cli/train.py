@@ -13,6 +13,7 @@ from treg.cli.loading import (
     drawable,
     load_model,
     load_tokenizer,
+    refuse_columns,
     say,
     signal_of_file,
     tell_of_short,
@@ -104,6 +105,7 @@ def _check(options: Options) -> None:
             "use_liger_kernel: expected a GPU, got a CPU; Liger's layers are Triton kernels"
         )
     _check_own(options)
+    refuse_columns(options.rows.columns)
     data = [x for x in (options.rows.data, options.own.eval_data) if x]
     raw = [x for x in data if not is_annotated(x)]
     limit = options.rows.limit
