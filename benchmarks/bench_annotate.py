@@ -13,7 +13,7 @@ from treg.demo.run import MODEL  # noqa: E402
 from treg.rewards import Context, load_source  # noqa: E402
 from treg.rewards.annotate import annotate_pairs  # noqa: E402
 
-PAIRS = 32
+PAIRS, ROUNDS = (32, 3) if torch.cuda.is_available() else (4, 1)
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
@@ -34,6 +34,8 @@ def test_annotate(benchmark, share):
     with torch.inference_mode():
         annotate_pairs(source, context, pairs)  # warm; sharing is tried in the first call only
         seen.clear()
-        rows, problems = benchmark.pedantic(annotate_pairs, args=(source, context, pairs), rounds=3)
+        rows, problems = benchmark.pedantic(
+            annotate_pairs, args=(source, context, pairs), rounds=ROUNDS
+        )
     assert len(rows) == PAIRS and not problems
-    benchmark.extra_info["tokens through the model"] = sum(seen) // 3
+    benchmark.extra_info["tokens through the model"] = sum(seen) // ROUNDS

@@ -34,13 +34,19 @@ class Playback:
 
 
 playback = Playback()
-measured = functools.lru_cache(maxsize=1)(lambda case: measure_cell(case, {}))
+
+
+@functools.lru_cache(maxsize=1)
+def measured(case):
+    print(f"\n{case.name}:", end="", flush=True)
+    return measure_cell(case, {}, lambda name: print(f" {name}", end="", flush=True))
 
 
 @pytest.mark.benchmark(timer=playback)
 @pytest.mark.parametrize(("case", "name"), ROWS, ids=lambda x: x if isinstance(x, str) else x.name)
-def test_step(benchmark, case, name):
-    cell = measured(case)
+def test_step(benchmark, case, name, capsys):
+    with capsys.disabled():  # the first test of a case takes the time of all
+        cell = measured(case)
     found = cell["methods"][name]
     assert "failed" not in found, found["failed"]
     if "reason" in found:

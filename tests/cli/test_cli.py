@@ -14,9 +14,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-import treg
+import treg.rewards.annotate
+import treg.trainer
 from treg.cli import main
+from treg.cli.loading import default_dtype, load_model
 from treg.cli.options import RewardsOptions, RowOptions, parse
 from treg.data.annotated import read_annotated, write_annotated
 from treg.files import locked
@@ -88,8 +91,7 @@ def test_help(command, capsys):
     assert stop.value.code == 0 and text.startswith(f"usage: treg {command}") and "--config" in text
     if command == "train":
         assert "--beta" in text and "--fsdp" not in text and "--help_all" in text
-        # one spelling of a switch
-        assert "--disable_dropout" in text and "--no_disable_dropout" not in text
+        assert "--disable_dropout" in text
         assert all(name in text for name in OBJECTIVES)
 
 
@@ -242,6 +244,45 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.parquet"))
 
 
+@pytest.fixture(scope="module")
+def short_model(folder):
+    """The model's checkpoint in bfloat16."""
+    path = folder / "bf16"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    return path
+
+
+SAID = {
+    None: ("float32", "in float32, as this is a CPU; the checkpoint is in bfloat16"),
+    "auto": ("bfloat16", "--dtype auto: bfloat16 takes several times"),
+    "bfloat16": ("bfloat16", "--dtype bfloat16: bfloat16 takes several times"),
+    "float32": ("float32", ""),
+}
+
+
+@pytest.mark.parametrize("asked", SAID)
+def test_a_cpu_runs_in_float32_unless_asked_otherwise(asked, short_model, capsys):
+    dtype, said = SAID[asked]
+    model = load_model(str(short_model), asked, "cpu")
+    assert str(model.dtype) == f"torch.{dtype}"
+    text = capsys.readouterr().out
+    assert said in text and bool(said) == bool(text)
+
+
+def test_a_float32_checkpoint_needs_no_word(folder, capsys):
+    assert load_model(str(folder / "model"), None, "cpu").dtype == torch.float32
+    assert capsys.readouterr().out == ""
+
+
+def test_the_dtype_of_a_device():
+    assert [default_dtype(x) for x in ("cpu", None, torch.device("cuda", 0))] == [
+        "float32",
+        "float32",
+        "auto",
+    ]
+
+
 @pytest.mark.parametrize("kind", [ValueError, TypeError])
 def test_a_fault_beneath_shows_where_it_is(kind, folder, tmp_path, monkeypatch, capsys):
     """Of an error that another library raises, the message alone would not tell a user what went
@@ -326,7 +367,9 @@ def test_from_a_file_to_a_page(folder, tmp_path, capsys):
     assert state["global_step"] == 4  # the command line wins
     assert any("eval_rewards/margins" in x for x in state["log_history"])
     card = (out / "README.md").read_text()
-    assert "2412.02685" in card and str(folder / "model") in card
+    # a path of this machine is nobody's business, and the hub would refuse it
+    assert "2412.02685" in card and "of `model`, trained on `prefs.jsonl`" in card
+    assert str(folder) not in card
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     before = load_file(folder / "model" / "model.safetensors")
     assert any(not torch.equal(before[k], v) for k, v in weights(out).items())
@@ -717,7 +760,7 @@ LIST_VALUES = {
 
 def source_options(*argv) -> dict:
     argv = ["--data", "x", "--rewards", "own_lists:Lists", *argv]
-    _, options = parse("annotate", argv, (RowOptions, RewardsOptions), "")
+    _, options = parse("annotate", argv, (RowOptions, RewardsOptions))
     return options.rewards_options
 
 
@@ -758,17 +801,18 @@ def test_options_by_name_in_yaml(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("loss_type: discopop\nloss_scalars: {tau: 0.1}\n")
     argv = ["--output_dir", str(tmp_path)]
-    (found,) = parse("train", [*argv, "--config", str(config)], (TRegConfig,), "")
+    (found,) = parse("train", [*argv, "--config", str(config)], (TRegConfig,))
     scalars = ["--loss_type", "discopop", "--loss_scalars", '{"tau": 0.1}']
-    (expected,) = parse("train", [*argv, *scalars], (TRegConfig,), "")
+    (expected,) = parse("train", [*argv, *scalars], (TRegConfig,))
     assert found.loss_scalars == expected.loss_scalars
     assert found.loss_options == expected.loss_options
 
 
 def test_help_of_a_source(own_sources, capsys):
     for options, shown in (
-        ([], "--rewards.prompts STR"),
-        (["--rewards", "own_token_weights:Lengths"], "--rewards.short_word FLOAT"),
+        ([], "treg annotate --rewards NAME --help shows those of NAME"),
+        (["--rewards", "contrastive"], "--rewards.prompts TEXT"),
+        (["--rewards", "own_token_weights:Lengths"], "--rewards.short_word X"),
     ):
         with pytest.raises(SystemExit):
             main(["annotate", *options, "--help"])
@@ -785,6 +829,49 @@ def test_prompts_are_the_options_of_the_default_source(folder, tmp_path):
         assert main(annotate_command(folder, files[-1], option, prompts, "--limit", 3)) == 0
     assert files[0].read_bytes() == files[1].read_bytes()
     assert read_annotated(files[0])[1]["settings"]["prompts"]["prefill"] == "<a>"
+
+
+def test_an_interrupted_annotation_keeps_what_is_finished(folder, tmp_path, monkeypatch, capsys):
+    """It says how much that is, and the next run does the rest alone."""
+    whole, stopped = tmp_path / "whole.parquet", tmp_path / "stopped.parquet"
+    assert main(annotate_command(folder, whole)) == 0
+    work, parts = treg.rewards.annotate._annotate_part, []
+
+    def part(*args):
+        if len(parts) == 5:
+            raise KeyboardInterrupt
+        parts.append(args)
+        work(*args)
+
+    monkeypatch.setattr("treg.rewards.annotate._annotate_part", part)
+    assert main(annotate_command(folder, stopped)) == 130
+    error = capsys.readouterr().err
+    assert f"15 of {ROWS} pairs are finished and kept in {stopped}.parts; the same" in error
+    monkeypatch.setattr("treg.rewards.annotate._annotate_part", lambda *a: parts.append(work(*a)))
+    assert main(annotate_command(folder, stopped)) == 0
+    assert len(parts) == 8 and stopped.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [(None, "at step 3; no checkpoint is there yet (--save_steps)"), (2, "checkpoint-2 is whole")],
+)
+def test_an_interrupted_training_says_where_it_goes_on(
+    checkpoint, said, folder, tmp_path, monkeypatch, capsys
+):
+    if checkpoint is not None:
+        (tmp_path / "o" / f"checkpoint-{checkpoint}").mkdir(parents=True)
+        state = tmp_path / "o" / f"checkpoint-{checkpoint}" / "trainer_state.json"
+        state.write_text("{}")
+
+    def train(self, **_):
+        self.state.global_step = 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(treg.trainer.TRegTrainer, "train", train)
+    options = train_options(folder, tmp_path / "o", alpha=0, data=folder / "held-out.jsonl")
+    assert main(options) == 130
+    assert said in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_alone(folder, tmp_path, capsys):

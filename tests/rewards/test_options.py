@@ -153,7 +153,7 @@ def test_what_is_no_number_by_name(given, message):
 @pytest.mark.parametrize("text", ["-1e-3", "-1E+2", "-.5e1", "-5", "-0.25", "-2."])
 def test_negative_numbers_on_the_command_line(text):
     argv = ["--data", "x", "--rewards", "spans", "--rewards.inside", text]
-    _, found = parse("annotate", argv, (RowOptions, RewardsOptions), "")
+    _, found = parse("annotate", argv, (RowOptions, RewardsOptions))
     assert found.rewards_options == {"inside": float(text)}
 
 
@@ -162,7 +162,7 @@ def test_numbers_by_label_in_yaml(tmp_path):
     for values in ("{minor: -1, major: -5e-1}", "[minor=-1, major=-0.5]"):
         config.write_text(f"rewards:\n  name: spans\n  values: {values}\n")
         argv = ["--data", "x", "--config", str(config)]
-        _, found = parse("annotate", argv, (RowOptions, RewardsOptions), "")
+        _, found = parse("annotate", argv, (RowOptions, RewardsOptions))
         made = make_options("spans", found.rewards_options)
         assert made.by_label == {"minor": -1.0, "major": -0.5}
 

@@ -231,7 +231,7 @@ def test_yaml_and_the_command_line_say_the_same(tmp_path):
     argv += ["--rewards.mix", "contrast=1", "surprise=0.5"]
     found = []
     for options in (["--config", str(config)], argv):
-        _, rewards = parse("annotate", ["--data", "x", *options], (RowOptions, RewardsOptions), "")
+        _, rewards = parse("annotate", ["--data", "x", *options], (RowOptions, RewardsOptions))
         made = make_options("several", rewards.rewards_options)
         found.append((made.entries, made.weights))
     assert found[0] == found[1]

@@ -399,6 +399,6 @@ def test_inner_options_in_yaml_are_those_of_the_command_line(tmp_path):
         ["--config", str(config)],
         [*options, "--rewards.of_options", json.dumps({"threshold": 1.5})],
     ):
-        _, found = parse("annotate", ["--data", "x", *argv], (RowOptions, RewardsOptions), "")
+        _, found = parse("annotate", ["--data", "x", *argv], (RowOptions, RewardsOptions))
         made = make_options("shuffled", found.rewards_options)
         assert (made.of, made.inner_options) == ("entropy", {"threshold": 1.5})

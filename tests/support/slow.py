@@ -42,6 +42,7 @@ INTERPRETED = (
 # single tests of more than a second, or many cases of a kind; name[part]: cases with part in their
 # id
 FUNCTIONS = {
+    "cli/test_adapters.py": ("test_train_with_samples_and_a_merged_model",),
     "cli/test_cli.py": (
         "test_a_finished_run_is_left_alone",
         "test_adapters_are_no_start",

@@ -1,4 +1,4 @@
-"""The command line: treg demo | annotate | train | inspect | doctor.
+"""The command line: treg demo | annotate | train | inspect | merge | config | doctor.
 
 Every command takes its options from the command line and from a YAML file (--config), of which the
 command line wins. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted.
@@ -16,12 +16,15 @@ treg: token-level preference optimization (T-REG, DPO and relatives).
   treg annotate --model M --data prefs.jsonl --output a.parquet  token rewards of a preference file
   treg train    --model M --data a.parquet --output_dir out      train; raw data are annotated first
   treg inspect  --data a.parquet --model out --output page.html  what was rewarded, token by token
+  treg merge    --adapter out --output whole                     adapters into their model's weights
+  treg config   fsdp2                                            print a configuration of accelerate
   treg doctor                                                    versions, devices, a self-test
 
 Any command: --help, and --config FILE.yaml with the same option names (the command line wins).
 On several GPUs: accelerate launch -m treg annotate ..., accelerate launch -m treg train ...
 """
-COMMANDS = ("demo", "annotate", "train", "inspect", "doctor")
+COMMANDS = ("demo", "annotate", "train", "inspect", "merge", "config", "doctor")
+HELP = {"-h", "--help", "--help_all"}
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -37,15 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"treg {treg.__version__}")
         return 0
     if name not in COMMANDS:
-        from treg.rewards import nearest
+        from treg.rewards.names import nearest
 
         print(f"treg: no command {name!r}{nearest(name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        if HELP.intersection(rest):  # before anything that is long to load
+            from treg.cli.options import help_text
+
+            print(help_text(name, rest), end="")
+            raise SystemExit(0)
         return importlib.import_module(f"treg.cli.{name}").run(rest) or 0  # loads transformers
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        kept = f"; {stop}" if str(stop) else ""
         print(
-            f"\ntreg {name}: interrupted; the same command goes on from what is finished",
+            f"\ntreg {name}: interrupted{kept}; the same command goes on from what is finished",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED

@@ -80,8 +80,7 @@ def self_test() -> tuple[str, dict[str, float], float]:
 
 
 def run(argv: list[str]) -> int:
-    text = "Print versions and devices, and compare the loss and its gradients with float64."
-    parse("doctor", argv, (), text)
+    parse("doctor", argv, ())
     for name, version in versions().items():
         print(f"{name:14} {version}")
     for device in devices():

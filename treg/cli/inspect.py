@@ -14,13 +14,6 @@ from treg.rewards.annotate import process_state
 from treg.viz import plot_curves, print_pairs, write_page
 from treg.viz.views import pair_views
 
-TEXT = """\
-Show annotated pairs token by token on one self-contained HTML page, with a trained model's implicit
-rewards beside the token rewards, and the curves of its training.
-
-  treg inspect --data annotated.parquet --tokenizer MODEL
-  treg inspect --data out/annotated.parquet --model out --output page.html --terminal"""
-
 # what a page says of a run
 FACTS = words(
     """
@@ -31,7 +24,7 @@ FACTS = words(
 
 
 def run(argv: list[str]) -> None:
-    (options,) = parse("inspect", argv, (InspectOptions,), TEXT)
+    (options,) = parse("inspect", argv, (InspectOptions,))
     if options.limit < 1:
         raise ValueError(f"limit: expected a positive number of pairs, got {options.limit}")
     examples, meta = read_annotated(options.data)

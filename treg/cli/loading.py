@@ -4,12 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from treg.cli.options import RewardsOptions
-from treg.data import EncodeOptions
+from treg.cli.options import RewardsOptions, RowOptions
+from treg.data import EncodeOptions, parse_columns
+from treg.data.annotated import read_annotated, streams_of
 from treg.rewards import DEFAULT_SOURCE, loading
 from treg.rewards.annotate import AnnotateOptions, process_state
+from treg.rewards.signal import signal_lines
+
+SHORT = ("bfloat16", "float16")
+DTYPES = ("auto", "float32", *SHORT)
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
@@ -21,16 +27,42 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def default_dtype(device: Any) -> str:
+    """The dtype of a model that only runs forward, where none is asked for: float32 on a CPU, on
+    which a forward in 16 bits can take several times as long, else the checkpoint's own ("auto").
+
+    Args:
+        device: a torch.device or its name; None: the CPU.
+    """
+    return "float32" if torch.device(device or "cpu").type == "cpu" else "auto"
+
+
 def load_model(
-    path: str, dtype: str, device: Any = None, attn_implementation: str | None = None
+    path: str,
+    dtype: str | None,
+    device: Any = None,
+    attn_implementation: str | None = None,
+    **options: Any,
 ) -> Any:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    """A causal LM from a folder or the hub, on the device.
+
+    Args:
+        dtype: float32, bfloat16, float16 or auto; None: `default_dtype` of the device. A word is
+            said where that is not the checkpoint's, and where 16 bits will run on a CPU.
+        device: None: it stays on the CPU for now, and nothing is said.
+        options: others of from_pretrained.
+    """
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     loading.check_folder("model", path)
-    more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    chosen = dtype or default_dtype(device)
+    if device is not None:
+        _tell_of_dtype(path, dtype, chosen, torch.device(device))
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     with loading.no_code_of(path):
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, **more
+            path, dtype=chosen, trust_remote_code=False, **options
         )
     return model if device is None else model.to(device)
 
@@ -41,9 +73,37 @@ def check_data(name: str, path: str) -> None:
         raise ValueError(f"{name}: expected a file, a folder or a hub name, got {path!r}")
 
 
+def _tell_of_dtype(path: str, asked: str | None, chosen: str, device: torch.device) -> None:
+    """What a person could not guess about the dtype of a model on a CPU."""
+    own = str(getattr(AutoConfig.from_pretrained(path), "dtype", None)).removeprefix("torch.")
+    if asked is None and device.type == "cpu" and own in SHORT:
+        say(
+            f"{path}: in float32, as this is a CPU; the checkpoint is in {own}, which --dtype auto "
+            "keeps"
+        )
+    tell_of_short(f"--dtype {chosen}", own if chosen == "auto" else chosen, device)
+
+
+def tell_of_short(option: str, dtype: str, device: torch.device) -> None:
+    """A word where 16 bits will run on a CPU. option: what asks for them."""
+    if dtype in SHORT and device.type == "cpu":
+        say(f"{option}: {dtype} takes several times as long as float32 on most CPUs")
+
+
+def encode_options(rows: RowOptions, max_length: int | None) -> EncodeOptions:
+    """How rows become token ids, from the options of the command line."""
+    return EncodeOptions(
+        max_length,
+        chat=False if rows.plain_text else None,
+        columns=parse_columns(rows.columns),
+        turns=rows.turns,  # pyright: ignore[reportArgumentType]
+        date=rows.date,
+    )
+
+
 def annotate_options(
     rewards: RewardsOptions,
-    max_length: int | None,
+    encode: EncodeOptions,
     *,
     per_token: bool,
     reference: bool = True,
@@ -56,7 +116,7 @@ def annotate_options(
             raise ValueError("prompts: expected --prompts or --rewards.prompts, got both")
         source_options["prompts"] = rewards.prompts
     return AnnotateOptions(
-        EncodeOptions(max_length),
+        encode,
         tokens_per_batch=rewards.tokens_per_batch,
         per_token=per_token,
         share_prefix=not rewards.no_share_prefix,
@@ -66,6 +126,17 @@ def annotate_options(
         shaping=tuple(rewards.shape or ()),
         keep_columns=tuple(keep_columns),
     )
+
+
+def signal_of_file(path: str | Path, alpha: float, *, length_normalised: bool = False) -> list[str]:
+    """What the per-token signals of an annotated file say, in lines: see `treg.rewards.signal`.
+
+    Empty in all processes but the first.
+    """
+    if not process_state().is_main_process:
+        return []
+    examples, meta = read_annotated(path)
+    return signal_lines(examples, streams_of(meta), alpha, length_normalised=length_normalised)
 
 
 def drawable(history: list[dict[str, Any]]) -> bool:

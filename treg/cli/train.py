@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-from treg.cli.loading import annotate_options, check_data, drawable, load_model, load_tokenizer, say
+from treg.cli.loading import (
+    annotate_options,
+    check_data,
+    drawable,
+    encode_options,
+    load_model,
+    load_tokenizer,
+    say,
+    signal_of_file,
+    tell_of_short,
+)
+from treg.cli.merge import write_merged
 from treg.cli.options import (
     SOURCE_PREFIX,
     ModelOptions,
@@ -17,25 +28,17 @@ from treg.cli.options import (
     parse,
     words,
 )
+from treg.cli.quantized import check_4bit, quantization
 from treg.cli.runs import claim_run, finish, finished, going_on_from
+from treg.cli.samples import Samples, check_whole, read_prompts
 from treg.data import EncodeOptions, load_pairs
-from treg.data.annotated import is_annotated
+from treg.data.annotated import is_annotated, read_annotated
 from treg.data.examples import examples_of
-from treg.files import locked, writing
+from treg.files import last_checkpoint, locked, writing
 from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.viz import plot_curves
-
-TEXT = """\
-Train a causal LM on preference pairs. The data may be annotated (treg annotate) or raw: raw data
-are annotated first, into the output folder. Run again after a stop: it goes on from the last whole
-checkpoint. alpha=0 is the plain objective (DPO, SimPO, ...), which needs no token rewards: raw data
-are then annotated only if --rewards names a source.
-
-  treg train --model MODEL --data prefs.jsonl --output_dir out --learning_rate 5e-7 --beta 0.01
-  treg train --model MODEL --data prefs.jsonl --output_dir out --use_peft --packing
-  accelerate launch -m treg train --config run.yaml"""
 
 # options that may change between the parts of one run, by the beginning of their names: they do not
 # change the numbers
@@ -43,7 +46,7 @@ MAY_CHANGE = words(
     """
     output_dir log save eval report_to run_name disable_tqdm push_to hub dataloader memory_budget
     ignore_fingerprint load_best metric_for greater_is project trackio include do_ resume prediction
-    torch_empty batch_eval strict tokens_per_batch no_share_prefix
+    torch_empty batch_eval sample_ merge_adapter strict tokens_per_batch no_share_prefix
     """
 )
 
@@ -73,6 +76,11 @@ class Options:
         return self.model.dtype or "float32"
 
     @property
+    def encode(self) -> EncodeOptions:
+        """How raw rows become token ids."""
+        return encode_options(self.rows, self.config.max_length)
+
+    @property
     def annotates(self) -> bool:
         """Whether raw data are annotated first."""
         return bool(self.config.loss_options.needed_streams) or self.rewards.rewards is not None
@@ -80,7 +88,7 @@ class Options:
 
 def run(argv: list[str]) -> None:
     kinds = (ModelOptions, RowOptions, TrainOptions, RewardsOptions, TRegConfig)
-    options = Options(*parse("train", argv, kinds, TEXT))
+    options = Options(*parse("train", argv, kinds))
     _check(options)
     out = Path(options.config.output_dir or "")
     with contextlib.ExitStack() as stack:
@@ -107,6 +115,7 @@ def _check(options: Options) -> None:
     if options.own.eval_data is not None:
         data.append(options.own.eval_data)
         check_data("eval_data", options.own.eval_data)
+    _check_own(options)
     raw = [x for x in data if not is_annotated(x)]
     limit = options.rows.limit
     if limit is not None and len(raw) < len(data):
@@ -114,6 +123,25 @@ def _check(options: Options) -> None:
             f"limit: expected none with annotated data, got {limit}; annotate fewer rows"
         )
     _check_rewards(options, raw)
+
+
+def _check_own(options: Options) -> None:
+    """ValueError for options of adapters and samples that do not go together."""
+    own, config = options.own, options.config
+    for name in ("load_in_4bit", "merge_adapter"):
+        if getattr(own, name) and not own.use_peft:
+            raise ValueError(f"{name}: expected --use_peft beside it, got none")
+    if own.load_in_4bit:
+        check_4bit(torch.device(config.device))
+    if own.merge_adapter and own.load_in_4bit:
+        raise ValueError(
+            "merge_adapter: expected False with --load_in_4bit, got True; `treg merge` puts the "
+            "adapter into the weights that the checkpoint has"
+        )
+    if own.sample_prompts is not None and own.sample_steps is None:
+        raise ValueError("sample_prompts: expected --sample_steps beside it, got none")
+    if own.sample_steps is not None and own.sample_steps < 1:
+        raise ValueError(f"sample_steps: expected a positive number, got {own.sample_steps}")
 
 
 def _check_rewards(options: Options, raw: list[str]) -> None:
@@ -136,7 +164,7 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
             )
     if not raw or not options.annotates:
         return
-    made = annotate_options(rewards, options.config.max_length, per_token=True)
+    made = annotate_options(rewards, options.encode, per_token=True)
     streams = streams_given(made.rewards, made.source_options)
     if loss.alpha > 0 and "token_rewards" not in streams:
         raise ValueError(
@@ -153,10 +181,14 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
 
 def _train(out: Path, options: Options) -> None:
     config, own = options.config, options.own
+    device = torch.device(config.device)
+    tell_of_short("--dtype", options.dtype, device)
+    tell_of_short("--bf16", "bfloat16" if config.bf16 else "float32", device)
     tokenizer = load_tokenizer(
         options.model.tokenizer or options.model.model, options.model.chat_template
     )
-    model = _load_model(options, options.model.model)
+    quantized = quantization(device, config.bf16) if own.load_in_4bit else {}
+    model = _load_model(options, options.model.model, **quantized)
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"model: expected a whole model, got {options.model.model}, which holds adapters; "
@@ -169,18 +201,35 @@ def _train(out: Path, options: Options) -> None:
     if own.eval_data is not None:
         eval_data = prepare(own.eval_data, "annotated-eval", own.eval_split)
     objective = config.loss_options.objective
+    if not isinstance(train_data, list):
+        alpha, mean = config.loss_options.alpha, objective.length_normalised
+        say(*signal_of_file(train_data, alpha, length_normalised=mean))
     plain = isinstance(train_data, list) and not objective.reference_free
     plain |= config.loss_options.with_kl  # which log-probs of a file do not give
     if reference is None and plain and not own.use_peft:
         reference = _load_model(options, options.model.model)
+    if own.load_in_4bit:
+        from peft import prepare_model_for_kbit_training
+
+        checkpointing = bool(config.gradient_checkpointing or config.activation_checkpointing)
+        model = prepare_model_for_kbit_training(model, checkpointing)
     trainer = TRegTrainer(
         model, reference, config, train_data, eval_data, tokenizer, _peft_config(own)
     )
+    if own.sample_steps is not None:
+        check_whole(trainer)
+        trainer.add_callback(_samples(out, own, train_data, tokenizer))
     # the trainer keeps the reference if it is needed
     del reference, prepare
     if config.save_only_model:
         say("save_only_model: if this run is stopped, it starts from its beginning again")
-    trainer.train(resume_from_checkpoint=going_on_from(out))
+    try:
+        trainer.train(resume_from_checkpoint=going_on_from(out))
+    except KeyboardInterrupt:
+        kept = last_checkpoint(out)
+        step = trainer.state.global_step
+        said = "no checkpoint is there yet (--save_steps)" if kept is None else f"{kept} is whole"
+        raise KeyboardInterrupt(f"at step {step}; {said}") from None
     with writing(out):
         trainer.save_model()
         trainer.create_model_card(finetuned_from=options.model.model, dataset=options.rows.data)
@@ -190,10 +239,23 @@ def _train(out: Path, options: Options) -> None:
         if trainer.is_world_process_zero():
             finish(out)
     say(f"wrote {out}: the model, its card, trainer_state.json, curves.png")
+    if own.merge_adapter and trainer.is_world_process_zero():
+        write_merged(options.model.model, str(out), out / "merged", tokenizer)
 
 
-def _load_model(options: Options, path: str) -> Any:
-    return load_model(path, options.dtype, attn_implementation=options.model.attn_implementation)
+def _load_model(options: Options, path: str, **more: Any) -> Any:
+    attention = options.model.attn_implementation
+    return load_model(path, options.dtype, attn_implementation=attention, **more)
+
+
+def _samples(out: Path, own: TrainOptions, data: Any, tokenizer: Any) -> Samples:
+    if own.sample_prompts is not None:
+        prompts = read_prompts(own.sample_prompts)
+    else:
+        first = data if isinstance(data, list) else read_annotated(data)[0]
+        prompts = [tokenizer.decode(x["prompt_ids"]) for x in first[:3]]
+    rendered = own.sample_prompts is None
+    return Samples(out, int(own.sample_steps or 1), prompts, tokenizer, rendered=rendered)
 
 
 def _peft_config(own: TrainOptions) -> Any:
@@ -232,7 +294,7 @@ class _DataPreparation:
         pairs, report = load_pairs(
             source,
             self.tokenizer,
-            EncodeOptions(self.options.config.max_length),
+            self.options.encode,
             split=split,
             strict=rows.strict,
             limit=rows.limit,
@@ -255,7 +317,7 @@ class _DataPreparation:
                 output,
                 annotate_options(
                     self.options.rewards,
-                    config.max_length,
+                    self.options.encode,
                     per_token=True,
                     keep_columns=config.loss_options.objective.pair_columns,
                 ),

@@ -5,6 +5,7 @@ from treg.data.card import dataset_card
 from treg.data.encode import encode, load_pairs, prompt_text
 from treg.data.examples import ExampleLoader
 from treg.data.messages import Messages, common_prefix, shown_text, text_of
+from treg.data.names import parse_columns
 from treg.data.pair import EncodeOptions, Pair
 from treg.data.reading import read_rows
 from treg.data.rendering import Renderer, answer_end, conversation
@@ -33,6 +34,7 @@ __all__ = [
     "load_pairs",
     "pack_pairs",
     "pair_tokens",
+    "parse_columns",
     "parse_row",
     "prompt_text",
     "read_rows",

@@ -1,32 +1,30 @@
-"""Sources of token rewards, one file each. A source gives every token of a response a number."""
+"""Sources of token rewards, one file each. A source gives every token of a response a number.
 
-from treg.rewards.base import Context, TokenRewardSource
-from treg.rewards.contrastive import (
-    ContrastiveOptions,
-    ContrastivePrompts,
-    ContrastiveSource,
-    contrastive_rewards,
-)
-from treg.rewards.controls import ConstantSource, RandomSource, ShuffledSource
-from treg.rewards.edits import EditsSource
-from treg.rewards.entropy import EntropySource
-from treg.rewards.implicit import ImplicitSource
-from treg.rewards.messagewise import MessagewiseSource
-from treg.rewards.redistribution import RedistributionSource
-from treg.rewards.registry import (
-    DEFAULT_SOURCE,
-    SOURCES,
-    columns_read,
-    load_source,
-    make_options,
-    nearest,
-    source_class,
-    streams_given,
-)
-from treg.rewards.response import Response
-from treg.rewards.several import SeveralSource
-from treg.rewards.spans import SpansSource
-from treg.rewards.surprise import SurpriseSource
+The names are loaded when they are asked for: the sources need torch and transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from treg.rewards.names import DEFAULT_SOURCE, nearest
+
+if TYPE_CHECKING:
+    from treg.rewards.base import Context, TokenRewardSource
+    from treg.rewards.contrastive import (
+        ContrastiveOptions,
+        ContrastivePrompts,
+        ContrastiveSource,
+        contrastive_rewards,
+    )
+    from treg.rewards.registry import (
+        SOURCES,
+        columns_read,
+        load_source,
+        make_options,
+        source_class,
+        streams_given,
+    )
+    from treg.rewards.response import Response
 
 __all__ = [
     "DEFAULT_SOURCE",
@@ -34,6 +32,7 @@ __all__ = [
     "Context",
     "ContrastiveOptions",
     "ContrastivePrompts",
+    "ContrastiveSource",
     "Response",
     "TokenRewardSource",
     "columns_read",
@@ -45,17 +44,28 @@ __all__ = [
     "streams_given",
 ]
 
-SOURCES |= {
-    "contrastive": ContrastiveSource,
-    "redistribution": RedistributionSource,
-    "implicit": ImplicitSource,
-    "messagewise": MessagewiseSource,
-    "entropy": EntropySource,
-    "surprise": SurpriseSource,
-    "spans": SpansSource,
-    "edits": EditsSource,
-    "several": SeveralSource,
-    "constant": ConstantSource,
-    "random": RandomSource,
-    "shuffled": ShuffledSource,
+_LOADED_LATER = {
+    "base": ("Context", "TokenRewardSource"),
+    "response": ("Response",),
+    "contrastive": (
+        "ContrastiveOptions",
+        "ContrastivePrompts",
+        "ContrastiveSource",
+        "contrastive_rewards",
+    ),
+    "registry": (
+        "SOURCES",
+        "columns_read",
+        "load_source",
+        "make_options",
+        "source_class",
+        "streams_given",
+    ),
 }
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LOADED_LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,14 +3,12 @@
 Each response y to a prompt x gets what a source gives its tokens (`treg.rewards.base`) and, from
 the reference model, the sum of log pi_ref(y_t | x, y_<t). Forward only.
 
-The pairs, sorted by length, are cut into parts. A part is computed as a whole and written as a
-whole: a run that is killed loses the parts that it was working on, and the next one computes them
-in the same batches, to the same bits.
+The pairs, sorted by length, are cut into parts (`treg.rewards.cutting`). A part is computed as a
+whole and written as a whole: a run that is killed loses the parts that it was working on, and the
+next one computes them in the same batches, to the same bits.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +29,7 @@ from treg.data.annotated import (
     without_weight,
     write_annotated,
 )
-from treg.data.fingerprints import config_of, model_fingerprint, tokenizer_fingerprint
+from treg.data.fingerprints import model_fingerprint
 from treg.files import digest_of, plain, remove_leftovers
 from treg.rewards import (
     DEFAULT_SOURCE,
@@ -44,17 +42,17 @@ from treg.rewards import (
     streams_given,
 )
 from treg.rewards.base import check_response
+from treg.rewards.cutting import cut_parts, kept_on_interrupt, part_tokens
 from treg.rewards.kept import KeptColumns, check_names
+from treg.rewards.made_with import check_same, comparable, made_with_of
 from treg.rewards.parts import Parts, claimed
 from treg.rewards.progress import Progress
 from treg.rewards.response import ResponsePairs
-from treg.rewards.several import SeveralSource
 from treg.rewards.shaping import Step, parse_steps, score_shaped, shaped_streams
 
 log = logging.getLogger(__name__)
 
-PART_PAIRS = 32
-CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
+PART_PAIRS = 32  # at most
 
 
 @dataclass(frozen=True)
@@ -177,22 +175,24 @@ def annotate(
     fingerprint = model_fingerprint(model, adapters=True)  # before a source adds to the model
     rewards = load_source(options.rewards, options.source_options, context)
     kept = KeptColumns(options.keep_columns, pairs)
-    made_with = _made_with(context, fingerprint, rewards, pairs, options)
+    made_with = made_with_of(context, fingerprint, rewards, pairs, options)
     if kept.names:
         made_with["settings"]["keep_columns"] = list(kept.names)
         made_with["fingerprint"]["columns"] = kept.fingerprint
     folder = Path(f"{output}.parts")
     if output.exists():
-        report = _finished(output, _comparable(made_with))
+        report = _finished(output, comparable(made_with))
         if state.is_main_process:
-            Parts(folder, "", order, PART_PAIRS).remove()
+            Parts(folder, "", []).remove()
         return report
-    expected = plain(_comparable(made_with) | {"parts": {"part_pairs": PART_PAIRS}})
+    tokens = part_tokens(model)
+    cut = {"part_pairs": PART_PAIRS, "part_tokens": tokens}
+    expected = plain(comparable(made_with) | {"parts": cut})
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
             if state.is_main_process:
-                stack.enter_context(claimed(folder, expected, _check_same))
-        parts = Parts(folder, digest_of(expected), order, PART_PAIRS)
+                stack.enter_context(claimed(folder, expected, check_same))
+        parts = Parts(folder, digest_of(expected), cut_parts(order, PART_PAIRS, tokens))
         run = _Run(context, rewards, options, kept, parts, strict)
         files, problems = _annotate_parts(run, bar, state)
         for problem, truncated in problems:
@@ -217,7 +217,7 @@ def _finished(output: Path, expected: dict[str, Any]) -> Report:
             f"{output}: not written by `treg annotate`; give another output, or remove {output}"
         )
     examples, meta = read_annotated(output)
-    _check_same(output, meta, plain(expected))
+    check_same(output, meta, plain(expected))
     report = Report(**meta["report"])
     if report.kept != len(examples):
         raise ValueError(
@@ -263,16 +263,17 @@ def _annotate_parts(
     was truncated.
     """
     parts = run.parts.pairs
+    files = [run.parts.file(i) for i in range(len(parts))]
     todo = [i for i in range(len(parts)) if not run.parts.is_whole(i)]
     state.wait_for_everyone()  # until everyone has counted, nobody adds a part
     # by what is left, not by number, so that the processes have equal work after a stop as well
     mine = todo[state.process_index :: state.num_processes]
-    with bar.over(sum(len(parts[i]) for i in mine)), torch.inference_mode():
+    with kept_on_interrupt(files, parts), bar.over([parts[i] for i in mine]):
         for i in mine:
-            _annotate_part(run, i)
-            bar.pairs(len(parts[i]))
+            with torch.inference_mode():
+                _annotate_part(run, i)
+            bar.part_done()
     state.wait_for_everyone()
-    files = [run.parts.file(i) for i in range(len(parts))]
     found = [problem for file in files for problem in read_meta(file)["problems"]]
     state.wait_for_everyone()  # until everyone has read them, nobody removes the parts
     return files, [(RowProblem(*problem), truncated) for problem, truncated in found]
@@ -402,115 +403,3 @@ def _problem_of(
         if problem is not None:
             return problem
     return context.too_long(*sides) if reference else None
-
-
-def _made_with(
-    context: Context,
-    fingerprint: str,
-    rewards: TokenRewardSource,
-    pairs: Sequence[Pair],
-    options: AnnotateOptions,
-) -> dict[str, Any]:
-    """What goes into the metadata besides the report. fingerprint: of the model.
-
-    The settings of the default source stand among the file's, as they always did; those of any
-    other, and of one that is shaped, stand under `streams`, which the default file does not have.
-    """
-    model = context.model
-    own = _json_settings(rewards)
-    default = options.rewards == DEFAULT_SOURCE
-    settings: dict[str, Any] = {"encode": _encode_settings(options.encode)}
-    if default:
-        settings |= own
-    settings |= {
-        "tokens_per_batch": options.tokens_per_batch,
-        "per_token": options.per_token,
-        "share_prefix": options.share_prefix,
-    }
-    if not options.reference:
-        settings["reference"] = False
-    settings |= {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)}
-    made_with: dict[str, Any] = {
-        "fingerprint": {
-            "model": fingerprint,
-            "tokenizer": tokenizer_fingerprint(context.tokenizer),
-            "pairs": _pairs_fingerprint(pairs),
-        },
-        "config": config_of(model),
-        "settings": settings,
-    }
-    if not default or options.steps:
-        made_with["streams"] = _described(rewards, options, own)
-    return made_with
-
-
-def _encode_settings(options: EncodeOptions) -> dict[str, Any]:
-    """How rows became ids; of what was added later, only what is not the default."""
-    default, given = asdict(EncodeOptions()), asdict(options)
-    always = ("max_length", "chat")
-    return {x: given[x] for x in given if x in always or given[x] != default[x]}
-
-
-def _described(
-    rewards: TokenRewardSource, options: AnnotateOptions, settings: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Of each stream: its source, the source's settings, and the shaping."""
-    own = {"source": options.rewards, "settings": settings, "shaping": []}
-    described = dict.fromkeys(rewards.streams, own)
-    if isinstance(rewards, SeveralSource):
-        described |= rewards.described
-    steps = list(map(str, options.steps))
-    for stream in shaped_streams(described):
-        shaping = described[stream]["shaping"] + steps
-        described[stream] = described[stream] | {"shaping": shaping}
-    return described
-
-
-def _json_settings(rewards: TokenRewardSource) -> dict[str, Any]:
-    """The settings of a source as a file gives them back."""
-    settings = rewards.settings()
-    try:
-        return json.loads(json.dumps(settings, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{type(rewards).__name__}.settings: expected what JSON can hold, got {settings!r}: "
-            f"{error}"
-        ) from error
-
-
-def _comparable(made_with: dict[str, Any]) -> dict[str, Any]:
-    """made_with without how the work was cut, which changes roundings only: after running out of
-    memory one goes on with smaller batches.
-    """
-    settings = {k: v for k, v in made_with["settings"].items() if k not in CUTTING}
-    return made_with | {"settings": settings}
-
-
-def _pairs_fingerprint(pairs: Sequence[Pair]) -> str:
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
-            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-        digest.update(pair.index.to_bytes(8, "little"))
-    return digest.hexdigest()[:16]
-
-
-def _autocast(device: str) -> str | None:
-    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-
-
-def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """ValueError where a file or its parts were made otherwise than this run would make them."""
-    # settings first: they say what a fingerprint hides
-    for group in sorted(expected.keys() | {"streams"}, reverse=True):
-        now, before = expected.get(group, {}), found.get(group, {})
-        names = [*now, *(name for name in before if name not in now and name not in CUTTING)]
-        for name in names:
-            if before.get(name) != now.get(name):
-                # the default source stands in no file
-                missing = DEFAULT_SOURCE if group == "streams" else None
-                was, wanted = (values.get(name, missing) for values in (before, now))
-                raise ValueError(
-                    f"{path}: made with {name} {was!r}, now it is {wanted!r}; give another output, "
-                    f"or remove {path}"
-                )

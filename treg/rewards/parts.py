@@ -32,13 +32,13 @@ class Parts:
 
     Args:
         folder: where they lie. run: the digest of what the run is made with.
-        order: the pairs, size of them a part.
+        pairs: those of each part.
     """
 
-    def __init__(self, folder: Path, run: str, order: Sequence[Pair], size: int):
+    def __init__(self, folder: Path, run: str, pairs: Sequence[Sequence[Pair]]):
         self.folder = folder
         self.run = run
-        self.pairs = [order[start : start + size] for start in range(0, len(order), size)]
+        self.pairs = pairs
 
     def file(self, number: int) -> Path:
         return self.folder / f"part-{number:05}.parquet"

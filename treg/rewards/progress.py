@@ -1,34 +1,75 @@
 """How far annotating is."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from treg.data import Pair, pair_tokens
+
+FIRST_GUESS = 6.0  # tokens through the model for a token of a pair, until a part has shown it
+MOST = 0.95  # of a part that is not done: more of it is not claimed
+
 
 class Progress:
-    """A bar over pairs, with tokens/s. Quiet where it is not wanted."""
+    """A bar over the tokens of pairs, that moves with every forward, with tokens/s and the time
+    that is left. Quiet where it is not wanted.
+    """
 
     def __init__(self, shown: bool):
         self.shown = shown
-        self.seen = 0
         self.bar: Any = None
+        self.seen = 0  # tokens through the model, of all
+        self.before = 0  # the same, before this part
+        self.done = 0  # tokens of pairs, of finished parts
+        self.pairs_done = 0
+        self.waiting: list[tuple[int, int]] = []  # pairs and tokens of the parts to come
 
     @contextlib.contextmanager
-    def over(self, pairs: int) -> Iterator[None]:
-        """Show the bar while the block runs."""
+    def over(self, parts: Sequence[Sequence[Pair]]) -> Iterator[None]:
+        """Show the bar while the block runs, which finishes the parts one by one."""
+        self.waiting = [(len(x), sum(pair_tokens(vars(pair)) for pair in x)) for x in parts]
+        self.pairs = sum(pairs for pairs, _ in self.waiting)
+        self.seen = self.before = 0  # what a source ran before is no part's
         self.bar = tqdm(
-            total=pairs, unit="pair", desc="annotate", disable=not self.shown, smoothing=0.1
+            total=sum(tokens for _, tokens in self.waiting),
+            unit="tok",
+            unit_scale=True,
+            desc="annotate",
+            disable=not self.shown,
+            smoothing=0.1,
+            bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]",
         )
         with self.bar:
+            self._show()
             yield
 
     def tokens(self, count: int) -> None:
+        """So many tokens have been through the model."""
         self.seen += count
-        if self.bar is not None and not self.bar.disable:
-            elapsed = max(self.bar.format_dict["elapsed"], 1e-9)
-            self.bar.set_postfix_str(f"{self.seen / elapsed:,.0f} tokens/s")
+        if self.bar is None or not self.waiting:
+            return
+        _, size = self.waiting[0]
+        ratio = self.before / self.done if self.before else FIRST_GUESS
+        share = min((self.seen - self.before) / (ratio * size), MOST)
+        self._move(self.done + share * size)
 
-    def pairs(self, count: int) -> None:
-        self.bar.update(count)
+    def part_done(self) -> None:
+        pairs, size = self.waiting.pop(0)
+        self.pairs_done += pairs
+        self.done += size
+        self.before = self.seen
+        self._move(self.done)
+
+    def _move(self, place: float) -> None:
+        # never back: a part may turn out longer than the first ones said
+        self.bar.update(max(int(place) - self.bar.n, 0))
+        self._show()
+
+    def _show(self) -> None:
+        if self.bar.disable:
+            return
+        elapsed = max(self.bar.format_dict["elapsed"], 1e-9)
+        speed = f", {self.seen / elapsed:,.0f} tokens/s" if self.seen else ""
+        self.bar.set_postfix_str(f"{self.pairs_done} of {self.pairs} pairs{speed}")

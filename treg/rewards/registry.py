@@ -1,18 +1,29 @@
 """Sources by name: which there are, how one is loaded, and what it gives."""
 
-import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from treg.data import SIDES
 from treg.rewards.base import Context, TokenRewardSource
+from treg.rewards.names import SOURCE_PATHS, nearest
 from treg.rewards.options import check_types
 
-SOURCES: dict[str, type[TokenRewardSource]] = {}  # filled by `treg.rewards`
-DEFAULT_SOURCE = "contrastive"
-ALIKE = 0.6  # share of equal letters from which a name may have been meant for another
+
+class _Sources(UserDict):
+    """Classes by name; one of the package's own is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type[TokenRewardSource]:
+        found = self.data[name]
+        if isinstance(found, str):
+            module, _, attribute = found.partition(":")
+            found = self.data[name] = getattr(importlib.import_module(module), attribute)
+        return found
+
+
+SOURCES = _Sources(SOURCE_PATHS)
 
 
 def load_source(name: str, options: Mapping[str, Any], context: Context) -> TokenRewardSource:
@@ -131,14 +142,3 @@ def make_options(name: str, given: Mapping[str, Any]) -> Any:
         return kind(**given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"rewards.*: the source {name!r} refuses its options: {error}") from error
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """A hint for a name that is not known: what is most like it, each of several that are as much
-    like it; "" where nothing is.
-    """
-    names = map(str, known)
-    likeness = {x: difflib.SequenceMatcher(None, x, str(name)).ratio() for x in names}
-    most = max(likeness.values(), default=0.0)
-    found = [repr(x) for x, ratio in likeness.items() if ratio == most]
-    return f"; did you mean {' or '.join(found)}?" if most >= ALIKE else ""

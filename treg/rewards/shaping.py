@@ -31,7 +31,7 @@ from torch import Tensor
 
 from treg.data.batches import WEIGHT_STREAMS
 from treg.rewards.base import TokenRewardSource, check_finite, of_the_answer, score_checked
-from treg.rewards.registry import nearest
+from treg.rewards.names import nearest
 from treg.rewards.response import Response
 
 

@@ -1,81 +1,19 @@
 """TrainingArguments and what the loss needs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
 
 from treg.data import EncodeOptions
 from treg.data.reading import json_object
-from treg.losses import OBJECTIVES, LossOptions
+from treg.losses import LossOptions
+from treg.trainer.arguments import LossArguments
 
 
 @dataclass
-class TRegConfig(TrainingArguments):
-    """TrainingArguments and what the loss needs.
-
-    beta, alpha, gamma, label_smoothing, loss_type, weighting: as in `treg.ops.fused_treg_loss`.
-    loss_scalars: the objective's other options, its `scalars`; a dict, or the same as JSON.
-    max_length: tokens of prompt and completion, where the trainer tokenizes.
-    packing: sequences one after the other without padding instead of padded rows; the loss is the
-        same.
-    token_budget: with packing, each of the per_device_train_batch_size items of a batch is a pack
-        of whole pairs of at most so many tokens, instead of one pair; set
-        per_device_train_batch_size=1 for one pack a forward.
-    memory_budget: bytes of temporaries of the loss; None: see `treg.ops.linear_logprobs`.
-    disable_dropout: of policy and reference.
-    ignore_fingerprint: train also where the annotated data were made with another model or
-        tokenizer.
-    """
-
-    beta: float = field(default=0.1, metadata={"help": "Scale of the implicit reward, > 0."})
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the T-REG regularizer; 0 is the plain objective. Default: 0.25, or "
-            "0 for loss types that are another method of token credit."
-        },
-    )
-    gamma: float = field(default=0.0, metadata={"help": "Margin of simpo, sepo and confpo."})
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of labels taken as wrong, in [0, 0.5)."}
-    )
-    loss_type: str = field(
-        default="dpo",
-        metadata={
-            "help": f"Objective: {', '.join(OBJECTIVES)}, or package.module:NAME for your own."
-        },
-    )
-    loss_scalars: dict[str, float] | str | None = field(
-        default=None,
-        metadata={"help": "Other options of the objective as JSON, e.g. '{\"tau\": 0.05}'."},
-    )
-    weighting: str = field(
-        default="gradient", metadata={"help": "'gradient', or 'static' (w = 1)."}
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Tokens of prompt and completion."}
-    )
-    packing: bool = field(
-        default=False, metadata={"help": "Lay sequences out one after the other, without padding."}
-    )
-    token_budget: int | None = field(
-        default=None, metadata={"help": "With packing: tokens of a pack of pairs."}
-    )
-    memory_budget: int | None = field(
-        default=None, metadata={"help": "Bytes of temporaries of the loss."}
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Turn dropout off in policy and reference."}
-    )
-    ignore_fingerprint: bool = field(
-        default=False, metadata={"help": "Accept data annotated by another model."}
-    )
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must be False: the collator needs all."}
-    )
+class TRegConfig(LossArguments, TrainingArguments):
+    """TrainingArguments and what the loss needs: `LossArguments`."""
 
     def __post_init__(self):
         if not torch.accelerator.is_available():

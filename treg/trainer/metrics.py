@@ -10,6 +10,8 @@ from torch import Tensor
 
 from treg.results import TRegLoss
 
+RATIO = "treg/gradient_ratio"
+
 
 class PairMetrics:
     """Sums and counts by name, of one process. Nothing waits for the device until `means`."""
@@ -25,9 +27,20 @@ class PairMetrics:
         ref_logps: Tensor | None,
         *,
         weighted: bool = False,
+        alpha: float = 0.0,
+        length_normalised: bool = False,
     ) -> None:
         """Add a batch: lengths [2B] tokens of each sequence, rewards [N], ref_logps [2B] or [N];
         chosen first. weighted: whether tokens have weights, some of which may be 0.
+
+        With alpha > 0, rewards and no weights, treg/gradient_ratio is the norm of the regularizer's
+        gradient in the log-probs by that of the objective's. With w_s of the sequence of token t,
+        and norm_s its tokens with length_normalised, else 1:
+
+            sqrt( sum_t (alpha * w_s * rhat_t / norm_s)^2 ) / sqrt( sum_t (w_s / norm_s)^2 )
+
+        T-REG, arXiv 2412.02685, Eq. 2; as coded in `treg.losses.treg_loss` for weighting="gradient"
+        without a likelihood term.
         """
         rho_w, rho_l = result.chosen_rewards, result.rejected_rewards
         self.add("rewards/chosen", rho_w)
@@ -47,6 +60,9 @@ class PairMetrics:
         if rewards is not None:
             self.add("treg/reward_chosen", rewards[:chosen])
             self.add("treg/reward_rejected", rewards[chosen:])
+            if alpha > 0 and not weighted:
+                own = _weights_of_tokens(result.weights, lengths, length_normalised)
+                self.add(RATIO, (alpha * own * rewards).square(), own.square().sum())
             if ref_logps is not None and ref_logps.shape == result.token_logps.shape:
                 ratio = result.token_logps - ref_logps
                 counted = (rewards != 0) & (ratio != 0)
@@ -78,4 +94,18 @@ class PairMetrics:
             for x in pair
         ]
         totals = accelerator.reduce(torch.stack(flat), "sum").view(-1, 2).tolist()
-        return {name: total / n for name, (total, n) in zip(sums, totals, strict=True) if n}
+        found = {name: total / n for name, (total, n) in zip(sums, totals, strict=True) if n}
+        if RATIO in found:  # the sums are those of squares
+            found[RATIO] **= 0.5
+        return found
+
+
+def _weights_of_tokens(weights: Tensor, lengths: np.ndarray, length_normalised: bool) -> Tensor:
+    """[N] float64: w_s / norm_s of each token's sequence. weights: [B] of pairs, or [2B]."""
+    weights = weights.detach().double()
+    if len(weights) < len(lengths):
+        weights = torch.cat([weights, weights])
+    counts = torch.from_numpy(lengths).to(weights.device, non_blocking=True)
+    if length_normalised:
+        weights = weights / counts
+    return weights.repeat_interleave(counts, output_size=int(lengths.sum()))

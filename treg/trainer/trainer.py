@@ -20,6 +20,7 @@ from treg.heads import check_sequences, install_head, run_head
 from treg.losses import LossOptions
 from treg.ops import fused_treg_loss, linear_logprobs
 from treg.results import TRegLoss
+from treg.trainer.card import keep_from_hub, write_card
 from treg.trainer.checkpoints import SealedCheckpoints
 from treg.trainer.config import TRegConfig
 from treg.trainer.metrics import PairMetrics
@@ -28,26 +29,6 @@ log = logging.getLogger(__name__)
 
 Examples = Sequence[Mapping[str, Any]]
 STATISTICS = ("entropy", "mean_logit", "is_top1")
-CARD = """
-## Objective
-
-{paper}: loss_type={loss_type}, beta={beta}, alpha={alpha}, gamma={gamma},
-label_smoothing={label_smoothing}, loss_scalars={scalars}, weighting={weighting}. With alpha > 0 a
-regularizer pulls the policy's implicit token rewards towards those of the data, in the paper the
-reference model's under contrastive prompts:
-*T-REG: Preference Optimization with Token-Level Reward Regularization*
-([arXiv 2412.02685](https://arxiv.org/abs/2412.02685)).
-
-```bibtex
-@inproceedings{{zhou2025treg,
-  title     = {{T-REG: Preference Optimization with Token-Level Reward Regularization}},
-  author    = {{Zhou, Wenxuan and others}},
-  booktitle = {{Annual Meeting of the Association for Computational Linguistics}},
-  year      = {{2025}},
-  eprint    = {{2412.02685}}
-}}
-```
-"""
 
 
 class TRegTrainer(SealedCheckpoints):
@@ -118,6 +99,7 @@ class TRegTrainer(SealedCheckpoints):
         for name, data in _named_datasets(train_dataset, eval_dataset).items():
             loaded[name] = None if data is None else load(data, name)
         self.data_reports = load.reports
+        self.trained_on = str(train_dataset) if isinstance(train_dataset, (str, Path)) else None
         self._source = self._reference_source(loaded, ref_model, adapters)
         train_dataset, *rest = loaded.values()
         if isinstance(eval_dataset, Mapping):
@@ -262,8 +244,16 @@ class TRegTrainer(SealedCheckpoints):
             batch["token_rewards"],
             reference.get("ref_logps"),
             weighted=objective.credit is not None or batch["token_weights"] is not None,
+            alpha=self._alpha_of_ratio(),
+            length_normalised=objective.length_normalised,
         )
         return result
+
+    def _alpha_of_ratio(self) -> float:
+        """alpha where T-REG's gradient is a factor of the objective's at each token, else 0."""
+        options = self.loss_options
+        factor = options.weighting == "gradient" and not options.objective.nll
+        return options.alpha if factor else 0.0
 
     def _kept(self, pairs: int) -> int:
         """Pairs of an evaluation batch that count: the last batch of several processes is filled up
@@ -364,16 +354,15 @@ class TRegTrainer(SealedCheckpoints):
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics=(output.metrics or {}) | named)
 
-    def create_model_card(self, *args, tags: str | list[str] | None = None, **kwargs) -> None:
-        """transformers' model card, with the objective, its numbers and the papers."""
-        given = [tags] if isinstance(tags, str) else tags or []
-        own = ["treg", "preference-optimization", self.loss_options.loss_type]
-        super().create_model_card(*args, tags=[*given, *own], **kwargs)
+    def init_hf_repo(self, *args, **kwargs) -> None:
         if self.is_world_process_zero():
-            card = Path(self.args.output_dir or ".") / "README.md"
-            options = self.loss_options
-            text = CARD.format(**vars(options), paper=options.objective.paper)
-            card.write_text(card.read_text() + text)
+            keep_from_hub(Path(self.args.output_dir or "."))
+        super().init_hf_repo(*args, **kwargs)
+
+    def create_model_card(self, **given: Any) -> None:
+        """The model's card: see `treg.trainer.card.write_card` for the arguments."""
+        if self.is_world_process_zero():
+            write_card(self, **given)
 
 
 def _check_arguments(

@@ -41,7 +41,9 @@ from treg.losses.regularizer import token_regularizer
 from treg.results import PairLoss
 from treg.rewards import Context, load_source
 from treg.rewards.annotate import PART_PAIRS, annotate_pairs
+from treg.rewards.cutting import cut_parts, part_tokens
 from treg.rewards.response import ResponsePairs
+from treg.trainer.card import PAPER
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,9 @@ class TRegDPOTrainer(DPOTrainer):
 
     _tag_names: ClassVar = ["trl", "dpo", "treg"]
     _name = "T-REG DPO"
+    _paper: ClassVar = PAPER | {
+        "citation": f"{PAPER['citation']}\n\n{DPOTrainer._paper['citation']}"
+    }
 
     def __init__(
         self,
@@ -265,8 +270,7 @@ class TRegDPOTrainer(DPOTrainer):
                 pairs=ResponsePairs(longest_first, self.processing_class),
             )
             source = load_source(self.args.treg_rewards, self.args.source_options, context)
-            for i in range(rank * PART_PAIRS, len(pairs), size * PART_PAIRS):
-                part = pairs[i : i + PART_PAIRS]
+            for part in cut_parts(pairs, PART_PAIRS, part_tokens(model))[rank::size]:
                 rows, refused = annotate_pairs(source, context, part, reference=False)
                 for row in rows:
                     chosen, rejected = (row[column].tolist() for column in REWARD_COLUMNS)

@@ -1,0 +1,135 @@
+"""What an annotation is made with, as its file and its parts keep it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treg.data import EncodeOptions, Pair
+from treg.data.annotated import tokenizer_fingerprint
+from treg.data.fingerprints import config_of
+from treg.rewards.base import Context, TokenRewardSource
+from treg.rewards.names import DEFAULT_SOURCE
+from treg.rewards.several import SeveralSource
+from treg.rewards.shaping import shaped_streams
+
+if TYPE_CHECKING:
+    from treg.rewards.annotate import AnnotateOptions
+
+CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
+
+
+def made_with_of(
+    context: Context,
+    fingerprint: str,
+    rewards: TokenRewardSource,
+    pairs: Sequence[Pair],
+    options: "AnnotateOptions",
+) -> dict[str, Any]:
+    """What goes into the metadata besides the report. fingerprint: of the model.
+
+    The settings of the default source stand among the file's, as they always did; those of any
+    other, and of one that is shaped, stand under `streams`, which the default file does not have.
+    """
+    model = context.model
+    own = _json_settings(rewards)
+    default = options.rewards == DEFAULT_SOURCE
+    settings: dict[str, Any] = {"encode": _encode_settings(options.encode)}
+    if default:
+        settings |= own
+    settings |= {
+        "tokens_per_batch": options.tokens_per_batch,
+        "per_token": options.per_token,
+        "share_prefix": options.share_prefix,
+    }
+    if not options.reference:
+        settings["reference"] = False
+    settings |= {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)}
+    made_with: dict[str, Any] = {
+        "fingerprint": {
+            "model": fingerprint,
+            "tokenizer": tokenizer_fingerprint(context.tokenizer),
+            "pairs": _pairs_fingerprint(pairs),
+        },
+        "config": config_of(model),
+        "settings": settings,
+    }
+    if not default or options.steps:
+        made_with["streams"] = _described(rewards, options, own)
+    return made_with
+
+
+def _encode_settings(options: EncodeOptions) -> dict[str, Any]:
+    """How rows became ids; of what was added later, only what is not the default."""
+    default, given = asdict(EncodeOptions()), asdict(options)
+    always = ("max_length", "chat")
+    return {x: given[x] for x in given if x in always or given[x] != default[x]}
+
+
+def _described(
+    rewards: TokenRewardSource, options: "AnnotateOptions", settings: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Of each stream: its source, the source's settings, and the shaping."""
+    own = {"source": options.rewards, "settings": settings, "shaping": []}
+    described = dict.fromkeys(rewards.streams, own)
+    if isinstance(rewards, SeveralSource):
+        described |= rewards.described
+    steps = list(map(str, options.steps))
+    for stream in shaped_streams(described):
+        shaping = described[stream]["shaping"] + steps
+        described[stream] = described[stream] | {"shaping": shaping}
+    return described
+
+
+def _json_settings(rewards: TokenRewardSource) -> dict[str, Any]:
+    """The settings of a source as a file gives them back."""
+    settings = rewards.settings()
+    try:
+        return json.loads(json.dumps(settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(rewards).__name__}.settings: expected what JSON can hold, got {settings!r}: "
+            f"{error}"
+        ) from error
+
+
+def comparable(made_with: dict[str, Any]) -> dict[str, Any]:
+    """made_with without how the work was cut, which changes roundings only: after running out of
+    memory one goes on with smaller batches.
+    """
+    settings = {k: v for k, v in made_with["settings"].items() if k not in CUTTING}
+    return made_with | {"settings": settings}
+
+
+def _pairs_fingerprint(pairs: Sequence[Pair]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+        digest.update(pair.index.to_bytes(8, "little"))
+    return digest.hexdigest()[:16]
+
+
+def _autocast(device: str) -> str | None:
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
+def check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """ValueError where a file or its parts were made otherwise than this run would make them."""
+    # settings first: they say what a fingerprint hides
+    for group in sorted(expected.keys() | {"streams"}, reverse=True):
+        now, before = expected.get(group, {}), found.get(group, {})
+        names = [*now, *(name for name in before if name not in now and name not in CUTTING)]
+        for name in names:
+            if before.get(name) != now.get(name):
+                # the default source stands in no file
+                missing = DEFAULT_SOURCE if group == "streams" else None
+                was, wanted = (values.get(name, missing) for values in (before, now))
+                raise ValueError(
+                    f"{path}: made with {name} {was!r}, now it is {wanted!r}; give another output, "
+                    f"or remove {path}"
+                )
