@@ -131,6 +131,11 @@ class InspectOptions:
     tokenizer: str | None = _option(
         None, "Folder or hub name of the tokenizer, if not the model's."
     )
+    dtype: str | None = _option(
+        None,
+        "float32, bfloat16, float16 or auto. Default: float32 on a CPU, else what the model was "
+        "trained in.",
+    )
     stream: str | None = _option(
         None, "The per-token signal to show. Default: token_rewards, else the file's first."
     )
