@@ -71,7 +71,7 @@ def run(argv: list[str]) -> None:
     facts |= {"pairs": f"{len(pairs)} of {count}", "model": options.model or "none"}
     if models.policy is not None:
         facts["dtype"] = _plain(models.policy.dtype)
-    facts |= {name: str(settings[name]) for name in FACTS if name in settings}
+    facts |= {name: str(settings[name]) for name in FACTS if settings.get(name) is not None}
     facts["beta"] = str(beta)
     curves = {run.name: history} if drawable(history) else None
     title = f"{stream.replace('_', ' ').capitalize()}: {Path(options.data).name}"

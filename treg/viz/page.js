@@ -5,6 +5,8 @@ const names = JSON.parse($("names").textContent);
 const pairs = data.pairs;
 const ON_A_PAGE = 25;
 const SIDES = ["chosen", "rejected"];
+// names of turns as templates write them: something of the template follows, no text
+const ROLES = /\b(system|developer|user|human|assistant|model|tool)(?=[\n<|\]:])/g;
 const hidden = new RegExp(data.hidden, "gu");
 const hiddenOrSpace = new RegExp(data.hidden + "|\\s", "gu");
 
@@ -282,7 +284,7 @@ function prompt(parent, parts) {
       if (part) show(make(parent, "span"), part);
       return;
     }
-    const roles = part.toLowerCase().match(/system|developer|user|human|assistant|model|tool/g) ?? [];
+    const roles = part.toLowerCase().match(ROLES) ?? [];
     const label = [...new Set(roles)].join(" → ") || "template";
     const fold = button(parent, "fold", label, () => {
       const opened = text.hidden;
@@ -381,8 +383,8 @@ function go(n, name, t) {
   const element = text.children[t];
   element.scrollIntoView({ block: "center" });
   text.focus({ preventScroll: true });
+  element.classList.add("found"); // stays when the pointer moves on
   point(element);
-  element.classList.add("at");
 }
 
 // ---- presets, sorting and filters

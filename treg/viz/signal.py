@@ -154,20 +154,21 @@ def verdict(signal: dict[str, float | int], alpha: float) -> list[str]:
         )
     if "rewards_told" in signal:
         share = signal["rewards_right"] / signal["rewards_told"]
-        interval = f"{signal['rewards_low']:.0%} to {signal['rewards_high']:.0%}"
+        low, high = 100 * signal["rewards_low"], 100 * signal["rewards_high"]
+        interval = f"95 % interval {low:.0f} to {high:.0f} %"
         if signal["rewards_low"] <= 0.5 <= signal["rewards_high"]:
             said.append(
                 f"The rewards do not tell chosen from rejected: the chosen response has the higher "
-                f"mean in {share:.0%} of the pairs (95 % interval {interval}; chance is 50 %)."
+                f"mean in {100 * share:.0f} % of the pairs ({interval}; chance is 50 %)."
             )
         elif signal["rewards_high"] < 0.5:
             said.append(
                 f"The rewards contradict the labels: the chosen response has the higher mean in "
-                f"only {share:.0%} of the pairs (95 % interval {interval})."
+                f"only {100 * share:.0f} % of the pairs ({interval})."
             )
     if signal.get("first_mass", 0) > max(0.15, 3 * signal.get("first_tokens", 1)):
         said.append(
-            f"{signal['first_mass']:.0%} of the total size lies on the first token of a response, "
-            f"{signal['first_tokens']:.1%} of the tokens."
+            f"{100 * signal['first_mass']:.0f} % of the total size lies on the first tokens of the "
+            f"responses, {100 * signal['first_tokens']:.1f} % of the tokens."
         )
     return said
