@@ -32,6 +32,7 @@ rewards beside the token rewards, and the curves of its training.
 
 # tokens of a forward: small on a CPU, where larger ones are no faster and the bar would stand still
 CPU_BATCH, GPU_BATCH = 2048, 16384
+USUAL_ALPHA = 0.25  # where the run does not say it
 # what a page says of a run
 FACTS = words(
     """
@@ -82,7 +83,7 @@ def run(argv: list[str]) -> None:
         settings=facts,
         history=curves,
         notes=models.notes,
-        alpha=settings.get("alpha", 0.25),
+        alpha=USUAL_ALPHA if settings.get("alpha") is None else settings["alpha"],
     )
     if options.curves:
         if curves is None:
