@@ -169,6 +169,8 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     data = {
         "treg/viz/page.html.jinja",
+        "treg/viz/page.css",
+        "treg/viz/page.js",
         "treg/demo/model/model.safetensors",
         "treg/demo/model/tokenizer.json",
     }

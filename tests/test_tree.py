@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "treg.evaluate": {"treg.evaluate", "numpy"},
     "treg.viz": {
         *("treg.viz", "treg.data", "treg.evaluate", "treg.files", "treg.rewards"),
-        *("torch", "numpy", "jinja2", "markupsafe", "rich", "matplotlib"),
+        *("torch", "numpy", "jinja2", "markupsafe", "matplotlib", "rich", "tqdm"),
     },
     # the demo is a user of the library
     "treg.demo": {

@@ -390,7 +390,8 @@ def test_from_a_file_to_a_page(folder, tmp_path, capsys):
     ]
     assert main([str(x) for x in command]) == 0
     html = page.read_text()
-    assert "prefs.jsonl:3" in html and "prefs.jsonl:4" not in html and "data:image/png" in html
+    assert "prefs.jsonl:3" in html and "prefs.jsonl:4" not in html
+    assert "loss over the optimizer steps" in html
     assert "the answer is 0." in capsys.readouterr().out.replace("\n", " ")
     assert (tmp_path / "c.png").exists()
 

@@ -1,6 +1,7 @@
 """The demo end to end, small; and the parts of it that measure."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -36,6 +37,16 @@ def test_demo(tmp_path, monkeypatch, capsys):
         != by_method[demo.CONTROL][0]["margin"]
     )
     page = (tmp_path / "report.html").read_text()
+    # the marked tokens are the wrong values of the world
+    pairs = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["pairs"]
+    rows = demo.world.preference_rows(1, 12, "test")
+    assert len(pairs) == 12 and "AUROC of −r̂" in page
+    for pair, row in zip(pairs, rows, strict=True):
+        for side in ("chosen", "rejected"):
+            text = row[side][0]["content"]
+            wrong = [text[a:b] for a, b in row[f"wrong_{side}"]]
+            marked = [pair[side]["pieces"][t] for t in pair[side]["marked"]]
+            assert "".join(marked).split() == wrong
     assert "held-out.jsonl:1" in page and all(m in page for m in demo.METHODS)
 
 

@@ -28,6 +28,7 @@ FILES = (
     "ops/test_compile.py",
     "ops/test_vocab_parallel.py",
     "test_examples.py",
+    "viz/test_browser.py",
 )
 
 # cases in Triton's interpreter, a second each and many; ops/test_tiles.py and kernels/ keep some

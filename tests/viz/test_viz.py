@@ -377,9 +377,8 @@ def page_path(tmp_path_factory):
     ]
     path = tmp_path_factory.mktemp("page") / "page.html"
     tables = [(HOSTILE[0], ["method", HOSTILE[1]], [["dpo", 0.71234], [HOSTILE[1], -3]])]
-    write_page(
-        path, pairs, title=HOSTILE[0], settings={HOSTILE[1]: HOSTILE[4], "β": "0.1"}, tables=tables
-    )
+    settings = {HOSTILE[1]: HOSTILE[4], "β": "0.1", "text": HOSTILE[5]}
+    write_page(path, pairs, title=HOSTILE[0], settings=settings, tables=tables, notes=HOSTILE)
     return path, pairs
 
 
@@ -387,29 +386,28 @@ class TestPage:
     def test_every_pair_is_listed_and_its_data_come_back(self, page_path):
         path, pairs = page_path
         page = Page(path)
-        assert [a["id"] for a in page.tags("tbody") if "id" in a] == [
-            f"pair-{n + 1}" for n in range(len(pairs))
-        ]
         for got, want in zip(page.data()["pairs"], pairs, strict=True):
-            assert (got["where"], got["prompt"]) == (want.where, want.prompt)
+            assert (got["where"], got["prompt"]) == (want.where, [want.prompt])
             for name in ("chosen", "rejected"):
                 side = getattr(want, name)
                 assert got[name]["pieces"] == side.pieces
                 assert got[name].get("rewards") == pytest.approx(side.rewards, rel=1e-4)
                 assert ("implicit" in got[name]) == (side.implicit is not None)
-        assert page.data()["limits"] == {"rewards": 0.5, "implicit": 0.2, "product": 0.05}
+        # |rewards|: 0.05 to 0.3, each twice, and of each hostile pair 0.1, 0.2 and 0.5
+        sizes = [0.1, 0.05, 0.2, 0.1, 0.3, 0.15] * 2 + [0.1, 0.2, 0.5] * len(HOSTILE)
+        limits = page.data()["limits"]["rewards"]
+        assert limits["1"] == 0.5
+        for quantile in ("0.8", "0.9", "0.95", "0.99"):
+            exact = np.quantile(sizes, float(quantile))
+            assert exact <= limits[quantile] * (1 + 1e-9) < exact * 1.1
 
     def test_hostile_text_makes_no_element_and_no_attribute(self, page_path):
         path, _ = page_path
         page = Page(path)
         html = path.read_text(encoding="utf-8")
         assert len(page.tags("script")) == html.count("<script") == 3
-        assert (
-            not page.tags("img")
-            and not page.tags("svg")
-            and not page.tags("b")
-            and not page.tags("a")
-        )
+        assert not page.tags("img") and not page.tags("b") and not page.tags("a")
+        assert len(page.tags("svg")) == 3  # the charts
         names = {name for _, attrs in page.elements for name in attrs}
         assert not [
             name for name in names if name.startswith("on") or name in ("style", "autofocus")
@@ -442,65 +440,63 @@ class TestPage:
         page = Page(page_path[0])
         assert page.tags("html")[0]["lang"] == "en"
         assert len(page.tags("h1")) == 1 and len(page.tags("noscript")) == 1
-        assert {a["value"] for a in page.tags("input") if a["type"] == "radio"} == {
-            "rewards",
-            "implicit",
-            "product",
-        }
-        keys = [a["data-key"] for a in page.tags("th") if "data-key" in a]
-        assert keys == ["n", "where", "margin", "sum_chosen", "sum_rejected", "agreement", "lowest"]
+        kinds = [a["value"] for a in page.tags("option")]
+        assert kinds == ["rewards", "implicit", "product"]
+        labelled = {a["aria-controls"] for a in page.tags("button") if a.get("role") == "tab"}
+        assert labelled == {"overview", "tokens", "pair-list"}
+        assert {a["id"] for a in page.tags("section")} == labelled
         assert "0.712" in page.text and "−3" in page.text
 
     @pytest.mark.parametrize(
         "without, keys",
         [
-            (dict(rewards=None), ["n", "where", "margin"]),
-            (dict(implicit=None), ["n", "where", "sum_chosen", "sum_rejected", "lowest"]),
-            (dict(rewards=None, implicit=None), ["n", "where"]),
+            (dict(rewards=None), {"margin"}),
+            (dict(implicit=None), {"mean_chosen", "mean_rejected", "gap"}),
+            (dict(rewards=None, implicit=None), set()),
         ],
     )
     def test_absent_numbers_leave_no_column(self, tmp_path, without, keys):
         pytest.importorskip("jinja2")
         write_page(tmp_path / "p.html", [pair(**without)], title="t", settings={})
         page = Page(tmp_path / "p.html")
-        assert [a["data-key"] for a in page.tags("th") if "data-key" in a] == keys
         assert "product" not in page.data()["limits"]
-        known = {key for key, number in page.data()["pairs"][0].items() if number is not None}
-        assert known & {"margin", "sum_chosen", "sum_rejected", "agreement", "lowest"} == set(
-            keys
-        ) - {"n", "where"}
+        columns = {"margin", "mean_chosen", "mean_rejected", "gap", "agreement", "disagreement"}
+        assert page.data()["pairs"][0].keys() & columns == keys
 
     def test_another_stream_has_its_own_name_and_no_comparison(self, tmp_path):
         pytest.importorskip("jinja2")
         shown = [replace(pair(), stream="token_weights")]
         write_page(tmp_path / "p.html", shown, title="t", settings={})
         page = Page(tmp_path / "p.html")
-        keys = [a["data-key"] for a in page.tags("th") if "data-key" in a]
-        assert keys == ["n", "where", "margin", "sum_chosen", "sum_rejected", "lowest"]
+        keys = page.data()["pairs"][0].keys()
+        assert {"margin", "gap"} <= keys and not {"agreement", "disagreement"} & keys
         assert page.data()["limits"].keys() == {"rewards", "implicit"}
         html = (tmp_path / "p.html").read_text(encoding="utf-8")
-        assert "Σ token_weights chosen" in html and "mean token_weights, chosen" in html
+        assert "mean token_weights, chosen" in html
         for word in ("r̂", "token reward", "contrastive", "orrelation", "mean_product", "same sign"):
             assert word not in re.sub("<script>.*?</script>", "", html, flags=re.DOTALL), word
         assert agreement(shown).keys() == {
             *("pairs", "tokens", "mean_reward_chosen", "mean_reward_rejected")
         }
 
-    def test_numbers_of_some_pairs_leave_the_others_cells_empty(self, tmp_path):
+    def test_numbers_of_each_pair_and_only_those_that_it_has(self, tmp_path):
         pytest.importorskip("jinja2")
         pairs = [pair(), pair(rewards=None), pair(implicit=None), pair(rewards=None, implicit=None)]
         write_page(tmp_path / "p.html", pairs, title="t", settings={})
-        text = (tmp_path / "p.html").read_text(encoding="utf-8")
-        rows = re.findall(r'<tr class="row">(.*?)</tr>', text, re.DOTALL)
-        cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[2:] for row in rows]
-        # margin, sums of chosen and rejected, share of tokens of the same sign, lowest
-        piece = '<code dir="auto">b</code>'
-        assert cells == [
-            ["0.000", "−0.200", "0.200", "50.0%", f"{piece} −0.400"],
-            ["0.000", "", "", "", ""],
-            ["", "−0.200", "0.200", "", f"{piece} −0.400"],
-            ["", "", "", "", ""],
+        means = {"mean_chosen": -0.1, "mean_rejected": 0.1, "gap": -0.2}
+        # rewards (.2, -.4) and (-.2, .4), implicit (.1, .2) twice: products of opposite signs are
+        # .08 and .02 of four tokens; the root mean squares over the pairs are sqrt(.1), sqrt(.025)
+        apart = (0.08 + 0.02) / 4 / np.sqrt(0.1 * 0.025)
+        wanted = [
+            means | {"margin": 0.0, "agreement": 0.5, "disagreement": pytest.approx(apart, 1e-4)},
+            {"margin": 0.0},
+            means,
+            {},
         ]
+        numbers = {"margin", "mean_chosen", "mean_rejected", "gap", "agreement", "disagreement"}
+        for row, want in zip(Page(tmp_path / "p.html").data()["pairs"], wanted, strict=True):
+            found = {key: row[key] for key in numbers & row.keys()}
+            assert found == pytest.approx(want) and row["tokens"] == 4
 
     def test_the_file_is_replaced_whole(self, tmp_path, monkeypatch):
         pytest.importorskip("jinja2")
@@ -521,7 +517,8 @@ class TestPage:
         pytest.importorskip("jinja2")
         prompts = ["system\nbe kind\nuser\nWhy?", "system\nbe kind\nuser\nWhere?"]
         write_page(tmp_path / "p.html", [pair(prompt=p) for p in prompts], title="t", settings={})
-        assert {"Why?", "Where?"} <= set(Page(tmp_path / "p.html").text)
+        shown = [row["snippet"] for row in Page(tmp_path / "p.html").data()["pairs"]]
+        assert shown == ["Why?", "Where?"]
 
     def test_ragged_table(self, tmp_path):
         pytest.importorskip("jinja2")
@@ -557,14 +554,15 @@ class TestCurves:
         assert png_size(out.getvalue()) == (PANEL[0], PANEL[1] + LEGEND)
 
     def test_embedded(self, tmp_path):
-        pytest.importorskip("matplotlib")
         pytest.importorskip("jinja2")
         write_page(tmp_path / "p.html", [pair()], title="t", settings={}, history=HISTORY)
         page = Page(tmp_path / "p.html")
-        for uri in (page.tags("img")[0]["src"], page.tags("source")[0]["srcset"]):
-            head, content = uri.split(",")
-            assert head == "data:image/png;base64"
-            assert png_size(base64.b64decode(content)) == (2 * PANEL[0], PANEL[1] + LEGEND)
+        charts = [a["aria-label"] for a in page.tags("svg")][-2:]
+        assert charts == [f"{x} over the optimizer steps" for x in ("loss", "treg/alignment")]
+        lines = [a["class"] for a in page.tags("path") if a["class"].startswith("line")]
+        # two seeds of one method share a colour
+        assert lines == ["line run0 dash0", "line run0 dash0", "line run1 dash0", "line run1 dash0"]
+        assert "dpo (2 seeds)" in page.text and "treg $x" in page.text
 
     def test_nothing_to_draw(self):
         pytest.importorskip("matplotlib")
@@ -592,13 +590,14 @@ class TestTerminal:
 
     @pytest.mark.parametrize("colours", ["standard", "256", "truecolor"])
     def test_the_sign_shows_with_few_colours(self, colours):
-        def styles(reward):
-            side = Side(["a", "b"], [reward, reward])
+        """Whatever the size of the rewards: the scale is that of the data."""
+        for size in (0.5, 0.004):
+            rewards = [share * size for share in (-1, -0.5, -0.25, 0.25, 0.5, 1)]
+            side = Side(list("abcdef"), rewards)
             out = self.render([PairView("data.jsonl:1", "Why?", side, side)], colours)
-            return set(re.findall(r"\x1b\[30;([0-9;]+)m", out.partition("agreement")[0]))
-
-        found = [styles(x) for x in (-0.5, -0.25, -0.125, 0.125, 0.25, 0.5)]
-        assert all(len(x) == 1 for x in found) and len(set.union(*found)) == len(found)
+            styles = re.findall(r"\x1b\[30;([0-9;]+)m", out.partition("agreement")[0])
+            assert len(styles) == 12 and len(set(styles)) == 6
+            assert f"{size:+.3g}" in out
 
     def test_text_cannot_send_control_characters(self):
         hostile = "[red]\x1b]0;owned\x07\x1b[2J\u202e\r"
@@ -607,6 +606,7 @@ class TestTerminal:
         assert "[red]⟨U+001B⟩" in out
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 class TestBrowser:
     def dom(self, path, fragment, tmp_path):
@@ -625,24 +625,24 @@ class TestBrowser:
 
     def test_opens_sorts_and_colours(self, page_path, tmp_path):
         path, pairs = page_path
-        page = self.dom(path, "pair-3&sort=-sum_chosen&color=implicit", tmp_path)
+        hash_ = "pair-3&sort=-mean_chosen&color=implicit&scale=0.2"
+        page = self.dom(path, hash_, tmp_path)
         data = page.data()["pairs"]
-        want = sorted(range(len(pairs)), key=lambda n: -data[n]["sum_chosen"])
-        assert [a["id"] for a in page.tags("tbody") if "id" in a] == [f"pair-{n + 1}" for n in want]
+        want = sorted(range(len(pairs)), key=lambda n: -data[n]["mean_chosen"])
+        assert [a["id"] for a in page.tags("tbody") if "id" in a] == [f"row-{n + 1}" for n in want]
         assert [a["aria-sort"] for a in page.tags("th") if "aria-sort" in a] == ["descending"]
-        assert [a["aria-expanded"] for a in page.tags("button") if "aria-expanded" in a].count(
-            "true"
-        ) == 1
+        opened = [a["aria-expanded"] for a in page.tags("button") if "aria-expanded" in a]
+        assert opened.count("true") == 1
         tokens = [a for a in page.tags("span") if "tok" in a.get("class", "").split()]
         # implicit rewards 0.3 and 0.1 - 0.2 on a scale that ends at 0.2, on both sides
-        assert [a["class"] for a in tokens] == ["tok up clip", "tok down"] * 2
+        assert [a["class"] for a in tokens] == ["tok up", "tok down"] * 2
         assert [a["style"] for a in tokens] == ["--v: 1.000;", "--v: 0.500;"] * 2
 
     def test_hostile_text_stays_text(self, page_path, tmp_path):
         path, pairs = page_path
         opened = "&".join(f"pair-{n + 1}" for n in range(len(pairs)))
         page = self.dom(path, opened, tmp_path)
-        assert len(page.tags("script")) == 3 and not page.tags("img") and not page.tags("svg")
+        assert len(page.tags("script")) == 3 and not page.tags("img") and len(page.tags("svg")) == 3
         assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
         assert len([a for a in page.tags("button") if a.get("aria-expanded") == "true"]) == len(
             pairs

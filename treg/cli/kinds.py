@@ -172,6 +172,11 @@ class InspectOptions:
     tokenizer: str | None = _option(
         None, "Folder or hub name of the tokenizer, if not the model's."
     )
+    dtype: str | None = _option(
+        None,
+        "Default: float32 on a CPU, else what the model was trained in.",
+        "{auto,float32,bfloat16,float16}",
+    )
     stream: str | None = _option(
         None, "The per-token signal to show. Default: token_rewards, else the file's first."
     )

@@ -15,7 +15,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ EPOCHS = 1
 BATCH = 10
 PAIRS = 200
 HELD_OUT_PAIRS = 128
+SHOWN = 40  # pairs of the page
+TRUTH = "wrong fact"  # what is marked on it
 SAMPLES = 3  # answers to each held-out question
 # what is measured of a policy
 COLUMNS = (
@@ -66,7 +68,7 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
         seeds: training runs of each method.
         pairs: preference pairs to train on; None: 200.
     Returns:
-        What results.json holds: auroc, before, runs, table.
+        What results.json holds: auroc, before, runs, table, pairs, device.
     Raises:
         ValueError: seeds or pairs below 1.
     """
@@ -105,31 +107,68 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     table = _table(before, trained.runs)
     _print_table(*table)
     results = {"auroc": detection, "before": before, "runs": trained.runs, "table": table}
+    results |= {"pairs": pairs, "device": device}
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
-    examples, _ = read_annotated(files["held-out"])
-    shown = pair_views(examples[:40], tokenizer, policy=trained.policies["T-REG"], beta=BETA)
-    write_page(
-        out / "report.html",
-        shown,
-        title="treg demo: token rewards on a world of known truth",
-        settings={
-            "pairs": str(pairs),
-            "epochs": str(EPOCHS),
-            "beta": str(BETA),
-            "batch": str(BATCH),
-            "learning rate": str(LEARNING_RATE),
-            "alpha": str(METHODS["T-REG"]),
-            "device": device,
-        },
-        history=trained.history,
-        tables=[("Held-out questions and pairs, mean (standard deviation) over seeds", *table)],
+    _write_page(
+        out / "report.html", trained, tokenizer, files["held-out"], rows["held-out"], results
     )
     print(
         f"\n{time.perf_counter() - start:.0f} s; open {out / 'report.html'}; "
         f"the numbers are in {out / 'results.json'}"
     )
     return results
+
+
+def _write_page(
+    path: Path, trained: "Trained", tokenizer: Any, file: Path, rows: Sequence[dict], results: dict
+) -> None:
+    """The page of held-out pairs, on which the tokens of wrong facts are marked."""
+    examples = read_annotated(file)[0][:SHOWN]
+    pairs = []
+    for example, pair in zip(
+        examples,
+        pair_views(examples, tokenizer, policy=trained.policies["T-REG"], beta=BETA),
+        strict=True,
+    ):
+        sides = {}
+        for side in SIDES:
+            wrong = _tokens_in(rows[example["index"]][f"wrong_{side}"], getattr(pair, side).pieces)
+            sides[side] = replace(getattr(pair, side), marked=np.flatnonzero(wrong).tolist())
+        pairs.append(replace(pair, **sides))
+    facts = {
+        "pairs": results["pairs"],
+        "epochs": EPOCHS,
+        "beta": BETA,
+        "alpha": METHODS["T-REG"],
+        "batch": BATCH,
+        "learning rate": LEARNING_RATE,
+        "device": results["device"],
+    }
+    detection = [
+        [f"{name} pairs", *(f"{x:.3f}" for x in found.values())]
+        for name, found in results["auroc"].items()
+    ]
+    write_page(
+        path,
+        pairs,
+        title="treg demo: token rewards on a world of known truth",
+        settings={name: str(value) for name, value in facts.items()},
+        history=trained.history,
+        tables=[
+            (
+                "Held-out questions and pairs, mean (standard deviation) over seeds",
+                *results["table"],
+            ),
+            (
+                "AUROC as detectors of the tokens that state a wrong fact (0.5 is chance)",
+                ["", *results["auroc"]["held-out"]],
+                detection,
+            ),
+        ],
+        alpha=METHODS["T-REG"],
+        truth=TRUTH,
+    )
 
 
 def quiet() -> None:

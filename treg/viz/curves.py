@@ -45,13 +45,8 @@ def plot_curves(
     """
     from matplotlib.figure import Figure  # no pyplot, so no global state; savefig draws with Agg
 
-    quantities = _quantities(history)
-    if not quantities:
-        raise ValueError(
-            "history: expected a number beside a 'step' in at least one record, got none"
-        )
-    method_of = {run: re.sub(r"/\d+$", "", run) for run in history}
-    seeds = Counter(method_of.values())
+    quantities = quantities_of(history)
+    method_of, seeds = methods_of(history)
     looks = _looks(list(seeds))
 
     columns, rows = min(3, len(quantities)), -(-len(quantities) // 3)
@@ -75,10 +70,7 @@ def plot_curves(
         axes.grid(alpha=0.25)
         axes.spines[:].set_visible(False)
 
-    labels = []
-    for method in drawn:
-        several = f" ({seeds[method]} seeds)" if seeds[method] > 1 else ""
-        labels.append(_plain(method + several))
+    labels = [_plain(method_label(method, seeds)) for method in drawn]
     figure.legend(
         list(drawn.values()),
         labels,
@@ -90,9 +82,19 @@ def plot_curves(
     figure.savefig(path_or_buffer, format="png")
 
 
-def _quantities(history: History) -> dict[str, Lines]:
+def methods_of(history: History) -> tuple[dict[str, str], Counter[str]]:
+    """The method of each run, and how many runs (seeds) each method has."""
+    method_of = {run: re.sub(r"/\d+$", "", run) for run in history}
+    return method_of, Counter(method_of.values())
+
+
+def method_label(method: str, seeds: Counter[str]) -> str:
+    return f"{method} ({seeds[method]} seeds)" if seeds[method] > 1 else method
+
+
+def quantities_of(history: History) -> dict[str, Lines]:
     """The lines of each quantity, FIRST_CURVES first: of those logged more than once or, where
-    there are none, of all.
+    there are none, of all. ValueError where there is no number beside a "step".
     """
     quantities: dict[str, Lines] = {name: {} for name in FIRST_CURVES}
     for run, records in history.items():
@@ -109,6 +111,10 @@ def _quantities(history: History) -> dict[str, Lines]:
             logged[name] = lines
         if any(len(points) > 1 for points in lines.values()):
             logged_more_than_once[name] = lines
+    if not logged:
+        raise ValueError(
+            "history: expected a number beside a 'step' in at least one record, got none"
+        )
     return logged_more_than_once or logged
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from treg.viz.tokens import (
-    IMPLICIT_LIMIT,
-    REWARD_LIMIT,
     PairView,
     agreement_of,
+    arrays_of,
+    limit_of,
     numbers_of,
     pair_data,
     visible,
@@ -32,8 +32,8 @@ def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | Non
     """Print pairs and their agreement to a rich Console; tokens coloured by rhat, or by i_t where
     there is no rhat.
 
-    At most `limit` pairs are printed, all with None; the agreement is of all. Raises ValueError as
-    `agreement`.
+    At most `limit` pairs are printed, all with None; the agreement is of all, and so is the scale
+    of the colours (see `limit_of`), which is printed. Raises ValueError as `agreement`.
     """
     from rich.console import Console
     from rich.table import Column, Table
@@ -43,25 +43,28 @@ def print_pairs(pairs: Sequence[PairView], console: Any = None, limit: int | Non
     few = console.color_system in ("standard", "windows")
     colours = (BLUES_OF_16, ORANGES_OF_16) if few else (BLUES, ORANGES)
     numbers = numbers_of(pairs)
+    ends = {kind: limit_of(arrays_of(numbers, kind)) for kind in ("rewards", "implicit")}
     printed = list(zip(pairs, numbers, strict=True))[:limit]
     for pair, pair_numbers in printed:
         data = pair_data(pair, pair_numbers)
         console.rule(Text(visible(pair.where)))
         grid = Table.grid(Column(ratio=1), Column(ratio=1), padding=(0, 2), expand=True)
-        grid.add_row(*(_response(side, data[side], colours) for side in ("chosen", "rejected")))
+        grid.add_row(
+            *(_response(side, data[side], ends, colours) for side in ("chosen", "rejected"))
+        )
         console.print(Text(visible(pair.prompt) + "\n", "dim"), grid)
     number = f"{len(pairs)} pair{'s' * (len(pairs) != 1)}"
     console.rule(Text(f"agreement over {number}, {len(printed)} above"))
-    scale = [-0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5]
-    labels = [f" {value:+.3f} " for value in scale]
-    console.print(
-        _coloured(labels, scale, REWARD_LIMIT, colours), pairs[0].stream.replace("_", " ")
-    )
+    for kind, name in (("rewards", pairs[0].stream.replace("_", " ")), ("implicit", "implicit")):
+        if arrays_of(numbers, kind):
+            scale = [share * ends[kind] for share in (-1, -0.5, -0.25, 0, 0.25, 0.5, 1)]
+            labels = [f" {value:+.3g} " for value in scale]
+            console.print(_coloured(labels, scale, ends[kind], colours), name)
     for name, value in agreement_of(numbers).items():
         console.print(f"{name.replace('_', ' '):22}{round(value, 3):>9}", highlight=False)
 
 
-def _response(name: str, data: dict[str, Any], colours: Colours) -> Text:
+def _response(name: str, data: dict[str, Any], ends: dict[str, float], colours: Colours) -> Text:
     """A line of sums, and the coloured tokens of a response. data: of `pair_data`."""
     from rich.text import Text
 
@@ -70,11 +73,11 @@ def _response(name: str, data: dict[str, Any], colours: Colours) -> Text:
         if key in data:
             facts.append(f"{key.replace('_', ' ')} {data[key]:+.3f}")
     if "rewards" in data:
-        values, limit = data["rewards"], REWARD_LIMIT
+        values, limit = data["rewards"], ends["rewards"]
     elif "implicit" in data:
-        values, limit = data["implicit"], IMPLICIT_LIMIT
+        values, limit = data["implicit"], ends["implicit"]
     else:
-        values, limit = [0.0] * len(data["pieces"]), REWARD_LIMIT
+        values, limit = [0.0] * len(data["pieces"]), 1.0
     head = (", ".join(facts) + "\n", "bold")
     return Text.assemble(head, _coloured(data["pieces"], values, limit, colours))
 

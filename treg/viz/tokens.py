@@ -5,6 +5,7 @@ Per response token t: rhat_t, the token reward, in [-0.5, 0.5], and i_t = beta *
 pi_ref,t), the implicit reward. T-REG asks the second to follow the first.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from treg.data.pieces import token_pieces
 from treg.evaluate import ranks
 
 TOKEN_REWARDS = "token_rewards"
-# where the colours end: fixed, so that two pages can be compared
-REWARD_LIMIT = 0.5
-IMPLICIT_LIMIT = 0.2
 LARGE_REWARD = 0.1  # |rhat| of a clear opinion is above it
+# Colours end at a quantile of |x| over the tokens: one far number does not make all others pale.
+COLOUR_QUANTILE = 0.95
 
 # Controls, bidi overrides and other characters without a shape, shown as symbols. Means the same in
 # Python and JS.
@@ -51,6 +51,7 @@ class Side:
     rewards: list[float] | None = None  # rhat_t, or another stream of the pair
     implicit: list[float] | None = None  # beta * (log pi_t - log pi_ref,t)
     special: Sequence[int] = ()  # positions of special tokens, shown as chips
+    marked: Sequence[int] | None = None  # positions that are known to be wrong; None: unknown
 
     @classmethod
     def from_ids(cls, ids: Sequence[int], tokenizer: Any, rewards=None, implicit=None) -> "Side":
@@ -67,13 +68,18 @@ class Side:
 
 @dataclass(frozen=True)
 class PairView:
-    """A preference pair to show. stream: what `rewards` of its sides are."""
+    """A preference pair to show. stream: what `rewards` of its sides are.
+
+    template: texts that the chat template writes around the messages of a prompt; a page folds
+    them.
+    """
 
     where: str  # file:line
     prompt: str
     chosen: Side
     rejected: Side
     stream: str = TOKEN_REWARDS
+    template: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,12 @@ class SideNumbers:
     tokens: int
     rewards: np.ndarray | None = None  # [T] float64
     implicit: np.ndarray | None = None  # [T] float64
+
+    def product(self, compared: bool) -> np.ndarray | None:
+        """[T] rhat_t * i_t; None where one of them is missing or they are not compared."""
+        if not compared or self.rewards is None or self.implicit is None:
+            return None
+        return self.rewards * self.implicit
 
 
 @dataclass(frozen=True)
@@ -204,44 +216,72 @@ def _all_rewards(sides: Sequence[SideNumbers]) -> np.ndarray:
     return np.concatenate(known) if known else np.empty(0)
 
 
+def limit_of(arrays: Sequence[np.ndarray], quantile: float = COLOUR_QUANTILE) -> float:
+    """Where a scale of these numbers ends: a quantile of |x| over those that are not 0, rounded up
+    to two digits; 1 where all are 0.
+    """
+    sizes = np.abs(np.concatenate([np.empty(0), *arrays]))
+    sizes = sizes[sizes > 0]
+    if not sizes.size:
+        return 1.0
+    value = float(np.quantile(sizes, quantile))
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.2g}")
+
+
+def arrays_of(numbers: Sequence[PairNumbers], kind: str) -> list[np.ndarray]:
+    """One kind of number ("rewards", "implicit" or their "product") of every response that has it,
+    the chosen one of a pair first.
+    """
+    found = []
+    for pair in numbers:
+        for side in (pair.chosen, pair.rejected):
+            values = side.product(pair.compared) if kind == "product" else getattr(side, kind)
+            if values is not None:
+                found.append(values)
+    return found
+
+
 def pair_data(pair: PairView, numbers: PairNumbers) -> dict[str, Any]:
     """What the page and the terminal show of a pair; a key is absent where its numbers are.
 
     Returns:
-        where, prompt; chosen, rejected: see `_side_data`; sum_chosen, sum_rejected: sums of token
-        rewards; lowest: the lowest token reward and its piece, None without tokens; margin: the
-        difference of the sums of implicit rewards; agreement: the share of tokens whose signs
-        agree, or None.
+        where; chosen, rejected: see `_side_data`; tokens: of both; mean_chosen, mean_rejected: of
+        token rewards; gap: the first less the second; margin: the difference of the sums of
+        implicit rewards; agreement: the share of tokens whose signs agree.
     """
-    data: dict[str, Any] = {"where": pair.where, "prompt": pair.prompt}
-    rewarded_pieces: list[tuple[float, str]] = []
+    data: dict[str, Any] = {"where": pair.where}
     for name, side, side_numbers in (
         ("chosen", pair.chosen, numbers.chosen),
         ("rejected", pair.rejected, numbers.rejected),
     ):
         data[name] = _side_data(side, side_numbers, numbers.compared)
-        if side_numbers.rewards is not None:
-            data[f"sum_{name}"] = data[name]["sum_rewards"]
-            of_side = zip(side_numbers.rewards.tolist(), side.pieces, strict=True)
-            rewarded_pieces = [*of_side, *rewarded_pieces]
-            data["lowest"] = min(rewarded_pieces, default=None)
+        if side_numbers.rewards is not None and side_numbers.tokens:
+            data[f"mean_{name}"] = float(side_numbers.rewards.mean())
+    data["tokens"] = numbers.chosen.tokens + numbers.rejected.tokens
+    if "mean_chosen" in data and "mean_rejected" in data:
+        data["gap"] = data["mean_chosen"] - data["mean_rejected"]
     if numbers.chosen.implicit is not None and numbers.rejected.implicit is not None:
         data["margin"] = data["chosen"]["sum_implicit"] - data["rejected"]["sum_implicit"]
-    data["agreement"] = agreement_of([numbers]).get("sign_agreement")
+    agreed = agreement_of([numbers]).get("sign_agreement")
+    if agreed is not None:
+        data["agreement"] = agreed
     return data
 
 
 def _side_data(side: Side, numbers: SideNumbers, compared: bool) -> dict[str, Any]:
-    """pieces, special; rewards, implicit and their sums; mean_product of the two and their
+    """pieces, special, marked; rewards, implicit and their sums; mean_product of the two and their
     `agreement` in this response, if they are compared.
     """
-    data: dict[str, Any] = {"pieces": side.pieces, "special": list(side.special)}
+    data: dict[str, Any] = {"pieces": side.pieces, "special": [int(t) for t in side.special]}
+    if side.marked is not None:
+        data["marked"] = [int(t) for t in side.marked]
     for name, values in (("rewards", numbers.rewards), ("implicit", numbers.implicit)):
         if values is not None:
             data[name] = [float(f"{value:.5g}") for value in values]
             data[f"sum_{name}"] = float(values.sum())
-    rewards, implicit = numbers.rewards, numbers.implicit
-    if compared and side.pieces and rewards is not None and implicit is not None:
-        data["mean_product"] = float((rewards * implicit).mean())
+    product = numbers.product(compared)
+    if side.pieces and product is not None:
+        data["mean_product"] = float(product.mean())
         data |= agreement_of([PairNumbers(chosen=numbers, rejected=SideNumbers(tokens=0))])
     return data
