@@ -2,11 +2,11 @@
 
     python tools/compat.py [--rows oldest-3.11 newest-3.13] [--folder DIR] [--list]
 
-Each row of ROWS gets an environment of its own in DIR, one after the other: the committed tree is
-installed with the row's constraints, `treg --version` and `treg doctor` are run from elsewhere, then
-the tests of TESTS. The environment is removed before the next begins: it takes about 7 GB where
-torch comes with CUDA libraries. Results go into benchmarks/results/compat.json, row by row, and from
-there into docs/compatibility.md. A row whose Python is not on the machine is recorded as such.
+Each row of ROWS gets an environment of its own in DIR, one after the other. The committed tree is
+installed with the row's constraints, `treg --version` and `treg doctor` are run from elsewhere, and
+then the tests of TESTS and SLOW_TESTS. The environment is removed before the next one begins: with
+torch's CUDA libraries it takes about 7 GB. Results go into benchmarks/results/compat.json, row by
+row, and from there into docs/compatibility.md. A Python that the machine lacks is recorded as such.
 
 Needs Python >= 3.11, git and pip; no GPU.
 """
