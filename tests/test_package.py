@@ -230,6 +230,20 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path):
     assert {name.partition("/")[0] for name in names} == {"treg", "treg_kernels"}
 
 
+def test_trls_trainers_say_that_trl_is_missing(tmp_path):
+    code = (
+        "import importlib.metadata as metadata\n"
+        "def missing(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = missing\n"
+        "import treg.integrations.trl\n"
+    )
+    done = fresh_python(["-c", code], tmp_path, [ROOT, ROOT / "kernels"])
+    assert (
+        "ImportError: trl: expected TRL to be installed (pip install 'treg-losses[train,trl]')"
+        in (done.stderr)
+    )
+
+
 def python_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
