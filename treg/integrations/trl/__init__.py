@@ -17,8 +17,8 @@ try:
     _installed = importlib.metadata.version("trl")
 except importlib.metadata.PackageNotFoundError as error:
     raise ImportError(
-        "trl: expected TRL to be installed (pip install 'treg-losses[train,trl]'): it is what these "
-        "trainers extend; or use treg.trainer.TRegTrainer, which needs no TRL"
+        "trl: expected TRL to be installed (pip install 'treg-losses[train,trl]'): these trainers "
+        "extend TRL's; or use treg.trainer.TRegTrainer, which needs no TRL"
     ) from error
 if Version(_installed) < Version(MINIMUM):
     raise ImportError(
