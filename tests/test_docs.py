@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from treg.data import parse_row
 from treg.data.annotated import read_annotated
 from treg.ops import reference
 
@@ -74,6 +76,20 @@ def test_links_lead_somewhere(tmp_path):
 def test_python_of_the_pages_is_python(page):
     for block in python_blocks(page.read_text()):
         ast.parse(block)
+
+
+def test_the_rows_that_are_shown_are_read():
+    """All three are a question and two answers of one turn each."""
+    (shown,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    rows = [parse_row(json.loads(line), chat=True) for line in shown.splitlines()]
+    assert [row.prompt[0]["content"] for row in rows] == ["What is 2 + 2?", "Hi", "Hi"]
+    assert [row.chosen[0]["content"] for row in rows] == ["4", "Hello!", "Hello!"]
+    assert [row.rejected[0]["content"] for row in rows] == ["5", "Go away.", "Go away."]
+    assert all(
+        [x["role"] for x in (*row.prompt, *row.chosen, *row.rejected)]
+        == ["user", "assistant", "assistant"]
+        for row in rows
+    )
 
 
 def test_an_annotated_file_is_filtered_as_shown(tmp_path, monkeypatch):
