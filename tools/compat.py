@@ -166,8 +166,8 @@ def run_tests(python: str, source: Path, home: Path, trl: bool) -> dict:
         report = home / f"{number}.xml"
         done = _run([*pytest, *arguments, f"--junit-xml={report}"], source, PYTHONPATH=paths)
         if done.returncode not in (0, 1) or not report.exists():
-            said = " ".join((done.stdout + done.stderr).splitlines()[-3:])[-300:]
-            counts["failed"].append(f"{arguments[0]}: pytest ended with {done.returncode}: {said}")
+            print(done.stdout + done.stderr)
+            counts["failed"].append(f"{arguments[0]}: pytest ended with {done.returncode}")
             continue
         for case in ElementTree.parse(report).iter("testcase"):
             _count(case, counts)
@@ -179,8 +179,7 @@ def _count(case: ElementTree.Element, counts: dict) -> None:
     if bad is None:
         bad = case.find("error")
     if bad is not None:
-        said = " ".join((bad.get("message") or "").split())[:200]
-        counts["failed"].append(f"{case.get('classname')}.{case.get('name')}: {said}")
+        counts["failed"].append(f"{case.get('classname')}.{case.get('name')}")
     else:
         counts["skipped" if case.find("skipped") is not None else "passed"] += 1
 
@@ -202,6 +201,10 @@ def table(record: dict[str, dict]) -> str:
         if "passed" in found:
             said += f": {found['passed']} passed, {found['skipped']} skipped"
         lines.append(f"| {row.name} | {row.python} | {' | '.join(shown)} | {said} |")
+    failed = {name: found.get("failed", []) for name, found in record.items()}
+    if any(failed.values()):
+        lines += ["", "Tests that fail:", ""]
+        lines += [f"- {name}: `{test}`" for name, tests in failed.items() for test in tests]
     return "\n".join(lines)
 
 
