@@ -1,5 +1,5 @@
-# PYTHON, VENV, PIP_ARGS, PYTEST_ARGS, BENCH_ARGS and DEMO_ARGS can be given on the command line or
-# in the environment.
+# PYTHON, VENV, PIP_ARGS, PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS and COMPAT_ARGS can be given on the
+# command line or in the environment.
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. PIP_ARGS="--find-links DIR" for a folder of CPU builds of torch
@@ -7,6 +7,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+COMPAT_ARGS ?=
 
 PY := $(VENV)/bin/python
 # one constraints file in every install: a later one never moves what an earlier one chose
@@ -15,6 +16,7 @@ INSTALL := $(PY) $(PIP_INSTALL) --constraint constraints.txt
 CORE := $(VENV)/.installed-core
 TRAIN := $(VENV)/.installed-train
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 BENCH := $(VENV)/.installed-bench
 # the lower bounds of pyproject.toml, in an environment of their own
 OLDEST_PY := $(VENV)-oldest/bin/python
@@ -25,7 +27,7 @@ PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo step check static quick test test-oldest coverage bench gpu report lint types wheel clean
+.PHONY: help demo step check static quick test test-oldest coverage compat bench gpu report docs docs-serve lint types wheel clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +54,15 @@ test-oldest: $(OLDEST) ## the tests of losses and ops on the oldest torch and tr
 coverage: $(DEV) ## all tests, and which lines and branches they miss
 	@$(PYTEST) tests --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
+compat: ## tests in fresh environments, oldest to newest versions (hours, gigabytes); COMPAT_ARGS are passed on
+	@$(PYTHON) tools/compat.py $(COMPAT_ARGS)
+
+docs: $(DOCS) ## the pages, into site/; a broken link or a missing name is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+docs-serve: $(DOCS) ## the same in a browser, following what is edited
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
 bench: $(BENCH) ## the benchmarks; BENCH_ARGS are passed on
 	@$(PY) -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
 
@@ -72,8 +83,8 @@ wheel: $(DEV) ## sdist and wheel into dist/
 	@$(PY) -m build --no-isolation
 
 clean: ## remove what builds and tools left; the virtual environment stays
-	rm -rf build dist *.egg-info treg-demo .benchmarks .hypothesis .pytest_cache .ruff_cache .coverage htmlcov
-	find treg kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site *.egg-info treg-demo .benchmarks .hypothesis .pytest_cache .ruff_cache .coverage htmlcov
+	find treg kernels tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # a system Python may lack ensurepip: its own pip then fills the environment
 $(PY):
@@ -95,6 +106,12 @@ $(TRAIN): $(CORE)
 $(DEV): $(TRAIN)
 	@echo "installing the test dependencies into $(VENV)"
 	@$(INSTALL) --no-build-isolation --editable '.[train,dev]'
+	@touch $@
+
+# the pages are made from the sources: of the library nothing is imported
+$(DOCS): pyproject.toml constraints.txt | $(PY)
+	@echo "installing what the pages need into $(VENV)"
+	@$(INSTALL) mkdocs-material 'mkdocstrings[python]' latex2mathml ruff
 	@touch $@
 
 $(OLDEST): pyproject.toml constraints-oldest.txt

@@ -1,11 +1,11 @@
-"""What the README says of speed and memory, tables and pictures, from the records in results/
+"""What docs/speed.md says of speed and memory, tables and pictures, from the records in results/
 alone.
 
     python benchmarks/report.py [--check]
 
-Rewrites the README between its two bench markers and the pictures beside the records; for a GPU
+Rewrites the page between its two bench markers and the pictures beside the records; for a GPU
 also report.md, every cell with the times that `roofline.py` predicts for an H200 beside it. Prints
-the bars. --check only says whether the README is what the records give.
+the bars. --check only says whether the page is what the records give.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from loss_head_cases import DEVICE, Case, gpu_cases
 from loss_head_peers import METHODS
 
 HERE = Path(__file__).parent
-README, RESULTS = HERE.parent / "README.md", HERE / "results"
+PAGE, RESULTS = HERE.parent / "docs" / "speed.md", HERE / "results"
 BEGIN, END = (
     "<!-- bench: python benchmarks/report.py writes what follows -->",
     "<!-- bench: end -->",
@@ -37,7 +37,7 @@ CPU_ROWS = {
 
 
 def region(results: Path = RESULTS) -> str:
-    """The README between the markers."""
+    """The page between the markers."""
     return "\n\n".join(
         [
             BEGIN,
@@ -180,7 +180,7 @@ def with_region(text: str, new: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"{PAGE.name}: expected the lines {BEGIN!r} and {END!r}")
     return before + new + after
 
 
@@ -190,18 +190,18 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = README.read_text()
-    fresh = with_region(readme, region())
+    page = PAGE.read_text()
+    fresh = with_region(page, region())
     if args.check:
         print(
-            "README.md is what the records give"
-            if fresh == readme
-            else "README.md: run python benchmarks/report.py"
+            f"{PAGE.name} is what the records give"
+            if fresh == page
+            else f"{PAGE.name}: run python benchmarks/report.py"
         )
-        return int(fresh != readme)
+        return int(fresh != page)
     import plots
 
-    README.write_text(fresh)
+    PAGE.write_text(fresh)
     found = json.loads((RESULTS / "cpu" / "bars.json").read_text())
     plots.cpu(found, FLOOR, RESULTS / "cpu" / "bars.svg")
     records = gpu_records()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Recorder(MutableMapping):
 os.environ, os.environb = Recorder(os.environ), Recorder(os.environb)
 import treg
 assert os.path.realpath(treg.__file__).startswith(library), treg.__file__
-heavy = [name for name in ("triton", "transformers") if name in sys.modules]
+heavy = [name for name in ("torch", "triton", "transformers") if name in sys.modules]
 print(json.dumps({"heavy": heavy, "reads": reads}))
 """
 
@@ -72,6 +73,56 @@ def import_treg(root: Path, cwd: Path) -> dict[str, list[str]]:
 
 def test_import_loads_nothing_heavy_and_reads_no_environment(tmp_path):
     assert import_treg(ROOT, tmp_path) == {"heavy": [], "reads": []}
+
+
+def test_public_names_and_modules_come_when_they_are_asked_for(tmp_path):
+    code = (
+        "import treg, sys; before = set(sys.modules); assert 'torch' not in before\n"
+        "assert set(treg.__all__) <= set(dir(treg))\n"
+        "from treg import *\n"
+        "from treg.checks import is_debug as a, set_debug as b\n"
+        "from treg.ops import fused_treg_loss as c, linear_logprobs as d\n"
+        "assert (is_debug, set_debug, fused_treg_loss, linear_logprobs) == (a, b, c, d)\n"
+        "assert treg.fused_treg_loss is c and treg.losses.LossOptions and treg.results\n"
+        "try: treg.no_such_name\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    done = fresh_python(["-c", code], tmp_path, [ROOT, ROOT / "kernels"])
+    assert done.stdout == "module 'treg' has no attribute 'no_such_name'\n", done.stderr
+
+
+def test_the_version_costs_no_import_of_torch(tmp_path):
+    """Processor time beyond an empty program's."""
+    code = (
+        "import sys; from treg.cli import main; main(['--version']); print('torch' in sys.modules)"
+    )
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "treg" / "__init__.py").read_text()).group(
+        1
+    )
+
+    def seconds(program: str) -> tuple[float, str]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = fresh_python(["-c", program], tmp_path, [ROOT, ROOT / "kernels"])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+    (spent, printed), (nothing, _) = seconds(code), seconds("pass")
+    assert printed == f"treg {version}\nFalse\n"
+    assert spent - nothing < 0.3
+
+
+def bounds(text: str) -> dict[str, str]:
+    """Package -> version, of lines `name>=version` or `name==version`."""
+    return dict(re.findall(r"^[ \"]*([a-z0-9-]+)[>=]=([\d.]+)", text, flags=re.MULTILINE))
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_claimed():
+    claimed = bounds((ROOT / "pyproject.toml").read_text())
+    tested = bounds((ROOT / "constraints-oldest.txt").read_text())
+    runtime = claimed.keys() - {"setuptools"}
+    assert {"torch", "triton", "numpy", "transformers", "trl"} <= runtime <= tested.keys()
+    for name in runtime:
+        assert re.sub(r"(\.0)+$", "", tested[name]).startswith(claimed[name]), name
 
 
 def test_import_probe_catches(tmp_path):
@@ -165,7 +216,7 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path):
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "out"]
     done = fresh_python(["-m", "pip", "wheel", *options, "./source"], tmp_path, [])
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "out").glob("treg-*.whl")
+    (wheel,) = (tmp_path / "out").glob("treg_losses-*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     data = {
         "treg/viz/page.html.jinja",
@@ -173,10 +224,26 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path):
         "treg/viz/page.js",
         "treg/demo/model/model.safetensors",
         "treg/demo/model/tokenizer.json",
+        "treg/py.typed",
+        "treg_kernels/py.typed",
     }
     assert {"treg/__init__.py", "treg_kernels/__init__.py", *data} <= set(names)
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.partition("/")[0] for name in names} == {"treg", "treg_kernels"}
+
+
+def test_trls_trainers_say_that_trl_is_missing(tmp_path):
+    code = (
+        "import importlib.metadata as metadata\n"
+        "def missing(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = missing\n"
+        "import treg.integrations.trl\n"
+    )
+    done = fresh_python(["-c", code], tmp_path, [ROOT, ROOT / "kernels"])
+    assert (
+        "ImportError: trl: expected TRL to be installed (pip install 'treg-losses[train,trl]')"
+        in (done.stderr)
+    )
 
 
 def python_blocks(text: str) -> list[str]:
@@ -184,8 +251,11 @@ def python_blocks(text: str) -> list[str]:
 
 
 def shown_imports() -> list[tuple[str, str, str]]:
-    """(where, module, name or "") of every import of treg in README.md and examples/."""
-    shown = [("README.md", block) for block in python_blocks((ROOT / "README.md").read_text())]
+    """(where, module, name or "") of every import of treg in README.md, docs/ and examples/."""
+    shown = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        name = str(page.relative_to(ROOT))
+        shown += [(name, block) for block in python_blocks(page.read_text())]
     for file in sorted((ROOT / "examples").glob("*.py")):
         shown.append((f"examples/{file.name}", file.read_text()))
     found = []
@@ -223,7 +293,9 @@ def imported(module: str, name: str) -> object:
 
 def test_imports_that_are_shown_resolve():
     shown = shown_imports()
-    assert {"README.md", "examples/one_step.py"} <= {where for where, _, _ in shown}
+    assert {"README.md", "docs/trainers.md", "examples/one_step.py"} <= {
+        where for where, _, _ in shown
+    }
     missing = []
     for where, module, name in shown:
         try:

@@ -406,8 +406,8 @@ def test_bars_of_memory_and_errors():
     )
 
 
-def test_readme_is_what_the_records_give():
-    text = report.README.read_text()
+def test_the_page_is_what_the_records_give():
+    text = report.PAGE.read_text()
     assert report.with_region(text, report.region()) == text, "run python benchmarks/report.py"
 
 

@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from treg.cli import missing
+
 USAGE = """\
 treg: token-level preference optimization (T-REG, DPO and relatives).
 
@@ -64,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"treg {name}: error: {error}", file=sys.stderr)
         return EXIT_USAGE if said else EXIT_FAILED
-    except ModuleNotFoundError as error:
-        print(
-            f"treg {name}: error: {error}; install it with: pip install 'treg[train]'",
-            file=sys.stderr,
-        )
+    except (ImportError, RuntimeError) as error:
+        said = missing.advice(error)
+        if said is None:
+            raise
+        print(f"treg {name}: error: {said}", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -13,7 +13,13 @@ import importlib.metadata
 from packaging.version import Version
 
 MINIMUM = "1.15"
-_installed = importlib.metadata.version("trl")
+try:
+    _installed = importlib.metadata.version("trl")
+except importlib.metadata.PackageNotFoundError as error:
+    raise ImportError(
+        "trl: expected TRL to be installed (pip install 'treg-losses[train,trl]'): these trainers "
+        "extend TRL's; or use treg.trainer.TRegTrainer, which needs no TRL"
+    ) from error
 if Version(_installed) < Version(MINIMUM):
     raise ImportError(
         f"trl: expected >= {MINIMUM}, got {_installed}; upgrade it, or use treg.trainer.TRegTrainer"

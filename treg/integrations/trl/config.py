@@ -31,7 +31,8 @@ class TRegDPOConfig(DPOConfig):
     """
 
     treg_alpha: float | None = field(
-        default=None, metadata={"help": "Weight of the T-REG regularizer. Default: see the README."}
+        default=None,
+        metadata={"help": "Weight of the T-REG regularizer. Default: see docs/methods.md."},
     )
     treg_loss_scalars: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of an objective that TRL lacks, as JSON."}
