@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from treg.data import SIDES
+from treg.data.examples import check_vocabulary
 from treg.rewards.scorer import Scorer
 from treg.viz import PairView, Side
 
@@ -85,6 +86,7 @@ def _reference_logps(
 def _token_logps(
     model: Any, examples: Sequence[Mapping[str, Any]], tokenizer: Any, tokens_per_batch: int
 ) -> list[torch.Tensor]:
+    check_vocabulary("data", examples, model)
     scorer = Scorer(model, tokenizer, tokens_per_batch=tokens_per_batch, share_prefix=False)
     return scorer.score(
         [(x["prompt_ids"].tolist(), x[f"{side}_ids"].tolist()) for x in examples for side in SIDES]
