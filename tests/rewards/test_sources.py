@@ -340,7 +340,7 @@ def test_a_stream_is_found_by_token_ids(tmp_path, own_source):
 
 
 def test_the_default_file_says_nothing_of_streams(tmp_path):
-    """Its schema and metadata are those that every earlier version wrote, in that order."""
+    """Its columns and metadata are in this order; text and config came later than the rest."""
     options = AnnotateOptions(EncodeOptions(64), per_token=True)
     annotate(MODEL, TOKENIZER, ROWS, tmp_path / "a.parquet", options, progress=False)
     (example, *_), meta = read_annotated(tmp_path / "a.parquet")
@@ -356,8 +356,11 @@ def test_the_default_file_says_nothing_of_streams(tmp_path):
         "ref_rejected_logps",
         "ref_chosen_token_logps",
         "ref_rejected_token_logps",
+        "prompt_text",
+        "chosen_text",
+        "rejected_text",
     ]
-    assert list(meta) == ["fingerprint", "settings", "report"]
+    assert list(meta) == ["fingerprint", "config", "settings", "report"]
     assert list(meta["fingerprint"]) == ["model", "tokenizer", "pairs"]
     assert list(meta["settings"]) == [
         "encode",

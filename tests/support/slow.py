@@ -79,6 +79,12 @@ FUNCTIONS = {
         "test_real_templates",
         "test_truncated_gzip",
     ),
+    "data/test_identity.py": (
+        "test_a_card_that_the_hub_reads",
+        "test_files_that_were_not_annotated_alike",
+        "test_filtered_and_shuffled",
+        "test_no_bit_of_a_file_changes_unseen",
+    ),
     "demo/test_demo.py": ("test_demo",),
     "heads/test_heads.py": ("test_every_causal_lm", "test_without_a_row_the_check_refuses"),
     "integrations/test_cce.py": ("test_dtensor_equals_dense", "test_vocab_parallel_equals_dense"),
@@ -163,6 +169,7 @@ FUNCTIONS = {
         "test_refused",
         "test_steps",
     ),
+    "rewards/test_parts.py": ("test_a_part_that_cannot_be_trusted_is_computed_again",),
     "test_package.py": (
         "test_import_loads_nothing_heavy_and_reads_no_environment",
         "test_kernels_package_would_break_transformers",

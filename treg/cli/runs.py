@@ -22,6 +22,7 @@ from treg.files import (
     last_checkpoint,
     plain,
     read_json,
+    remove_leftovers,
     seal,
     unseal,
     write_json,
@@ -58,6 +59,8 @@ def claim_run(out: Path, settings: dict[str, Any]) -> None:
     process_state().wait_for_everyone()  # until all have read it
     if process_state().is_main_process:
         out.mkdir(parents=True, exist_ok=True)
+        for name in (file.name, SEAL):  # of runs that were killed while they wrote
+            remove_leftovers(out / name)
         write_json(file, settings)
     process_state().wait_for_everyone()
 

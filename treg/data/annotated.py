@@ -297,8 +297,8 @@ def read_annotated(source: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if not table.num_rows:
         raise ValueError(f"{name}: expected at least one pair, found none")
     table = _with_types(name, table, groups)
-    columns = {column: values_of(table.column(column)) for column in table.column_names}
-    columns.pop(DESCRIPTION, None)
+    names = [column for column in table.column_names if column != DESCRIPTION]
+    columns = {column: values_of(table.column(column)) for column in names}
     rows = zip(*columns.values(), strict=True)
     examples = [dict(zip(columns, values, strict=True)) for values in rows]
     bounded = "streams" not in meta and "prompts" in meta.get("settings", {})

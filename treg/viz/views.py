@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from treg.data import SIDES
+from treg.data.examples import check_vocabulary
 from treg.rewards.scorer import Scorer
 from treg.viz.prompts import template_texts
 from treg.viz.tokens import PairView, Side
@@ -119,6 +120,7 @@ def _token_logps(
     tokens_per_batch: int,
     bar: Any,
 ) -> list[torch.Tensor]:
+    check_vocabulary("data", examples, model)
     scorer = Scorer(
         model,
         tokenizer,
