@@ -860,10 +860,8 @@ def test_an_interrupted_annotation_keeps_what_is_finished(folder, tmp_path, monk
 def test_an_interrupted_training_says_where_it_goes_on(
     checkpoint, said, folder, tmp_path, monkeypatch, capsys
 ):
-    if checkpoint is not None:
-        (tmp_path / "o" / f"checkpoint-{checkpoint}").mkdir(parents=True)
-        state = tmp_path / "o" / f"checkpoint-{checkpoint}" / "trainer_state.json"
-        state.write_text("{}")
+    folder_of = None if checkpoint is None else tmp_path / f"checkpoint-{checkpoint}"
+    monkeypatch.setattr("treg.cli.train.last_checkpoint", lambda out: folder_of)
 
     def train(self, **_):
         self.state.global_step = 3

@@ -18,9 +18,10 @@ from treg.cli.kinds import (
     RowOptions,
     TrainOptions,
 )
-from treg.cli.loading import columns_of, refuse_columns
+from treg.cli.loading import encode_options
 from treg.cli.options import NOT_SHOWN, parse
 from treg.cli.other_names import ALIASES, INSTEAD
+from treg.data import EncodeOptions
 from treg.losses import OBJECTIVES
 from treg.rewards import SOURCES
 from treg.rewards.shaping import STEPS
@@ -196,11 +197,16 @@ def test_a_percent_sign_in_a_help_text_stays():
     assert "20 % of it" in parser.format_help()
 
 
-def test_columns_as_a_mapping():
-    assert columns_of(["prompt=question", "system="]) == {"prompt": "question", "system": None}
-    assert columns_of(None) == {}
-    for given in (["prompt"], ["=x"], ["prompt=a", "prompt=b"]):
-        with pytest.raises(ValueError, match="columns: expected OURS=YOURS"):
-            columns_of(given)
-    with pytest.raises(ValueError, match="columns: expected none"):
-        refuse_columns(["prompt=question"])
+def test_options_of_rows_become_those_of_encoding():
+    given = ["--columns", "prompt=question", "system=", "--plain_text", "--turns", "all"]
+    given += ["--date", "2024-07-26", "--output", "o"]
+    _, rows, own, _ = parse("annotate", [*NEEDED, *given], ANNOTATE)
+    assert encode_options(rows, own.max_length) == EncodeOptions(
+        1024,
+        chat=False,
+        columns={"prompt": "question", "system": ""},
+        turns="all",
+        date="2024-07-26",
+    )
+    _, rows, own, _ = parse("annotate", [*NEEDED, "--output", "o"], ANNOTATE)
+    assert encode_options(rows, own.max_length) == EncodeOptions(1024)

@@ -491,7 +491,7 @@ def test_an_annotated_file_keeps_what_is_scored(tmp_path, per_token):
         .detach()
     )
     scored = pair.answers["chosen"].scored
-    assert example["chosen_mask"].tolist() == scored.tolist() and not scored.all()
+    assert example["chosen_scored"].tolist() == scored.tolist() and not scored.all()
     np.testing.assert_allclose(example["ref_chosen_logps"], logps[scored].sum().item(), atol=1e-4)
     assert not example["chosen_token_rewards"][~scored].any()
     batch = PairCollator()([example])

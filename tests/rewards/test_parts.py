@@ -156,5 +156,5 @@ def test_a_folder_that_is_no_run_s_is_not_removed(tmp_path):
     folder = tmp_path / "a.parquet.parts"
     folder.mkdir()
     (folder / "part-00000.parquet").write_text("mine")
-    Parts(folder, "", [], 2).remove()
+    Parts(folder, "", []).remove()
     assert (folder / "part-00000.parquet").read_text() == "mine"

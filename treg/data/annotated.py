@@ -8,7 +8,7 @@ A parquet file with a row for each pair:
     chosen_STREAM, rejected_STREAM            list<float32>: one number a token of the completion
     ref_chosen_logps, ref_rejected_logps      double, nats: sums over the completion
     ref_chosen_token_logps, ref_rejected_...  list<float32>, nats; only on request
-    chosen_mask, rejected_mask                list<bool>: the tokens that are scored, where some
+    chosen_scored, rejected_scored                list<bool>: the tokens that are scored, where some
                                               are not, as another person's turn in a completion
     prompt_text, chosen_text, rejected_text   string: the ids decoded, special tokens and all
     treg_checksum                             string: of the ids, of each stream, of the reference
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_STREAMS = ("token_rewards",)  # of a file whose metadata name none
-NO_STREAMS = ("ids", "logps", "token_logps", "text", "mask")  # names that other columns have
+NO_STREAMS = ("ids", "logps", "token_logps", "text", "scored")  # names that other columns have
 # what belongs to all rows of one file together, and what changes roundings only
 OF_THE_WHOLE = ("report", "problems", "fingerprint.pairs", "fingerprint.columns")
 CUTTING = ("settings.tokens_per_batch", "settings.share_prefix")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 SIDES = ("chosen", "rejected")
-MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+MASK_COLUMNS = ("chosen_scored", "rejected_scored")
 # per-token signals that the losses take
 LOSS_STREAMS = ("token_rewards", "token_weights", "kl_weights")
 WEIGHT_STREAMS = ("token_weights", "kl_weights")  # those of them that are at least 0
@@ -28,7 +28,7 @@ class PairCollator:
     """Examples -> one batch of B pairs.
 
     An example maps prompt_ids, chosen_ids, rejected_ids to integers, and may have streams, such as
-    chosen_token_rewards [tokens of the completion], ref_chosen_logps (nats: a sum), chosen_mask
+    chosen_token_rewards [tokens of the completion], ref_chosen_logps (nats: a sum), chosen_scored
     [tokens of the completion], False where a token is not scored, and the same of rejected. A list
     of examples (see `pack_pairs`) counts as its members.
 
@@ -153,10 +153,10 @@ def scored_tokens(example: Mapping[str, Any], side: str, where: str) -> np.ndarr
         ValueError: a mask of another length, or of no token.
     """
     n = len(example[f"{side}_ids"])
-    mask = np.asarray(example.get(f"{side}_mask", np.ones(n, dtype=bool)))
+    mask = np.asarray(example.get(f"{side}_scored", np.ones(n, dtype=bool)))
     if mask.shape != (n,) or not mask.any() or mask.dtype != bool:
         raise ValueError(
-            f"{where}: expected {n} of True and False in {side}_mask, one a token of {side}_ids "
+            f"{where}: expected {n} of True and False in {side}_scored, one a token of {side}_ids "
             f"and not all False, got {mask.tolist()}"
         )
     return mask

@@ -69,11 +69,11 @@ class Pair:
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
-        """The columns chosen_mask and rejected_mask, [T] bool."""
+        """The columns chosen_scored and rejected_scored, [T] bool."""
         found = {}
         for side in SIDES:
             every = np.ones(len(getattr(self, f"{side}_ids")), dtype=bool)
-            found[f"{side}_mask"] = self.answers[side].scored if self.answers else every
+            found[f"{side}_scored"] = self.answers[side].scored if self.answers else every
         return found
 
 

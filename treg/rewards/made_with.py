@@ -5,20 +5,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from treg.data import EncodeOptions, Pair
 from treg.data.annotated import tokenizer_fingerprint
 from treg.data.fingerprints import config_of
+from treg.rewards.annotate_options import AnnotateOptions
 from treg.rewards.base import Context, TokenRewardSource
 from treg.rewards.names import DEFAULT_SOURCE
 from treg.rewards.several import SeveralSource
 from treg.rewards.shaping import shaped_streams
-
-if TYPE_CHECKING:
-    from treg.rewards.annotate import AnnotateOptions
 
 CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
 
@@ -28,7 +26,7 @@ def made_with_of(
     fingerprint: str,
     rewards: TokenRewardSource,
     pairs: Sequence[Pair],
-    options: "AnnotateOptions",
+    options: AnnotateOptions,
 ) -> dict[str, Any]:
     """What goes into the metadata besides the report. fingerprint: of the model.
 
@@ -71,7 +69,7 @@ def _encode_settings(options: EncodeOptions) -> dict[str, Any]:
 
 
 def _described(
-    rewards: TokenRewardSource, options: "AnnotateOptions", settings: dict[str, Any]
+    rewards: TokenRewardSource, options: AnnotateOptions, settings: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Of each stream: its source, the source's settings, and the shaping."""
     own = {"source": options.rewards, "settings": settings, "shaping": []}
