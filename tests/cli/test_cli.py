@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import treg.rewards.annotate
 import treg.trainer
 from treg.cli import main
-from treg.cli.loading import default_dtype, load_model
+from treg.cli.loading import load_model
 from treg.cli.options import RewardsOptions, RowOptions, parse
 from treg.data.annotated import read_annotated, write_annotated
 from treg.files import locked
@@ -254,7 +254,7 @@ def short_model(folder):
 
 
 SAID = {
-    None: ("float32", "in float32, as this is a CPU; the checkpoint is in bfloat16"),
+    None: ("float32", "in float32, which is faster on a CPU"),
     "auto": ("bfloat16", "--dtype auto: bfloat16 takes several times"),
     "bfloat16": ("bfloat16", "--dtype bfloat16: bfloat16 takes several times"),
     "float32": ("float32", ""),
@@ -262,7 +262,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("asked", SAID)
-def test_a_cpu_runs_in_float32_unless_asked_otherwise(asked, short_model, capsys):
+def test_models_are_float32_unless_asked_otherwise(asked, short_model, capsys):
     dtype, said = SAID[asked]
     model = load_model(str(short_model), asked, "cpu")
     assert str(model.dtype) == f"torch.{dtype}"
@@ -275,12 +275,18 @@ def test_a_float32_checkpoint_needs_no_word(folder, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_dtype_of_a_device():
-    assert [default_dtype(x) for x in ("cpu", None, torch.device("cuda", 0))] == [
-        "float32",
-        "float32",
-        "auto",
-    ]
+@pytest.mark.parametrize("more", [[], ["--bf16"]], ids=["float32", "bf16"])
+def test_annotation_and_training_have_one_precision(more, folder, short_model, tmp_path, caplog):
+    """Of a checkpoint in 16 bits: before the first step the policy is the reference."""
+    annotated, out = tmp_path / "a.parquet", tmp_path / "out"
+    model = ["--model", str(short_model), "--tokenizer", str(folder / "model")]
+    paths = ["--data", str(folder / "prefs.jsonl"), "--output", str(annotated)]
+    assert main(["annotate", *model, *more, *paths]) == 0
+    options = train_options(folder, out, max_steps=1, model=short_model, data=annotated)
+    assert main([*options, *model[2:], *more]) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    margin = abs(next(x["rewards/margins"] for x in log if "loss" in x))
+    assert margin < (0.02 if more else 1e-5) and "roundings" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError])

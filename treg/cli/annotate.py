@@ -2,6 +2,7 @@
 
 from treg.cli.loading import (
     annotate_options,
+    autocast,
     check_data,
     encode_options,
     load_model,
@@ -34,14 +35,15 @@ def run(argv: list[str]) -> None:
         process_state().device,
         model_options.attn_implementation,
     )
-    report = annotate(
-        model,
-        tokenizer,
-        rows.data,
-        own.output,
-        options,
-        split=rows.split,
-        strict=rows.strict,
-        limit=rows.limit,
-    )
+    with autocast(model.device, bf16=own.bf16, fp16=own.fp16):
+        report = annotate(
+            model,
+            tokenizer,
+            rows.data,
+            own.output,
+            options,
+            split=rows.split,
+            strict=rows.strict,
+            limit=rows.limit,
+        )
     say(report, *signal_of_file(own.output, ALPHA), f"wrote {own.output}")

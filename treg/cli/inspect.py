@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from treg.cli.loading import drawable, load_model, load_tokenizer, say
+from treg.cli.loading import DEFAULT_DTYPE, drawable, load_model, load_tokenizer, say
 from treg.cli.options import InspectOptions, parse, words
 from treg.cli.runs import last_history
 from treg.data.annotated import (
@@ -157,12 +157,9 @@ def _models(
 
 
 def _load(path: str, options: InspectOptions, settings: dict[str, Any]) -> Any:
-    """A model in the dtype that was asked for; else float32 on a CPU, where 16 bits are slow, else
-    what the run was trained in.
-    """
+    """A model in the dtype that was asked for; else in that of the run, else as every command."""
     device = _device()
-    usual = "float32" if device.type == "cpu" or settings else "auto"
-    dtype = options.dtype or (device.type != "cpu" and settings.get("dtype")) or usual
+    dtype = options.dtype or settings.get("dtype") or DEFAULT_DTYPE
     if process_state().is_main_process:
         print(f"loading {path} in {dtype} on {device}", file=sys.stderr, flush=True)
     return load_model(path, dtype, device)

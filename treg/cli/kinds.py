@@ -35,8 +35,7 @@ class ModelOptions:
     )
     dtype: str | None = _option(
         None,
-        "Of the weights; auto: the checkpoint's. Default: float32 for training and on a CPU, else "
-        "auto.",
+        "Of the weights; auto: the checkpoint's. Default: float32, the same for every command.",
         "{auto,float32,bfloat16,float16}",
     )
     attn_implementation: str | None = _option(
@@ -111,6 +110,10 @@ class AnnotateOnlyOptions:
         "The parquet file to write. After a stop, the same command goes on.", "FILE"
     )
     max_length: int = _option(1024, "Tokens of prompt and completion.")
+    bf16: bool = _option(
+        False, "Forwards in bfloat16 with these weights, as training with --bf16 has them."
+    )
+    fp16: bool = _option(False, "The same in float16.")
     per_token: bool = _option(False, "Keep the reference's log-prob of every token as well.")
     no_reference: bool = _option(
         False, "Keep no log-probs of the reference, for objectives that need none."
@@ -174,7 +177,7 @@ class InspectOptions:
     )
     dtype: str | None = _option(
         None,
-        "Default: float32 on a CPU, else what the model was trained in.",
+        "Default: what the run was trained in, else float32.",
         "{auto,float32,bfloat16,float16}",
     )
     stream: str | None = _option(

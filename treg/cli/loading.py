@@ -1,6 +1,7 @@
 """What several commands need: models, tokenizers, options of annotation, a word to the terminal."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def default_dtype(device: Any) -> str:
-    """The dtype of a model that only runs forward, where none is asked for: float32 on a CPU, on
-    which a forward in 16 bits can take several times as long, else the checkpoint's own ("auto").
-
-    Args:
-        device: a torch.device or its name; None: the CPU.
-    """
-    return "float32" if torch.device(device or "cpu").type == "cpu" else "auto"
+# of every command and device where none is asked for: where the reference's roundings are not those
+# of training, the first margins are not 0
+DEFAULT_DTYPE = "float32"
 
 
 def load_model(
@@ -47,15 +43,15 @@ def load_model(
     """A causal LM from a folder or the hub, on the device.
 
     Args:
-        dtype: float32, bfloat16, float16 or auto; None: `default_dtype` of the device. A word is
-            said where that is not the checkpoint's, and where 16 bits will run on a CPU.
+        dtype: float32, bfloat16, float16 or auto; None: DEFAULT_DTYPE. A word is said where that is
+            not the checkpoint's, and where 16 bits will run on a CPU.
         device: None: it stays on the CPU for now, and nothing is said.
         options: others of from_pretrained.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     loading.check_folder("model", path)
-    chosen = dtype or default_dtype(device)
+    chosen = dtype or DEFAULT_DTYPE
     if device is not None:
         _tell_of_dtype(path, dtype, chosen, torch.device(device))
     if attn_implementation is not None:
@@ -74,12 +70,15 @@ def check_data(name: str, path: str) -> None:
 
 
 def _tell_of_dtype(path: str, asked: str | None, chosen: str, device: torch.device) -> None:
-    """What a person could not guess about the dtype of a model on a CPU."""
-    own = str(getattr(AutoConfig.from_pretrained(path), "dtype", None)).removeprefix("torch.")
-    if asked is None and device.type == "cpu" and own in SHORT:
+    """What a person could not guess about the dtype of a model."""
+    with loading.no_code_of(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    own = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if asked is None and own in SHORT:
+        fast = "which is faster on a CPU" if device.type == "cpu" else "twice the memory"
         say(
-            f"{path}: in float32, as this is a CPU; the checkpoint is in {own}, which --dtype auto "
-            "keeps"
+            f"{path}: in float32, {fast}, as every command unless --dtype says otherwise; the "
+            f"checkpoint is in {own}, which --dtype auto keeps"
         )
     tell_of_short(f"--dtype {chosen}", own if chosen == "auto" else chosen, device)
 
@@ -137,6 +136,14 @@ def signal_of_file(path: str | Path, alpha: float, *, length_normalised: bool = 
         return []
     examples, meta = read_annotated(path)
     return signal_lines(examples, streams_of(meta), alpha, length_normalised=length_normalised)
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, *, bf16: bool, fp16: bool = False) -> Iterator[None]:
+    """Forwards as a training with --bf16 or --fp16 has them."""
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    with torch.autocast(device.type, dtype, enabled=bf16 or fp16):
+        yield
 
 
 def drawable(history: list[dict[str, Any]]) -> bool:

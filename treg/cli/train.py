@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from treg.cli.loading import (
+    DEFAULT_DTYPE,
     annotate_options,
+    autocast,
     check_data,
     drawable,
     encode_options,
@@ -73,7 +75,7 @@ class Options:
 
     @property
     def dtype(self) -> str:
-        return self.model.dtype or "float32"
+        return self.model.dtype or DEFAULT_DTYPE
 
     @property
     def encode(self) -> EncodeOptions:
@@ -308,8 +310,7 @@ class _DataPreparation:
         output = self.out / f"{name}.parquet"
         device = torch.device(process_state().device or "cpu")
         # as training will see the reference
-        dtype = torch.bfloat16 if config.bf16 else torch.float16
-        with torch.autocast(device.type, dtype, enabled=config.bf16 or config.fp16):
+        with autocast(device, bf16=config.bf16, fp16=config.fp16):
             report = annotate(
                 self.model.to(device),
                 self.tokenizer,
