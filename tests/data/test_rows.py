@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from sys import modules as sys_modules
 
 import datasets
 import pandas
@@ -283,3 +284,11 @@ def test_text_from_data_is_shown_as_it_can_be():
     _, report = load_pairs([row, {"prompt": "q", **ANSWERS}], CHAT)
     text = str(report)
     assert text.encode() and "\x1b" not in text and "\\ud800\\x1b" in text
+
+
+def test_rows_are_counted_as_they_are_read(monkeypatch):
+    monkeypatch.setattr(sys_modules["treg.data.encode"], "ROWS_TOGETHER", 2)
+    told = []
+    row = {"prompt": "q", **ANSWERS}
+    load_pairs([row, {}, row, row, row], CHAT, on_rows=told.append)
+    assert told == [2, 2, 1]

@@ -39,6 +39,7 @@ from treg.data.examples import examples_of
 from treg.files import last_checkpoint, locked, writing
 from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state
+from treg.rewards.progress import counted_rows
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.viz import plot_curves
 
@@ -293,16 +294,19 @@ class _DataPreparation:
         if self.options.annotates:
             return self._annotated(source, name, split)
         rows = self.options.rows
-        pairs, report = load_pairs(
-            source,
-            self.tokenizer,
-            self.options.encode,
-            split=split,
-            strict=rows.strict,
-            limit=rows.limit,
-        )
-        say(f"{name}: {report}")
         columns = self.options.config.loss_options.objective.pair_columns
+        with counted_rows(process_state().is_main_process) as on_rows:
+            pairs, report = load_pairs(
+                source,
+                self.tokenizer,
+                self.options.encode,
+                split=split,
+                strict=rows.strict,
+                limit=rows.limit,
+                known=columns,
+                on_rows=on_rows,
+            )
+        say(f"{name}: {report}")
         return examples_of(pairs, columns)
 
     def _annotated(self, source: str, name: str, split: str) -> str:

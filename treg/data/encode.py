@@ -8,7 +8,7 @@ and the characters that each token holds.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def load_pairs(
     strict: bool = False,
     limit: int | None = None,
     known: Collection[str] = (),
+    on_rows: Callable[[int], Any] = lambda rows: None,
 ) -> tuple[list[Pair], Report]:
     """Every usable pair of a source, and what became of the other rows.
 
@@ -50,6 +51,7 @@ def load_pairs(
         source, split: see `read_rows`. limit: only so many rows are looked at.
         strict: raise RowProblem at the first row that cannot be used, instead of counting it.
         known: names of columns of text that somebody reads, see `treg.data.names`.
+        on_rows: is told how many rows more were looked at.
     Raises:
         ValueError: the source cannot be read, or holds no usable row; the message says what became
             of the rows.
@@ -76,6 +78,7 @@ def load_pairs(
             for note in notes:
                 report.note(RowProblem(note, "", pair.row.where))
             pairs.append(pair)
+        on_rows(len(part))
     if not pairs:
         raise ValueError(f"data: expected at least one usable row, found none: {report}")
     return pairs, report

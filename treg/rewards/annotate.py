@@ -44,7 +44,7 @@ from treg.rewards.cutting import cut_parts, kept_on_interrupt, part_tokens
 from treg.rewards.kept import KeptColumns
 from treg.rewards.made_with import check_same, comparable, made_with_of
 from treg.rewards.parts import Parts, claimed
-from treg.rewards.progress import Progress
+from treg.rewards.progress import Progress, counted_rows
 from treg.rewards.response import ResponsePairs
 from treg.rewards.shaping import Step, score_shaped
 
@@ -89,9 +89,17 @@ def annotate(
     state = process_state()
     options = replace(options, encode=options.encode.dated(tokenizer))
     known = {*options.keep_columns, *columns_read(options.rewards, options.source_options)}
-    pairs, report = load_pairs(
-        source, tokenizer, options.encode, split=split, strict=strict, limit=limit, known=known
-    )
+    with counted_rows(progress and state.is_main_process) as rows:
+        pairs, report = load_pairs(
+            source,
+            tokenizer,
+            options.encode,
+            split=split,
+            strict=strict,
+            limit=limit,
+            known=known,
+            on_rows=rows,
+        )
     # the longest first: memory runs out early
     order = sorted(pairs, key=lambda pair: (-pair_tokens(vars(pair)), pair.index))
     bar = Progress(progress and state.is_main_process)

@@ -1,7 +1,7 @@
 """How far annotating is."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -10,6 +10,13 @@ from treg.data import Pair, pair_tokens
 
 FIRST_GUESS = 6.0  # tokens through the model for a token of a pair, until a part has shown it
 MOST = 0.95  # of a part that is not done: more of it is not claimed
+
+
+@contextlib.contextmanager
+def counted_rows(shown: bool) -> Iterator[Callable[[int], Any]]:
+    """A count of the rows that are read, with rows/s; what is yielded is told of more of them."""
+    with tqdm(unit="row", unit_scale=True, desc="read", disable=not shown, delay=1) as bar:
+        yield bar.update
 
 
 class Progress:
