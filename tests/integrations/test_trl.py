@@ -568,6 +568,34 @@ def test_an_annotated_file_that_went_through_datasets(tmp_path):
         trainer_of(tmp_path, make_model(initializer_range=0.2), turned)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_turns_of_others_are_not_scored(tmp_path, alpha):
+    """Of an annotated completion of several turns: the file's reference is the policy's own sum, so
+    that the first margins are 0, and the user's tokens are not among those that are counted.
+    """
+    asked = [{"role": "user", "content": "what is better?"}]
+    more = [{"role": "user", "content": "are you sure?"}, {"role": "assistant", "content": "yes"}]
+    rows = [
+        {
+            "prompt": asked,
+            "chosen": [{"role": "assistant", "content": x}, *more],
+            "rejected": [{"role": "assistant", "content": y}],
+        }
+        for x, y in (("the sun", "the moon"), ("the old fox", "an owl"), ("it is 42", "no"))
+    ]
+    file = tmp_path / "annotated.parquet"
+    annotate(make_model(), tiny_tokenizer(), rows, file, progress=False)
+    examples, _ = read_annotated(file)
+    assert not all(x["chosen_scored"].all() for x in examples)
+    trainer = trainer_of(tmp_path, make_model(), str(file), treg_alpha=alpha)
+    batch = trainer.data_collator([dict(x) for x in trainer.train_dataset.to_list()])
+    counted = [int(x["chosen_scored"].sum()) for x in examples]
+    counted += [int(x["rejected_scored"].sum()) for x in examples]
+    assert batch["completion_mask"].sum(-1).tolist() == counted
+    _, log = train(trainer)
+    assert abs(log[0]["rewards/margins"]) < 1e-5
+
+
 @pytest.mark.parametrize("source", ["contrastive", "redistribution"])
 def test_a_source_reads_plain_rows_as_treg_annotate_does(tmp_path, source):
     """TRL ends their texts with the end-of-sequence token, which is no part of an answer."""

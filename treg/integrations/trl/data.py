@@ -18,7 +18,7 @@ from treg.data.annotated import (
     read_annotated,
     stream_columns,
 )
-from treg.data.batches import pair_numbers
+from treg.data.batches import pair_numbers, scored_tokens
 from treg.data.tables import source_name
 from treg.integrations.trl.own import REF_STREAM
 
@@ -53,10 +53,7 @@ class RewardCollator:
         self, stream: str, examples: list[dict[str, Any]], batch: dict[str, Any]
     ) -> torch.Tensor:
         rows = [(example, side) for side in SIDES for example in examples]
-        cut = slice(None)
-        if self.max_length is not None:
-            keep_start = self.truncation_mode == "keep_start"
-            cut = slice(self.max_length) if keep_start else slice(-self.max_length, None)
+        cut = cut_of(self.max_length, self.truncation_mode)
         ids = batch["input_ids"]
         gathered = torch.zeros(ids.shape)
         for row, (example, side) in enumerate(rows):
@@ -73,6 +70,36 @@ class RewardCollator:
                 )
             gathered[row, : len(expected)] = torch.tensor(values[cut])
         return gathered
+
+
+@dataclass
+class ScoredCollator:
+    """TRL's batch, whose completion_mask [2B, T] leaves out the tokens that an annotated file does
+    not score: turns of others within a completion.
+    """
+
+    inner: Callable[[list[dict]], dict[str, Any]]
+    max_length: int | None
+    truncation_mode: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.inner(examples)
+        mask = batch["completion_mask"]
+        rows = [(example, side) for side in SIDES for example in examples]
+        for row, (example, side) in enumerate(rows):
+            scored = scored_tokens(example, side, f"row {row}")
+            kept = [0] * len(example["prompt_ids"]) + scored.astype(int).tolist()
+            kept = kept[cut_of(self.max_length, self.truncation_mode)]
+            mask[row, : len(kept)] &= torch.tensor(kept, dtype=mask.dtype)
+        return batch
+
+
+def cut_of(max_length: int | None, truncation_mode: str) -> slice:
+    """What TRL keeps of a sequence."""
+    if max_length is None:
+        return slice(None)
+    keep_start = truncation_mode == "keep_start"
+    return slice(max_length) if keep_start else slice(-max_length, None)
 
 
 def tensor_of(x: Any) -> Any:

@@ -19,13 +19,14 @@ from trl import DPOTrainer
 
 from treg.data import Pair, RowProblem, pair_tokens
 from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, REWARD_COLUMNS
-from treg.data.batches import LOSS_STREAMS
+from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS
 from treg.data.examples import check_made_with
 from treg.heads import HeadSpec, check_sequences, install_head
 from treg.heads.logprobs import score_tokens, token_logprobs
 from treg.integrations.trl.config import TRegDPOConfig
 from treg.integrations.trl.data import (
     RewardCollator,
+    ScoredCollator,
     columns_of,
     each_of,
     mapped,
@@ -142,6 +143,11 @@ class TRegDPOTrainer(DPOTrainer):
                 adapters=adapters,
                 fix="set treg_ignore_fingerprint",
             )
+        sets = [*each_of(self.train_dataset), *each_of(self.eval_dataset)]
+        if any(set(MASK_COLUMNS) & columns_of(x) for x in sets):
+            self.data_collator = ScoredCollator(
+                self.data_collator, args.max_length, args.truncation_mode
+            )
         if args.treg_alpha > 0 or (self._own is not None and self._own.needs_rewards):
             self.train_dataset = self._with_rewards(self.train_dataset, "train_dataset")
             self.eval_dataset = mapped(self.eval_dataset, self._with_rewards)
@@ -194,6 +200,7 @@ class TRegDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         more = REWARD_COLUMNS if self._own is None else self._own.columns()
+        more = (*more, *MASK_COLUMNS)
         self._signature_columns += [x for x in more if x not in self._signature_columns]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
