@@ -339,7 +339,7 @@ def _turns(
     ends = []
     for i in range(1, len(answer)):
         end = common_prefix(render([*prompt, *answer[:i]]), whole)
-        ends.append(max(end, *ends[-1:], start) if i > 1 else max(end, start))
+        ends.append(max(end, ends[-1] if ends else start))
     begins = [start, *ends]
     for i in range(1, len(answer)):
         if answer[i]["role"] == "assistant":
