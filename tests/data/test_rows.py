@@ -59,6 +59,10 @@ READ = {  # columns beside the answers, and the prompt that they are
         [usr("q")],
     ),
     "roles": ({"prompt": [msg("Human", "q"), msg("gpt", "a"), msg("human", "r")]}, None),
+    "hh-stripped": (
+        {"prompt": "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"},
+        [usr("a"), bot("b"), usr("c")],
+    ),
     "crlf": ({"prompt": "\r\n\r\nHuman: hi\r\n\r\nAssistant:"}, [usr("hi")]),
     "about": (
         {"prompt": "q", "prompt_id": "x y", "source": "a b", "chosen_model": "m n", "score": 1.5},
@@ -83,6 +87,22 @@ def test_answers_as_strings_of_json():
 
 
 REFUSED = {
+    "context-of-the-prompt": (
+        {"prompt": "q", "prompt_context": "a text"},
+        "unknown column 'prompt_context'",
+        "it holds text",
+    ),
+    "list-of-texts": ({"prompt": "q", "documents": ["a text"]}, "unknown column 'documents'", ""),
+    "object-of-texts": (
+        {"prompt": "q", "context": {"text": "a text"}},
+        "unknown column 'context'",
+        "",
+    ),
+    "hh-after-text": (
+        {"prompt": "Be kind.\n\nHuman: q\n\nAssistant:"},
+        "a dialogue after other text",
+        "Be kind",
+    ),
     "unknown": ({"prompt": "q", "context": "a text"}, "unknown column 'context'", "--columns"),
     "unknown-messages": (
         {"prompt": "q", "thread": [usr("a")]},
@@ -253,7 +273,16 @@ def test_a_folder_without_splits_is_one(tmp_path):
 def test_a_folder_of_which_some_have_no_split(tmp_path):
     folder = folder_of(tmp_path, "a.jsonl", "test.jsonl")
     with pytest.raises(ValueError, match=r"of no split: a\.jsonl"):
-        prompts(folder, "test")
+        prompts(folder, "train")
+    assert prompts(folder, "test") == ["q1"]
+
+
+def test_splits_of_several_kinds_are_not_mixed(tmp_path):
+    folder = folder_of(tmp_path, "train_sft.jsonl", "train_prefs-0.jsonl", "train_prefs-1.jsonl")
+    assert prompts(folder, "train_prefs") == ["q1", "q2"]
+    for split in ("train", "my training set"):
+        with pytest.raises(ValueError, match=r"train: train_prefs-0\.jsonl"):
+            prompts(folder, split)
 
 
 def test_what_is_no_file_is_refused(tmp_path):
@@ -292,3 +321,12 @@ def test_rows_are_counted_as_they_are_read(monkeypatch):
     row = {"prompt": "q", **ANSWERS}
     load_pairs([row, {}, row, row, row], CHAT, on_rows=told.append)
     assert told == [2, 2, 1]
+
+
+@pytest.mark.parametrize("prompt", ["", "r"])
+def test_dialogues_bring_their_prompt(prompt):
+    """Also beside an empty prompt, and beside one that is their last question."""
+    before = [sys("s"), usr("q"), bot("a"), usr("r")]
+    row = {"prompt": prompt, "chosen": [*before, bot("x")], "rejected": [*before, bot("y")]}
+    read = parse_row(row, chat=True)
+    assert (read.prompt, read.chosen, read.rejected) == (before, [bot("x")], [bot("y")])

@@ -14,7 +14,7 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
     "system": "system",
 }
-HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
+HH_TURN = re.compile(r"(?:\A|\r?\n\r?\n)(Human|Assistant):")
 HH_ANSWER = re.compile(r"\r?\n\r?\nAssistant:")
 KINDS = {"str": "text", "list": "a list", "dict": "an object", "NoneType": "missing"}
 # parts of a message beside its content that the model says; what is in them is rendered as it is
@@ -163,6 +163,8 @@ def _text_of_parts(name: str, parts: list) -> str:
 def hh_messages(prompt: str) -> Messages | None:
     """The turns of an HH dialogue; None for any other text."""
     before, *parts = HH_TURN.split(prompt)
+    if parts and before.strip() and parts[-2] == "Assistant" and not parts[-1].strip():
+        raise RowProblem("a dialogue after other text", described(before))
     if not parts or before.strip():
         return None
     turns = []

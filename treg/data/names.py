@@ -28,11 +28,10 @@ READ_COLUMNS = {name for names in ALIASES.values() for name in names}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # columns about a row: their text is no part of the question
 ABOUT = re.compile(
-    r"((.*[_. -])?(ids?|idx|index|uuid|hash|md5|sha1|sha256|source|sources|dataset|datasets|origin"
-    r"|model|models|category|categories|type|task|subset|split|lang|language|license|url|domain"
+    r"(.*[_. -])?(ids?|idx|index|uuid|hash|md5|sha1|sha256|source|sources|dataset|datasets|origin"
+    r"|model|models|category|categories|type|subset|split|lang|language|license|url|domain"
     r"|date|time|timestamp|created|score|scores|rating|ratings|label|labels|tag|tags|metadata|meta"
-    r"|annotator|rationale|preference)|(chosen|rejected|ref|prompt)[_.-].+|.+[_.-](chosen|rejected)"
-    r"|generation_model|generations|generation_models|order|raw_.+|topic|topics|difficulty)",
+    r"|annotator|rationale|preference|generations|all_generated_responses)",
     re.IGNORECASE,
 )
 Columns = Mapping[str, str]  # new name: name in the data; "" drops the column of that name
@@ -141,9 +140,10 @@ def _check_unread(name: Any, value: Any) -> None:
         raise RowProblem("not text", f"{name!r} is not read; {_leave_out(name)}")
     if ABOUT.fullmatch(str(name)) or not _is_text(value):
         return
+    what = "messages" if isinstance(value, list) and _is_messages(value[0]) else "text"
     raise RowProblem(
         f"unknown column {described(name)}",
-        f"it holds {'messages' if isinstance(value, list) else 'text'}; say what it is with "
+        f"it holds {what}; say what it is with "
         f"--columns NEW={name}, such as prompt={name}, or leave it out with --columns {name}=",
     )
 
@@ -157,7 +157,13 @@ def _is_empty(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is text, or messages."""
+    """Whether a value holds text or messages: strings, and words within lists and objects."""
     if isinstance(value, list):
-        return any(isinstance(x, dict) and {"role", "from"} & x.keys() for x in value)
+        return any(_is_messages(x) or (isinstance(x, str) and " " in x.strip()) for x in value)
+    if isinstance(value, dict):
+        return any(isinstance(x, str) and " " in x.strip() for x in value.values())
     return isinstance(value, str) and bool(value.strip())
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())

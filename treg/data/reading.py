@@ -141,22 +141,33 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         raise ValueError(
             f"data: expected files ending in {', '.join(SUFFIXES)} in {folder}, found none"
         )
+    exact = [file for file in files if _stem(file) == split]
+    if exact:
+        return exact
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file.name), []).append(file)
-    unnamed = by_split.pop("", [])
+    unnamed, named = by_split.pop("", []), bool(by_split)
     if not by_split:
         by_split, unnamed = {"train": unnamed}, []
-    wanted = _split_of(split) or split
-    if unnamed or wanted not in by_split:
+    wanted = next((x for x, names in SPLITS.items() if split in names), split)
+    chosen = by_split.get(wanted, [])
+    families = len({_stem(file) for file in chosen}) if named else 1
+    if unnamed or not chosen or families > 1:
         there = "; ".join(f"{x}: {', '.join(y.name for y in by_split[x])}" for x in by_split)
         if unnamed:
             there += f"; of no split: {', '.join(x.name for x in unnamed)}"
         raise ValueError(
-            f"split: expected one that {folder} has, got {split!r}; there are {there}; give one, "
-            "or the file itself"
+            f"split: expected one that {folder} has, got {split!r}; there are {there}; give the "
+            "name of one, the beginning of its files' names, or the file itself"
         )
-    return by_split[wanted]
+    return chosen
+
+
+def _stem(file: Path) -> str:
+    """The name of a file without its ending and the number of a shard."""
+    suffix = next(x for x in sorted(SUFFIXES, key=len, reverse=True) if file.name.endswith(x))
+    return re.sub(r"[-_.]\d+([-_]of[-_]\d+)?$", "", file.name.removesuffix(suffix))
 
 
 def _split_of(name: str) -> str:

@@ -95,7 +95,7 @@ def _parse_row(
             raise RowProblem(f"no column {name!r}", f"the columns are {there}")
     given = {name: decoded_messages(named[name]) for name in SIDES}
     chosen, rejected = given["chosen"], given["rejected"]
-    prompt = _prompt_of(named)
+    prompt = _prompt_of(named, given)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowProblem("mixed types", f"chosen is {kind(chosen)}, rejected is {kind(rejected)}")
 
@@ -125,16 +125,26 @@ def _parse_row(
     kwargs = _decoded("chat_template_kwargs", named.get("chat_template_kwargs")) or {}
     if not isinstance(kwargs, dict):
         raise RowProblem("mixed types", f"chat_template_kwargs is {kind(kwargs)}")
-    if not isinstance(_prompt_of(named), str):
+    if not isinstance(_prompt_of(named, given), str):
         left_out = {}  # whole dialogues: their answers are the last turns
     return Preference(
         prompt, chosen, rejected, where, tools or None, kwargs, others, left_out, text
     )
 
 
-def _prompt_of(named: dict[str, Any]) -> Any:
+def _are_dialogues(chosen: Any, rejected: Any) -> bool:
+    """Whether answers are whole dialogues, which bring their prompt."""
+    both = (chosen, rejected)
+    if all(isinstance(x, str) for x in both):
+        return all(HH_ANSWER.search(x) for x in both)
+    return all(isinstance(x, list) and len(x) > 1 for x in both)
+
+
+def _prompt_of(named: dict[str, Any], answers: dict[str, Any]) -> Any:
     """The prompt of a row; an instruction and its input are one; None where there is none."""
     prompt, more = decoded_messages(named.get("prompt")), named.get("input")
+    if prompt == "" and not more and _are_dialogues(*(answers[side] for side in SIDES)):
+        return None
     if not more:
         return prompt
     if not isinstance(more, str):
@@ -242,6 +252,10 @@ def _split_messages(
         if chosen[:length] == prompt and rejected[:length] == prompt:
             # the completions are whole dialogues, which repeat the prompt
             chosen, rejected = chosen[length:], rejected[length:]
+        elif _ends_alike(prompt, chosen, rejected):
+            # the prompt is the last question of dialogues that have more before it
+            length = common_prefix(chosen, rejected)
+            prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     else:
         length = common_prefix(chosen, rejected)
         if length == min(len(chosen), len(rejected)):
@@ -254,6 +268,12 @@ def _split_messages(
             role = completion[0]["role"]
             raise RowProblem("prompts differ", f"{name} goes on with a turn of {role!r}")
     return prompt, chosen, rejected
+
+
+def _ends_alike(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
+    """Whether the beginning that two dialogues share ends with the prompt, a single turn."""
+    length = common_prefix(chosen, rejected)
+    return len(prompt) == 1 and length > 1 and chosen[length - 1] == prompt[0]
 
 
 def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
