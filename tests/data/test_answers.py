@@ -104,6 +104,23 @@ def parts(tokenizer, pair, side="chosen"):
 END = "<|im_end|>"
 HEAD = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
 Q = [usr("q")]
+# thoughts before the last turn alone, as Qwen3 has it
+LAST_THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last }}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# an end after the last turn alone, which begins like the next turn's beginning
+LAST_ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt else '<|im_end|>' }}"
+)
+# the tool's turn must follow a call
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'tool' and not loop.previtem.tool_calls %}"
+    "{{ raise_exception('no call') }}{% endif %}{% endfor %}"
+) + CALLS
 FOUND = {  # template, prompt, answer: completion, what is scored, what is said
     "chatml": (CHATML, Q, [bot("a b")], "a b<|im_end|>\n", "a b<|im_end|>\n", "a b"),
     "no special end": (
@@ -165,6 +182,32 @@ FOUND = {  # template, prompt, answer: completion, what is scored, what is said
         " is big.<|im_end|>\n",
         " is big.",
     ),
+    "last turn thinks": (
+        LAST_THINKS,
+        Q,
+        [bot("a"), usr("r"), bot("b")],
+        "a<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\nb<|im_end|>\n",
+        "a<|im_end|>\n<think>\n\n</think>\n\nb<|im_end|>\n",
+        "ab",
+    ),
+    "last turn ends": (
+        LAST_ENDS,
+        Q,
+        [bot("a"), usr("r"), bot("b")],
+        "a<|im_start|>user\nr<|im_start|>assistant\nb<|im_end|>",
+        "ab<|im_end|>",
+        "ab",
+    ),
+    "strict about tools": (
+        STRICT,
+        Q,
+        [call("Oslo"), msg("tool", "12"), bot("cold")],
+        '<call>weather{"city": "Oslo"}</call><|im_end|>\n<|im_start|>tool\n12<|im_end|>\n'
+        "<|im_start|>assistant\ncold<|im_end|>\n",
+        '<call>weather{"city": "Oslo"}</call><|im_end|>\ncold<|im_end|>\n',
+        '<call>weather{"city": "Oslo"}</call>cold',
+    ),
     "marked": (MARKED, Q, [bot("a")], "a<|im_end|>\n", "a<|im_end|>", "a"),
     "marked turns": (
         MARKED,
@@ -213,6 +256,11 @@ def test_earlier_thoughts_stay_where_the_model_sees_them():
     before, completion, _, said = parts(tokenizer, pair)
     assert before == Renderer(tokenizer).prompt(prompt) and "I should call" in before
     assert completion == " final\ncold<|im_end|>\n" and said == "cold"
+
+
+def test_an_answer_that_begins_like_what_opens_the_turn():
+    tokenizer, pair, _ = pair_of(CUTS_THINK, Q, [bot("<b>fox")], [bot("<i>owl")])
+    assert parts(tokenizer, pair)[1:] == ["<b>fox<|im_end|>\n"] * 2 + ["<b>fox"]
 
 
 def test_what_a_template_leaves_out_is_counted_and_shown():

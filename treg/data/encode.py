@@ -328,6 +328,11 @@ class _Encoder:
             ]
         whole = [x.ids for x in sides]
         start = min(common_prefix(alone.ids, ids) for ids in whole)
+        for side, tokens in zip(SIDES, sides, strict=True):
+            # an answer may begin with a token that also follows in the prompt alone
+            end = len(texts.answers[side].prompt)
+            own = (i for i, (place, _) in enumerate(tokens.places[:start]) if place >= end)
+            start = next(own, start)
         if start == 0:
             raise RowProblem("empty prompt", "the prompt and the completions share no token")
         cut: tuple[str, ...] = ()

@@ -82,6 +82,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template(None, tools)
         self.tools = tools
+        self.tokens = tuple(str(x) for x in tokenizer.get_added_vocab())
         reads = template_variables(self.template)
         self.kwargs = _checked_kwargs(template_kwargs or {}, reads, tokenizer)
         if "strftime_now" in reads:
@@ -106,6 +107,16 @@ class Renderer:
         """Messages up to where the assistant's next words begin."""
         on = goes_on(messages)
         return self(messages, add_generation_prompt=not on, continue_final_message=on)
+
+    def bound(self, text: str, place: int, *, after: bool = False) -> int:
+        """A place of a text, or where it lies inside a special token, that token's beginning or
+        (after) end: characters that two tokens share are no part of what the texts share.
+        """
+        for token in self.tokens:
+            start = text.rfind(token, 0, place + len(token) - 1)
+            if 0 <= start < place < start + len(token):
+                return start + len(token) if after else start
+        return place
 
     def _render(self, messages: Messages, marks: bool, more: dict) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -273,7 +284,7 @@ def render_answer(
     """
     prompt, answer, begun = conversation(prompt, answer)
     whole, marks = render.marked([*prompt, *answer])
-    start = common_prefix(alone, whole)
+    start = render.bound(whole, common_prefix(alone, whole))
     before = alone[:start]
     if start < len(alone):
         # up to here it is the prompt's messages, beyond it what opens the assistant's turn
@@ -281,6 +292,11 @@ def render_answer(
         if start < floor:
             start, before = _begins(render, whole, prompt, answer, alone, floor), alone
             marks = []
+        elif not begun:
+            # an answer may begin like what opens a turn: <think> and <b>
+            own = common_prefix(_probed(render, prompt, answer, 0)[0], whole)
+            start = max(floor, min(start, render.bound(whole, own)))
+            before = alone[:start]
     turns = _turns(render, whole, prompt, answer, start)
     said, notes = [], []
     for i in (i for i, message in enumerate(answer) if message["role"] == "assistant"):
@@ -335,31 +351,61 @@ def _turns(
 ) -> list[Span]:
     """The characters of each message of the answer, the ends of turns included; an assistant's
     without what opens its turn.
+
+    Where a message ends is found by what the template writes after it when it is the last one, and
+    where it begins by another content in its place: a template may write the last turn in a way of
+    its own.
     """
-    ends = []
-    for i in range(1, len(answer)):
-        end = common_prefix(render([*prompt, *answer[:i]]), whole)
-        ends.append(max(end, ends[-1] if ends else start))
-    begins = [start, *ends]
-    for i in range(1, len(answer)):
-        if answer[i]["role"] == "assistant":
+    turns: list[Span] = []
+    last = len(answer) - 1
+    place = start
+    for i, message in enumerate(answer):
+        begin, end = _content(render, whole, prompt, answer, i, (place, len(whole)))
+        if i > 0 and message["role"] == "assistant":
+            closed = render([*prompt, *answer[:i]])
             opened = render([*prompt, *answer[:i]], add_generation_prompt=True)
-            begins[i] = max(begins[i], common_prefix(opened, whole))
-    turns = list(zip(begins, [*ends, len(whole)], strict=True))
+            opening = opened[common_prefix(closed, opened) :]
+            at = whole.rfind(opening, place, begin) if opening.strip() else -1
+            place = begin if at < 0 else at + len(opening)
+        if i == last:
+            end = len(whole)
+        else:
+            upto = [*prompt, *answer[: i + 1]]
+            alone = render(upto)
+            probed, _ = _probed(render, prompt, answer[: i + 1], i)
+            ending = alone[len(alone) - common_suffix(alone, probed) :]
+            end = render.bound(whole, end + common_prefix(ending, whole[end:]))
+        turns.append((place, end))
+        place = end
     for i, (message, span) in enumerate(zip(answer, turns, strict=True)):
         if message["role"] != "assistant":
             _check_written(whole[slice(*span)], message, f"turn {i} of the answer")
     return turns
 
 
+def _probed(render: Renderer, prompt: Messages, answer: Messages, i: int) -> tuple[str, Messages]:
+    """A conversation with another content in the place of message i of the answer, and the messages
+    after it: they are left out where the template does not take them without what i says.
+    """
+    before, other = [*prompt, *answer[:i]], turn(answer[i]["role"], PROBE)
+    after = answer[i + 1 :]
+    try:
+        return render([*before, other, *after]), after
+    except RowProblem:
+        return render([*before, other]), []
+
+
 def _content(
     render: Renderer, whole: str, prompt: Messages, answer: Messages, i: int, span: Span
 ) -> Span:
     """The characters of what message i of the answer says."""
-    other = [*answer[:i], turn("assistant", PROBE), *answer[i + 1 :]]
-    text = render([*prompt, *other])
-    start = max(span[0], common_prefix(text, whole))
-    end = max(start, min(span[1], len(whole) - common_suffix(text, whole)))
+    text, after = _probed(render, prompt, answer, i)
+    if len(after) < len(answer) - i - 1:
+        return _content_of_last(render, whole, prompt, answer[: i + 1], span)
+    start = render.bound(whole, common_prefix(text, whole), after=True)
+    start = max(span[0], start)
+    end = render.bound(whole, len(whole) - common_suffix(text, whole))
+    end = max(start, min(span[1], end))
     content = answer[i]["content"].strip()
     if content and content not in whole[start:end]:
         # it begins or ends like the template's own words, such as <think>
@@ -367,6 +413,23 @@ def _content(
         if at >= 0:
             return min(at, start), max(at + len(content), end)
     return start, end
+
+
+def _content_of_last(
+    render: Renderer, whole: str, prompt: Messages, answer: Messages, span: Span
+) -> Span:
+    """The characters of what the last message of an answer says, which begins a longer one, by how
+    it is written as the last.
+    """
+    alone = render([*prompt, *answer])
+    text, _ = _probed(render, prompt, answer, len(answer) - 1)
+    start = render.bound(alone, common_prefix(text, alone), after=True)
+    end = render.bound(alone, len(alone) - common_suffix(text, alone))
+    said = alone[start:end]
+    at = whole.find(said, span[0], span[1])
+    if not said or at < 0:
+        raise RowProblem("answer not rendered", f"where {described(said)} ends cannot be told")
+    return at, at + len(said)
 
 
 def _check_said(message: dict[str, Any], written: str, said: str, begun: str) -> str:
