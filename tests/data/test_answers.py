@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import CHATML, seeded, tiny_llama, tiny_tokenizer
+from tests.support.tiny import CHATML, bot, msg, seeded, tiny_llama, tiny_tokenizer, usr
 from treg.data import EncodeOptions, PairCollator, RowProblem, load_pairs
 from treg.data.encode import encode
 from treg.data.examples import examples_of
@@ -15,18 +15,6 @@ from treg.data.rows import parse_row
 from treg.rewards import Context, load_source
 from treg.rewards.base import score_checked
 from treg.rewards.response import Response, content_length
-
-
-def msg(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
-def usr(content):
-    return msg("user", content)
-
-
-def bot(content, **more):
-    return msg("assistant", content, **more)
 
 
 def with_template(template, **more):

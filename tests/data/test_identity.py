@@ -101,6 +101,14 @@ def test_a_long_tensor_is_the_sum_of_its_chunks(monkeypatch):
     assert checksum(values) == whole
 
 
+def reconfigured(change):
+    """The model with some of its configuration changed."""
+    model = copy.deepcopy(MODEL)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    return model
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -112,9 +120,7 @@ def test_a_long_tensor_is_the_sum_of_its_chunks(monkeypatch):
     ids=lambda x: next(iter(x)),
 )
 def test_a_configuration_that_changes_numbers_is_another_model(file, change):
-    model = copy.deepcopy(MODEL)
-    for name, value in change.items():
-        setattr(model.config, name, value)
+    model = reconfigured(change)
     name = next(iter(change))
     with pytest.raises(ValueError, match=f"the same weights with {name}"):
         loaded(file, model)
@@ -133,9 +139,7 @@ def test_a_configuration_that_changes_numbers_is_another_model(file, change):
     ids=lambda x: next(iter(x)),
 )
 def test_what_changes_no_number_is_the_same_model(file, change):
-    model = copy.deepcopy(MODEL)
-    for name, value in change.items():
-        setattr(model.config, name, value)
+    model = reconfigured(change)
     assert len(loaded(file, model)) == PAIRS
 
 

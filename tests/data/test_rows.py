@@ -8,24 +8,12 @@ import datasets
 import pandas
 import pytest
 
-from tests.support.tiny import CHATML, tiny_tokenizer
+from tests.support.tiny import CHATML, bot, msg, tiny_tokenizer, usr
 from treg.data import EncodeOptions, RowProblem, load_pairs, parse_row
 from treg.data.names import parse_columns
 
 CHAT = tiny_tokenizer()
 PLAIN = tiny_tokenizer(chat=False)
-
-
-def msg(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
-def usr(content):
-    return msg("user", content)
-
-
-def bot(content, **more):
-    return msg("assistant", content, **more)
 
 
 def sys(content):

@@ -28,6 +28,18 @@ CHATML = (
 )
 
 
+def msg(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def usr(content: Any, **more: Any) -> dict[str, Any]:
+    return msg("user", content, **more)
+
+
+def bot(content: Any, **more: Any) -> dict[str, Any]:
+    return msg("assistant", content, **more)
+
+
 def tiny_tokenizer(chat: bool = True, *, crossing: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 400 tokens. chat: with the template CHATML. crossing: its merges cross the
     bounds of words.

@@ -1,7 +1,7 @@
 """Preferences as token ids: rendered, split into prompt and completions, truncated.
 
 The completions start where the tokens of prompt and completion cease to agree with those of the
-prompt alone. Which of their tokens are an answer's is known from the text (`treg.data.rendering`)
+prompt alone. Which of their tokens are an answer's is known from the text (`treg.data.answers`)
 and the characters that each token holds.
 """
 
@@ -15,18 +15,13 @@ from typing import Any
 import numpy as np
 
 from treg.data.annotated import is_annotated
+from treg.data.answers import RenderedAnswer, render_answer, render_prompt
 from treg.data.batches import SIDES
-from treg.data.messages import Messages, common_prefix
+from treg.data.messages import PROBE, Messages, common_prefix
 from treg.data.pair import AnswerTokens, EncodeOptions, Pair
 from treg.data.pieces import token_pieces
 from treg.data.reading import read_rows
-from treg.data.rendering import (
-    PROBE,
-    RenderedAnswer,
-    Renderer,
-    render_answer,
-    render_prompt,
-)
+from treg.data.rendering import Renderer
 from treg.data.report import Report, RowProblem, described
 from treg.data.rows import Preference, parse_row
 
@@ -277,7 +272,7 @@ class _Encoder:
             except RowProblem as problem:
                 found.append(RowProblem(problem.reason, problem.detail, texts.row.where))
                 continue
-            notes = {f"{n}": None for side in SIDES for n in texts.answers[side].notes}
+            notes = dict.fromkeys(note for side in SIDES for note in texts.answers[side].notes)
             found.append((pair, list(notes)))
         return found
 

@@ -20,6 +20,8 @@ KINDS = {"str": "text", "list": "a list", "dict": "an object", "NoneType": "miss
 # parts of a message beside its content that the model says; what is in them is rendered as it is
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
+PROBE = "\x00"  # a content that no other begins or ends like
+
 Messages = list[dict[str, Any]]
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from treg.data.messages import Messages, common_prefix
+from treg.data.messages import PROBE, Messages, common_prefix
 
-PROBE = "\x00"  # a content that no other begins like
 WINDOW = 64  # tokens decoded together
 REACH = 8  # tokens on either side of a window that settle its first and last characters
 
