@@ -18,7 +18,7 @@ from treg.cli.kinds import (
     RowOptions,
     TrainOptions,
 )
-from treg.cli.loading import encode_options
+from treg.cli.loading import encode_options, signal_of
 from treg.cli.options import NOT_SHOWN, parse
 from treg.cli.other_names import ALIASES, INSTEAD
 from treg.data import EncodeOptions
@@ -210,3 +210,11 @@ def test_options_of_rows_become_those_of_encoding():
     )
     _, rows, own, _ = parse("annotate", [*NEEDED, "--output", "o"], ANNOTATE)
     assert encode_options(rows, own.max_length) == EncodeOptions(1024)
+
+
+def test_signals_that_no_loss_takes_are_not_described_as_weights():
+    example = {"chosen_ids": [1, 2], "rejected_ids": [3]}
+    for stream in ("token_rewards", "surprise"):
+        example |= {f"chosen_{stream}": [-0.1, 0.2], f"rejected_{stream}": [-0.3]}
+    lines = signal_of([example], ALPHA)
+    assert lines[0].startswith("token_rewards: 3 tokens") and "surprise" not in "".join(lines)

@@ -8,9 +8,10 @@ from treg.cli.loading import (
     load_model,
     load_tokenizer,
     say,
-    signal_of_file,
+    signal_of,
 )
 from treg.cli.options import AnnotateOnlyOptions, ModelOptions, RewardsOptions, RowOptions, parse
+from treg.data.annotated import read_annotated
 from treg.rewards.annotate import annotate, process_state
 from treg.trainer.arguments import ALPHA
 
@@ -46,4 +47,6 @@ def run(argv: list[str]) -> None:
             strict=rows.strict,
             limit=rows.limit,
         )
-    say(report, *signal_of_file(own.output, ALPHA), f"wrote {own.output}")
+    if process_state().is_main_process:
+        examples, _ = read_annotated(own.output)
+        say(report, *signal_of(examples, ALPHA), f"wrote {own.output}")

@@ -1,7 +1,6 @@
 """What several commands need: models, tokenizers, options of annotation, a word to the terminal."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from treg.cli.options import RewardsOptions, RowOptions
 from treg.data import EncodeOptions, parse_columns
-from treg.data.annotated import read_annotated, streams_of
+from treg.data.annotated import stream_columns
+from treg.data.batches import LOSS_STREAMS
 from treg.rewards import DEFAULT_SOURCE, loading
 from treg.rewards.annotate import AnnotateOptions, process_state
 from treg.rewards.signal import signal_lines
@@ -127,23 +127,18 @@ def annotate_options(
     )
 
 
-def signal_of_file(path: str | Path, alpha: float, *, length_normalised: bool = False) -> list[str]:
-    """What the per-token signals of an annotated file say, in lines: see `treg.rewards.signal`.
-
-    Empty in all processes but the first.
-    """
-    if not process_state().is_main_process:
-        return []
-    examples, meta = read_annotated(path)
-    return signal_lines(examples, streams_of(meta), alpha, length_normalised=length_normalised)
+def signal_of(
+    examples: Sequence[Mapping[str, Any]], alpha: float, *, length_normalised: bool = False
+) -> list[str]:
+    """What the signals of annotated examples that a loss takes say: see `treg.rewards.signal`."""
+    there = [x for x in LOSS_STREAMS if stream_columns(x)[0] in examples[0]]
+    return signal_lines(examples, there, alpha, length_normalised=length_normalised)
 
 
-@contextlib.contextmanager
-def autocast(device: torch.device, *, bf16: bool, fp16: bool = False) -> Iterator[None]:
+def autocast(device: torch.device, *, bf16: bool, fp16: bool = False) -> torch.autocast:
     """Forwards as a training with --bf16 or --fp16 has them."""
     dtype = torch.bfloat16 if bf16 else torch.float16
-    with torch.autocast(device.type, dtype, enabled=bf16 or fp16):
-        yield
+    return torch.autocast(device.type, dtype, enabled=bf16 or fp16)
 
 
 def drawable(history: list[dict[str, Any]]) -> bool:

@@ -1,6 +1,7 @@
 """treg train: a causal LM on preference pairs, annotated or raw."""
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from treg.cli.loading import (
     load_model,
     load_tokenizer,
     say,
-    signal_of_file,
+    signal_of,
     tell_of_short,
 )
 from treg.cli.merge import write_merged
@@ -204,9 +205,6 @@ def _train(out: Path, options: Options) -> None:
     if own.eval_data is not None:
         eval_data = prepare(own.eval_data, "annotated-eval", own.eval_split)
     objective = config.loss_options.objective
-    if not isinstance(train_data, list):
-        alpha, mean = config.loss_options.alpha, objective.length_normalised
-        say(*signal_of_file(train_data, alpha, length_normalised=mean))
     plain = isinstance(train_data, list) and not objective.reference_free
     plain |= config.loss_options.with_kl  # which log-probs of a file do not give
     if reference is None and plain and not own.use_peft:
@@ -219,6 +217,12 @@ def _train(out: Path, options: Options) -> None:
     trainer = TRegTrainer(
         model, reference, config, train_data, eval_data, tokenizer, _peft_config(own)
     )
+    if not isinstance(train_data, list):
+        alpha, mean = config.loss_options.alpha, objective.length_normalised
+        trained: Any = trainer.train_dataset
+        packs = (x if isinstance(x, list) else [x] for x in trained)
+        examples = list(itertools.chain.from_iterable(packs))
+        say(*signal_of(examples, alpha, length_normalised=mean))
     if own.sample_steps is not None:
         check_whole(trainer)
         trainer.add_callback(_samples(out, own, train_data, tokenizer))

@@ -72,6 +72,21 @@ class WeightSignal:
     change: float
 
 
+def sizes_of(rewards: Sequence[np.ndarray]) -> dict[str, float]:
+    """How large rewards are and where they lie, of arrays one a response: mean_abs, small,
+    first_mass and first_tokens of `RewardSignal`.
+    """
+    size = np.abs(np.concatenate(rewards))
+    total = float(size.sum())
+    first = sum(abs(float(x[0])) for x in rewards)
+    return {
+        "mean_abs": float(size.mean()),
+        "small": float((size < SMALL).mean()),
+        "first_mass": first / total if total else 0.0,
+        "first_tokens": len(rewards) / len(size),
+    }
+
+
 def reward_signal(
     examples: Sequence[Mapping[str, Any]], alpha: float, *, length_normalised: bool = False
 ) -> RewardSignal:
@@ -91,22 +106,18 @@ def reward_signal(
             signs.append(np.full(len(r), sign))
             weights.append(np.ones(len(r)) if u is None else np.asarray(u, np.float64))
             lengths.append(np.full(len(r), len(r)))
-    first = np.cumsum([0, *(len(r) for r in rewards[:-1])])
+    sizes = sizes_of(rewards)
     r, sign, u, n = (np.concatenate(x) for x in (rewards, signs, weights, lengths))
-    size, norm = np.abs(r), n if length_normalised else 1.0
-    total = size.sum()
+    norm = n if length_normalised else 1.0
     chosen, rejected = r[(sign > 0) & (r != 0)], r[(sign < 0) & (r != 0)]
     low, high = np.quantile(u + alpha * sign * r, (0.01, 0.99))
     base = np.linalg.norm(u / norm)
     return RewardSignal(
         tokens=len(r),
         responses=len(rewards),
-        mean_abs=float(size.mean()),
-        small=float((size < SMALL).mean()),
         zero=float((r == 0).mean()),
         quantiles=tuple(map(float, np.quantile(r, QUANTILES))),
-        first_mass=float(size[first].sum() / total) if total else 0.0,
-        first_tokens=len(first) / len(r),
+        **sizes,
         chosen_positive=float((chosen > 0).mean()) if len(chosen) else None,
         rejected_negative=float((rejected < 0).mean()) if len(rejected) else None,
         weights=(float(low), float(high)),

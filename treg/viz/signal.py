@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from treg.evaluate import auroc
+from treg.rewards.signal import sizes_of
 from treg.viz.tokens import PairNumbers, PairView, SideNumbers
 
-SMALL_REWARD = 0.01
 # a regularizer whose mean factor is nearer to 1 than this leaves the objective as it was
 WEAK_WEIGHT = 0.01
 DRAWS = 1000  # of the bootstrap
@@ -20,7 +20,7 @@ def signal_of(numbers: Sequence[PairNumbers]) -> dict[str, float | int]:
 
     Returns:
         mean_abs, median_abs, q99_abs, max_abs: of |rhat| over the tokens; small: the share below
-        SMALL_REWARD; first_mass: the share of sum |rhat| on the first tokens of the responses, and
+        SMALL; first_mass: the share of sum |rhat| on the first tokens of the responses, and
         first_tokens, their share of the tokens; rewards_right of rewards_told pairs: the mean
         token reward of the chosen response is the higher one (equal means are not told), with
         Wilson's 95 % interval rewards_low, rewards_high; policy_...: the same of the margin. A key
@@ -30,15 +30,12 @@ def signal_of(numbers: Sequence[PairNumbers]) -> dict[str, float | int]:
     rewards = [x.rewards for x in _sides(numbers) if x.rewards is not None and x.tokens]
     if rewards:
         sizes = np.abs(np.concatenate(rewards))
-        found["mean_abs"] = float(sizes.mean())
+        found |= sizes_of(rewards)
         found["median_abs"] = float(np.median(sizes))
         found["q99_abs"] = float(np.quantile(sizes, 0.99))
         found["max_abs"] = float(sizes.max())
-        found["small"] = float((sizes < SMALL_REWARD).mean())
-        first = sum(abs(float(x[0])) for x in rewards)
-        if sizes.sum():
-            found["first_mass"] = first / float(sizes.sum())
-            found["first_tokens"] = len(rewards) / sizes.size
+        if not sizes.any():
+            del found["first_mass"], found["first_tokens"]
     found |= _told("rewards", numbers, np.mean)
     found |= _told("implicit", numbers, np.sum, name="policy")
     return found
