@@ -31,7 +31,7 @@ ABOUT = re.compile(
     r"(.*[_. -])?(ids?|idx|index|uuid|hash|md5|sha1|sha256|source|sources|dataset|datasets|origin"
     r"|model|models|category|categories|type|subset|split|lang|language|license|url|domain"
     r"|date|time|timestamp|created|score|scores|rating|ratings|label|labels|tag|tags|metadata|meta"
-    r"|annotator|rationale|preference|generations|all_generated_responses)",
+    r"|annotator|rationale|preference|spans|generations|all_generated_responses)",
     re.IGNORECASE,
 )
 Columns = Mapping[str, str]  # new name: name in the data; "" drops the column of that name
