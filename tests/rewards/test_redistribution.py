@@ -237,23 +237,28 @@ def test_plain_text():
 
 
 def test_messages():
-    """Each message's tokens add up to what the reward model says after it."""
+    """The tokens of an assistant's message add up to what the reward model says before the next one
+    less what it said before: how that changes over what the tool returns is the call's.
+    """
     path = judge("llama", judge_tokenizer)
     made, (response, _) = source(path), responses([TURNS])
     (found,) = rewards(made, [response])
     reading = made.reading(response)
     (scores,) = made.reward_model.of_beginnings([reading.ids])
     tokenizer = made.reward_model.tokenizer
-    total = scores[reading.first - 1]
-    for i, turn in enumerate(TURNS["chosen"]):
-        said = [tokenizer.decode(reading.ids[:n]) for n in range(len(reading.ids) + 1)]
-        end = next(
-            n for n, x in enumerate(said) if x.endswith(f"[{turn['role']}] {turn['content']}")
-        )
-        inside = (response.messages == i) & (np.arange(len(found)) < response.content)
-        total += found[inside & (response.spans[:, 1] > 0)].sum()
-        assert total == pytest.approx(scores[end - 1], abs=1e-5)
-    assert found[response.content :].sum() == pytest.approx(scores[-1] - total, abs=1e-5)
+    said = [tokenizer.decode(reading.ids[:n]) for n in range(len(reading.ids) + 1)]
+
+    def after(text):
+        return scores[next(n for n, x in enumerate(said) if x.endswith(text)) - 1]
+
+    sums = [found[response.messages == i].sum() for i in range(2)]
+    before = scores[reading.first - 1]
+    assert sums[0] == pytest.approx(after("42 owl</s>[assistant] ") - before, abs=1e-5)
+    assert sums[1] == 0
+    inside = (response.messages == 2) & (np.arange(len(found)) < response.content)
+    last = after("[assistant] it is 東京")
+    assert found[inside].sum() == pytest.approx(last - after("owl</s>[assistant] "), abs=1e-5)
+    assert found[response.content :].sum() == pytest.approx(scores[-1] - last, abs=1e-5)
 
 
 @pytest.mark.parametrize("text", ["  the owl  \n", "\n\n🦊", "x"])

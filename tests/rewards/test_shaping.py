@@ -10,15 +10,15 @@ from treg.data import EncodeOptions, load_pairs
 from treg.data.annotated import read_annotated, read_meta
 from treg.rewards import Context, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.response import ResponsePairs
+from treg.rewards.response import Response, ResponsePairs
 from treg.rewards.shaping import (
     STEPS,
     Step,
     means_over,
     parse_steps,
     pivots,
+    rewarded,
     score_shaped,
-    segment_means,
     segments,
     shape,
 )
@@ -44,7 +44,8 @@ def test_each_step_by_hand(step, content):
     """The tokens after the content take part up to the last that has a reward."""
     given = torch.tensor([*GIVEN, 0.0, 0.0])
     before = given.clone()
-    found = shape(given, content, parse_steps(step))
+    response = Response("", "", "", given.numpy(), given.numpy(), content, tokenizer=None)
+    found = shape(given, rewarded(response, given), parse_steps(step))
     assert found.dtype == torch.float32 and torch.equal(given, before)
     np.testing.assert_allclose(found.tolist(), [*BY_HAND[step], 0.0, 0.0], rtol=1e-6, atol=1e-7)
 
@@ -55,17 +56,17 @@ def test_every_step_is_tried():
 
 def test_steps_follow_one_another():
     given = torch.tensor(GIVEN)
-    found = shape(given, 6, parse_steps(["centre", "clip=2", "skip=1"]))
+    found = shape(given, torch.arange(6), parse_steps(["centre", "clip=2", "skip=1"]))
     assert found.tolist() == [0.0, -2.0, 2.0, 0.0, -1.0, 1.0]
-    other = shape(given, 6, parse_steps(["skip=1", "centre", "clip=2"]))
+    other = shape(given, torch.arange(6), parse_steps(["skip=1", "centre", "clip=2"]))
     assert other[0] != 0.0  # the order matters
-    assert shape(given, 2, ()) is given  # without steps nothing is cut off
+    assert shape(given, torch.arange(2), ()) is given  # without steps nothing is cut off
 
 
 @pytest.mark.parametrize("step", BY_HAND)
 @pytest.mark.parametrize("content", [0, 1])
 def test_responses_of_one_token_and_of_none(step, content):
-    found = shape(torch.tensor([5.0 * content, 0.0]), content, parse_steps(step))
+    found = shape(torch.tensor([5.0 * content, 0.0]), torch.arange(content), parse_steps(step))
     alone = {"scale=-0.5": -2.5, "clip=1.5": 1.5, "rank=0.7,1.3": 1.0}
     alone |= {"smooth=3": 5.0, "smooth=99": 5.0}
     assert found.tolist() == pytest.approx([alone.get(step, 0.0) if content else 0.0, 0.0])
@@ -89,8 +90,8 @@ def test_scaling_keeps_what_a_reward_model_says(beta_c, step):
 
 def test_equal_rewards():
     same = torch.full((5,), 0.1)
-    assert shape(same, 5, parse_steps("standardise=1")).tolist() == [0.0] * 5
-    assert shape(same, 5, parse_steps("rank=0,1")).tolist() == [0.5] * 5
+    assert shape(same, torch.arange(5), parse_steps("standardise=1")).tolist() == [0.0] * 5
+    assert shape(same, torch.arange(5), parse_steps("rank=0,1")).tolist() == [0.5] * 5
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 50])
@@ -99,10 +100,10 @@ def test_ranks_and_averages_against_loops(n):
     given = rng.integers(-3, 4, n).astype(np.float64)
     ranks = [(sum(given < x) + sum(given <= x) - 1) / 2 for x in given]
     want = [-1 + 3 * (r / (n - 1) if n > 1 else 0.5) for r in ranks]
-    found = shape(torch.from_numpy(given), n, parse_steps("rank=-1,2"))
+    found = shape(torch.from_numpy(given), torch.arange(n), parse_steps("rank=-1,2"))
     np.testing.assert_allclose(found, want, atol=1e-12)
     want = [given[max(0, i - 2) : i + 3].mean() for i in range(n)]
-    found = shape(torch.from_numpy(given), n, parse_steps("smooth=5"))
+    found = shape(torch.from_numpy(given), torch.arange(n), parse_steps("smooth=5"))
     np.testing.assert_allclose(found, want, atol=1e-12)
 
 
@@ -205,11 +206,11 @@ def test_segments_by_hand():
     assert pivots(given).tolist() == [2, 5, 6]
     assert segments(given).tolist() == [0, 0, 1, 1, 1, 2, 3]
     means = [0.3, 0.3, -0.2, -0.2, -0.2, 0.0, 0.5]
-    np.testing.assert_allclose(segment_means(given), means, atol=1e-7)
+    np.testing.assert_allclose(means_over(given, segments(given)), means, atol=1e-7)
     # the zero and the last token join what precedes them
     assert segments(given, min_tokens=2).tolist() == [0, 0, 1, 1, 1, 1, 1]
     means = [0.3] * 2 + [-0.02] * 5
-    np.testing.assert_allclose(segment_means(given, 0.0, 2), means, atol=1e-7)
+    np.testing.assert_allclose(means_over(given, segments(given, min_tokens=2)), means, atol=1e-7)
     # the first run is too short: it grows
     assert segments(given, min_tokens=3).tolist() == [0] * 7
     # another baseline, other pivots: + + - - - - +
@@ -231,14 +232,18 @@ def test_segments_are_long_enough_and_keep_the_sum(min_tokens):
         assert number.bincount().min() >= min(min_tokens, n)
         # a segment begins at a pivot, never between two
         assert set((number.diff().nonzero()[:, 0] + 1).tolist()) <= set(pivots(given).tolist())
-        torch.testing.assert_close(segment_means(given, 0.0, min_tokens).sum(), given.sum())
+        torch.testing.assert_close(means_over(given, number).sum(), given.sum())
     if min_tokens == 1:
         assert number.max() == len(pivots(given))
 
 
 def test_no_tokens():
     none = torch.zeros(0)
-    assert not len(pivots(none)) and not len(segments(none)) and not len(segment_means(none))
+    assert (
+        not len(pivots(none))
+        and not len(segments(none))
+        and not len(means_over(none, segments(none)))
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])

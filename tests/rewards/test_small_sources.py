@@ -211,7 +211,7 @@ def of_pattern(monkeypatch):
     monkeypatch.setitem(SOURCES, "given", Given)
 
     def score(content=7, **options):
-        given = [replace(x, content=content) for x in responses()[:2]]
+        given = [replace(x, content=content, says=None) for x in responses()[:2]]
         return [found for _, found in scored("messagewise", given, of="given", **options)]
 
     return score
@@ -288,14 +288,18 @@ def test_random_rewards_depend_on_ids_and_seed_alone():
     other = [found["token_rewards"] for _, found in scored("random", given, seed=1, spread=2.0)]
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     # what these ids and this seed have always given
-    response = replace(given[0], ids=np.array([5, 6, 7, 8], np.int32), content=3)
+    response = replace(
+        given[0], ids=np.array([5, 6, 7, 8], np.int32), content=3, says=None, scored=None
+    )
     (found,) = make("random", seed=3).score([response])
     recorded = [-0.03448929265141487, -0.03844691812992096, -0.0931367576122284, 0.0]
     assert found["token_rewards"].tolist() == pytest.approx(recorded, rel=1e-6)
 
 
 def test_random_rewards_have_the_spread_that_is_asked_for():
-    long = replace(responses()[0], ids=np.arange(20000, dtype=np.int32), content=20000)
+    long = replace(
+        responses()[0], ids=np.arange(20000, dtype=np.int32), content=20000, says=None, scored=None
+    )
     (found,) = make("random", spread=0.5).score([long])
     values = found["token_rewards"]
     # four standard errors of a mean and of a standard deviation

@@ -6,6 +6,7 @@ and the characters that each token holds.
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -347,7 +348,15 @@ class _Encoder:
         if np.array_equal(*completions):
             raise RowProblem("identical completions", "after truncation" if cut else "")
         prompt = np.asarray(whole[0][:start], dtype=np.int32)
-        return Pair(prompt, *completions, row=row, index=index, cut=cut, answers=answers)
+        return Pair(
+            prompt,
+            *completions,
+            row=row,
+            index=index,
+            cut=cut,
+            answers=answers,
+            date=self.options.day,
+        )
 
     def _one_beginning(self, tokens: _Ids, text: str) -> _Ids:
         """Ids of a plain text with one beginning-of-sequence token where the text has its own."""
@@ -429,10 +438,17 @@ def _openings_of(tokenizer: Any, template: str) -> tuple[str, ...]:
 
 
 def prompt_text(
-    tokenizer: Any, messages: Messages, tools: list | None = None, kwargs: dict | None = None
+    tokenizer: Any,
+    messages: Messages,
+    tools: list | None = None,
+    kwargs: dict | None = None,
+    date: datetime.date | None = None,
 ) -> str:
-    """Messages through the chat template, up to where the assistant's next words begin."""
-    return Renderer(tokenizer, tools, kwargs).prompt(messages)
+    """Messages through the chat template, up to where the assistant's next words begin.
+
+    date: what the template takes for today; None: today.
+    """
+    return Renderer(tokenizer, tools, kwargs, date).prompt(messages)
 
 
 def _messages(value: Messages | str) -> Messages:

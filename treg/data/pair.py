@@ -39,6 +39,7 @@ class Pair:
     A sequence is prompt_ids followed by chosen_ids or by rejected_ids.
     cut: the sides that max_length cut, of "chosen" and "rejected".
     answers: by side; empty where the ids come from elsewhere.
+    date: what the chat template took for today; None: it is not known.
     """
 
     prompt_ids: np.ndarray
@@ -48,6 +49,7 @@ class Pair:
     index: int  # of the row in its source, counting rows that were dropped
     cut: tuple[str, ...] = ()
     answers: dict[str, AnswerTokens] = field(default_factory=dict, compare=False, repr=False)
+    date: datetime.date | None = field(default=None, compare=False, repr=False)
 
     @property
     def truncated(self) -> bool:

@@ -295,10 +295,9 @@ class ContrastiveSource:
         scored = self.context.once(("contrastive", self.prompts), responses, self._score_both)
         found = []
         for response, (better, worse) in zip(responses, scored, strict=True):
-            ratios = self._read(better - worse, response)
-            rewards = contrastive_rewards(ratios, torch.zeros_like(ratios))
-            rewards[response.content :] = 0.0
-            rewards[: response.first + self.options.skip_first] = 0.0
+            places, ratios = self._read(better - worse, response)
+            rewards = torch.zeros_like(better)
+            rewards[places] = contrastive_rewards(ratios, torch.zeros_like(ratios))
             found.append({"token_rewards": rewards})
         return found
 
@@ -308,16 +307,21 @@ class ContrastiveSource:
         self._try_sharing(responses)
         return self.context.scorer.score_both(rows)
 
-    def _read(self, ratios: Tensor, response: Response) -> Tensor:
-        """Log-ratios [T] as the options say they are read."""
+    def _read(self, ratios: Tensor, response: Response) -> tuple[Tensor, Tensor]:
+        """Places [n] of the tokens that have a reward, and their log-ratios as the options say they
+        are read.
+
+        Args:
+            ratios: [T].
+        """
         options = self.options
-        first = response.first + options.skip_first
-        read = slice(min(first, response.content), response.content)
+        places = response.judged[options.skip_first :]
+        read = ratios[places]
         if options.unit != "token":
-            ratios[read] = means_over(ratios[read], unit_numbers(response, options.unit)[read])
-        if options.spread is not None and response.content > read.start:
-            ratios[read] = standardise(ratios[read], options.spread)
-        return ratios
+            read = means_over(read, unit_numbers(response, options.unit)[options.skip_first :])
+        if options.spread is not None and len(read):
+            read = standardise(read, options.spread)
+        return places, read
 
     def contexts(self, response: Response) -> Contexts:
         """Token ids of the two contexts in which a response is judged: better, worse."""
@@ -336,17 +340,18 @@ class ContrastiveSource:
         if self.prompts.shows_response:
             said = response.text if response.shown is None else response.shown
             messages.append({"role": "assistant", "content": said})
-        better = self._context(messages, response.template_kwargs, better=True)
-        worse = self._context(messages, response.template_kwargs, better=False)
+        better = self._context(messages, response, better=True)
+        worse = self._context(messages, response, better=False)
         return better, worse
 
-    def _context(self, messages: list[dict], kwargs: dict, *, better: bool) -> list[int]:
+    def _context(self, messages: list[dict], response: Response, *, better: bool) -> list[int]:
         tokenizer = self.context.tokenizer
         request = self.prompts.render(messages, better=better)
         beginning = self.prompts.beginning(messages, better=better)
         if tokenizer.chat_template is not None:
-            text = prompt_text(tokenizer, [{"role": "user", "content": request}], None, kwargs)
-            text += beginning
+            asked = [{"role": "user", "content": request}]
+            kwargs, date = response.template_kwargs, response.date
+            text = prompt_text(tokenizer, asked, None, kwargs, date) + beginning
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = tokenizer(f"{request}\n\n{beginning}", verbose=False)["input_ids"]
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids

@@ -3,7 +3,7 @@ them.
 
     constant    r_t = value
     random      r_t ~ Normal(0, spread^2)
-    shuffled    the rewards of another source, permuted within each response
+    shuffled    the rewards of another source, permuted within what each response says
 
 What ends a response gets 0 from the first two; shuffled leaves there what the other source gives
 it. The random ones are functions of the response's ids and the seed alone: neither batches nor a
@@ -54,13 +54,13 @@ class _OfContent(abc.ABC):
         found = []
         for response in responses:
             rewards = torch.zeros(len(response.ids))
-            rewards[: response.content] = self._content(response)
+            rewards[response.judged] = self._content(response).float()
             found.append({"token_rewards": rewards})
         return found
 
     @abc.abstractmethod
     def _content(self, response: Response) -> Tensor:
-        """[content] floating."""
+        """[n] floating, for the tokens of `Response.judged`."""
 
 
 class ConstantSource(_OfContent):
@@ -69,7 +69,7 @@ class ConstantSource(_OfContent):
     Options: ClassVar[type] = ConstantOptions
 
     def _content(self, response: Response) -> Tensor:
-        return torch.full((response.content,), float(self.options.value))
+        return torch.full((len(response.judged),), float(self.options.value))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RandomSource(_OfContent):
     Options: ClassVar[type] = RandomOptions
 
     def _content(self, response: Response) -> Tensor:
-        numbers = _generator(self.options.seed, response).standard_normal(response.content)
+        numbers = _generator(self.options.seed, response).standard_normal(len(response.judged))
         return torch.from_numpy(numbers * self.options.spread)
 
 
@@ -121,9 +121,10 @@ class ShuffledSource(NestedSource):
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
         found = []
         for response, rewards in zip(responses, self.rewards(responses), strict=True):
-            order = _generator(self.seed, response).permutation(response.content)
+            judged = response.judged
+            order = _generator(self.seed, response).permutation(len(judged))
             moved = rewards.clone()
-            moved[: response.content] = rewards[order]
+            moved[judged] = rewards[judged[order]]
             found.append({"token_rewards": moved})
         return found
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treg.data import SIDES, Preference, RowProblem, encode
+from treg.data import SIDES, EncodeOptions, Preference, RowProblem, encode
 from treg.rewards.base import Context, check_number
 from treg.rewards.columns import columns_fingerprint, side_column
 from treg.rewards.response import Response, content_length
@@ -188,7 +188,8 @@ def _revision(response: Response, column: str, text: Any) -> np.ndarray:
         response.template_kwargs,
     )
     try:
-        pair = encode(row, response.tokenizer)
+        day = None if response.date is None else response.date.isoformat()
+        pair = encode(row, response.tokenizer, options=EncodeOptions(date=day))
     except RowProblem as problem:
         if problem.reason == "identical completions":
             return response.ids

@@ -5,9 +5,10 @@
     r'_t   = sum of r over the segment of token t / its number of tokens
 
 so that the sum of a response stays. Where the model is sure of what follows, the text goes on with
-what it has begun; where it is not, something new begins. What ends a response belongs to its last
-segment, up to the last token that the other source rewards; after that, and if it rewards no such
-token, it gets 0.
+what it has begun; where it is not, something new begins. A segment does not go beyond a message of
+several: words of the template and turns of others are in none. What ends a response belongs to its
+last segment, up to the last token that the other source rewards; after that, and if it rewards no
+such token, it gets 0.
 
 Paper: segment rewards, arXiv 2501.02790: the entropy is that of the next token after t, with the
 threshold 1.75 (Phi-3) or 2.0 (Llama); each token of a segment gets the segment's reward over its
@@ -29,7 +30,7 @@ from treg.data import RowProblem
 from treg.rewards.base import Context, check_number
 from treg.rewards.nested import NestedOptions, NestedSource
 from treg.rewards.response import Response
-from treg.rewards.shaping import means_over, rewarded
+from treg.rewards.shaping import means_over
 
 
 def entropy_segments(entropy: Tensor, threshold: float) -> Tensor:
@@ -83,13 +84,14 @@ class EntropySource(NestedSource):
 
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
         said = self.context.reference(responses)
-        found = []
-        for x, rewards, of_x in zip(responses, self.rewards(responses), said, strict=True):
-            count = rewarded(rewards, x.content)
-            number = entropy_segments(of_x["entropy"][:count], self.threshold)
-            if x.content:
-                number[x.content :] = number[x.content - 1]
-            spread = torch.zeros_like(rewards)
-            spread[:count] = means_over(rewards[:count], number)
-            found.append({"token_rewards": spread})
-        return found
+        each = zip(responses, self.rewards(responses), said, strict=True)
+        return [{"token_rewards": self._of(x, r, of_x["entropy"])} for x, r, of_x in each]
+
+    def _of(self, response: Response, rewards: Tensor, entropy: Tensor) -> Tensor:
+        """The rewards of a response as means over its segments, [T]."""
+        number = response.numbered(lambda places: entropy_segments(entropy[places], self.threshold))
+        ends = response.ends(rewards)
+        last = torch.full_like(ends, int(number[-1]) if len(number) else 0)
+        places = torch.cat([response.judged, ends])
+        means = means_over(rewards[places], torch.cat([number, last]))
+        return torch.zeros_like(rewards).index_copy(0, places, means)

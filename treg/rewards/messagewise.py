@@ -2,7 +2,7 @@
 
     pivots     where sign(r_t - b) is another than sign(r_t-1 - b), b the baseline
     segments   the runs between pivots; one shorter than min_tokens joins the one before it, see
-               `treg.rewards.shaping.segments`
+               `treg.rewards.shaping.segments`; none goes beyond a message of several
     R_t        the mean of r over the segment of token t       token_rewards
     m_t        1 where R_t > b in a chosen answer, or R_t < b in a rejected one, else 0
                                                                token_weights
@@ -31,7 +31,7 @@ from treg.data import SIDES
 from treg.rewards.base import Context, check_number
 from treg.rewards.nested import NestedOptions, NestedSource
 from treg.rewards.response import Response
-from treg.rewards.shaping import rewarded, segment_means
+from treg.rewards.shaping import means_over, segments
 
 EMPTY = ("zero", "whole")
 
@@ -59,7 +59,7 @@ class MessagewiseOptions(NestedOptions):
     def __post_init__(self):
         super().__post_init__()
         check_number("baseline", self.baseline)
-        segment_means(torch.zeros(1), 0.0, self.min_tokens)
+        segments(torch.zeros(1), 0.0, self.min_tokens)
         if self.empty not in EMPTY:
             raise ValueError(f"empty: expected one of {', '.join(EMPTY)}, got {self.empty!r}")
 
@@ -85,14 +85,17 @@ class MessagewiseSource(NestedSource):
         ]
 
     def _of(self, response: Response, rewards: Tensor) -> dict[str, Tensor]:
-        options, n = self.options, response.content
-        means = segment_means(rewards[:n], options.baseline, options.min_tokens)
+        options, judged = self.options, response.judged
+        number = response.numbered(
+            lambda places: segments(rewards[places], options.baseline, options.min_tokens)
+        )
+        means = means_over(rewards[judged], number)
         above = means - options.baseline
         agrees = above > 0 if response.side == SIDES[0] else above < 0
         if options.empty == "whole" and not agrees.any():
             agrees = torch.ones_like(agrees)
         shaped, weights = rewards.clone(), torch.zeros_like(rewards)
-        shaped[:n], weights[:n] = means, agrees.float()
-        if n:
-            weights[n : rewarded(rewards, n)] = weights[n - 1]
+        shaped[judged], weights[judged] = means, agrees.float()
+        if len(judged):
+            weights[response.ends(rewards)] = float(agrees[-1])
         return {"token_rewards": shaped, "token_weights": weights}

@@ -26,6 +26,9 @@ template of its own, and R is carried over by characters:
   to the policy's token that ends the answer, the first after its content, or the last one if the
   answer was cut off. So R(x, y) is the number that the reward model gives the whole conversation.
   The same token gets R(x, y) of Eq. 7.
+- Of several messages those of others, such as what a tool returns, are no tokens of the answer. How
+  R changes over them goes to the answer's token before them, which led to them; before the first,
+  to the first. So the sum stays.
 - "After a token" is what the reward model's own forward gives for the beginning that ends there.
   Models that look for the last token that is no padding thus read an earlier one, if their padding
   token is also what ends a turn.
@@ -199,6 +202,7 @@ class RedistributionSource:
             spans: Any = response.spans
             end = min(response.content, len(response.ids) - 1)
             rewards = self.options.beta_c * carried_over(scores, reading.held, spans[:, 1], end)
+            rewards = for_the_answer(rewards, response.judged.numpy(), end)
             rewards[end] += (1 - self.options.beta_c) * scores[-1]
             found.append({"token_rewards": torch.from_numpy(rewards).float()})
         return found
@@ -314,6 +318,21 @@ def carried_over(scores: np.ndarray, held: np.ndarray, ends: np.ndarray, end: in
     rewards = np.diff(potential, prepend=scores[0])
     rewards[end] += scores[-1] - potential[-1]
     return rewards
+
+
+def for_the_answer(rewards: np.ndarray, judged: np.ndarray, end: int) -> np.ndarray:
+    """Rewards of which each token that is not the answer's has given its own to the last one of the
+    answer before it, or to the first.
+
+    Args:
+        rewards: [T] float64. judged: [n], places of the answer's tokens, in order.
+        end: the token that ends the answer: it gets its own and all after it.
+    Returns:
+        [T] float64, with the sum of rewards.
+    """
+    places = np.append(judged[judged < end], end)
+    owner = places[(np.searchsorted(places, np.arange(len(rewards)), side="right") - 1).clip(0)]
+    return np.bincount(owner, weights=rewards, minlength=len(rewards))
 
 
 def token_ends(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from treg.data import (
     SIDES,
@@ -48,7 +51,8 @@ class Response:
     other_ids: the ids of the pair's other answer, [T'] int32; None of a response that comes without
         one.
     cut: whether the answer was cut at max_length.
-    tools, template_kwargs: what goes on to the chat template.
+    tools, template_kwargs, date: what goes on to the chat template: date is what it takes for
+        today, None: today.
     """
 
     prompt: Messages | str
@@ -69,6 +73,7 @@ class Response:
     says: np.ndarray | None = None
     scored: np.ndarray | None = None
     shown: str | None = None
+    date: datetime.date | None = None
 
     @classmethod
     def of_pair(cls, pair: Pair, side: str, tokenizer: Any) -> Response:
@@ -108,6 +113,7 @@ class Response:
             says=says,
             scored=None if answer is None else answer.scored,
             shown=shown,
+            date=pair.date,
         )
 
     @cached_property
@@ -122,10 +128,48 @@ class Response:
         own = np.array([message["role"] == "assistant" for message in self.completion])
         return np.ones(len(self.ids), dtype=bool) if own.all() else own[self.messages]
 
-    @property
-    def first(self) -> int:
-        """How many of the tokens precede what the answer says: the template's own words."""
-        return 0 if self.says is None or not self.says.any() else int(np.argmax(self.says))
+    @cached_property
+    def stretches(self) -> list[Tensor]:
+        """Places in ids, int64, of the tokens that rewards are of: those of what the answer says,
+        in runs without a gap. Between two runs stand words of the template, or turns of others.
+        """
+        if self.says is None:
+            places = np.flatnonzero(self.assistants[: self.content])
+        else:
+            places = np.flatnonzero(self.says)
+        gaps = np.flatnonzero(np.diff(places) > 1) + 1
+        return [torch.from_numpy(x) for x in np.split(places, gaps) if len(x)]
+
+    @cached_property
+    def judged(self) -> Tensor:
+        """[n] int64: the places of all stretches, one after the other."""
+        return torch.cat([torch.empty(0, dtype=torch.int64), *self.stretches])
+
+    def numbered(self, number: Callable[[Tensor], Tensor]) -> Tensor:
+        """Numbers, from 0, of segments of what the answer says; none goes beyond a stretch.
+
+        Args:
+            number: places of a stretch, [k] int64 -> from 0, the segment that each token is in.
+        Returns:
+            [n] int64, for the tokens of `judged`.
+        """
+        found, count = [torch.empty(0, dtype=torch.int64)], 0
+        for places in self.stretches:
+            found.append(number(places) + count)
+            count = int(found[-1].max()) + 1
+        return torch.cat(found)
+
+    def ends(self, rewards: Tensor) -> Tensor:
+        """Places of the tokens that end the answer, up to the last one with a reward other than 0.
+
+        Args:
+            rewards: [T] floating.
+        Returns:
+            [n] int64.
+        """
+        until = max([self.content, *(rewards.nonzero()[-1:, 0] + 1).tolist()])
+        own = np.flatnonzero(self.assistants[self.content : until])
+        return torch.from_numpy(own) + self.content
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -182,7 +226,7 @@ class Response:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(self.tokenizer, self.tools, self.template_kwargs)
+        return Renderer(self.tokenizer, self.tools, self.template_kwargs, self.date)
 
 
 def content_length(ids: list[int], tokenizer: Any) -> int:

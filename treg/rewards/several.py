@@ -34,7 +34,7 @@ from treg.rewards.base import Context, check_response, score_once
 from treg.rewards.options import numbers_by_name
 from treg.rewards.registry import load_source, make_options, nearest, source_class, streams_given
 from treg.rewards.response import Response
-from treg.rewards.shaping import Step, parse_steps, shape
+from treg.rewards.shaping import Step, parse_steps, rewarded, shape
 
 KEYS = ("stream", "name", "take", "shape")
 
@@ -192,7 +192,8 @@ class SeveralSource:
         for entry, source in zip(self.options.entries, self.sources, strict=True):
             scored = score_once(source, responses, self.context)
             for response, streams, values in zip(responses, found, scored, strict=True):
-                streams[entry.stream] = shape(values[entry.take], response.content, entry.steps)
+                taken = values[entry.take]
+                streams[entry.stream] = shape(taken, rewarded(response, taken), entry.steps)
         if self.options.weights:
             for streams in found:
                 streams["token_rewards"] = self._mixed(streams)

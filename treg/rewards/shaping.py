@@ -12,11 +12,12 @@ many in its dtype. A step is a name with its values:
     smooth=W       the mean of r over the W tokens around t, W odd, of those that are there
     skip=K         0 for the first K tokens
 
-The steps see the content of a response and, if a source rewards what ends it, the tokens up to the
-last one that has a reward (`rewarded`): numbers of two kinds in one response would mean nothing.
-The tokens after those keep their 0.
+The steps see what a response says (`Response.judged`) and, if a source rewards what ends it, the
+tokens up to the last one that has a reward (`rewarded`): numbers of two kinds in one response would
+mean nothing. They see these tokens one after the other: words of the template and turns of others
+in between are left out, take no part and keep their 0.
 
-`segments`, `segment_means` and `pivots` cut a response where its rewards change sides.
+`segments` and `pivots` cut a response where its rewards change sides.
 """
 
 import itertools
@@ -146,35 +147,34 @@ def parse_steps(given: Sequence[str] | str | None) -> tuple[Step, ...]:
     return tuple(Step.parse(text) for text in ([given] if isinstance(given, str) else given))
 
 
-def rewarded(rewards: Tensor, content: int) -> int:
-    """How many tokens of a response take part where its rewards are changed together: its content,
-    and what ends it up to the last token with a reward other than 0.
+def rewarded(response: Response, rewards: Tensor) -> Tensor:
+    """Places of the tokens that take part where the rewards of a response are changed together:
+    what it says, and what ends it up to the last token with a reward other than 0.
 
     Args:
-        rewards: [T] floating. content: how many tokens precede what ends the response.
+        rewards: [T] floating.
+    Returns:
+        [n] int64.
     """
-    return max([content, *(rewards.nonzero()[-1:, 0] + 1).tolist()])
+    return torch.cat([response.judged, response.ends(rewards)])
 
 
-def shape(rewards: Tensor, content: int, steps: Sequence[Step]) -> Tensor:
+def shape(rewards: Tensor, places: Tensor, steps: Sequence[Step]) -> Tensor:
     """The rewards of a response after some steps, one after the other.
 
     Args:
         rewards: [T] floating.
-        content: how many tokens precede what ends the response. The steps see the tokens that
-            `rewarded` counts; the others are 0, and stay so.
+        places: [n] int64, the tokens that the steps see, such as those of `rewarded`. All others
+            get 0.
     Returns:
         [T], rewards' dtype; computed in float64.
     """
     if not steps:
         return rewards
-    count = rewarded(rewards, content)
-    shaped = rewards[:count].double()
-    for step in steps if count else ():
+    shaped = rewards[places].double()
+    for step in steps if len(places) else ():
         shaped = step(shaped)
-    ended = torch.zeros_like(rewards)
-    ended[:count] = shaped
-    return ended
+    return rewards.new_zeros(len(rewards)).index_copy(0, places, shaped.to(rewards.dtype))
 
 
 def shaped_streams(streams: Iterable[str]) -> list[str]:
@@ -189,7 +189,7 @@ def score_shaped(
     found = score_checked(source, responses)
     for response, streams in zip(responses, found, strict=True):
         for stream in shaped_streams(streams):
-            shaped = shape(streams[stream], response.content, steps)
+            shaped = shape(streams[stream], rewarded(response, streams[stream]), steps)
             streams[stream] = of_the_answer(response, stream, shaped)
             check_finite(streams[stream], f"shape: {response.where}: {response.side}", stream)
     return found
@@ -244,8 +244,3 @@ def means_over(rewards: Tensor, number: Tensor) -> Tensor:
     sums = torch.zeros(int(number.max()) + 1, dtype=torch.float64)
     sums.index_add_(0, number, rewards.double())
     return (sums / number.bincount().clamp(min=1))[number].to(rewards.dtype)
-
-
-def segment_means(rewards: Tensor, baseline: float = 0.0, min_tokens: int = 1) -> Tensor:
-    """For each token the mean reward of its segment (see `segments`), [n]."""
-    return means_over(rewards, segments(rewards, baseline, min_tokens))

@@ -60,11 +60,10 @@ class SurpriseSource:
         ]
 
     def _of(self, response: Response, logprobs: Tensor) -> Tensor:
-        rewards = logprobs.clone()
-        rewards[response.content :] = 0.0
-        if self.unit == "word" and response.content:
+        judged = response.judged
+        values = logprobs[judged]
+        if self.unit == "word" and len(judged):
             number = unit_numbers(response, "word")
-            lowest = torch.zeros(int(number.max()) + 1)
-            lowest.scatter_reduce_(0, number, rewards[: response.content], "amin")
-            rewards[: response.content] = lowest[number]
-        return rewards
+            lowest = torch.zeros(int(number.max()) + 1).scatter_reduce(0, number, values, "amin")
+            values = lowest[number]
+        return torch.zeros_like(logprobs).index_copy(0, judged, values)

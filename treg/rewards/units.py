@@ -18,20 +18,24 @@ SENTENCE = re.compile(
 
 
 def unit_numbers(response: Response, unit: Unit) -> Tensor:
-    """The number, from 0, of the unit that each token before the response's end is in.
+    """The number, from 0, of the unit that each token of what a response says is in.
 
     A word is a run of characters between blanks. A token is in the unit of its first character that
     is no blank. One without such a character goes with the token that follows, such as part of a
-    character that is not complete; at the end, with the one before.
+    character that is not complete; at the end, with the one before. No unit goes beyond a message
+    of several.
 
     Returns:
-        [content] int64.
+        [n] int64, for the tokens of `Response.judged`.
     """
-    n = response.content
-    if unit == "token" or n == 0:
-        return torch.arange(n)
-    pieces = response.pieces[:n]
-    return torch.tensor(numbers_of(pieces, WORD if unit == "word" else SENTENCE))
+    if unit == "token":
+        return torch.arange(len(response.judged))
+    beginning = WORD if unit == "word" else SENTENCE
+
+    def number(places: Tensor) -> Tensor:
+        return torch.tensor(numbers_of([response.pieces[i] for i in places], beginning))
+
+    return response.numbered(number)
 
 
 def numbers_of(pieces: list[str], beginning: re.Pattern) -> list[int]:
