@@ -1,6 +1,8 @@
 """Adapters: merged into their model's weights, on weights in 4 bits; samples while training."""
 
 import json
+import math
+import shutil
 import types
 from pathlib import Path
 
@@ -119,12 +121,35 @@ def test_a_merge_that_is_another_model_is_refused(folder, monkeypatch):
 def test_weights_in_4_bits_are_refused_by_what_is_missing(monkeypatch):
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="load_in_4bit: expected the package bitsandbytes"):
-        quantized.check_4bit(torch.device("cuda"))
-    there = types.SimpleNamespace()
-    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: there)
-    with pytest.raises(ValueError, match="load_in_4bit: expected a GPU, got a CPU"):
-        quantized.check_4bit(torch.device("cpu"))
-    assert quantized.check_4bit(torch.device("cuda")) is None
+        quantized.check_4bit()
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    assert quantized.check_4bit() is None
+
+
+def test_training_on_weights_in_4_bits(folder, tmp_path):
+    """Policy and reference are the same weights in 4 bits: the first loss is log 2. A run that goes
+    on from a checkpoint ends in the same adapter, which `treg merge` takes.
+    """
+    pytest.importorskip("bitsandbytes")
+    rows = [{"prompt": f"what, {i}?", "chosen": "the owl", "rejected": "no"} for i in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    command = ["train", "--model", str(folder / "model"), "--data", str(data)]
+    command += ["--output_dir", str(out), "--use_peft", "--load_in_4bit", "--use_cpu"]
+    command += ["--report_to", "none", "--per_device_train_batch_size", "2", "--max_steps", "2"]
+    command += ["--alpha", "0", "--loss_type", "dpo", "--save_steps", "1", "--logging_steps", "1"]
+    assert main(command) == 0
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    whole = (out / "adapter_model.safetensors").read_bytes()
+    for name in ("adapter_model.safetensors", "trainer_state.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoint-2")
+    assert main(command) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == whole
+    model = ["--model", str(folder / "model"), "--dtype", "float32"]
+    assert main(["merge", *model, "--adapter", str(out), "--output", str(tmp_path / "m")]) == 0
 
 
 @pytest.mark.parametrize("bf16", [True, False])

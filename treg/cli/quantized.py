@@ -7,17 +7,12 @@ import torch
 from transformers import BitsAndBytesConfig
 
 
-def check_4bit(device: torch.device) -> None:
-    """ValueError where nothing can run weights in 4 bits: by what is missing."""
+def check_4bit() -> None:
+    """ValueError where nothing can run weights in 4 bits."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             "load_in_4bit: expected the package bitsandbytes, found none; install it with: pip "
             "install bitsandbytes"
-        )
-    if device.type == "cpu":
-        raise ValueError(
-            "load_in_4bit: expected a GPU, got a CPU; train adapters on the weights as they are "
-            "(--use_peft)"
         )
 
 

@@ -131,12 +131,12 @@ def _check(options: Options) -> None:
 
 def _check_own(options: Options) -> None:
     """ValueError for options of adapters and samples that do not go together."""
-    own, config = options.own, options.config
+    own = options.own
     for name in ("load_in_4bit", "merge_adapter"):
         if getattr(own, name) and not own.use_peft:
             raise ValueError(f"{name}: expected --use_peft beside it, got none")
     if own.load_in_4bit:
-        check_4bit(torch.device(config.device))
+        check_4bit()
     if own.merge_adapter and own.load_in_4bit:
         raise ValueError(
             "merge_adapter: expected False with --load_in_4bit, got True; `treg merge` puts the "
