@@ -118,3 +118,17 @@ def test_weights_that_say_nothing(weights, said):
     lines = signal_lines([pair(weights, weights, "token_weights")], ("token_weights",), 0.25)
     warnings = [x for x in lines if x.startswith("WARNING")]
     assert warnings == [] if said is None else said in warnings[0]
+
+
+def test_tokens_that_are_not_scored_are_no_part():
+    """Turns of others in an answer: the same numbers as without them."""
+    masked = pair([9.0, 0.5, 9.0, 0.25], [-0.5, 0.125]) | {
+        "chosen_scored": np.array([False, True, False, True]),
+        "rejected_scored": np.array([True, True]),
+    }
+    plain = [pair([0.5, 0.25], [-0.5, 0.125])]
+    assert reward_signal([masked], 0.25) == reward_signal(plain, 0.25)
+    weights = {k.replace("rewards", "weights"): np.abs(x) for k, x in masked.items()}
+    plain_weights = [pair([0.5, 0.25], [0.5, 0.125], "token_weights")]
+    found = weight_signal([weights], "token_weights")
+    assert found == weight_signal(plain_weights, "token_weights")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,10 @@ def made_pairs():
         template = ["<s>assistant\n", "<s>user\n"]
         if n == COUNT - 1:
             prompt = NASTY
-        pair = PairView(f"f:{n + 1}", prompt, sides(rng, n), sides(rng, n), template=template)
+        chosen, rejected = sides(rng, n), sides(rng, n)
+        if n == 0:
+            chosen = replace(chosen, others={0: "a user's turn", 9: "and another"})
+        pair = PairView(f"f:{n + 1}", prompt, chosen, rejected, template=template)
         found.append(pair)
     return found
 
@@ -225,6 +229,15 @@ def test_a_token_that_stands_out_opens_its_pair(opened):
     _, n, s, t = lowest
     place = f"#row-{n + 1} section.{('chosen', 'rejected')[s]} .text > :nth-child({t + 1})"
     assert page.locator(place).get_attribute("class").endswith("found")
+
+
+def test_what_is_not_scored_is_shown_without_numbers(opened):
+    page = opened("view=pairs&pair=1")
+    others = page.locator("#pairs tbody .text .other")
+    assert others.count() == 2
+    text = others.first.locator("..")
+    assert text.inner_text().startswith("a user's turn")
+    assert text.locator(".tok").count() == 9
 
 
 def test_hostile_text_stays_text(opened):

@@ -588,6 +588,12 @@ class TestTerminal:
         assert "48;2;98;169;232" in out and "48;2;242;149;63" in out
         assert "sum rewards +0.100" in out and re.search(r"sign agreement +0\.5", out)
 
+    def test_what_is_not_scored_stands_between(self):
+        side = Side(["the ", "fox"], [0.0, 0.0], others={0: "[A]", 1: "[user]", 2: "[B]"})
+        out = self.render([PairView("data.jsonl:1", "Why?", side, Side(["no"], [0.0]))])
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+        assert "[A]the [user]fox[B]" in plain
+
     @pytest.mark.parametrize("colours", ["standard", "256", "truecolor"])
     def test_the_sign_shows_with_few_colours(self, colours):
         """Whatever the size of the rewards: the scale is that of the data."""
@@ -651,3 +657,21 @@ class TestBrowser:
         text = "".join(page.text)
         for hostile in HOSTILE[:4]:
             assert text.count(hostile) >= 4  # in the list, as the prompt and as two tokens
+
+
+def test_what_is_not_scored_has_no_numbers():
+    """It is shown as text, between the tokens where it stands, and is in no statistics."""
+    tokenizer = byte_level()
+    ids = [tokenizer(x)["input_ids"] for x in ("The quick", " brown", " fox", " jumps")]
+    scored = np.concatenate([np.full(len(x), i in (0, 2)) for i, x in enumerate(ids)])
+    rewards = np.where(scored, np.linspace(0.1, 0.3, len(scored)), 99.0)
+    side = Side.from_ids([i for x in ids for i in x], tokenizer, rewards.tolist(), None, scored)
+    first, second = len(ids[0]), len(ids[0]) + len(ids[2])
+    assert "".join(side.pieces) == "The quick fox" and len(side.pieces) == second
+    assert side.others == {first: " brown", second: " jumps"}
+    other = Side(["no"], [0.0])
+    found = agreement([PairView("a:1", "p", side, other)])
+    assert found["tokens"] == second + 1
+    assert found["mean_reward_chosen"] == pytest.approx(rewards[scored].mean())
+    # without marks every token is scored
+    assert Side.from_ids([i for x in ids for i in x], tokenizer).others == {}

@@ -33,7 +33,8 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 class RewardSignal:
     """Statistics of token rewards; shares are in [0, 1].
 
-    tokens, responses: how many. mean_abs: the mean of |rhat_t|. small: share of tokens whose
+    tokens, responses: how many; only tokens that are scored count. mean_abs: the mean of |rhat_t|,
+    rms: the root of the mean of its square. small: share of tokens whose
     |rhat_t| is below SMALL. zero: share whose rhat_t is 0. quantiles: of rhat_t, at QUANTILES.
     first_mass: sum of |rhat_t| over the first tokens of responses, of that over all; first_tokens:
     share of first tokens among all. chosen_positive, rejected_negative: share of the chosen
@@ -45,6 +46,7 @@ class RewardSignal:
     tokens: int
     responses: int
     mean_abs: float
+    rms: float
     small: float
     zero: float
     quantiles: tuple[float, ...]
@@ -73,7 +75,7 @@ class WeightSignal:
 
 
 def sizes_of(rewards: Sequence[np.ndarray]) -> dict[str, float]:
-    """How large rewards are and where they lie, of arrays one a response: mean_abs, small,
+    """How large rewards are and where they lie, of arrays one a response: mean_abs, rms, small,
     first_mass and first_tokens of `RewardSignal`.
     """
     size = np.abs(np.concatenate(rewards))
@@ -81,6 +83,7 @@ def sizes_of(rewards: Sequence[np.ndarray]) -> dict[str, float]:
     first = sum(abs(float(x[0])) for x in rewards)
     return {
         "mean_abs": float(size.mean()),
+        "rms": float(np.sqrt((size**2).mean())),
         "small": float((size < SMALL).mean()),
         "first_mass": first / total if total else 0.0,
         "first_tokens": len(rewards) / len(size),
@@ -100,11 +103,13 @@ def reward_signal(
     rewards, signs, weights, lengths = [], [], [], []
     for example in examples:
         for side, sign in zip(SIDES, (1.0, -1.0), strict=True):
-            r = np.asarray(example[f"{side}_token_rewards"], np.float64)
-            u = example.get(f"{side}_token_weights")
+            r = _scored(example, side, "token_rewards")
+            u = np.ones(len(r))
+            if f"{side}_token_weights" in example:
+                u = _scored(example, side, "token_weights")
             rewards.append(r)
             signs.append(np.full(len(r), sign))
-            weights.append(np.ones(len(r)) if u is None else np.asarray(u, np.float64))
+            weights.append(u)
             lengths.append(np.full(len(r), len(r)))
     sizes = sizes_of(rewards)
     r, sign, u, n = (np.concatenate(x) for x in (rewards, signs, weights, lengths))
@@ -125,11 +130,16 @@ def reward_signal(
     )
 
 
+def _scored(example: Mapping[str, Any], side: str, stream: str) -> np.ndarray:
+    """A stream's numbers of the tokens that are scored."""
+    values = np.asarray(example[f"{side}_{stream}"], np.float64)
+    mask = example.get(f"{side}_scored")
+    return values if mask is None else values[np.asarray(mask, dtype=bool)]
+
+
 def weight_signal(examples: Sequence[Mapping[str, Any]], stream: str) -> WeightSignal:
     """The statistics of a stream of weights, such as token_weights or kl_weights."""
-    u = np.concatenate(
-        [np.asarray(x[f"{side}_{stream}"], np.float64) for x in examples for side in SIDES]
-    )
+    u = np.concatenate([_scored(x, side, stream) for x in examples for side in SIDES])
     mean = u.mean()
     return WeightSignal(
         tokens=len(u),
@@ -200,7 +210,7 @@ def _warnings(found: RewardSignal, alpha: float) -> list[str]:
             "plain objective (DPO). A stronger model, another source (--rewards) or --shape "
             "standardise=F gives rewards of a size that counts"
         )
-    if found.first_mass > FIRST and found.first_tokens < FIRST / 2:
+    if on_first_tokens(found.first_mass, found.first_tokens):
         lines.append(
             f"WARNING: {100 * found.first_mass:.0f} % of the sizes of the rewards lie on the first "
             "token of a response; --shape skip=1 leaves it out"
@@ -212,6 +222,11 @@ def _warnings(found: RewardSignal, alpha: float) -> list[str]:
             f"tokens are above 0, of the rejected ones' {100 * (1 - rejected):.0f} %"
         )
     return lines
+
+
+def on_first_tokens(mass: float, tokens: float) -> bool:
+    """Whether first_mass, beside first_tokens, is worth a word."""
+    return mass > FIRST and tokens < FIRST / 2
 
 
 def _of_weights(stream: str, found: WeightSignal) -> list[str]:

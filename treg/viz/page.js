@@ -323,12 +323,18 @@ function response(parent, name, side) {
   text.setAttribute("aria-label", name + " response; the arrow keys go from token to token");
   const special = new Set(side.special);
   const marked = new Set(side.marked);
+  // what stands before a token and is not scored
+  const other = (t) => {
+    if (side.others?.[t]) show(make(text, "span", "other"), side.others[t]);
+  };
   side.pieces.forEach((piece, t) => {
+    other(t);
     const element = make(text, "span", "tok" + (special.has(t) ? " special" : "") + (marked.has(t) ? " marked" : ""));
     show(element, piece);
     tokens.set(element, { side, t });
     if (MODES.length) paint(element, { side, t });
   });
+  other(count);
   text.addEventListener("keydown", (event) => step(event, text));
   text.addEventListener("blur", () => point(null));
 }

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from treg.evaluate import auroc
-from treg.rewards.signal import sizes_of
+from treg.rewards.signal import WEAK, on_first_tokens, sizes_of
 from treg.viz.tokens import PairNumbers, PairView, SideNumbers
 
-# a regularizer whose mean factor is nearer to 1 than this leaves the objective as it was
-WEAK_WEIGHT = 0.01
 DRAWS = 1000  # of the bootstrap
 Z95 = 1.959964  # of the normal distribution, two-sided
 
@@ -19,8 +17,8 @@ def signal_of(numbers: Sequence[PairNumbers]) -> dict[str, float | int]:
     """How large token rewards are, and whether they and the implicit rewards know the label.
 
     Returns:
-        mean_abs, median_abs, q99_abs, max_abs: of |rhat| over the tokens; small: the share below
-        SMALL; first_mass: the share of sum |rhat| on the first tokens of the responses, and
+        mean_abs, rms, median_abs, q99_abs, max_abs: of |rhat| over the tokens; small: the share
+        below SMALL; first_mass: the share of sum |rhat| on the first tokens of the responses, and
         first_tokens, their share of the tokens; rewards_right of rewards_told pairs: the mean
         token reward of the chosen response is the higher one (equal means are not told), with
         Wilson's 95 % interval rewards_low, rewards_high; policy_...: the same of the margin. A key
@@ -143,7 +141,7 @@ def verdict(signal: dict[str, float | int], alpha: float) -> list[str]:
         return []
     said = []
     reach = alpha * signal["q99_abs"]
-    if alpha > 0 and alpha * signal["mean_abs"] < WEAK_WEIGHT:
+    if alpha > 0 and alpha * signal["rms"] < WEAK:
         said.append(
             f"Almost no signal: the mean size of a token reward is {signal['mean_abs']:.2g}. At "
             f"alpha {alpha:g}, 99 % of the tokens have a gradient weight between "
@@ -163,7 +161,7 @@ def verdict(signal: dict[str, float | int], alpha: float) -> list[str]:
                 f"The rewards contradict the labels: the chosen response has the higher mean in "
                 f"only {100 * share:.0f} % of the pairs ({interval})."
             )
-    if signal.get("first_mass", 0) > max(0.15, 3 * signal.get("first_tokens", 1)):
+    if "first_mass" in signal and on_first_tokens(signal["first_mass"], signal["first_tokens"]):
         said.append(
             f"{100 * signal['first_mass']:.0f} % of the total size lies on the first tokens of the "
             f"responses, {100 * signal['first_tokens']:.1f} % of the tokens."

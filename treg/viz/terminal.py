@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from treg.viz.tokens import (
@@ -78,18 +78,26 @@ def _response(name: str, data: dict[str, Any], ends: dict[str, float], colours: 
         values, limit = data["implicit"], ends["implicit"]
     else:
         values, limit = [0.0] * len(data["pieces"]), 1.0
+    others = data.get("others", {})
     head = (", ".join(facts) + "\n", "bold")
-    return Text.assemble(head, _coloured(data["pieces"], values, limit, colours))
+    return Text.assemble(head, _coloured(data["pieces"], values, limit, colours, others))
 
 
 def _coloured(
-    pieces: Sequence[str], values: Sequence[float], limit: float, colours: Colours
+    pieces: Sequence[str],
+    values: Sequence[float],
+    limit: float,
+    colours: Colours,
+    others: Mapping[int, str] | None = None,
 ) -> Text:
+    """others: texts without a number, before the piece of a position."""
     from rich.text import Text
 
-    parts = []
-    for piece, value in zip(pieces, values, strict=True):
+    parts, between = [], others or {}
+    for t, (piece, value) in enumerate(zip(pieces, values, strict=True)):
+        parts.append((visible(between.get(t, "")), "dim italic"))
         parts.append((visible(piece), _style(value, limit, colours)))
+    parts.append((visible(between.get(len(pieces), "")), "dim italic"))
     return Text.assemble(*parts)
 
 

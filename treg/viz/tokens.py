@@ -5,10 +5,11 @@ Per response token t: rhat_t, the token reward, in [-0.5, 0.5], and i_t = beta *
 pi_ref,t), the implicit reward. T-REG asks the second to follow the first.
 """
 
+import bisect
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,25 +46,42 @@ def visible(text: str) -> str:
 
 @dataclass(frozen=True)
 class Side:
-    """One response: a piece of text per token and, where known, the numbers of each token."""
+    """One response: a piece of text per scored token and, where known, the numbers of each.
+
+    others: by the position of a token, what stands before it and is not scored, such as turns of
+    others; behind the last one at the number of tokens. It has no numbers and is in no statistics.
+    """
 
     pieces: list[str]
     rewards: list[float] | None = None  # rhat_t, or another stream of the pair
     implicit: list[float] | None = None  # beta * (log pi_t - log pi_ref,t)
     special: Sequence[int] = ()  # positions of special tokens, shown as chips
     marked: Sequence[int] | None = None  # positions that are known to be wrong; None: unknown
+    others: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
-    def from_ids(cls, ids: Sequence[int], tokenizer: Any, rewards=None, implicit=None) -> "Side":
+    def from_ids(
+        cls, ids: Sequence[int], tokenizer: Any, rewards=None, implicit=None, scored=None
+    ) -> "Side":
         """The side of these token ids, its pieces from `token_pieces` and its special tokens from
         the tokenizer.
+
+        Args:
+            rewards, implicit: one number a token, or None. scored: [T] bool, or None: all.
         """
         special_ids = set(tokenizer.all_special_ids)
         for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
             if token.special:
                 special_ids.add(token_id)
-        special = [t for t, token_id in enumerate(ids) if int(token_id) in special_ids]
-        return cls(token_pieces(ids, tokenizer), rewards, implicit, special)
+        pieces = token_pieces(ids, tokenizer)
+        own = range(len(ids)) if scored is None else np.flatnonzero(scored).tolist()
+        others: dict[int, str] = {}
+        for t in sorted(set(range(len(ids))) - set(own)):
+            place = bisect.bisect(own, t)
+            others[place] = others.get(place, "") + pieces[t]
+        rewards, implicit = (x if x is None else [x[t] for t in own] for x in (rewards, implicit))
+        special = [place for place, t in enumerate(own) if int(ids[t]) in special_ids]
+        return cls([pieces[t] for t in own], rewards, implicit, special, others=others)
 
 
 @dataclass(frozen=True)
@@ -270,10 +288,12 @@ def pair_data(pair: PairView, numbers: PairNumbers) -> dict[str, Any]:
 
 
 def _side_data(side: Side, numbers: SideNumbers, compared: bool) -> dict[str, Any]:
-    """pieces, special, marked; rewards, implicit and their sums; mean_product of the two and their
-    `agreement` in this response, if they are compared.
+    """pieces, special, marked, others; rewards, implicit and their sums; mean_product of the two
+    and their `agreement` in this response, if they are compared.
     """
     data: dict[str, Any] = {"pieces": side.pieces, "special": [int(t) for t in side.special]}
+    if side.others:
+        data["others"] = {int(t): text for t, text in side.others.items()}
     if side.marked is not None:
         data["marked"] = [int(t) for t in side.marked]
     for name, values in (("rewards", numbers.rewards), ("implicit", numbers.implicit)):

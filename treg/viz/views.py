@@ -73,6 +73,7 @@ def pair_views(
                 tokenizer,
                 example[f"{side}_{stream}"].tolist(),
                 implicit[2 * i + j],
+                example.get(f"{side}_scored"),
             )
             for j, side in enumerate(SIDES)
         ]
