@@ -17,10 +17,10 @@ to a source or taken out changes the choice among the others by one row at most.
 Rows are in the order of the sources: of each source every row once, as it has them, as many times
 as all are there, and then those of the sample. Trainers shuffle them.
 
-Differs: interleaving by probabilities p draws rows from all sources until the first or the last of
-them is exhausted, so that the length of an epoch, and how often a row is seen, follow from all of
-them together; here p is w n / (the sum of w n over all sources), of an epoch that is no longer than
-the weights say. Fractions of a data set, as other recipes have them, are weights below 1.
+Differs: interleaving by probabilities (`datasets.interleave_datasets`) draws rows from all sources
+until the first or the last of them is exhausted, so that the length of an epoch, and how often a
+row is seen, follow from all sources together; here a source has T of the rows of an epoch, whatever
+the others are. TRL's `fraction` is a share of the mixture, and takes the first rows of a source.
 """
 
 import hashlib
