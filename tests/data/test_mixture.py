@@ -106,6 +106,8 @@ def test_a_mixture_is_one_source_after_the_other():
     ("sources", "weights", "message"),
     [
         ((), (), "data: expected a source, got none"),
+        ("a.parquet", (), "sources: expected a list or a tuple, got 'a.parquet'"),
+        (("a",), 2, "weights: expected a list or a tuple, got 2"),
         (("a", ""), (), "data: expected a file, a folder or a hub name, got ''"),
         (("a", "b", "./a"), (), "expected each source once, got ./a twice"),
         (("a", "a/b"), (), "expected each source once, got a/b and a, in which it lies"),

@@ -30,6 +30,7 @@ from treg.data.fingerprints import (
 from treg.data.mixture import Mixture, Share, check_alike, mixture_of
 from treg.data.report import Report
 from treg.data.tables import source_name
+from treg.files import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class ExampleLoader:
         self.autocast = autocast
         self.reports: dict[str, Report] = {}
         self.shares: dict[str, list[Share]] = {}
+        self._made: set[str] = set()  # what made the files that were checked
 
     def __call__(self, source: Any, name: str) -> Sequence[Mapping[str, Any]]:
         mixture = mixture_of(source)
@@ -139,7 +141,10 @@ class ExampleLoader:
     def _annotated(self, source: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The examples and meta of an annotated file that this model and tokenizer have made."""
         examples, meta = read_annotated(source)
-        if self.check_fingerprint:
+        made_with = meta.get("fingerprint", {})
+        made = digest_of([made_with.get("model"), made_with.get("tokenizer"), meta.get("config")])
+        # a sum over all weights, once for files that say the same
+        if self.check_fingerprint and made not in self._made:
             check_made_with(
                 source_name(source),
                 meta,
@@ -148,6 +153,8 @@ class ExampleLoader:
                 adapters=self.adapters,
                 fix="set ignore_fingerprint",
             )
+            if str(made_with.get("model")).startswith(f"{FORM}-"):  # others are warned of each
+                self._made.add(made)
         if any(name in examples[0] for name in (*REF_COLUMNS, *REF_TOKEN_COLUMNS)):
             tell_of_precision(source_name(source), meta, self.reference, self.autocast)
         longest = max(

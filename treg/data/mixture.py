@@ -80,7 +80,7 @@ class Mixture:
         names: what messages call the sources; (): their paths.
     Raises:
         ValueError: no source, a path twice or within another, another number of weights or names
-            than of sources, a weight that is no number in (0, 1000].
+            than of sources, a weight that is no number in (0, 1000], a seed that is no integer.
     """
 
     sources: tuple[Any, ...]
@@ -89,6 +89,11 @@ class Mixture:
     names: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for name in ("sources", "weights", "names"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise ValueError(f"{name}: expected a list or a tuple, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
         sources = tuple(self.sources)
         check_sources("data", [x for x in sources if isinstance(x, (str, Path))], some=False)
         if not sources:
