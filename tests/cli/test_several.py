@@ -103,31 +103,31 @@ def test_a_mixture_is_a_file_with_these_rows(folder, annotated, whole, tmp_path)
 
 
 def test_one_file_of_weight_1_is_that_file(folder, annotated, tmp_path, capsys):
-    outs = [tmp_path / x for x in ("alone", "weighed")]
-    assert train(folder, outs[0], annotated[1]) == 0
+    """The settings of the two runs too, in the form that runs of earlier versions have."""
+    alone, weighed, (a, _) = tmp_path / "alone", tmp_path / "weighed", annotated
+    assert train(folder, alone, a) == 0
+    assert train(folder, weighed, a, data_weights=[1]) == 0
     assert "an epoch" not in capsys.readouterr().out
-    assert train(folder, outs[1], annotated[1], data_weights=[1]) == 0
-    assert model(outs[1]) == model(outs[0])
-    settings = [json.loads((x / "treg_run.json").read_text()) for x in outs[:2]]
-    assert settings[0]["data"] == str(annotated[1]) and settings[0]["data_weights"] == [1.0]
-    assert settings[0]["content"] == settings[1]["content"]
-    assert isinstance(settings[0]["content"]["data"], str)  # as runs of earlier versions have it
+    assert model(weighed) == model(alone)
+    settings, others = (
+        json.loads((x / "treg_run.json").read_text()) | {"checksum": None} for x in (alone, weighed)
+    )
+    assert settings == others
+    assert settings["data"] == str(a) and isinstance(settings["content"]["data"], str)
 
-
-def test_runs_of_earlier_versions_are_known(folder, annotated, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert train(folder, out, annotated[0]) == 0
-    settings = json.loads((out / "treg_run.json").read_text())
+    # a run that an earlier version began
     del settings["data_weights"], settings["checksum"]
     before = json.dumps(settings)
-    (out / "treg_run.json").write_text(before)
-    for more, said in (({"data_weights": [2]}, "data_weights: "), ({"data_weights": [0.5]}, "0.5")):
-        assert train(folder, out, annotated[0], **more) == 2
+    (alone / "treg_run.json").write_text(before)
+    for data, more, said in (
+        ([a], {"data_weights": [2]}, f"data_weights: {alone} holds a run with [1.0], now it is [2"),
+        ([a], {"data_weights": [0.5]}, "now it is [0.5]"),
+        (annotated, {}, f"data: {alone} holds a run with '{a}', now it is ['{a}', "),
+    ):
+        assert train(folder, alone, *data, **more) == 2
         assert said in capsys.readouterr().err
-    assert train(folder, out, *annotated) == 2
-    assert f"data: {out} holds a run with '{annotated[0]}', now it is [" in capsys.readouterr().err
-    assert (out / "treg_run.json").read_text() == before
-    assert train(folder, out, annotated[0]) == 0
+    assert (alone / "treg_run.json").read_text() == before
+    assert train(folder, alone, a) == 0
     assert "nothing to do" in capsys.readouterr().out
 
 
