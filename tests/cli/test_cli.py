@@ -149,7 +149,7 @@ REFUSED = {
         "annotate --model {model} --data {data} --output a.parquet --limit 0",
         "limit: expected a positive",
     ),
-    "yaml list": ("train --config {list}", "data: expected one value, got ['x']"),
+    "yaml list": ("train --config {list}", "model: expected one value, got ['x']"),
     "eval_data": (
         "train --model {model} --data {data} --output_dir o --eval_data {data}",
         "expected --eval_strategy",
@@ -229,7 +229,7 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("keys.yaml").write_text("lerning_rate: 1e-4\n")
     Path("value.yaml").write_text("learning_rate: fast\n")
-    Path("list.yaml").write_text("data: [x]\n")
+    Path("list.yaml").write_text("model: [x]\n")
     Path("nested.yaml").write_text("rewards: {name: contrastive, promts: x}\n")
     files = {
         "model": folder / "model",

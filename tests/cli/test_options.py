@@ -119,14 +119,14 @@ def test_names_of_trl():
         "bfloat16",
     ]
     model, rows, *_ = parse("annotate", argv, ANNOTATE)
-    assert (model.model, rows.data, model.dtype) == ("m", "d", "bfloat16")
+    assert (model.model, rows.data, model.dtype) == ("m", ["d"], "bfloat16")
 
 
 def test_names_of_trl_in_yaml(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("model_name_or_path: m\ndataset_name: d\noutput: o\n")
     model, rows, *_ = parse("annotate", ["--config", str(config)], ANNOTATE)
-    assert (model.model, rows.data) == ("m", "d")
+    assert (model.model, rows.data) == ("m", ["d"])
 
 
 def test_both_names_of_an_option_are_refused(tmp_path):

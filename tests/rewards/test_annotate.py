@@ -706,7 +706,7 @@ def test_a_complete_output_is_not_made_again(tmp_path, whole):
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     again, *_ = run(tmp_path, data=rows(26, seed=4), model=model, name="whole.parquet")
     assert not calls and whole.read_bytes() == before
-    assert json.loads(json.dumps(vars(again))) == report
+    assert json.loads(json.dumps(again.stored())) == report
     run(tmp_path, data=rows(26, seed=4), model=model, name="b.parquet")
     assert calls
 

@@ -73,6 +73,13 @@ FUNCTIONS = {
         "test_the_run_goes_on_from_the_older_one",
         "test_the_same_of_epochs_that_are_not_whole",
     ),
+    "cli/test_several.py": (
+        "test_a_file_of_another_model_is_named",
+        "test_files_that_do_not_go_together_are_named",
+        "test_one_file_of_weight_1_is_that_file",
+        "test_raw_files_are_annotated_each",
+        "test_raw_files_of_a_plain_objective",
+    ),
     "data/test_data.py": (
         "test_any_text",
         "test_real_files",

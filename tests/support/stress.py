@@ -86,9 +86,10 @@ def annotate(folder: Path, data: str) -> Callable[[Path], list]:
     ]
 
 
-def train(data: Path, *more: str) -> Callable[[Path], list]:
+def train(data: Path | list[Path], *more: str) -> Callable[[Path], list]:
+    several = data if isinstance(data, list) else [data]
     return lambda out: [
-        *("train", "--model", MODEL, "--data", data, "--output_dir", out, "--use_cpu", "True"),
+        *("train", "--model", MODEL, "--data", *several, "--output_dir", out, "--use_cpu", "True"),
         *("--per_device_train_batch_size", 2, "--learning_rate", 1e-4, "--report_to", "none"),
         *("--lr_scheduler_type", "constant", "--save_strategy", "steps", "--save_steps", 2),
         *("--disable_tqdm", "True", "--logging_steps", 1, "--max_length", 256, *more),
@@ -97,13 +98,17 @@ def train(data: Path, *more: str) -> Callable[[Path], list]:
 
 def jobs(folder: Path) -> dict[str, Job]:
     whole = folder / "whole" / "a.parquet"
-    few = folder / "few.jsonl"
-    few.write_text("".join((folder / "prefs.jsonl").read_text().splitlines(True)[:6]))
+    few = [folder / "few.jsonl", folder / "fewer.jsonl"]  # half of 4 and twice 2: 6 pairs
+    for file, name, rows in zip(few, ("prefs", "others"), (4, 2), strict=True):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines(True)
+        file.write_text("".join(lines[:rows]))
+    weighted = ("--num_train_epochs", "1.5", "--data_weights", "0.5", "2")
     model = ("model.safetensors",)
+    annotated = ("annotated-1.parquet", "annotated-2.parquet")
     return {
         "annotate": Job(annotate(folder, "prefs"), ("a.parquet",)),
         "max_steps": Job(train(whole, "--max_steps", "5"), model, 5),
-        "epochs": Job(train(few, "--num_train_epochs", "1.5"), (*model, "annotated.parquet"), 5),
+        "epochs": Job(train(few, *weighted), (*model, *annotated), 5),
         "one checkpoint": Job(
             train(whole, "--max_steps", "3", "--save_total_limit", "1"), model, 3
         ),

@@ -3,7 +3,7 @@
 from treg.cli.loading import (
     annotate_options,
     autocast,
-    check_data,
+    data_of,
     encode_options,
     load_model,
     load_tokenizer,
@@ -12,6 +12,7 @@ from treg.cli.loading import (
 )
 from treg.cli.options import AnnotateOnlyOptions, ModelOptions, RewardsOptions, RowOptions, parse
 from treg.data.annotated import read_annotated
+from treg.data.mixture import check_there
 from treg.rewards.annotate import annotate, process_state
 from treg.trainer.arguments import ALPHA
 
@@ -19,7 +20,8 @@ from treg.trainer.arguments import ALPHA
 def run(argv: list[str]) -> None:
     kinds = (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)
     model_options, rows, own, rewards = parse("annotate", argv, kinds)
-    check_data("data", rows.data)
+    data = data_of("data", rows.data)
+    check_there(data)
     options = annotate_options(
         rewards,
         encode_options(rows, own.max_length),
@@ -40,7 +42,7 @@ def run(argv: list[str]) -> None:
         report = annotate(
             model,
             tokenizer,
-            rows.data,
+            data,
             own.output,
             options,
             split=rows.split,

@@ -96,6 +96,7 @@ def _output() -> tuple[Line, ...]:
 TRAINING = (*_optimisation(), *_precision(), *_evaluation(), *_output())
 # options whose group is not that of their class
 PLACES = {
+    "data_weights": "data",
     "eval_data": "evaluation",
     "eval_split": "evaluation",
     "ref_model": "model",

@@ -47,10 +47,12 @@ class ModelOptions:
 class RowOptions:
     GROUP: ClassVar[str] = "data"
 
-    data: str = _required(
-        "JSONL(.gz), JSON, parquet, a folder, or a hub name: see the README.", "PATH"
+    data: list[str] = field(
+        metadata=_told(
+            "One or several of: JSONL(.gz), JSON, parquet, a folder, or a hub name.", "PATH [...]"
+        )
     )
-    split: str = _option("train", "Split of a hub dataset.", "NAME")
+    split: str = _option("train", "Split of a hub dataset or of a folder.", "NAME")
     columns: list[str] | None = field(
         default=None,
         metadata=_told(
@@ -69,7 +71,7 @@ class RowOptions:
     date: str | None = _option(
         None, "What a chat template takes for today, as YYYY-MM-DD. Default: today.", "DATE"
     )
-    limit: int | None = _option(None, "Look at the first rows only.")
+    limit: int | None = _option(None, "Look at the first rows only, of each source of --data.")
     strict: bool = _option(
         False, "Stop at the first row that cannot be used, instead of counting it."
     )
@@ -130,7 +132,18 @@ class AnnotateOnlyOptions:
 class TrainOptions:
     GROUP: ClassVar[str] = "adapters"
 
-    eval_data: str | None = _option(None, "Held-out pairs, in any form that --data has.", "PATH")
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata=_told(
+            "How many times the rows of each source of --data go into an epoch: 2 is each twice, "
+            "0.5 half of them. Default: 1 for each.",
+            "X [...]",
+        ),
+    )
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata=_told("Held-out pairs, in any form that --data has.", "PATH [...]"),
+    )
     eval_split: str = _option("test", "Split of held-out pairs from a hub dataset.", "NAME")
     ref_model: str | None = _option(
         None,

@@ -11,6 +11,7 @@ from treg.cli.options import RewardsOptions, RowOptions
 from treg.data import EncodeOptions, parse_columns
 from treg.data.annotated import stream_columns
 from treg.data.batches import LOSS_STREAMS
+from treg.data.mixture import check_sources
 from treg.rewards import DEFAULT_SOURCE, loading
 from treg.rewards.annotate import AnnotateOptions, process_state
 from treg.rewards.signal import signal_lines
@@ -63,10 +64,15 @@ def load_model(
     return model if device is None else model.to(device)
 
 
-def check_data(name: str, path: str) -> None:
-    """ValueError for data without a name, which a path takes for the current folder."""
-    if not path.strip():
-        raise ValueError(f"{name}: expected a file, a folder or a hub name, got {path!r}")
+def data_of(name: str, given: Sequence[str] | None) -> list[str]:
+    """The sources that an option names, one or several.
+
+    Raises:
+        ValueError: none, one without a name, one twice.
+    """
+    paths = list(given or [])
+    check_sources(name, paths)
+    return paths
 
 
 def _tell_of_dtype(path: str, asked: str | None, chosen: str, device: torch.device) -> None:
@@ -147,5 +153,5 @@ def drawable(history: list[dict[str, Any]]) -> bool:
 
 def say(*parts: Any) -> None:
     """To the terminal, once under several processes."""
-    if process_state().is_main_process:
+    if parts and process_state().is_main_process:
         print(*parts, sep="\n")

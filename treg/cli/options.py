@@ -92,6 +92,7 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any]) -> list[Any]:
         set_defaults(parser, early.config, values, by_name, several)
     known = parser._option_string_actions
     argv = _with_own_names(name, argv, known)
+    _check_once(argv)
     namespace = vars(parser.parse_args(argv))
     for option in several & namespace.keys():
         value = namespace[option]
@@ -172,6 +173,17 @@ def _with_own_names(name: str, argv: Sequence[str], known: Any) -> list[str]:
             argument = f"--{own}{equals}{value}"
         found.append(argument)
     return found
+
+
+def _check_once(argv: Sequence[str]) -> None:
+    """ValueError for data that are given twice, of which argparse would take the last alone."""
+    given = [x.partition("=")[0] for x in argv]
+    for option in ("--data", "--data_weights", "--eval_data"):
+        if given.count(option) > 1:
+            raise ValueError(
+                f"{option.removeprefix('--')}: expected {option} once, with all of them behind it, "
+                f"got it {given.count(option)} times"
+            )
 
 
 def _of_kind(kind: Any, namespace: dict[str, Any]) -> Any:

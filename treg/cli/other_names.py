@@ -28,6 +28,9 @@ INSTEAD = {
     "load_in_8bit": "--load_in_4bit is what there is",
     "trust_remote_code": "code that comes with a checkpoint is never run",
     "dataset_config": "give a folder or file of that configuration as --data",
+    "interleave_probs": "--data_weights says how many times the rows of each source of --data go "
+    "into an epoch of `treg train`",
+    "dataset_mixer": "--data takes several sources, --data_weights of `treg train` their fractions",
     "dataset_num_proc": "rows are read in one process",
     "lora_task_type": "the task is always a causal LM",
     "model_revision": "download that revision, and give its folder as --model",

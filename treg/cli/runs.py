@@ -75,36 +75,74 @@ def _held(out: Path) -> str | None:
     return None
 
 
-def _contents(settings: Mapping[str, Any], out: Path) -> dict[str, str | None]:
-    """SHA-256 of what each path of the settings leads to; None for names on the hub."""
-    found = {}
+def _contents(settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """SHA-256 of what each path of the settings leads to, a list of them where it is a list; None
+    for names on the hub.
+    """
+    found: dict[str, Any] = {}
     for name in READ:
-        path = Path(settings.get(name) or "")
-        if not settings.get(name):
-            found[name] = None
-        elif name in FOLDERS_OF_MODELS and path.is_dir():
-            files = [x for x in path.iterdir() if x.is_file() and x.suffix in OF_MODELS]
-            found[name] = digest_of({x.name: y for x, y in file_digests(files).items()})
+        given = settings.get(name)
+        if isinstance(given, list):
+            found[name] = [_content(name, x, out) for x in given]
         else:
-            found[name] = content_digest(path, without=out)
+            found[name] = _content(name, given, out) if given else None
     return found
+
+
+def _content(name: str, given: str, out: Path) -> str | None:
+    path = Path(given)
+    if name in FOLDERS_OF_MODELS and path.is_dir():
+        files = [x for x in path.iterdir() if x.is_file() and x.suffix in OF_MODELS]
+        return digest_of({x.name: y for x, y in file_digests(files).items()})
+    return content_digest(path, without=out)
 
 
 def _check_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     was, is_now = before.get("content", {}), now["content"]
+    # runs of earlier versions had one source, and no weights
+    before = {"data_weights": [1.0] * len(_each(before.get("data")))} | before
     for name in sorted(now.keys() & before.keys() - {"content"}):
         old, new = before[name], now[name]
         detail = ""
-        if name in READ and was.get(name) and is_now[name]:
-            if was[name] == is_now[name]:
-                continue  # moved, or another way to the same files
-            detail = f" (SHA-256 {was[name][:12]} and {is_now[name][:12]})"
+        if name in READ:
+            digests = _each(was.get(name)), _each(is_now[name])
+            same, detail = _same_sources(_each(old), _each(new), *digests)
+            if same:
+                continue
         elif old == new:
             continue
         raise ValueError(
             f"{name}: {out} holds a run with {old!r}, now it is {new!r}{detail}; give another "
             "output_dir, or remove that one"
         )
+
+
+def _each(value: Any) -> list[Any]:
+    """A list, or one value as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def _same_sources(
+    old: list[Any], new: list[Any], was: list[str | None], now: list[str | None]
+) -> tuple[bool, str]:
+    """Whether paths lead to the same content as those of a run, in the same order: they may have
+    been moved; and where they do not, what differs, to be added to a message.
+
+    was, now: their SHA-256, None where they are names.
+    """
+    if len(old) != len(new):
+        return False, ""
+    was = was + [None] * (len(old) - len(was))  # of runs that kept none
+    for x, y, a, b in zip(old, new, was, now, strict=True):
+        if not a or not b:
+            if x != y:
+                return False, ""
+        elif a != b:
+            if sorted(map(str, was)) == sorted(map(str, now)):
+                return False, " (the same in another order)"
+            which = f"{y}: " if len(new) > 1 else ""
+            return False, f" ({which}SHA-256 {a[:12]} and {b[:12]})"
+    return True, ""
 
 
 def finished(out: Path) -> bool:

@@ -19,6 +19,7 @@ are then annotated only if --rewards names a source.
 
   treg train --model MODEL --data prefs.jsonl --output_dir out --learning_rate 5e-7 --beta 0.01
   treg train --model MODEL --data prefs.jsonl --output_dir out --use_peft --packing
+  treg train --model MODEL --data a.jsonl b.parquet --data_weights 1 0.5 --output_dir out
   accelerate launch -m treg train --config run.yaml"""
 
 INSPECT = """\

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from treg.cli.loading import (
     DEFAULT_DTYPE,
     annotate_options,
     autocast,
-    check_data,
+    data_of,
     drawable,
     encode_options,
     load_model,
@@ -35,8 +36,10 @@ from treg.cli.quantized import check_4bit, quantization
 from treg.cli.runs import claim_run, finish, finished, going_on_from
 from treg.cli.samples import Samples, check_whole, read_prompts
 from treg.data import EncodeOptions, load_pairs
-from treg.data.annotated import is_annotated, read_annotated
+from treg.data.annotated import is_annotated, read_annotated, read_meta, streams_of
+from treg.data.batches import LOSS_STREAMS
 from treg.data.examples import examples_of
+from treg.data.mixture import Mixture, check_there, checked_weights, mixed_lines
 from treg.files import last_checkpoint, locked, writing
 from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state
@@ -73,7 +76,31 @@ class Options:
             found |= vars(group)
         found |= self.config.to_dict()
         kept = {k: x for k, x in found.items() if not k.startswith(MAY_CHANGE) or k == "eval_data"}
+        kept |= {"data": _one_or_list(self.data), "data_weights": list(self.weights)}
+        kept["eval_data"] = _one_or_list(self.eval_data)
         return kept | {"processes": process_state().num_processes}
+
+    @property
+    def data(self) -> list[str]:
+        """What is trained on."""
+        return data_of("data", self.rows.data)
+
+    @property
+    def eval_data(self) -> list[str]:
+        """What is evaluated on; [] for nothing."""
+        given = self.own.eval_data
+        return [] if given is None else data_of("eval_data", given)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """How many times the rows of each of the data go into an epoch."""
+        return checked_weights(self.own.data_weights, self.data)
+
+    @property
+    def sample_seed(self) -> int:
+        """Of the rows that are taken where a weight is no whole number."""
+        seed = self.config.data_seed
+        return self.config.seed if seed is None else seed
 
     @property
     def dtype(self) -> str:
@@ -88,6 +115,11 @@ class Options:
     def annotates(self) -> bool:
         """Whether raw data are annotated first."""
         return bool(self.config.loss_options.needed_streams) or self.rewards.rewards is not None
+
+
+def _one_or_list(paths: list[str]) -> str | list[str] | None:
+    """The paths as a run keeps them: one as a text, which was once the only form."""
+    return paths if len(paths) > 1 else paths[0] if paths else None
 
 
 def run(argv: list[str]) -> None:
@@ -114,11 +146,8 @@ def _check(options: Options) -> None:
         raise ValueError(
             "use_liger_kernel: expected a GPU, got a CPU; Liger's layers are Triton kernels"
         )
-    data = [options.rows.data]
-    check_data("data", options.rows.data)
-    if options.own.eval_data is not None:
-        data.append(options.own.eval_data)
-        check_data("eval_data", options.own.eval_data)
+    data = [*options.data, *options.eval_data]
+    checked_weights(options.own.data_weights, options.data)
     _check_own(options)
     raw = [x for x in data if not is_annotated(x)]
     limit = options.rows.limit
@@ -127,6 +156,7 @@ def _check(options: Options) -> None:
             f"limit: expected none with annotated data, got {limit}; annotate fewer rows"
         )
     _check_rewards(options, raw)
+    _check_beside(options)
 
 
 def _check_own(options: Options) -> None:
@@ -183,8 +213,39 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
             )
 
 
+def _check_beside(options: Options) -> None:
+    """ValueError for annotated data beside raw ones that would get other columns than they have,
+    before the raw ones are annotated.
+    """
+    annotated = [x for x in options.data if is_annotated(x)]
+    raw = [x for x in options.data if x not in annotated]
+    if not annotated or not raw:
+        return
+    if not options.annotates:
+        raise ValueError(
+            f"data: expected annotated data alone or raw ones, got {annotated[0]} and {raw[0]}; "
+            "--rewards names the source that annotates the raw ones"
+        )
+    made = annotate_options(options.rewards, options.encode, per_token=True)
+    given = set(streams_given(made.rewards, made.source_options)).intersection(LOSS_STREAMS)
+    for path in annotated:
+        meta = read_meta(path)
+        there = set(streams_of(meta)).intersection(LOSS_STREAMS)
+        if there != given:
+            raise ValueError(
+                f"data: expected {', '.join(sorted(given))} in {path}, as --rewards {made.rewards} "
+                f"gives {raw[0]}, got {', '.join(sorted(there)) or 'none'}; annotate both alike"
+            )
+        if not meta.get("settings", {}).get("per_token"):
+            raise ValueError(
+                f"data: expected {path} with the reference's log-prob of each token, as {raw[0]} "
+                "gets them, got none; annotate it with --per_token, or annotate both before"
+            )
+
+
 def _train(out: Path, options: Options) -> None:
     config, own = options.config, options.own
+    check_there([*options.data, *options.eval_data])
     device = torch.device(config.device)
     tell_of_short("--dtype", options.dtype, device)
     tell_of_short("--bf16", "bfloat16" if config.bf16 else "float32", device)
@@ -200,12 +261,10 @@ def _train(out: Path, options: Options) -> None:
         )
     reference = None if own.ref_model is None else _load_model(options, own.ref_model)
     prepare = _DataPreparation(out, options, tokenizer, model if reference is None else reference)
-    train_data = prepare(options.rows.data, "annotated", options.rows.split)
-    eval_data = None
-    if own.eval_data is not None:
-        eval_data = prepare(own.eval_data, "annotated-eval", own.eval_split)
+    train_data, eval_data = prepare.train(), prepare.eval()
     objective = config.loss_options.objective
-    plain = isinstance(train_data, list) and not objective.reference_free
+    annotated = all(isinstance(x, str) for x in train_data.sources)
+    plain = not annotated and not objective.reference_free
     plain |= config.loss_options.with_kl  # which log-probs of a file do not give
     if reference is None and plain and not own.use_peft:
         reference = _load_model(options, options.model.model)
@@ -217,7 +276,8 @@ def _train(out: Path, options: Options) -> None:
     trainer = TRegTrainer(
         model, reference, config, train_data, eval_data, tokenizer, _peft_config(own)
     )
-    if not isinstance(train_data, list):
+    say(*mixed_lines(trainer.data_shares["train_dataset"]))
+    if annotated:
         alpha, mean = config.loss_options.alpha, objective.length_normalised
         trained: Any = trainer.train_dataset
         packs = (x if isinstance(x, list) else [x] for x in trained)
@@ -255,11 +315,12 @@ def _load_model(options: Options, path: str, **more: Any) -> Any:
     return load_model(path, options.dtype, attn_implementation=attention, **more)
 
 
-def _samples(out: Path, own: TrainOptions, data: Any, tokenizer: Any) -> Samples:
+def _samples(out: Path, own: TrainOptions, data: Mixture, tokenizer: Any) -> Samples:
     if own.sample_prompts is not None:
         prompts = read_prompts(own.sample_prompts)
     else:
-        first = data if isinstance(data, list) else read_annotated(data)[0]
+        source = data.sources[0]
+        first = source if isinstance(source, list) else read_annotated(source)[0]
         prompts = [tokenizer.decode(x["prompt_ids"]) for x in first[:3]]
     rendered = own.sample_prompts is None
     return Samples(out, int(own.sample_steps or 1), prompts, tokenizer, rendered=rendered)
@@ -291,8 +352,30 @@ class _DataPreparation:
     tokenizer: Any
     model: Any
 
-    def __call__(self, source: str, name: str, split: str) -> str | list:
-        """source: what --data names. name: of the annotated file."""
+    def train(self) -> Mixture:
+        """What --data names, with its weights."""
+        options = self.options
+        return self._mixture(options.data, "annotated", options.rows.split, options.weights)
+
+    def eval(self) -> Mixture | None:
+        """What --eval_data names, all of it."""
+        options = self.options
+        if not options.eval_data:
+            return None
+        return self._mixture(options.eval_data, "annotated-eval", options.own.eval_split, ())
+
+    def _mixture(
+        self, paths: Sequence[str], name: str, split: str, weights: Sequence[float]
+    ) -> Mixture:
+        """name: of the annotated file; of several, name-1, name-2, ..."""
+        several = len(paths) > 1
+        names = [f"{name}-{i}" if several else name for i, _ in enumerate(paths, 1)]
+        sources = [self._one(x, y, split) for x, y in zip(paths, names, strict=True)]
+        seed = self.options.sample_seed
+        return Mixture(tuple(sources), tuple(weights), seed, tuple(paths))
+
+    def _one(self, source: str, name: str, split: str) -> str | list:
+        """The path of an annotated file, or examples."""
         if is_annotated(source):
             return source
         if self.options.annotates:

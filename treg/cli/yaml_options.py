@@ -115,6 +115,8 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
 
 def _converted_one(action: argparse.Action, value: Any, where: str) -> Any:
     nested = isinstance(value, (list, dict))
+    if value is None and action.nargs == "+":
+        raise ValueError(f"{where}: expected a value in each place of the list, got nothing in one")
     if nested and action.type in (str, int, float):
         raise ValueError(f"{where}: expected one value, got {value!r}")
     if isinstance(value, bool) and action.type in (int, float):

@@ -5,6 +5,7 @@ from treg.data.card import dataset_card
 from treg.data.encode import encode, load_pairs, prompt_text
 from treg.data.examples import ExampleLoader
 from treg.data.messages import Messages, common_prefix, shown_text, text_of
+from treg.data.mixture import Mixture
 from treg.data.names import parse_columns
 from treg.data.pair import EncodeOptions, Pair
 from treg.data.reading import read_rows
@@ -18,6 +19,7 @@ __all__ = [
     "EncodeOptions",
     "ExampleLoader",
     "Messages",
+    "Mixture",
     "Pair",
     "PairCollator",
     "Preference",

@@ -27,8 +27,10 @@ from treg.data.fingerprints import (
     sampled_fingerprint,
     tokenizer_fingerprint,
 )
+from treg.data.mixture import Mixture, Share, check_alike, mixture_of
 from treg.data.report import Report
 from treg.data.tables import source_name
+from treg.files import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,11 @@ class ExampleLoader:
     """Calls: (source, name of the argument) -> examples for `PairCollator`.
 
     A source is anything that `read_annotated` reads, examples, or, where no stream is needed,
-    anything `load_pairs` reads.
+    anything `load_pairs` reads; or several of these, as paths in a list or as a `Mixture` with
+    weights. Each of several is read and checked alone, and all must have the same columns.
+
+    `reports` and `shares` keep what became of raw rows, and how many rows of each source of a
+    mixture there are, by the names of the arguments.
 
     Args:
         reference: the model that must have made the annotations; only its fingerprint is looked at.
@@ -72,10 +78,30 @@ class ExampleLoader:
         self.check_fingerprint = check_fingerprint
         self.autocast = autocast
         self.reports: dict[str, Report] = {}
+        self.shares: dict[str, list[Share]] = {}
+        self._made: set[str] = set()  # what made the files that were checked
 
     def __call__(self, source: Any, name: str) -> Sequence[Mapping[str, Any]]:
+        mixture = mixture_of(source)
+        return self._one(source, name)[0] if mixture is None else self._mixed(mixture, name)
+
+    def _mixed(self, mixture: Mixture, name: str) -> Sequence[Mapping[str, Any]]:
+        """The examples of an epoch of several sources."""
+        sets, metas = [], []
+        for source, said in zip(mixture.sources, mixture.names, strict=True):
+            own = name if len(mixture.sources) == 1 else f"{name}: {said}"
+            examples, meta = self._one(source, own)
+            sets.append(examples)
+            metas.append(meta)
+        check_alike(mixture.names, sets, metas, made=self.check_fingerprint)
+        rows, self.shares[name] = mixture.mixed(sets)
+        return rows
+
+    def _one(self, source: Any, name: str) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+        """The examples of one source, and what it says of itself if it is annotated."""
+        meta: Mapping[str, Any] = {}
         if is_annotated(source):
-            examples = self._annotated(source)
+            examples, meta = self._annotated(source)
         elif _are_examples(source):
             examples = [dict(x) for x in source]
         elif self.streams:
@@ -110,12 +136,15 @@ class ExampleLoader:
         for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS, MASK_COLUMNS):
             _check_same_columns(examples, group, name)
         check_vocabulary(name, examples, self.reference)
-        return examples
+        return examples, meta
 
-    def _annotated(self, source: Any) -> list[dict[str, Any]]:
-        """The examples of an annotated file that this model and tokenizer have made."""
+    def _annotated(self, source: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The examples and meta of an annotated file that this model and tokenizer have made."""
         examples, meta = read_annotated(source)
-        if self.check_fingerprint:
+        made_with = meta.get("fingerprint", {})
+        made = digest_of([made_with.get("model"), made_with.get("tokenizer"), meta.get("config")])
+        # a sum over all weights, once for files that say the same
+        if self.check_fingerprint and made not in self._made:
             check_made_with(
                 source_name(source),
                 meta,
@@ -124,6 +153,8 @@ class ExampleLoader:
                 adapters=self.adapters,
                 fix="set ignore_fingerprint",
             )
+            if str(made_with.get("model")).startswith(f"{FORM}-"):  # others are warned of each
+                self._made.add(made)
         if any(name in examples[0] for name in (*REF_COLUMNS, *REF_TOKEN_COLUMNS)):
             tell_of_precision(source_name(source), meta, self.reference, self.autocast)
         longest = max(
@@ -136,7 +167,7 @@ class ExampleLoader:
                 f"{source_name(source)}, got "
                 f"{self.max_length}; annotate with a lower max_length, or raise it here"
             )
-        return examples
+        return examples, meta
 
 
 def examples_of(

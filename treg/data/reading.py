@@ -71,20 +71,28 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Located]:
 def _read_path(source: str | Path, split: str) -> Iterator[Located]:
     """The rows of a folder, of a file, or of a dataset on the hub."""
     path, name = Path(source), str(source)
-    if not name.strip():
-        raise ValueError(f"data: expected a path or a name, got {name!r}")
+    check_path(source)
     if path.is_dir():
         return _read_folder(path, split)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"data: expected a file or a folder, got {name}, which is neither")
     if path.is_file():
         return _read_file(path)
-    if not _may_be_on_the_hub(name):
-        raise FileNotFoundError(f"data: no such file: {name}")
     import datasets
 
     rows = (without_nulls(row) for row in datasets.load_dataset(name, split=split))
     return _located(rows, f"{name}[{split}]:")
+
+
+def check_path(source: str | Path) -> None:
+    """ValueError or FileNotFoundError for what is neither a file nor a folder nor may be a name on
+    the hub.
+    """
+    path, name = Path(source), str(source)
+    if not name.strip():
+        raise ValueError(f"data: expected a path or a name, got {name!r}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"data: expected a file or a folder, got {name}, which is neither")
+    if not path.exists() and not _may_be_on_the_hub(name):
+        raise FileNotFoundError(f"data: no such file: {name}")
 
 
 def without_nulls(row: Any) -> dict:

@@ -1,6 +1,6 @@
 """What became of the rows of a source: kept, or dropped with a reason that is counted and shown."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SHOWN_EXAMPLES = 3  # of each reason
@@ -56,6 +56,8 @@ class Report:
     # of rows that were kept, what a person should know: how many, and the first few
     noted: dict[str, int] = field(default_factory=dict)
     noted_examples: dict[str, list[str]] = field(default_factory=dict)
+    # where several sources were read: the rows of each that were seen and kept, by its path
+    sources: dict[str, list[int]] = field(default_factory=dict)
 
     def problem(self, problem: RowProblem) -> None:
         """Count a row that cannot be used."""
@@ -67,8 +69,36 @@ class Report:
         """Count what there is to say of a row that is used."""
         _count(note, self.noted, self.noted_examples)
 
+    def late_problem(self, problem: RowProblem, *, truncated: bool) -> None:
+        """Count a row that was kept and cannot be used after all."""
+        self.kept -= 1
+        self.truncated -= truncated
+        own = [x for x in self.sources if problem.where.startswith(x)]
+        if own:
+            self.sources[max(own, key=len)][1] -= 1
+        self.problem(problem)
+
+    def add(self, other: "Report") -> None:
+        """Count the rows of another source as well."""
+        self.seen += other.seen
+        self.kept += other.kept
+        self.truncated += other.truncated
+        self.sources |= other.sources
+        for counts, added in ((self.dropped, other.dropped), (self.noted, other.noted)):
+            for reason, count in added.items():
+                counts[reason] = counts.get(reason, 0) + count
+        shown = (self.examples, other.examples), (self.noted_examples, other.noted_examples)
+        for examples, more in shown:
+            for reason, texts in more.items():
+                examples[reason] = [*examples.get(reason, []), *texts][:SHOWN_EXAMPLES]
+
+    def stored(self) -> dict[str, Any]:
+        """The fields by name, as a file keeps them: `sources` only where there are several."""
+        return {k: x for k, x in asdict(self).items() if k != "sources" or x}
+
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.seen} rows kept, {self.truncated} of them truncated"]
+        lines += [f"  {x}: {kept} of {seen}" for x, (seen, kept) in self.sources.items()]
         lines += _listed("dropped", self.dropped, self.examples)
         lines += _listed("kept", self.noted, self.noted_examples)
         return "\n".join(lines)

@@ -15,7 +15,7 @@ def source_name(source: Any) -> str:
     """What errors call a source."""
     if isinstance(source, (str, Path)):
         return str(source)
-    if _are_paths(source):
+    if are_paths(source):
         return ", ".join(map(str, source))
     return f"the annotated {type(source).__name__}"
 
@@ -35,7 +35,7 @@ def is_described(source: Any, column: str) -> bool:
         except (OSError, pa.ArrowException):
             return False
         return column in schema.names or column.encode() in (schema.metadata or {})
-    if _are_paths(source):
+    if are_paths(source):
         return all(is_described(x, column) for x in source)
     return column in _columns_of(source)
 
@@ -79,7 +79,7 @@ def table_of(source: Any, *, columns: Sequence[str] | None = None) -> "pa.Table"
         if not any((path / name).exists() for name in SAVED):
             return table_of(_parquet_files(path), columns=columns)
         source = _saved(path)
-    if _are_paths(source):
+    if are_paths(source):
         tables = [table_of(x, columns=columns) for x in source]
         return _together(tables, list(map(str, source)))
     if hasattr(source, "iloc"):
@@ -134,7 +134,7 @@ def _parquet_files(folder: Path) -> list[Path]:
     return sorted(x for x in folder.iterdir() if x.suffix == ".parquet" and x.is_file())
 
 
-def _are_paths(source: Any) -> bool:
+def are_paths(source: Any) -> bool:
     return (
         isinstance(source, (list, tuple))
         and bool(source)

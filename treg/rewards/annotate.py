@@ -11,7 +11,7 @@ next one computes them in the same batches, to the same bits.
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from treg.data import SIDES, Pair, Report, RowProblem, load_pairs, pair_tokens
+from treg.data import SIDES, Pair, Report, RowProblem, pair_tokens
 from treg.data.annotated import (
     is_annotated,
     merge_annotated,
@@ -30,6 +30,7 @@ from treg.data.annotated import (
     write_annotated,
 )
 from treg.data.fingerprints import model_fingerprint
+from treg.data.mixture import load_sources
 from treg.files import digest_of, plain, remove_leftovers
 from treg.rewards import (
     Context,
@@ -76,7 +77,8 @@ def annotate(
 
     Args:
         model: a Hugging Face causal LM, on its device; it is put into eval mode.
-        source, split, strict, limit: see `treg.data.load_pairs`.
+        source, split, strict, limit: see `treg.data.load_pairs`. source may be several paths in a
+            list: their rows follow one another, and `where` says whose each is; limit is of each.
     Returns:
         What became of the rows.
     Raises:
@@ -90,7 +92,7 @@ def annotate(
     options = replace(options, encode=options.encode.dated(tokenizer))
     known = {*options.keep_columns, *columns_read(options.rewards, options.source_options)}
     with counted_rows(progress and state.is_main_process) as rows:
-        pairs, report = load_pairs(
+        pairs, report = load_sources(
             source,
             tokenizer,
             options.encode,
@@ -136,14 +138,12 @@ def annotate(
         run = _Run(context, rewards, options, kept, parts, strict)
         files, problems = _annotate_parts(run, bar, state)
         for problem, truncated in problems:
-            report.kept -= 1
-            report.truncated -= truncated
-            report.problem(problem)
+            report.late_problem(problem, truncated=truncated)
         if not report.kept:
             raise ValueError(f"data: expected a pair that can be annotated, found none: {report}")
         if state.is_main_process:
             remove_leftovers(output)  # of a run that was killed while it wrote
-            merge_annotated(files, output, made_with | {"report": asdict(report)})
+            merge_annotated(files, output, made_with | {"report": report.stored()})
             parts.remove()
             _tell_of_empty_masks(output)
         state.wait_for_everyone()

@@ -73,9 +73,9 @@ class Card:
     """A card.
 
     base, datasets: the model and the data that training began with; those that are names of the hub
-    stand in the header, local paths in the text by their last part alone. sources: of token
-    rewards, by their names. adapters: whether the weights are those of a PEFT adapter. more: of the
-    header, such as language and license.
+    stand in the header, local paths in the text by their last part alone. weights: of the datasets,
+    or (). sources: of token rewards, by their names. adapters: whether the weights are those of a
+    PEFT adapter. more: of the header, such as language and license.
     """
 
     name: str
@@ -83,6 +83,7 @@ class Card:
     base: str | None = None
     datasets: Sequence[str] = ()
     sources: Sequence[str] = ()
+    weights: Sequence[float] = ()
     adapters: bool = False
     tags: Sequence[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +109,12 @@ class Card:
         # what is JSON is YAML
         header = "".join(f"{name}: {_yaml(x)}\n" for name, x in self.header.items())
         base = "an unnamed model" if self.base is None else _link(self.base)
-        data = ", ".join(_link(x, "datasets/") for x in self.datasets) or "preference pairs"
+        weights = self.weights or [1.0] * len(self.datasets)
+        named = [
+            _link(x, "datasets/") + ("" if w == 1 else f" (weight {w:g})")
+            for x, w in zip(self.datasets, weights, strict=True)
+        ]
+        data = ", ".join(named) or "preference pairs"
         text = f"---\n{header}---\n\n# {self.name}\n\n"
         text += f"A fine-tuned version of {base}, trained on {data} with treg.\n"
         if self.results:
@@ -151,6 +157,7 @@ def write_card(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     dataset = trainer.trained_on if dataset is None else dataset
     datasets = [dataset] if isinstance(dataset, str) else list(dataset or [])
+    weights = [x.weight for x in trainer.data_shares.get("train_dataset", ())]
     facts = {name: getattr(args, name) for name in FACTS}
     facts = {name: getattr(x, "value", x) for name, x in facts.items()}
     facts |= {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
@@ -161,7 +168,8 @@ def write_card(
         options=options,
         base=finetuned_from or getattr(model.config, "_name_or_path", None) or None,
         datasets=datasets,
-        sources=[x for data in (trainer.trained_on, *datasets) for x in _sources_of(data)],
+        weights=weights if len(weights) == len(datasets) else (),
+        sources=[x for data in (*trainer.trained_on, *datasets) for x in _sources_of(data)],
         adapters=hasattr(model, "peft_config"),
         tags=[*given, *own, *tags_of(file)],
         facts=facts,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from treg.data import LOSS_KEYS, ExampleLoader, PairCollator, first_pairs, pack_pairs
 from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS, stream_columns
 from treg.data.batches import LOSS_STREAMS
+from treg.data.mixture import sources_of
 from treg.heads import check_sequences, install_head, run_head
 from treg.losses import LossOptions
 from treg.ops import fused_treg_loss, linear_logprobs
@@ -45,8 +46,9 @@ class TRegTrainer(SealedCheckpoints):
             adapters disabled.
         args: TRegConfig.
         train_dataset, eval_dataset: the path of an annotated file, or its examples; or, with
-            alpha=0, anything that `treg.data.load_pairs` reads. eval_dataset also as a dict of
-            them. Token rewards and token weights go into the loss wherever the data have them.
+            alpha=0, anything that `treg.data.load_pairs` reads; or several of these, as paths in a
+            list or as a `treg.data.Mixture` with weights. eval_dataset also as a dict of them.
+            Token rewards and token weights go into the loss wherever the data have them.
         processing_class: the tokenizer; None: the model's.
         peft_config: wraps the model with adapters.
     Raises:
@@ -99,7 +101,8 @@ class TRegTrainer(SealedCheckpoints):
         for name, data in _named_datasets(train_dataset, eval_dataset).items():
             loaded[name] = None if data is None else load(data, name)
         self.data_reports = load.reports
-        self.trained_on = str(train_dataset) if isinstance(train_dataset, (str, Path)) else None
+        self.trained_on = [str(x) for x in sources_of(train_dataset) if isinstance(x, (str, Path))]
+        self.data_shares = load.shares
         self._source = self._reference_source(loaded, ref_model, adapters)
         train_dataset, *rest = loaded.values()
         if isinstance(eval_dataset, Mapping):
