@@ -17,6 +17,7 @@ import numpy as np
 from treg.data.annotated import is_annotated
 from treg.data.answers import RenderedAnswer, render_answer, render_prompt
 from treg.data.batches import SIDES
+from treg.data.cuts import CutTexts, cutting_tokens
 from treg.data.messages import PROBE, Messages, common_prefix
 from treg.data.pair import AnswerTokens, EncodeOptions, Pair
 from treg.data.pieces import token_pieces
@@ -302,15 +303,19 @@ class _Encoder:
             texts = [wanted[i][1] for i in at]
             fast = bool(getattr(self.tokenizer, "is_fast", False))
             more = {"return_offsets_mapping": True} if fast else {}
+            # three texts a row: the prompt and both sides
+            rows = [texts[k : k + 3] for k in range(0, len(texts), 3)]
+            cut = CutTexts(rows, () if plain else cutting_tokens(self.tokenizer))
             # verbose=False: no warning about lengths, which max_length sees to later
-            got = self.tokenizer(texts, add_special_tokens=plain, verbose=False, **more)
-            for k, i in enumerate(at):
-                ids = got["input_ids"][k]
-                if fast:
-                    places = got["offset_mapping"][k]
-                else:
-                    places = _places(ids, self.tokenizer, texts[k])
-                found[i] = _Ids(ids, places)
+            got = self.tokenizer(cut.pieces, add_special_tokens=plain, verbose=False, **more)
+            ids = got["input_ids"]
+            if fast:
+                places = got["offset_mapping"]
+            else:
+                both = zip(ids, cut.pieces, strict=True)
+                places = [_places(x, self.tokenizer, text) for x, text in both]
+            for i, joined in zip(at, cut.joined(ids, places), strict=True):
+                found[i] = _Ids(*joined)
         return found
 
     def _pair(self, index: int, texts: _Texts, alone: _Ids, sides: Sequence[_Ids]) -> Pair:
