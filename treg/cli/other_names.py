@@ -13,6 +13,7 @@ ALIASES = {
     "dataset_train_split": "split",
     "dataset_test_split": "eval_split",
     "eval_dataset_name": "eval_data",
+    "dataset_num_proc": "num_proc",
     "chat_template_path": "chat_template",
     "padding_free": "packing",
     "activation_checkpointing": "gradient_checkpointing",  # transformers before it had the first
@@ -28,7 +29,6 @@ INSTEAD = {
     "load_in_8bit": "--load_in_4bit is what there is",
     "trust_remote_code": "code that comes with a checkpoint is never run",
     "dataset_config": "give a folder or file of that configuration as --data",
-    "dataset_num_proc": "rows are read in one process",
     "lora_task_type": "the task is always a causal LM",
     "model_revision": "download that revision, and give its folder as --model",
     "label_pad_token_id": "tokens that are not scored are -100",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -129,3 +131,27 @@ class EncodeOptions:
         if not any("strftime_now" in template_variables(x) for x in templates):
             return self
         return dataclasses.replace(self, date=self.day.isoformat())
+
+
+@dataclass(frozen=True)
+class EncodeWork:
+    """How the work of encoding is done, which changes nothing of what comes out.
+
+    Args:
+        num_proc: >= 1, processes that encode. A script that asks for several needs
+            `if __name__ == "__main__":` around what it does, as it is imported by each of them.
+        cache: a folder in which encoded rows are kept for the next time (see
+            `treg.data.row_cache`); None: they are not kept.
+        first: whether this process encodes what is not kept yet, where several have one cache. The
+            others wait for it, and find it there.
+        wait: called by all of them, returns once all have come there.
+    """
+
+    num_proc: int = 1
+    cache: str | Path | None = None
+    first: bool = True
+    wait: Callable[[], Any] = lambda: None
+
+    def __post_init__(self):
+        if not isinstance(self.num_proc, int) or self.num_proc < 1:
+            raise ValueError(f"num_proc: expected a positive integer, got {self.num_proc!r}")
