@@ -209,7 +209,7 @@ def stop(source, folder, at_work):
     load(source, folder)
 
 
-def test_a_killed_process_leaves_nothing_and_frees_those_that_wait(tmp_path, encoded):
+def test_a_killed_process_leaves_nothing_and_frees_those_that_wait(tmp_path, encoded, caplog):
     source, folder = write(tmp_path / "a.jsonl", rows_of(2)), tmp_path / "c"
     expected = said(load(source, None))
     encoded.clear()
@@ -222,6 +222,7 @@ def test_a_killed_process_leaves_nothing_and_frees_those_that_wait(tmp_path, enc
     threading.Timer(0.5, first.kill).start()
     assert said(load(source, folder)) == expected
     assert time.monotonic() - start >= 0.5  # it waited
+    assert "waiting for another process" in caplog.text
     assert encoded == [0, 1]
     first.join()
     assert sorted(x.suffix for x in folder.iterdir()) == [".lock", ".rows"]

@@ -160,7 +160,7 @@ class _Encoder:
             for row, x in zip(rows, found, strict=True):
                 x = next(new) if x is None else x
                 if not isinstance(x, RowProblem) and x[0].row is not row:
-                    x = (dataclasses.replace(x[0], row=row), x[1])
+                    x = (x[0].of_row(row), x[1])
                     cache.add(x)
                 done.append(x)
             yield done

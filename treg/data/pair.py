@@ -11,6 +11,7 @@ import numpy as np
 
 from treg.data.annotated import ID_COLUMNS
 from treg.data.batches import SIDES
+from treg.data.messages import text_of
 from treg.data.names import Columns, parse_columns
 from treg.data.rendering import template_variables
 from treg.data.rows import Preference
@@ -50,6 +51,15 @@ class Pair:
     index: int  # of the row in its source, counting rows that were dropped
     cut: tuple[str, ...] = ()
     answers: dict[str, AnswerTokens] = field(default_factory=dict, compare=False, repr=False)
+
+    def of_row(self, row: Preference) -> "Pair":
+        """The same pair with this row, whose texts it does not hold twice."""
+        answers = {}
+        for side, answer in self.answers.items():
+            text = text_of(getattr(row, side))
+            same = answer.said == text
+            answers[side] = dataclasses.replace(answer, said=text) if same else answer
+        return dataclasses.replace(self, row=row, answers=answers)
 
     @property
     def truncated(self) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 
 from treg.data.annotated import ID_COLUMNS
 from treg.data.batches import SIDES
+from treg.data.messages import text_of
 from treg.data.pair import AnswerTokens, EncodeOptions, EncodeWork, Pair
 from treg.data.rows import Preference
 from treg.files import digest_of, file_digest, plain, remove_leftovers, replacing
@@ -80,13 +81,13 @@ class RowCache:
             return self
         with contextlib.ExitStack() as stack:
             if self.work.first:
-                stack.enter_context(_lock(self.file))
+                stack.enter_context(_lock(self.file, logging.WARNING))
                 self.work.wait()
                 self._read()
                 self.lock = stack.pop_all()  # until it is written
             else:
                 self.work.wait()  # the first has the lock
-                stack.enter_context(_lock(self.file))
+                stack.enter_context(_lock(self.file, logging.DEBUG))
                 self._read()
         return self
 
@@ -110,7 +111,8 @@ class RowCache:
         found = {name: x.values[x.offsets[i] : x.offsets[i + 1]] for name, x in arrays.items()}
         answers = {}
         for side in SIDES:
-            said = batch.column(f"{side}_said")[i].as_py().decode("utf-8", "surrogatepass")
+            said = batch.column(f"{side}_said")[i].as_py()
+            said = text_of(getattr(row, side)) if said is None else _decoded(said)
             answers[side] = AnswerTokens(found[f"{side}_scored"], found[f"{side}_content"], said)
         cut, notes = (batch.column(name)[i].as_py() for name in ("cut", "notes"))
         ids = (found[name] for name in ID_COLUMNS)
@@ -227,7 +229,7 @@ def _state_digest(tokenizer: Any) -> str:
 
 
 def _batch(kept: Sequence[tuple[bytes, Encoded]]) -> Any:
-    """Rows of the file. Text is kept as bytes, which may hold halves of characters."""
+    """Rows of the file. What an answer says is null where that is its text."""
     import pyarrow as pa
 
     pairs = [pair for _, (pair, _) in kept]
@@ -238,12 +240,23 @@ def _batch(kept: Sequence[tuple[bytes, Encoded]]) -> Any:
         answers = [x.answers[side] for x in pairs]
         columns[f"{side}_scored"] = _lists([x.scored for x in answers], pa.bool_())
         columns[f"{side}_content"] = _lists([x.content for x in answers], pa.bool_())
-        said = [x.said.encode("utf-8", "surrogatepass") for x in answers]
+        texts = [text_of(getattr(x.row, side)) for x in pairs]
+        both = zip(answers, texts, strict=True)
+        said = [None if x.said == text else _encoded(x.said) for x, text in both]
         columns[f"{side}_said"] = pa.array(said, pa.binary())
-    texts = pa.list_(pa.string())
-    columns["cut"] = pa.array([list(x.cut) for x in pairs], texts)
-    columns["notes"] = pa.array([notes for _, (_, notes) in kept], texts)
+    names = pa.list_(pa.string())
+    columns["cut"] = pa.array([list(x.cut) for x in pairs], names)
+    columns["notes"] = pa.array([notes for _, (_, notes) in kept], names)
     return pa.RecordBatch.from_pydict(columns)
+
+
+def _encoded(text: str) -> bytes:
+    """A text that may hold halves of characters."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _decoded(text: bytes) -> str:
+    return text.decode("utf-8", "surrogatepass")
 
 
 def _lists(values: Sequence[np.ndarray], kind: Any) -> Any:
@@ -278,9 +291,11 @@ def _whole(file: Path, key: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def _lock(file: Path, level: int) -> Iterator[None]:
     """A file for this process alone, once others are done with it; freed with the process, however
     it ends. Where files cannot be locked, each process works for itself.
+
+    level: of the word that it waits.
     """
     import fcntl
 
@@ -288,7 +303,11 @@ def _lock(file: Path) -> Iterator[None]:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             opened = stack.enter_context(open(file.with_suffix(".lock"), "w"))
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.log(level, "%s: waiting for another process that encodes these rows", file)
+                fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError as error:
             log.warning("%s: expected to lock it, got: %s", file, error)
         yield

@@ -42,14 +42,16 @@ def in_order(
         return
     before = multiprocessing.active_children()
     pool = _pool(encode, num_proc)
-    waiting: collections.deque = collections.deque()
+    waiting: collections.deque[tuple[Any, Any]] = collections.deque()
     try:
         for beside, rows in parts:
             waiting.append((beside, pool.submit(_call, rows) if rows else None))
             if len(waiting) > AHEAD * num_proc:
-                yield _result(*waiting.popleft(), num_proc)
+                beside, future = waiting.popleft()
+                yield beside, _result(future, num_proc)
         while waiting:
-            yield _result(*waiting.popleft(), num_proc)
+            beside, future = waiting.popleft()
+            yield beside, _result(future, num_proc)
         pool.shutdown()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -58,9 +60,9 @@ def in_order(
                 process.terminate()
 
 
-def _result(beside: Any, future: Any, num_proc: int) -> tuple[Any, list]:
+def _result(future: Any, num_proc: int) -> list:
     try:
-        return beside, [] if future is None else future.result()
+        return [] if future is None else future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise ChildProcessError(
             f"num_proc: one of {num_proc} processes that encode rows ended, as where memory runs "
