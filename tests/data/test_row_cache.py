@@ -22,7 +22,11 @@ def rows_of(count):
     """Text, turns of others within an answer, rows that cannot be used, and other columns."""
     rows = []
     for i in range(count):
-        row = {"prompt": f"The fox {i}", "chosen": f"the sun {i}", "rejected": "the\nmoon 🙂"}
+        row: dict[str, object] = {
+            "prompt": f"The fox {i}",
+            "chosen": f"the sun {i}",
+            "rejected": "the\nmoon 🙂",
+        }
         if i % 4 == 1:
             turns = [bot("a wood"), usr("and the owl?"), bot(f"says {i}")]
             row = {"prompt": [usr(f"q {i}")], "chosen": turns, "rejected": [bot("no")]}
@@ -49,7 +53,8 @@ def said(found):
             for side, x in pair.answers.items()
         }
         ids = [x.tolist() for x in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
-        kinds = [x.dtype for x in (pair.prompt_ids, pair.answers["chosen"].scored)]
+        arrays = (pair.prompt_ids, pair.answers["chosen"].scored)
+        kinds = [(x.dtype, x.flags.writeable) for x in arrays]
         row = dataclasses.asdict(pair.row)
         every.append((ids, kinds, row, pair.index, pair.cut, pair.truncated, answers))
     return every, dataclasses.asdict(report)
@@ -69,7 +74,7 @@ def encoded(monkeypatch):
 
 
 def load(source, folder, options=None, tokenizer=None, **more):
-    more = {"work": EncodeWork(cache=folder)} | more
+    more.setdefault("work", EncodeWork(cache=folder))
     return load_pairs(source, tokenizer or tiny_tokenizer(), options or EncodeOptions(60), **more)
 
 
@@ -181,7 +186,8 @@ def test_a_damaged_or_foreign_file_is_named_and_made_again(tmp_path, encoded, ca
     encoded.clear()
     assert said(load(source, tmp_path / "c")) == expected
     assert encoded == [0, 1] and str(file) in caplog.text
-    encoded.clear(), caplog.clear()
+    encoded.clear()
+    caplog.clear()
     load(source, tmp_path / "c")
     assert encoded == [] and not caplog.text
 
@@ -204,6 +210,7 @@ def stop(source, folder, at_work):
     def encode(self, rows):
         at_work.set()
         time.sleep(60)
+        return []
 
     _Encoder.encoded = encode
     load(source, folder)

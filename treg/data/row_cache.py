@@ -108,7 +108,8 @@ class RowCache:
         if self.work.first:
             self.used.setdefault(number, []).append(i)
         batch, arrays = self.batches[number], self.arrays[number]
-        found = {name: x.values[x.offsets[i] : x.offsets[i + 1]] for name, x in arrays.items()}
+        # copies, which do not keep the whole file in memory
+        found = {x: y.values[y.offsets[i] : y.offsets[i + 1]].copy() for x, y in arrays.items()}
         answers = {}
         for side in SIDES:
             said = batch.column(f"{side}_said")[i].as_py()
