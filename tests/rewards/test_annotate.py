@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import treg.rewards.annotate
-from treg.data import EncodeOptions, RowProblem, load_pairs
+from treg.data import EncodeOptions, EncodeWork, RowProblem, load_pairs
 from treg.data.annotated import (
     is_annotated,
     merge_annotated,
@@ -41,6 +41,7 @@ from treg.data.annotated import (
     tokenizer_fingerprint,
     write_annotated,
 )
+from treg.data.encode import _Encoder
 from treg.data.examples import ExampleLoader
 from treg.rewards import Context, ContrastivePrompts, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
@@ -506,6 +507,27 @@ def stopped(tmp_path, monkeypatch, after=2, name="a.parquet", **more):
     folder = tmp_path / f"{name}.parts"
     assert len(list(folder.glob("part-*.parquet"))) == after
     return folder
+
+
+def test_a_run_that_goes_on_does_not_encode_its_rows_again(tmp_path, monkeypatch, small_parts):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(10)))
+    folder = stopped(tmp_path, monkeypatch, data=data)
+    (kept,) = (folder / "_rows").glob("*.rows")
+    encoded, encode = [], _Encoder.encoded
+    monkeypatch.setattr(
+        _Encoder, "encoded", lambda self, rows: encoded.extend(rows) or encode(self, rows)
+    )
+    report, examples, _ = run(tmp_path, data=data)
+    assert not encoded and report.kept == len(examples) == 10
+    assert not folder.exists()
+    # nothing is kept beside a file that is there
+    run(tmp_path, data=data)
+    assert len(encoded) == 10 and not folder.exists()
+    # a folder of one's own stays
+    (tmp_path / "a.parquet").unlink()
+    run(tmp_path, data=data, work=EncodeWork(cache=tmp_path / "mine"))
+    assert kept.name in [x.name for x in (tmp_path / "mine").iterdir()] and not folder.exists()
 
 
 OTHER = {

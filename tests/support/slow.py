@@ -92,6 +92,7 @@ FUNCTIONS = {
         "test_filtered_and_shuffled",
         "test_no_bit_of_a_file_changes_unseen",
     ),
+    "data/test_row_cache.py": ("test_several_processes_are_one",),
     "demo/test_demo.py": ("test_demo",),
     "heads/test_heads.py": ("test_every_causal_lm", "test_without_a_row_the_check_refuses"),
     "integrations/test_cce.py": ("test_dtensor_equals_dense", "test_vocab_parallel_equals_dense"),

@@ -11,6 +11,7 @@ from treg.cli.loading import (
     signal_of,
 )
 from treg.cli.options import AnnotateOnlyOptions, ModelOptions, RewardsOptions, RowOptions, parse
+from treg.data import EncodeWork
 from treg.data.annotated import read_annotated
 from treg.data.mixture import check_there
 from treg.rewards.annotate import annotate, process_state
@@ -29,6 +30,7 @@ def run(argv: list[str]) -> None:
         reference=not own.no_reference,
         keep_columns=own.keep_columns or (),
     )
+    work = EncodeWork(rows.num_proc, rows.row_cache)
     tokenizer = load_tokenizer(
         model_options.tokenizer or model_options.model, model_options.chat_template
     )
@@ -48,6 +50,7 @@ def run(argv: list[str]) -> None:
             split=rows.split,
             strict=rows.strict,
             limit=rows.limit,
+            work=work,
         )
     if process_state().is_main_process:
         examples, _ = read_annotated(own.output)

@@ -72,6 +72,12 @@ class RowOptions:
         None, "What a chat template takes for today, as YYYY-MM-DD. Default: today.", "DATE"
     )
     limit: int | None = _option(None, "Look at the first rows only, of each source of --data.")
+    num_proc: int = _option(1, "Processes that tokenize, of more than 4,000 rows.", "N")
+    row_cache: str | None = _option(
+        None,
+        "A folder that keeps tokenized rows for other runs. Default: beside the output.",
+        "DIR",
+    )
     strict: bool = _option(
         False, "Stop at the first row that cannot be used, instead of counting it."
     )

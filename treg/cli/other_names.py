@@ -13,6 +13,7 @@ ALIASES = {
     "dataset_train_split": "split",
     "dataset_test_split": "eval_split",
     "eval_dataset_name": "eval_data",
+    "dataset_num_proc": "num_proc",
     "chat_template_path": "chat_template",
     "padding_free": "packing",
     "activation_checkpointing": "gradient_checkpointing",  # transformers before it had the first
@@ -31,7 +32,6 @@ INSTEAD = {
     "interleave_probs": "--data_weights says how many times the rows of each source of --data go "
     "into an epoch of `treg train`",
     "dataset_mixer": "--data takes several sources, --data_weights of `treg train` their fractions",
-    "dataset_num_proc": "rows are read in one process",
     "lora_task_type": "the task is always a causal LM",
     "model_revision": "download that revision, and give its folder as --model",
     "label_pad_token_id": "tokens that are not scored are -100",

@@ -35,14 +35,15 @@ from treg.cli.options import (
 from treg.cli.quantized import check_4bit, quantization
 from treg.cli.runs import claim_run, finish, finished, going_on_from
 from treg.cli.samples import Samples, check_whole, read_prompts
-from treg.data import EncodeOptions, load_pairs
+from treg.data import EncodeOptions, EncodeWork, load_pairs
 from treg.data.annotated import is_annotated, read_annotated, read_meta, streams_of
 from treg.data.batches import LOSS_STREAMS
 from treg.data.examples import examples_of
 from treg.data.mixture import Mixture, check_there, checked_weights, mixed_lines
 from treg.files import last_checkpoint, locked, writing
 from treg.rewards import streams_given
-from treg.rewards.annotate import annotate, process_state
+from treg.rewards.annotate import annotate, process_state, shared_work
+from treg.rewards.parts import ROWS
 from treg.rewards.progress import counted_rows
 from treg.trainer import TRegConfig, TRegTrainer
 from treg.viz import plot_curves
@@ -54,6 +55,7 @@ MAY_CHANGE = words(
     output_dir log save eval report_to run_name disable_tqdm push_to hub dataloader memory_budget
     ignore_fingerprint load_best metric_for greater_is project trackio include do_ resume prediction
     torch_empty batch_eval sample_ merge_adapter strict tokens_per_batch no_share_prefix
+    num_proc row_cache
     """
 )
 
@@ -150,6 +152,7 @@ def _check(options: Options) -> None:
     checked_weights(options.own.data_weights, options.data)
     _check_own(options)
     raw = [x for x in data if not is_annotated(x)]
+    EncodeWork(options.rows.num_proc)
     limit = options.rows.limit
     if limit is not None and len(raw) < len(data):
         raise ValueError(
@@ -392,9 +395,18 @@ class _DataPreparation:
                 limit=rows.limit,
                 known=columns,
                 on_rows=on_rows,
+                work=shared_work(self._work),
             )
         say(f"{name}: {report}")
         return examples_of(pairs, columns)
+
+    @property
+    def _work(self) -> EncodeWork:
+        """Rows are kept in the run's folder, from which a run that was stopped goes on. What is
+        named with "_" is not pushed to the hub.
+        """
+        rows = self.options.rows
+        return EncodeWork(rows.num_proc, rows.row_cache or self.out / ROWS)
 
     def _annotated(self, source: str, name: str, split: str) -> str:
         config, rows = self.options.config, self.options.rows
@@ -416,6 +428,7 @@ class _DataPreparation:
                 split=split,
                 strict=rows.strict,
                 limit=rows.limit,
+                work=self._work,
             )
         say(f"{name}: {report}")
         return str(output)

@@ -7,7 +7,7 @@ from treg.data.examples import ExampleLoader
 from treg.data.messages import Messages, common_prefix, shown_text, text_of
 from treg.data.mixture import Mixture
 from treg.data.names import parse_columns
-from treg.data.pair import EncodeOptions, Pair
+from treg.data.pair import EncodeOptions, EncodeWork, Pair
 from treg.data.reading import read_rows
 from treg.data.rendering import Renderer, answer_end, conversation
 from treg.data.report import Report, RowProblem, described
@@ -17,6 +17,7 @@ __all__ = [
     "LOSS_KEYS",
     "SIDES",
     "EncodeOptions",
+    "EncodeWork",
     "ExampleLoader",
     "Messages",
     "Mixture",

@@ -18,15 +18,19 @@ import numpy as np
 from treg.data.annotated import is_annotated
 from treg.data.answers import RenderedAnswer, render_answer, render_prompt
 from treg.data.batches import SIDES
+from treg.data.cuts import CutTexts, cutting_tokens
 from treg.data.messages import PROBE, Messages, common_prefix
-from treg.data.pair import AnswerTokens, EncodeOptions, Pair
+from treg.data.pair import AnswerTokens, EncodeOptions, EncodeWork, Pair
 from treg.data.pieces import token_pieces
 from treg.data.reading import read_rows
 from treg.data.rendering import Renderer
 from treg.data.report import Report, RowProblem, described
+from treg.data.row_cache import RowCache, row_cache
 from treg.data.rows import Preference, parse_row
+from treg.data.workers import in_order
 
 DEFAULTS = EncodeOptions()
+ONE_PROCESS = EncodeWork()
 ROWS_TOGETHER = 256  # rows whose texts are tokenized in one call, which uses all cores
 
 
@@ -40,6 +44,7 @@ def load_pairs(
     limit: int | None = None,
     known: Collection[str] = (),
     on_rows: Callable[[int], Any] = lambda rows: None,
+    work: EncodeWork = ONE_PROCESS,
 ) -> tuple[list[Pair], Report]:
     """Every usable pair of a source, and what became of the other rows.
 
@@ -48,6 +53,7 @@ def load_pairs(
         strict: raise RowProblem at the first row that cannot be used, instead of counting it.
         known: names of columns of text that somebody reads, see `treg.data.names`.
         on_rows: is told how many rows more were looked at.
+        work: how many processes encode, and where encoded rows are kept for the next time.
     Raises:
         ValueError: the source cannot be read, or holds no usable row; the message says what became
             of the rows.
@@ -60,21 +66,23 @@ def load_pairs(
         )
     report = Report(strict)
     pairs: list[Pair] = []
-    encoder = _Encoder(tokenizer, options.dated(tokenizer), known)
+    options = options.dated(tokenizer)
     rows = enumerate(itertools.islice(read_rows(source, split), limit))
-    for part in _parts(rows, ROWS_TOGETHER):
-        for found in encoder.pairs(part):
-            report.seen += 1
-            if isinstance(found, RowProblem):
-                report.problem(found)
-                continue
-            pair, notes = found
-            report.kept += 1
-            report.truncated += pair.truncated
-            for note in notes:
-                report.note(RowProblem(note, "", pair.row.where))
-            pairs.append(pair)
-        on_rows(len(part))
+    encoder = _Encoder(tokenizer, options, known)
+    with row_cache(work, source, split, tokenizer, options) as cache:
+        for part in encoder.parts(_parts(rows, ROWS_TOGETHER), cache, work.num_proc):
+            for found in part:
+                report.seen += 1
+                if isinstance(found, RowProblem):
+                    report.problem(found)
+                    continue
+                pair, notes = found
+                report.kept += 1
+                report.truncated += pair.truncated
+                for note in notes:
+                    report.note(RowProblem(note, "", pair.row.where))
+                pairs.append(pair)
+            on_rows(len(part))
     if not pairs:
         raise ValueError(f"data: expected at least one usable row, found none: {report}")
     return pairs, report
@@ -142,23 +150,55 @@ class _Encoder:
         if self.chat is None:
             self.chat = tokenizer.chat_template is not None
 
-    def pairs(self, rows: Sequence[tuple[int, tuple[str, Any]]]) -> list:
-        """For each (index, (where, row)) a pair with its notes, or its RowProblem."""
+    def parts(self, parts: Iterable[list], cache: RowCache, num_proc: int) -> Iterator[list]:
+        """For each part of (index, (where, row)) what becomes of its rows: a pair with its notes,
+        from the cache where it is there, or a RowProblem.
+        """
+        missing = (self._missing(part, cache) for part in parts)
+        for (rows, found), encoded in in_order(self.encoded, missing, num_proc):
+            new = iter(encoded)
+            done = []
+            for row, x in zip(rows, found, strict=True):
+                x = next(new) if x is None else x
+                if not isinstance(x, RowProblem) and x[0].row is not row:
+                    x = (x[0].of_row(row), x[1])
+                    cache.add(x)
+                done.append(x)
+            yield done
+
+    def _missing(self, part: list, cache: RowCache) -> tuple[tuple[list, list], list]:
+        """((rows, what is known of each), (index, row) of those of which nothing is)."""
+        rows, found, missing = [], [], []
+        for index, (where, given) in part:
+            row = x = None
+            try:
+                row = self._parsed(given, where)
+                x = cache.find(row, index)
+            except RowProblem as problem:
+                x = problem
+            rows.append(row)
+            found.append(x)
+            if row is not None and x is None:
+                # what is not encoded may be large, and stays here
+                missing.append((index, dataclasses.replace(row, columns={}, given={})))
+        return (rows, found), missing
+
+    def _parsed(self, row: Any, where: str) -> Preference:
+        if isinstance(row, RowProblem):
+            raise row
+        parsed = parse_row(
+            row, where, chat=bool(self.chat), columns=self.options.columns, known=self.known
+        )
+        self._check_not_rendered(parsed)
+        return parsed
+
+    def encoded(self, rows: Sequence[tuple[int, Preference]]) -> list:
+        """For each (index, row) a pair with its notes, or its RowProblem."""
         found: list[Any] = []
         texts = []
-        for index, (where, row) in rows:
+        for index, row in rows:
             try:
-                if isinstance(row, RowProblem):
-                    raise row
-                preference = parse_row(
-                    row,
-                    where,
-                    chat=bool(self.chat),
-                    columns=self.options.columns,
-                    known=self.known,
-                )
-                self._check_not_rendered(preference)
-                texts.append((index, self.texts(preference)))
+                texts.append((index, self.texts(row)))
                 found.append(None)
             except RowProblem as problem:
                 found.append(problem)
@@ -303,15 +343,19 @@ class _Encoder:
             texts = [wanted[i][1] for i in at]
             fast = bool(getattr(self.tokenizer, "is_fast", False))
             more = {"return_offsets_mapping": True} if fast else {}
+            # three texts a row: the prompt and both sides
+            rows = [texts[k : k + 3] for k in range(0, len(texts), 3)]
+            cut = CutTexts(rows, () if plain else cutting_tokens(self.tokenizer))
             # verbose=False: no warning about lengths, which max_length sees to later
-            got = self.tokenizer(texts, add_special_tokens=plain, verbose=False, **more)
-            for k, i in enumerate(at):
-                ids = got["input_ids"][k]
-                if fast:
-                    places = got["offset_mapping"][k]
-                else:
-                    places = _places(ids, self.tokenizer, texts[k])
-                found[i] = _Ids(ids, places)
+            got = self.tokenizer(cut.pieces, add_special_tokens=plain, verbose=False, **more)
+            ids = got["input_ids"]
+            if fast:
+                places = got["offset_mapping"]
+            else:
+                both = zip(ids, cut.pieces, strict=True)
+                places = [_places(x, self.tokenizer, text) for x, text in both]
+            for i, joined in zip(at, cut.joined(ids, places), strict=True):
+                found[i] = _Ids(*joined)
         return found
 
     def _pair(self, index: int, texts: _Texts, alone: _Ids, sides: Sequence[_Ids]) -> Pair:

@@ -55,10 +55,15 @@ def shown_text(message: dict[str, Any]) -> str:
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
     """How many elements both begin with; a and b are lists or strings."""
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if a[i] != b[i])
+    alike, end = 0, min(len(a), len(b))
+    # all before alike agrees; whether it goes on to the middle, a comparison of slices tells
+    while alike < end:
+        middle = (alike + end + 1) // 2
+        if a[alike:middle] == b[alike:middle]:
+            alike = middle
+        else:
+            end = middle - 1
+    return alike
 
 
 def common_suffix(a: str, b: str) -> int:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from treg.data.annotated import ID_COLUMNS
 from treg.data.batches import SIDES
+from treg.data.messages import text_of
 from treg.data.names import Columns, parse_columns
 from treg.data.rendering import template_variables
 from treg.data.rows import Preference
@@ -50,6 +53,15 @@ class Pair:
     cut: tuple[str, ...] = ()
     answers: dict[str, AnswerTokens] = field(default_factory=dict, compare=False, repr=False)
     date: datetime.date | None = field(default=None, compare=False, repr=False)
+
+    def of_row(self, row: Preference) -> "Pair":
+        """The same pair with this row, whose texts it does not hold twice."""
+        answers = {}
+        for side, answer in self.answers.items():
+            text = text_of(getattr(row, side))
+            same = answer.said == text
+            answers[side] = dataclasses.replace(answer, said=text) if same else answer
+        return dataclasses.replace(self, row=row, answers=answers)
 
     @property
     def truncated(self) -> bool:
@@ -131,3 +143,27 @@ class EncodeOptions:
         if not any("strftime_now" in template_variables(x) for x in templates):
             return self
         return dataclasses.replace(self, date=self.day.isoformat())
+
+
+@dataclass(frozen=True)
+class EncodeWork:
+    """How the work of encoding is done, which changes nothing of what comes out.
+
+    Args:
+        num_proc: >= 1, processes that encode. A script that asks for several needs
+            `if __name__ == "__main__":` around what it does, as it is imported by each of them.
+        cache: a folder in which encoded rows are kept for the next time (see
+            `treg.data.row_cache`); None: they are not kept.
+        first: whether this process encodes what is not kept yet, where several have one cache. The
+            others wait for it, and find it there.
+        wait: called by all of them, returns once all have come there.
+    """
+
+    num_proc: int = 1
+    cache: str | Path | None = None
+    first: bool = True
+    wait: Callable[[], Any] = lambda: None
+
+    def __post_init__(self):
+        if not isinstance(self.num_proc, int) or self.num_proc < 1:
+            raise ValueError(f"num_proc: expected a positive integer, got {self.num_proc!r}")

@@ -39,6 +39,10 @@ class RowProblem(ValueError):
         self.detail = detail
         self.where = where
 
+    def __reduce__(self) -> tuple:
+        """From other processes it comes as it is."""
+        return type(self), (self.reason, self.detail, self.where)
+
 
 @dataclass
 class Report:

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from treg.data import SIDES, Pair, Report, RowProblem, pair_tokens
+from treg.data import SIDES, EncodeWork, Pair, Report, RowProblem, pair_tokens
 from treg.data.annotated import (
     is_annotated,
     merge_annotated,
@@ -44,7 +44,7 @@ from treg.rewards.base import check_response
 from treg.rewards.cutting import cut_parts, kept_on_interrupt, part_tokens
 from treg.rewards.kept import KeptColumns
 from treg.rewards.made_with import check_same, comparable, made_with_of
-from treg.rewards.parts import Parts, claimed
+from treg.rewards.parts import ROWS, Parts, claimed
 from treg.rewards.progress import Progress, counted_rows
 from treg.rewards.response import ResponsePairs
 from treg.rewards.shaping import Step, score_shaped
@@ -52,6 +52,7 @@ from treg.rewards.shaping import Step, score_shaped
 log = logging.getLogger(__name__)
 
 DEFAULTS = AnnotateOptions()
+ONE_PROCESS = EncodeWork()
 PART_PAIRS = 32  # at most
 
 
@@ -66,6 +67,7 @@ def annotate(
     strict: bool = False,
     limit: int | None = None,
     progress: bool = True,
+    work: EncodeWork = ONE_PROCESS,
 ) -> Report:
     """Annotate the pairs of source with model into output, a parquet file (see
     `treg.data.annotated`).
@@ -79,6 +81,7 @@ def annotate(
         model: a Hugging Face causal LM, on its device; it is put into eval mode.
         source, split, strict, limit: see `treg.data.load_pairs`. source may be several paths in a
             list: their rows follow one another, and `where` says whose each is; limit is of each.
+        work: how rows are encoded. Without a folder of its own they are kept among the parts.
     Returns:
         What became of the rows.
     Raises:
@@ -91,6 +94,9 @@ def annotate(
     state = process_state()
     options = replace(options, encode=options.encode.dated(tokenizer))
     known = {*options.keep_columns, *columns_read(options.rewards, options.source_options)}
+    if work.cache is None and not output.exists():
+        work = replace(work, cache=Path(f"{output}.parts") / ROWS)
+    work = shared_work(work)
     with counted_rows(progress and state.is_main_process) as rows:
         pairs, report = load_sources(
             source,
@@ -101,6 +107,7 @@ def annotate(
             limit=limit,
             known=known,
             on_rows=rows,
+            work=work,
         )
     # the longest first: memory runs out early
     order = sorted(pairs, key=lambda pair: (-pair_tokens(vars(pair)), pair.index))
@@ -272,6 +279,14 @@ def process_state() -> PartialState:
     return PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     )
+
+
+def shared_work(work: EncodeWork) -> EncodeWork:
+    """The same where several processes have one cache: the first encodes, the others wait for it
+    where they have its folder.
+    """
+    state = process_state()
+    return replace(work, first=state.is_main_process, wait=state.wait_for_everyone)
 
 
 def annotate_pairs(

@@ -3,6 +3,7 @@
     manifest.json               what the annotation is made with
     part-N.parquet              the rows of some pairs, and in the metadata whose they are
     part-N.parquet.sha256       of that file's bytes; written after it
+    _rows                       the rows as they are encoded (see `treg.data.row_cache`)
     lock
 
 A part counts if its bytes have that checksum, and if it says that it is this part of this run.
@@ -17,6 +18,7 @@ from typing import Any
 
 from treg.data import Pair
 from treg.data.annotated import read_meta
+from treg.data.row_cache import remove_row_cache
 from treg.data.tables import read_parquet
 from treg.files import file_digest, locked, read_json, replacing, write_json
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PART = re.compile(r"part-\d{5,}\.parquet(\.sha256)?(\.(treg-)?\d+\.tmp)?")
+ROWS = "_rows"  # the folder of rows that are encoded
 OTHERS = re.compile(r"manifest\.json(\.treg-\d+\.tmp)?")
 
 
@@ -94,6 +97,7 @@ class Parts:
                 if names.fullmatch(file.name):
                     file.unlink(missing_ok=True)
         (self.folder / "lock").unlink(missing_ok=True)
+        remove_row_cache(self.folder / ROWS)
         with contextlib.suppress(OSError):  # files of somebody else
             self.folder.rmdir()
 
