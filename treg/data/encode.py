@@ -19,13 +19,14 @@ from treg.data.answers import RenderedAnswer, render_answer, render_prompt
 from treg.data.batches import SIDES
 from treg.data.messages import PROBE, Messages, common_prefix
 from treg.data.pair import AnswerTokens, EncodeOptions, Pair
-from treg.data.pieces import token_pieces
+from treg.data.pieces import text_places, token_pieces
 from treg.data.reading import read_rows
 from treg.data.rendering import Renderer
 from treg.data.report import Report, RowProblem, described
 from treg.data.rows import Preference, parse_row
 
 DEFAULTS = EncodeOptions()
+UNPLACED = RowProblem("tokens unplaced", "the tokenizer's tokens do not give the text back")
 ROWS_TOGETHER = 256  # rows whose texts are tokenized in one call, which uses all cores
 
 
@@ -268,6 +269,9 @@ class _Encoder:
                 continue
             alone, *sides = next(ids), next(ids), next(ids)
             try:
+                for tokens in (alone, *sides):
+                    if isinstance(tokens, RowProblem):
+                        raise tokens
                 pair = self._pair(index, texts, alone, sides)
             except RowProblem as problem:
                 found.append(RowProblem(problem.reason, problem.detail, texts.row.where))
@@ -299,18 +303,25 @@ class _Encoder:
             at = [i for i, (kind, _) in enumerate(wanted) if kind == plain]
             if not at:
                 continue
-            texts = [wanted[i][1] for i in at]
-            fast = bool(getattr(self.tokenizer, "is_fast", False))
-            more = {"return_offsets_mapping": True} if fast else {}
-            # verbose=False: no warning about lengths, which max_length sees to later
-            got = self.tokenizer(texts, add_special_tokens=plain, verbose=False, **more)
-            for k, i in enumerate(at):
-                ids = got["input_ids"][k]
-                if fast:
-                    places = got["offset_mapping"][k]
-                else:
-                    places = _places(ids, self.tokenizer, texts[k])
-                found[i] = _Ids(ids, places)
+            for i, ids in zip(at, self._tokens([wanted[i][1] for i in at], plain), strict=True):
+                found[i] = ids
+        return found
+
+    def _tokens(self, texts: list[str], plain: bool) -> "list[_Ids | RowProblem]":
+        fast = bool(getattr(self.tokenizer, "is_fast", False))
+        more = {"return_offsets_mapping": True} if fast else {}
+        # verbose=False: no warning about lengths, which max_length sees to later
+        got = self.tokenizer(texts, add_special_tokens=plain, verbose=False, **more)
+        ids = got["input_ids"]
+        if fast:
+            return [_Ids(*x) for x in zip(ids, got["offset_mapping"], strict=True)]
+        bare = ids
+        if plain:
+            bare = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        found = []
+        for whole, own, text in zip(ids, bare, texts, strict=True):
+            places = _places(whole, own, self.tokenizer, text)
+            found.append(UNPLACED if places is None else _Ids(whole, places))
         return found
 
     def _pair(self, index: int, texts: _Texts, alone: _Ids, sides: Sequence[_Ids]) -> Pair:
@@ -392,17 +403,20 @@ def _answer_tokens(answer: RenderedAnswer, places: Sequence[tuple[int, int]]) ->
     return AnswerTokens(scored, content & scored, answer.said)
 
 
-def _places(ids: Sequence[int], tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """The characters of a text that each token holds, by what it adds to the decoded text.
+def _places(
+    ids: Sequence[int], own: Sequence[int], tokenizer: Any, text: str
+) -> list[tuple[int, int]] | None:
+    """The characters of a text that each token holds, by what it adds to the decoded text; (0, 0)
+    of special tokens that the tokenizer adds. None if the decoded text is another one.
 
-    Raises:
-        RowProblem: the decoded text is another one.
+    own: the text's ids without those special tokens.
     """
-    pieces = token_pieces(ids, tokenizer)
-    if not text.startswith("".join(pieces).strip()):
-        raise RowProblem("tokens unplaced", "the tokenizer's tokens do not give the text back")
-    ends = list(itertools.accumulate(map(len, pieces), initial=0))
-    return list(itertools.pairwise(ends))
+    before = (i for i in range(len(ids) - len(own) + 1) if ids[i : i + len(own)] == own)
+    start = next(before, None)
+    places = text_places(token_pieces(own, tokenizer), text)
+    if start is None or places is None:
+        return None
+    return [(0, 0)] * start + places + [(0, 0)] * (len(ids) - start - len(own))
 
 
 @functools.lru_cache(maxsize=16)
