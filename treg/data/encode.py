@@ -216,7 +216,11 @@ class _Encoder:
         return _Texts(row, prompt, answers)
 
     def _check_short(self, prompt: str) -> None:
-        """RowProblem for a prompt that cannot fit, whatever its tokens are."""
+        """RowProblem for a prompt of more characters than max_length of the longest tokens hold.
+
+        Differs: so is one that would fit because its tokenizer drops characters, or has one token
+        for many that it does not know.
+        """
         limit = self._characters
         if limit is not None and len(prompt) > limit:
             raise RowProblem(
@@ -443,10 +447,17 @@ def _openings_of(tokenizer: Any, template: str) -> tuple[str, ...]:
 
 
 def prompt_text(
-    tokenizer: Any, messages: Messages, tools: list | None = None, kwargs: dict | None = None
+    tokenizer: Any,
+    messages: Messages,
+    tools: list | None = None,
+    kwargs: dict | None = None,
+    *,
+    strict: bool = True,
 ) -> str:
-    """Messages through the chat template, up to where the assistant's next words begin."""
-    return Renderer(tokenizer, tools, kwargs).prompt(messages)
+    """Messages through the chat template, up to where the assistant's next words begin. strict: as
+    in `Renderer`.
+    """
+    return Renderer(tokenizer, tools, kwargs, strict=strict).prompt(messages)
 
 
 def _messages(value: Messages | str) -> Messages:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from treg.data.messages import PROBE, Messages, common_prefix
+from treg.data.messages import Messages, common_prefix, probe
 
 WINDOW = 64  # tokens decoded together
 REACH = 8  # tokens on either side of a window that settle its first and last characters
@@ -124,7 +124,7 @@ def content_places(
     found = []
     for i, message in enumerate(answer):
         before = [*prompt, *answer[:i]]
-        other = agree([*before, {**message, "content": PROBE}, *answer[i + 1 :]])
+        other = agree([*before, {**message, "content": probe(message)}, *answer[i + 1 :]])
         assistants = message["role"] == "assistant"
         found.append([*other, *agree(before, add_generation_prompt=assistants)])
     return found
