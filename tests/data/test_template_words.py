@@ -132,7 +132,7 @@ def test_the_hint_for_variables_that_nothing_reads():
 CALLS = CHATML.replace(
     "{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
 )
-PLAIN = CHATML.replace("style is defined", "false")
+PLAIN = CHATML.replace("style", "tone")  # which reads no style
 
 
 def judged(template):
@@ -200,7 +200,7 @@ def test_bounds_lie_at_special_tokens():
 
 
 def test_renderings_of_a_long_answer_are_few(monkeypatch):
-    """Three a turn, and a few more."""
+    """Three a turn, four of the assistant's, and a few more."""
     calls = []
     inner = Renderer._render
     monkeypatch.setattr(Renderer, "_render", lambda *x: calls.append(1) or inner(*x))
@@ -210,4 +210,4 @@ def test_renderings_of_a_long_answer_are_few(monkeypatch):
         calls.clear()
         pair_of(CHATML, {"prompt": Q, "chosen": answer, "rejected": [bot("zz")]}, max_length=None)
         counts.append(len(calls))
-    assert np.diff(counts)[0] <= 10 * 4
+    assert np.diff(counts)[0] == 5 * 3 + 5 * 4
