@@ -10,7 +10,8 @@ A row is one of
 under the names that `treg.data.names` knows (question, instruction and input, ...), or that
 `columns` gives. Messages may be a string of JSON, and exchanges {input, output}. A row may have
 `system`, `history` (pairs of question and answer that precede the prompt), `tools` and
-`chat_template_kwargs`, of which the last two go on to the chat template. A column of text that nothing reads is refused by name.
+`chat_template_kwargs`, of which the last two go on to the chat template. A column of text that
+nothing reads is refused by name.
 
 Text is taken as it is, blanks included, but for the turns of an HH dialogue.
 """
