@@ -185,8 +185,10 @@ def _turns(
             # the message may begin like what opens it
             place = begin if at < 0 else min(at + len(opening), differs)
             begin = max(begin, place)
-        if message["role"] == "assistant" and _writes_thoughts(whole[place:stop], message):
-            # thoughts are said together with what marks them, wherever the message keeps them
+        own = message["role"] == "assistant" and opening.strip()
+        if own and _writes_thoughts(whole[place:stop], message):
+            # thoughts are said together with what marks them, wherever the message keeps them;
+            # where nothing opens the turn, its header may stand before them
             begin = min(begin, stop - len(whole[place:stop].lstrip()))
         end = len(whole)
         if i < last:
