@@ -110,7 +110,11 @@ def render_answer(
             start = max(floor, min(start, render.bound(whole, own)))
             before = alone[:start]
     own, said, notes = [], [], []
-    opening = "" if begun else before[common_prefix(before, render(prompt)) :]
+    # what opens the turn matters where the answer is not all beyond it as it is
+    thinks = any(answer[0].get(name) for name in REASONING)
+    opening = ""
+    if not begun and (thinks or answer[0]["content"].strip() not in whole[start:]):
+        opening = before[common_prefix(before, render(prompt)) :]
     turns = _turns(render, whole, prompt, answer, (opening, start))
     for message, (opening, span, content) in zip(answer, turns, strict=True):
         if message["role"] == "assistant":
