@@ -56,6 +56,19 @@ READ = {  # columns beside the answers, and the prompt that they are
         {"prompt": "q", "prompt_id": "x y", "source": "a b", "chosen_model": "m n", "score": 1.5},
         [usr("q")],
     ),
+    "exchanges": (
+        {"conversation": [{"input": "a", "output": "b"}, {"input": "q", "output": None}]},
+        [usr("a"), bot("b"), usr("q")],
+    ),
+    "exchanges-of-history": (
+        {"prompt": "q", "history": [{"input": "a", "output": "b"}]},
+        [usr("a"), bot("b"), usr("q")],
+    ),
+    "json-of-one-message": ({"prompt": json.dumps(usr("q"))}, [usr("q")]),
+    "json-object-that-is-no-message": (
+        {"prompt": '{"from": "0x1f", "value": 3}'},
+        [usr('{"from": "0x1f", "value": 3}')],
+    ),
     "list-that-is-json-no-messages": ({"prompt": '[{"a": 1}]'}, [usr('[{"a": 1}]')]),
 }
 
@@ -70,8 +83,31 @@ def test_columns_that_are_read(form):
 
 
 def test_answers_as_strings_of_json():
-    row = {"prompt": "q", "chosen": json.dumps([bot("x")]), "rejected": json.dumps([bot("y")])}
-    assert parse_row(row, chat=True).chosen == [bot("x")]
+    call = msg("assistant", None, tool_calls=[{"function": {"name": "f", "arguments": {}}}])
+    del call["content"]
+    for one, read in ((bot("x"), bot("x")), (call, call | {"content": ""})):
+        for form in ([one], one):
+            row = {"prompt": "q", "chosen": json.dumps(form), "rejected": json.dumps([bot("y")])}
+            assert parse_row(row, chat=True).chosen == [read]
+
+
+BROKEN = {
+    "Python's list": ("[{'content': 'x', 'role': 'assistant'}]", "broken JSON"),
+    "Python's object": ("{'role': 'assistant', 'content': 'x'}", "broken JSON"),
+    "newline within": ('[{"role": "assistant", "content": "x\n"}]', "broken JSON"),
+    "some are messages": ('[{"role": "assistant", "content": "x"}, {"name": "f"}]', "mixed types"),
+    "a user's": ('[{"role": "user", "content": "x"}]', "prompts differ"),
+    "one side alone": ('[{"role": "assistant", "content": "x"}]', "mixed types"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_messages_as_text_are_never_an_answer(case):
+    text, reason = BROKEN[case]
+    other = "y" if case == "one side alone" else text.replace("x", "y")
+    with pytest.raises(RowProblem) as problem:
+        parse_row({"prompt": "q", "chosen": text, "rejected": other}, chat=True)
+    assert problem.value.reason == reason
 
 
 REFUSED = {
@@ -97,6 +133,27 @@ REFUSED = {
         "unknown column 'thread'",
         "messages",
     ),
+    "several-unknown": (
+        {"prompt": "q", "labelling_prompt": [sys("rate")], "raw_response": "a", "order": ["x"]},
+        "unknown column 'labelling_prompt'",
+        "or leave out all that nothing reads with --columns labelling_prompt=,raw_response=",
+    ),
+    "objects-of-texts": (
+        {"prompt": "q", "documents": [{"title": "t", "text": "a text"}]},
+        "unknown column 'documents'",
+        "",
+    ),
+    "exchanges-that-nobody-reads": (
+        {"prompt": "q", "thread": [{"input": "a", "output": "b"}]},
+        "unknown column 'thread'",
+        "messages",
+    ),
+    "answered-exchange": (
+        {"conversation": [{"input": "q", "output": "a"}]},
+        "answered already",
+        "the last input of the prompt has an output",
+    ),
+    "exchange-of-number": ({"conversation": [{"input": 3}]}, "mixed types", "prompt[0].input"),
     "no-prompt": ({"body": "a text"}, "unknown column 'body'", "--columns NEW=body"),
     "nothing": ({}, "no prompt", "--columns prompt=NAME"),
     "two-prompts": (
@@ -318,3 +375,43 @@ def test_dialogues_bring_their_prompt(prompt):
     row = {"prompt": prompt, "chosen": [*before, bot("x")], "rejected": [*before, bot("y")]}
     read = parse_row(row, chat=True)
     assert (read.prompt, read.chosen, read.rejected) == (before, [bot("x")], [bot("y")])
+
+
+KEYS = ({"id": 1}, {"message_id": "a", "timestamp": "now"}, {"weight": 0, "train": False})
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("form", ["dialogues", "with prompt", "last question"])
+def test_what_is_about_a_message_makes_no_other_prompt(form, keys):
+    """Such as its id: templates do not read it."""
+    before = [usr("a"), bot("b"), usr("q")]
+    other = [message | keys for message in before]
+    row = {"chosen": [*before, bot("x")], "rejected": [*other, bot("y", **keys)]}
+    if form != "dialogues":
+        row["prompt"] = other if form == "with prompt" else other[-1:]
+    read = parse_row(row, chat=True)
+    assert [(x["role"], x["content"]) for x in read.prompt] == [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "q"),
+    ]
+    assert read.chosen[0]["content"] == "x" and read.rejected[0]["content"] == "y"
+    row["rejected"][-1]["content"] = "x"
+    with pytest.raises(RowProblem, match="identical completions"):
+        parse_row(row, chat=True)
+
+
+@pytest.mark.parametrize("keys", [{"name": "Ann"}, {"tool_call_id": "a"}, {"content": "c"}])
+def test_what_a_template_may_read_makes_another_prompt(keys):
+    row = {"chosen": [usr("q"), bot("x")], "rejected": [usr("q") | keys, bot("y")]}
+    with pytest.raises(RowProblem, match="prompts differ"):
+        parse_row(row, chat=True)
+
+
+def test_a_conversation_of_exchanges_that_repeats_an_answer_is_a_copy():
+    dialogues = {side: [usr("q"), bot(x)] for side, x in ANSWERS.items()}
+    row = {"prompt": "q", **dialogues, "conversation": [{"input": "q", "output": "the moon"}]}
+    assert parse_row(row, chat=True).prompt == [usr("q")]
+    row["conversation"][0]["output"] = "the wood"
+    with pytest.raises(RowProblem, match="two columns of one meaning"):
+        parse_row(row, chat=True)

@@ -733,6 +733,25 @@ def test_bad_input(tmp_path):
         )
 
 
+@pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("bad", [VOCAB, -1])
+def test_ids_without_an_embedding_are_named(tmp_path, side, bad):
+    """Not an IndexError, or a device's assert."""
+    pairs = make_pairs(3)
+    model, reference = make_model(), make_model()
+    trainer = make_trainer(tmp_path, model, pairs, reference)
+    pairs[2][f"{side}_ids"][-1] = bad
+    message = rf"expected token ids from 0 to {VOCAB - 1}.* {bad} in {side}_ids of pair 2"
+    with pytest.raises(ValueError, match=f"train_dataset: {message}"):
+        make_trainer(tmp_path, model, pairs, reference)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model, pairs, reference, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match=f"eval_dataset: {message}"):
+        make_trainer(tmp_path, model, make_pairs(3), reference, eval_pairs=pairs)
+    with pytest.raises(ValueError, match=f"eval_dataset: {message}"):
+        trainer.evaluate(dataset(pairs))
+
+
 def test_references_of_cut_sequences_are_refused_later_too(tmp_path):
     """In a stream, and in what evaluate() is given; with ld_alpha they are not used there
     either.

@@ -2,6 +2,7 @@
 What is computed over an answer's tokens together sees them alone.
 """
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -218,5 +219,19 @@ def test_the_day_of_a_row_is_that_of_the_judges_requests():
     # the bounds of messages are looked for in the conversation of that day
     assert set(response.messages.tolist()) == {0, 1, 2}
     assert response.spans is not None
-    other = dataclasses.replace(response, date=None)
+    other = dataclasses.replace(response, date=None)  # today
     assert source.contexts(other)[0] != source.contexts(response)[0]
+
+
+def test_the_day_of_a_row_is_that_of_the_reward_models_template():
+    def dated():
+        tokenizer = copy.deepcopy(judge_tokenizer())
+        tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + tokenizer.chat_template
+        return tokenizer
+
+    row = {"prompt": [usr("what?")], "chosen": TURNS, "rejected": [bot("no")]}
+    ((pair,), _) = load_pairs([row], TOKENIZER, EncodeOptions(256, date="2024-07-26"), strict=True)
+    response = Response.of_pair(pair, "chosen", TOKENIZER)
+    source = made(Context(MODEL, TOKENIZER), "redistribution", model=judge("llama", dated))
+    said = source.reward_model.tokenizer.decode(source.reading(response).ids)
+    assert said.startswith("2024-07-26 ")

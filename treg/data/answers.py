@@ -17,9 +17,10 @@ from treg.data.messages import (
     Messages,
     common_prefix,
     common_suffix,
+    probe,
     turn,
 )
-from treg.data.rendering import Renderer, Span, conversation
+from treg.data.rendering import Renderer, Span, conversation, template_variables
 from treg.data.report import RowProblem, described
 
 
@@ -49,12 +50,36 @@ def render_prompt(render: Renderer, prompt: Messages) -> str:
     """The prompt of a row, checked: all turns are in it.
 
     Raises:
-        RowProblem: a turn is not in what the template writes.
+        RowProblem: a turn is not in what the template writes, or the template opens the assistant's
+            turn after an answer too.
     """
+    _check_opens_on_request(render)
     text = render.prompt(prompt)
     for i, message in enumerate(prompt):
         _check_written(text, message, f"turn {i} of the prompt")
     return text
+
+
+def _check_opens_on_request(render: Renderer) -> None:
+    """RowProblem for a template that opens the assistant's turn at the end of any conversation:
+    what ends an answer could not be told from what opens the next turn.
+    """
+    if "add_generation_prompt" in template_variables(render.template):
+        return
+    user, answer = turn("user", "?"), turn("assistant", PROBE)
+    try:
+        asked = render([user])
+        last = render([user, answer]).rpartition(PROBE)[2]
+        followed = render([user, answer, user]).rpartition(PROBE)[2]
+    except RowProblem:
+        return
+    own = last[common_prefix(last, followed) :]
+    if own.strip() and asked.endswith(own):
+        raise RowProblem(
+            "chat template",
+            f"it writes {described(own)}, which opens the assistant's turn, after an answer too; "
+            "give one that writes it if add_generation_prompt alone, with --chat_template FILE",
+        )
 
 
 def render_answer(
@@ -85,11 +110,17 @@ def render_answer(
             start = max(floor, min(start, render.bound(whole, own)))
             before = alone[:start]
     own, said, notes = [], [], []
-    turns = _turns(render, whole, prompt, answer, start)
-    for message, (span, content) in zip(answer, turns, strict=True):
+    # what opens the turn matters where the answer is not all beyond it as it is
+    thinks = any(answer[0].get(name) for name in REASONING)
+    opening = ""
+    if not begun and (thinks or answer[0]["content"].strip() not in whole[start:]):
+        opening = before[common_prefix(before, render(prompt)) :]
+    turns = _turns(render, whole, prompt, answer, (opening, start))
+    for message, (opening, span, content) in zip(answer, turns, strict=True):
         if message["role"] == "assistant":
-            written, says = whole[slice(*span)], whole[slice(*content)]
-            notes.append(_check_said(message, written, says, begun))
+            # what opens the turn may be what the answer begins with, such as <think>
+            written = opening + whole[slice(*span)]
+            notes.append(_check_said(message, written, whole[slice(*content)], begun))
             own.append(span)
             said.append(content)
             begun = ""
@@ -135,36 +166,44 @@ def _begins(
 
 
 def _turns(
-    render: Renderer, whole: str, prompt: Messages, answer: Messages, start: int
-) -> list[tuple[Span, Span]]:
-    """The characters of each message of the answer, the ends of turns included, an assistant's
-    without what opens its turn; and of these, what the message says.
+    render: Renderer, whole: str, prompt: Messages, answer: Messages, first: tuple[str, int]
+) -> list[tuple[str, Span, Span]]:
+    """Of each message of the answer what opens its turn; its characters, the ends of turns
+    included, an assistant's without what opens it; and of these, what the message says.
 
     Where a message ends is found by what the template writes after it when it is the last one, and
     where it begins by another content in its place: a template may write the last turn in a way of
     its own.
+
+    first: what opens the first turn, and where it begins.
     """
     turns = []
     last = len(answer) - 1
-    place = start
+    (opening, place), closed = first, ""
     for i, message in enumerate(answer):
-        begin, stop = _content(render, whole, prompt, answer, i, (place, len(whole)))
+        differs, begin, stop = _content(render, whole, prompt, answer, i, (place, len(whole)))
         if i > 0 and message["role"] == "assistant":
-            closed = render([*prompt, *answer[:i]])
             opened = render([*prompt, *answer[:i]], add_generation_prompt=True)
             opening = opened[common_prefix(closed, opened) :]
-            at = whole.rfind(opening, place, begin) if opening.strip() else -1
-            place = begin if at < 0 else at + len(opening)
+            at = whole.rfind(opening, place, begin + len(opening) - 1) if opening.strip() else -1
+            # the message may begin like what opens it
+            place = begin if at < 0 else min(at + len(opening), differs)
+            begin = max(begin, place)
+        own = message["role"] == "assistant" and opening.strip()
+        if own and _writes_thoughts(whole[place:stop], message):
+            # thoughts are said together with what marks them, wherever the message keeps them;
+            # where nothing opens the turn, its header may stand before them
+            begin = min(begin, stop - len(whole[place:stop].lstrip()))
         end = len(whole)
         if i < last:
             upto = [*prompt, *answer[: i + 1]]
-            alone = render(upto)
+            closed = render(upto)
             probed, _ = _probed(render, prompt, answer[: i + 1], i)
-            ending = alone[len(alone) - common_suffix(alone, probed) :]
+            ending = closed[len(closed) - common_suffix(closed, probed) :]
             end = render.bound(whole, stop + common_prefix(ending, whole[stop:]))
         if message["role"] != "assistant":
             _check_written(whole[place:end], message, f"turn {i} of the answer")
-        turns.append(((place, end), (begin, stop)))
+        turns.append((opening, (place, end), (begin, stop)))
         place = end
     return turns
 
@@ -173,7 +212,7 @@ def _probed(render: Renderer, prompt: Messages, answer: Messages, i: int) -> tup
     """A conversation with another content in the place of message i of the answer, and the messages
     after it: they are left out where the template does not take them without what i says.
     """
-    before, other = [*prompt, *answer[:i]], turn(answer[i]["role"], PROBE)
+    before, other = [*prompt, *answer[:i]], turn(answer[i]["role"], probe(answer[i]))
     after = answer[i + 1 :]
     try:
         return render([*before, other, *after]), after
@@ -183,11 +222,14 @@ def _probed(render: Renderer, prompt: Messages, answer: Messages, i: int) -> tup
 
 def _content(
     render: Renderer, whole: str, prompt: Messages, answer: Messages, i: int, span: Span
-) -> Span:
-    """The characters of what message i of the answer says."""
+) -> tuple[int, int, int]:
+    """Where another content in the place of message i of the answer would differ, and the
+    characters [start, end) of what the message says.
+    """
     text, after = _probed(render, prompt, answer, i)
     if len(after) < len(answer) - i - 1:
-        return _content_of_last(render, whole, prompt, answer[: i + 1], span)
+        start, end = _content_of_last(render, whole, prompt, answer[: i + 1], span)
+        return start, start, end
     start = render.bound(whole, common_prefix(text, whole), after=True)
     start = max(span[0], start)
     end = render.bound(whole, len(whole) - common_suffix(text, whole))
@@ -197,8 +239,8 @@ def _content(
         # it begins or ends like the template's own words, such as <think>
         at = whole.find(content, max(span[0], start - len(content)), span[1])
         if at >= 0:
-            return min(at, start), max(at + len(content), end)
-    return start, end
+            return start, min(at, start), max(at + len(content), end)
+    return start, start, end
 
 
 def _content_of_last(
@@ -257,6 +299,18 @@ def _check_written(text: str, message: dict[str, Any], name: str) -> None:
         if all(word in text for word in words):
             return
     raise RowProblem("turn not rendered", f"the template does not write {name}, {described(role)}")
+
+
+def _writes_thoughts(text: str, message: dict[str, Any]) -> bool:
+    """Whether a text holds the thoughts of a message, and not just because it holds its content."""
+    content = message["content"].strip()
+    at = text.rfind(content)
+    before = text[:at] if at >= 0 else text
+    thoughts = [message.get(name) for name in REASONING]
+    if at < 0:
+        inline, closed, _ = content.partition("</think>")
+        thoughts.append(inline.strip().removeprefix("<think>") if closed else "")
+    return any(isinstance(x, str) and x.strip() and _holds(before, x) for x in thoughts)
 
 
 def _holds(text: str, content: str) -> bool:

@@ -6,7 +6,6 @@ and the characters that each token holds.
 """
 
 import dataclasses
-import datetime
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -18,15 +17,14 @@ import numpy as np
 from treg.data.annotated import is_annotated
 from treg.data.answers import RenderedAnswer, render_answer, render_prompt
 from treg.data.batches import SIDES
-from treg.data.cuts import CutTexts, cutting_tokens
 from treg.data.messages import PROBE, Messages, common_prefix
 from treg.data.pair import AnswerTokens, EncodeOptions, EncodeWork, Pair
-from treg.data.pieces import token_pieces
 from treg.data.reading import read_rows
 from treg.data.rendering import Renderer
 from treg.data.report import Report, RowProblem, described
 from treg.data.row_cache import RowCache, row_cache
 from treg.data.rows import Preference, parse_row
+from treg.data.tokenizing import Ids, texts_as_ids
 from treg.data.workers import in_order
 
 DEFAULTS = EncodeOptions()
@@ -129,14 +127,6 @@ class _Texts:
     row: Preference
     alone: str
     answers: dict[str, RenderedAnswer]
-
-
-@dataclass(frozen=True)
-class _Ids:
-    """A text's token ids, and the characters [start, end) of the text that each holds."""
-
-    ids: list[int]
-    places: list[tuple[int, int]]
 
 
 class _Encoder:
@@ -256,7 +246,11 @@ class _Encoder:
         return _Texts(row, prompt, answers)
 
     def _check_short(self, prompt: str) -> None:
-        """RowProblem for a prompt that cannot fit, whatever its tokens are."""
+        """RowProblem for a prompt of more characters than max_length of the longest tokens hold.
+
+        Differs: so is one that would fit because its tokenizer drops characters, or has one token
+        for many that it does not know.
+        """
         limit = self._characters
         if limit is not None and len(prompt) > limit:
             raise RowProblem(
@@ -309,6 +303,9 @@ class _Encoder:
                 continue
             alone, *sides = next(ids), next(ids), next(ids)
             try:
+                for tokens in (alone, *sides):
+                    if isinstance(tokens, RowProblem):
+                        raise tokens
                 pair = self._pair(index, texts, alone, sides)
             except RowProblem as problem:
                 found.append(RowProblem(problem.reason, problem.detail, texts.row.where))
@@ -333,7 +330,7 @@ class _Encoder:
             text.encode()
         return found
 
-    def _ids(self, wanted: Sequence[tuple[bool, str]]) -> list[_Ids]:
+    def _ids(self, wanted: Sequence[tuple[bool, str]]) -> list[Ids]:
         """Ids and places of texts, those of plain text with the tokenizer's special tokens."""
         found: list[Any] = [None] * len(wanted)
         for plain in (False, True):
@@ -341,24 +338,11 @@ class _Encoder:
             if not at:
                 continue
             texts = [wanted[i][1] for i in at]
-            fast = bool(getattr(self.tokenizer, "is_fast", False))
-            more = {"return_offsets_mapping": True} if fast else {}
-            # three texts a row: the prompt and both sides
-            rows = [texts[k : k + 3] for k in range(0, len(texts), 3)]
-            cut = CutTexts(rows, () if plain else cutting_tokens(self.tokenizer))
-            # verbose=False: no warning about lengths, which max_length sees to later
-            got = self.tokenizer(cut.pieces, add_special_tokens=plain, verbose=False, **more)
-            ids = got["input_ids"]
-            if fast:
-                places = got["offset_mapping"]
-            else:
-                both = zip(ids, cut.pieces, strict=True)
-                places = [_places(x, self.tokenizer, text) for x, text in both]
-            for i, joined in zip(at, cut.joined(ids, places), strict=True):
-                found[i] = _Ids(*joined)
+            for i, ids in zip(at, texts_as_ids(self.tokenizer, texts, plain), strict=True):
+                found[i] = ids
         return found
 
-    def _pair(self, index: int, texts: _Texts, alone: _Ids, sides: Sequence[_Ids]) -> Pair:
+    def _pair(self, index: int, texts: _Texts, alone: Ids, sides: Sequence[Ids]) -> Pair:
         row, max_length = texts.row, self.options.max_length
         if not row.chat:
             alone = self._one_beginning(alone, texts.alone)
@@ -402,7 +386,7 @@ class _Encoder:
             date=self.options.day,
         )
 
-    def _one_beginning(self, tokens: _Ids, text: str) -> _Ids:
+    def _one_beginning(self, tokens: Ids, text: str) -> Ids:
         """Ids of a plain text with one beginning-of-sequence token where the text has its own."""
         bos = self.tokenizer.bos_token_id
         if bos is None or tokens.ids[:2] != [bos, bos]:
@@ -411,9 +395,9 @@ class _Encoder:
             self.tokenizer.bos_token * 2
         ):
             return tokens
-        return _Ids(tokens.ids[1:], tokens.places[1:])
+        return Ids(tokens.ids[1:], tokens.places[1:])
 
-    def _ended(self, tokens: _Ids, answer: RenderedAnswer) -> _Ids:
+    def _ended(self, tokens: Ids, answer: RenderedAnswer) -> Ids:
         """Ids with the end-of-sequence token at the end, which some tokenizers add by themselves.
         Its place is that after the text, which no content has.
         """
@@ -423,8 +407,8 @@ class _Encoder:
             places = tokens.places
             if places[-1] == (0, 0):
                 places = [*places[:-1], (end, end + 1)]
-            return _Ids(tokens.ids, places)
-        return _Ids([*tokens.ids, eos], [*tokens.places, (end, end + 1)])
+            return Ids(tokens.ids, places)
+        return Ids([*tokens.ids, eos], [*tokens.places, (end, end + 1)])
 
 
 def _answer_tokens(answer: RenderedAnswer, places: Sequence[tuple[int, int]]) -> AnswerTokens:
@@ -443,19 +427,6 @@ def _answer_tokens(answer: RenderedAnswer, places: Sequence[tuple[int, int]]) ->
 
     scored, content = held(answer.scored), held(answer.content)
     return AnswerTokens(scored, content & scored, answer.said)
-
-
-def _places(ids: Sequence[int], tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """The characters of a text that each token holds, by what it adds to the decoded text.
-
-    Raises:
-        RowProblem: the decoded text is another one.
-    """
-    pieces = token_pieces(ids, tokenizer)
-    if not text.startswith("".join(pieces).strip()):
-        raise RowProblem("tokens unplaced", "the tokenizer's tokens do not give the text back")
-    ends = list(itertools.accumulate(map(len, pieces), initial=0))
-    return list(itertools.pairwise(ends))
 
 
 @functools.lru_cache(maxsize=16)
@@ -479,20 +450,6 @@ def _openings_of(tokenizer: Any, template: str) -> tuple[str, ...]:
     special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
     tokens = [str(x) for x in tokenizer.get_added_vocab()]
     return tuple(x for x in tokens if x in before and x not in special)
-
-
-def prompt_text(
-    tokenizer: Any,
-    messages: Messages,
-    tools: list | None = None,
-    kwargs: dict | None = None,
-    date: datetime.date | None = None,
-) -> str:
-    """Messages through the chat template, up to where the assistant's next words begin.
-
-    date: what the template takes for today; None: today.
-    """
-    return Renderer(tokenizer, tools, kwargs, date).prompt(messages)
 
 
 def _messages(value: Messages | str) -> Messages:

@@ -20,13 +20,35 @@ KINDS = {"str": "text", "list": "a list", "dict": "an object", "NoneType": "miss
 # parts of a message beside its content that the model says; what is in them is rendered as it is
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
-PROBE = "\x00"  # a content that no other begins or ends like
+# text that is meant as messages, by its beginning: a list, or an object of both keys
+OPENS = re.compile(r"\[?\s*\{")
+LIKE_MESSAGES = re.compile(
+    r"\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:"
+    r"|\{\s*['\"](role|from)['\"]\s*:.*['\"](content|value)['\"]\s*:",
+    re.DOTALL,
+)
+
+PROBES = [chr(x) for x in range(9)]  # contents that hardly any other begins or ends like
+PROBE = PROBES[0]
 
 Messages = list[dict[str, Any]]
 
 
 def turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def probe(message: dict[str, Any]) -> str:
+    """A content that begins and ends like nothing in a message.
+
+    Raises:
+        RowProblem: the message has all of PROBES in it.
+    """
+    said = str(message)
+    found = next((x for x in PROBES if repr(x)[1:-1] not in said), None)
+    if found is None:
+        raise RowProblem("control characters", "all from U+0000 to U+0008 in one message")
+    return found
 
 
 def kind(value: Any) -> str:
@@ -55,20 +77,27 @@ def shown_text(message: dict[str, Any]) -> str:
 
 def common_prefix(a: Sequence, b: Sequence) -> int:
     """How many elements both begin with; a and b are lists or strings."""
-    alike, end = 0, min(len(a), len(b))
-    # all before alike agrees; whether it goes on to the middle, a comparison of slices tells
-    while alike < end:
-        middle = (alike + end + 1) // 2
-        if a[alike:middle] == b[alike:middle]:
-            alike = middle
+    low, high = 0, min(len(a), len(b))
+    # slices are compared at once, and the one that differs is halved
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
         else:
-            end = middle - 1
-    return alike
+            high = middle - 1
+    return low
 
 
 def common_suffix(a: str, b: str) -> int:
     """How many characters both end with."""
-    return common_prefix(a[::-1], b[::-1])
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def has_tool_calls(messages: Messages | str) -> bool:
@@ -85,31 +114,41 @@ def says_something(messages: Messages | str) -> bool:
 
 
 def decoded_messages(value: Any) -> Any:
-    """A list of messages that a file keeps as a string of JSON; any other value as it is.
+    """Messages that a file keeps as a string of JSON, a list or one; any other value as it is.
 
     Raises:
-        RowProblem: messages as Python writes them, which is no JSON.
+        RowProblem: messages that are no JSON, such as those that Python writes; a list of which
+            some are messages.
     """
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if not text.startswith(("[{", "[ {", "[\n")) or not text.endswith("]"):
+    if not OPENS.match(text) or not text.endswith(("]", "}")):
         return value
     try:
         found = parse_json(text)
     except ValueError:
-        if re.match(r"\[\s*\{\s*'(role|from|content|value)'\s*:", text):
-            raise RowProblem(
-                "broken JSON", f"messages as Python writes them, got {described(text)}"
-            ) from None
+        if LIKE_MESSAGES.match(text):
+            found = f"messages as Python writes them, or cut short, got {described(text)}"
+            raise RowProblem("broken JSON", found) from None
         return value
-    if found and all(isinstance(x, dict) and _is_message(x) for x in found):
-        return found
-    return value
+    if isinstance(found, dict):
+        speaker = found.get("role", found.get("from"))
+        known = isinstance(speaker, str) and speaker.lower() in ROLES
+        return found if known and _is_message(found) else value
+    messages = [isinstance(x, dict) and _is_message(x) for x in found]
+    if any(messages) and not all(messages):
+        raise RowProblem(
+            "mixed types",
+            f"a list of which some are messages, got {described(found[messages.index(False)])}",
+        )
+    return found if any(messages) else value
 
 
 def _is_message(value: dict) -> bool:
-    return value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}
+    if value.keys() >= {"from", "value"}:
+        return True
+    return "role" in value and bool(value.keys() & {"content", "tool_calls", *REASONING})
 
 
 def as_messages(name: str, value: Any, role: str) -> Messages:
@@ -120,13 +159,29 @@ def as_messages(name: str, value: Any, role: str) -> Messages:
         value = [value]
     if not isinstance(value, list):
         raise RowProblem("mixed types", f"{name} is {kind(value)}, expected text or messages")
+    given = [(f"{name}[{i}]", x) for i, x in enumerate(value)]
     messages = []
-    for i, given in enumerate(value):
-        message = _as_message(f"{name}[{i}]", given)
+    for where, item in (turn for x in given for turn in _turns_of(*x)):
+        message = _as_message(where, item)
         # an empty system turn would replace the one that a template has of its own
         if message["role"] != "system" or message["content"].strip():
             messages.append(message)
     return messages
+
+
+def is_exchange(value: Any) -> bool:
+    """Whether a value is a question and its answer, {input, output}."""
+    return isinstance(value, dict) and "input" in value and value.keys() <= {"input", "output"}
+
+
+def _turns_of(name: str, given: Any) -> list[tuple[str, Any]]:
+    """A message with its name, or of an exchange both turns."""
+    if not is_exchange(given):
+        return [(name, given)]
+    turns = [(f"{name}.input", turn("user", given["input"]))]
+    if given.get("output") not in (None, ""):
+        turns.append((f"{name}.output", turn("assistant", given["output"])))
+    return turns
 
 
 def _as_message(name: str, message: Any) -> dict[str, Any]:

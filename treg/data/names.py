@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from treg.data.messages import as_messages, decoded_messages, is_exchange
 from treg.data.report import RowProblem, described
 
 # a dialogue: the prompt, or the whole, which some datasets keep beside the pair
@@ -97,9 +98,7 @@ def named_columns(
         given = [x for x in there if there[x] is not None]
         if holding or given:
             found[name] = there[(holding or given)[0]]
-    for name, value in others.items():
-        if name not in known:
-            _check_unread(name, value)
+    _check_unread({name: value for name, value in others.items() if name not in known})
     return found, others
 
 
@@ -124,28 +123,44 @@ def _without_copies(holding: list[str], there: Mapping[str, Any], row: Mapping) 
     answers = [row[x] for side in ("chosen", "rejected") for x in ALIASES[side] if x in row]
     kept = []
     for i, name in enumerate(holding):
-        value = there[name]
-        copies = [*answers, *(there[x] for x in holding[:i])]
-        if name in DIALOGUES and len(holding) > 1 and any(value == x for x in copies):
-            continue
+        if name in DIALOGUES and len(holding) > 1:
+            value = _dialogue(name, there[name])
+            copies = [*answers, *(there[x] for x in holding[:i])]
+            if any(value == _dialogue(name, x) for x in copies):
+                continue
         kept.append(name)
     return kept
 
 
-def _check_unread(name: Any, value: Any) -> None:
+def _dialogue(name: str, value: Any) -> Any:
+    """A value as the messages that it is, to be compared; one that is none as it is."""
+    try:
+        found = decoded_messages(value)
+        return found if isinstance(found, str) else compared(as_messages(name, found, "user"))
+    except RowProblem:
+        return value
+
+
+def _check_unread(others: Mapping[Any, Any]) -> None:
     """RowProblem for what may be a part of the question."""
-    if _is_empty(value):
+    unread = []
+    for name, value in others.items():
+        if name in MEDIA and not _is_empty(value):
+            raise RowProblem("not text", f"{name!r} is not read; {_leave_out(name)}")
+        if not ABOUT.fullmatch(str(name)) and _is_text(value):
+            unread.append(name)
+    if not unread:
         return
-    if name in MEDIA:
-        raise RowProblem("not text", f"{name!r} is not read; {_leave_out(name)}")
-    if ABOUT.fullmatch(str(name)) or not _is_text(value):
-        return
+    name, value = unread[0], others[unread[0]]
     what = "messages" if isinstance(value, list) and _is_messages(value[0]) else "text"
-    raise RowProblem(
-        f"unknown column {described(name)}",
+    detail = (
         f"it holds {what}; say what it is with "
-        f"--columns NEW={name}, such as prompt={name}, or leave it out with --columns {name}=",
+        f"--columns NEW={name}, such as prompt={name}, or leave it out with --columns {name}="
     )
+    if len(unread) > 1:
+        every = ",".join(f"{x}=" for x in unread)
+        detail += f"; or leave out all that nothing reads with --columns {every}"
+    raise RowProblem(f"unknown column {described(name)}", detail)
 
 
 def _leave_out(name: Any) -> str:
@@ -158,12 +173,34 @@ def _is_empty(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     """Whether a value holds text or messages: strings, and words within lists and objects."""
-    if isinstance(value, list):
-        return any(_is_messages(x) or (isinstance(x, str) and " " in x.strip()) for x in value)
+    if isinstance(value, str):
+        return bool(value.strip())
+    items = value if isinstance(value, list) else [value]
+    return any(_is_messages(x) or _has_words(x) for x in items)
+
+
+def _has_words(value: Any) -> bool:
+    """Whether a value is words, or an object of a list or of a column that has some."""
     if isinstance(value, dict):
         return any(isinstance(x, str) and " " in x.strip() for x in value.values())
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and " " in value.strip()
 
 
 def _is_messages(value: Any) -> bool:
-    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys() or is_exchange(value))
+
+
+def compared(value: Any) -> Any:
+    """Messages as they are compared: without what is about a message, such as its id, by the same
+    names as columns, and weights of training. Any other value as it is.
+    """
+    if not isinstance(value, list):
+        return value
+    return [
+        {name: x for name, x in message.items() if name == "tool_call_id" or not _is_about(name)}
+        for message in value
+    ]
+
+
+def _is_about(name: Any) -> bool:
+    return name in ("weight", "train") or bool(ABOUT.fullmatch(str(name)))

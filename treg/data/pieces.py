@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from treg.data.messages import PROBE, Messages, common_prefix
+from treg.data.messages import Messages, common_prefix, probe
 
 WINDOW = 64  # tokens decoded together
 REACH = 8  # tokens on either side of a window that settle its first and last characters
@@ -55,6 +55,51 @@ def _window_pieces(
     return [text[a:b] for a, b in pairwise(bounds[1:])]
 
 
+def text_places(pieces: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+    """The characters [start, end) of a text that each token holds.
+
+    Blanks need not agree: a tokenizer may drop or merge those of the text, and its decoder may
+    write some of its own, or leave out the first.
+
+    Args:
+        pieces: of T tokens, from `token_pieces`.
+    Returns:
+        T places. A token that holds nothing has an empty one where it stands, but a blank of the
+        decoder's own that of the blank before it. None if the tokens say another text.
+    """
+    places, end = [], 0
+    for piece in pieces:
+        if text.startswith(piece, end):
+            place = end, end + len(piece)
+        else:
+            at = _place_of(piece, text, end)
+            if at is None:
+                return None
+            place = at
+        places.append(place)
+        end = place[1]
+    return None if text[end:].strip() else places
+
+
+def _place_of(piece: str, text: str, end: int) -> tuple[int, int] | None:
+    """Where a piece lies from a place of a text on, if only blanks differ."""
+    start = None
+    for char in piece:
+        if not char.isspace():
+            while text[end : end + 1].isspace():
+                end += 1
+            if text[end : end + 1] != char:
+                return None
+        elif not text[end : end + 1].isspace():
+            continue
+        start = end if start is None else start
+        end += 1
+    if start is None:
+        # blanks of the decoder's own: a second one for the text's, if one precedes
+        return end - int(text[max(0, end - 1) : end].isspace()), end
+    return start, end
+
+
 def content_places(
     render: Callable[..., Any], whole: Any, prompt: Messages, answer: Messages
 ) -> list[list[int]]:
@@ -79,7 +124,7 @@ def content_places(
     found = []
     for i, message in enumerate(answer):
         before = [*prompt, *answer[:i]]
-        other = agree([*before, {**message, "content": PROBE}, *answer[i + 1 :]])
+        other = agree([*before, {**message, "content": probe(message)}, *answer[i + 1 :]])
         assistants = message["role"] == "assistant"
         found.append([*other, *agree(before, add_generation_prompt=assistants)])
     return found

@@ -39,6 +39,7 @@ class Renderer:
 
     Args:
         date: what the template takes for today, if it asks.
+        strict: refuse template_kwargs that the template does not read; else they are left out.
     Raises:
         RowProblem: tools or template_kwargs that the template does not take.
     """
@@ -49,6 +50,8 @@ class Renderer:
         tools: list | None = None,
         template_kwargs: dict[str, Any] | None = None,
         date: datetime.date | None = None,
+        *,
+        strict: bool = True,
     ):
         self.template = tokenizer.get_chat_template(None, tools)
         self.tools = tools
@@ -59,7 +62,7 @@ class Renderer:
         }
         self.tokens = tuple(str(x) for x in tokenizer.get_added_vocab())
         reads = template_variables(self.template)
-        self.kwargs = _checked_kwargs(template_kwargs or {}, reads, tokenizer)
+        self.kwargs = _checked_kwargs(template_kwargs or {}, reads, tokenizer, strict)
         if "strftime_now" in reads:
             self.template = dated(self.template, date or datetime.date.today())
 
@@ -88,9 +91,10 @@ class Renderer:
         (after) end: characters that two tokens share are no part of what the texts share.
         """
         for token in self.tokens:
-            start = text.rfind(token, 0, place + len(token) - 1)
-            if 0 <= start < place < start + len(token):
-                return start + len(token) if after else start
+            length = len(token)
+            start = text.rfind(token, max(0, place - length + 1), place + length - 1)
+            if 0 <= start < place < start + length:
+                return start + length if after else start
         return place
 
     def _render(self, messages: Messages, marks: bool, more: dict) -> tuple[str, list[Span]]:
@@ -105,7 +109,9 @@ class Renderer:
                     return_assistant_tokens_mask=marks,
                     **self.special | self.kwargs | more,
                 )
-            given = len(json.dumps([messages, self.tools, self.kwargs], default=str))
+            given = 0
+            if len(text) > ROOM:
+                given = len(json.dumps([messages, self.tools, self.kwargs], default=str))
         except RecursionError:
             raise RowProblem("nested too deeply") from None
         except Exception as error:  # a template is a program: it raises anything
@@ -113,6 +119,22 @@ class Renderer:
         if len(text) > GROWTH * given + ROOM:
             raise RowProblem("chat template", f"it writes {len(text)} characters for {given}")
         return text, [(int(a), int(b)) for a, b in spans[0]] if marks else []
+
+
+def prompt_text(
+    tokenizer: Any,
+    messages: Messages,
+    tools: list | None = None,
+    kwargs: dict | None = None,
+    date: datetime.date | None = None,
+    *,
+    strict: bool = True,
+) -> str:
+    """Messages through the chat template, up to where the assistant's next words begin.
+
+    date: what the template takes for today; None: today. strict: as in `Renderer`.
+    """
+    return Renderer(tokenizer, tools, kwargs, date, strict=strict).prompt(messages)
 
 
 def goes_on(messages: Messages) -> bool:
@@ -155,17 +177,20 @@ def _parameters(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.apply_chat_template).parameters) - {"documents"}
 
 
-def _checked_kwargs(given: dict, reads: frozenset[str], tokenizer: Any) -> dict[str, Any]:
+def _checked_kwargs(
+    given: dict, reads: frozenset[str], tokenizer: Any, strict: bool
+) -> dict[str, Any]:
     """What a row gives the template beside its messages: variables that the template reads."""
     own = OWN_VARIABLES | set(tokenizer.special_tokens_map) | _parameters(type(tokenizer))
     found = {}
     for name, value in given.items():
-        if name in own or (name not in reads and value is not None):
+        unread = name not in reads and value is not None
+        if name in own or (unread and strict):
             variables = ", ".join(sorted(reads - own)) or "none"
             raise RowProblem(
                 "chat template",
                 f"chat_template_kwargs: expected variables that the template reads ({variables}), "
-                f"got {described(name)}",
+                f"got {described(name)}; leave them all out with --columns chat_template_kwargs=",
             )
         if name in reads:
             found[name] = value

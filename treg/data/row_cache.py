@@ -125,7 +125,7 @@ class RowCache:
             answers[side] = AnswerTokens(found[f"{side}_scored"], found[f"{side}_content"], said)
         cut, notes = (batch.column(name)[i].as_py() for name in ("cut", "notes"))
         ids = (found[name] for name in ID_COLUMNS)
-        pair = Pair(*ids, row, index, tuple(cut), answers, self.date)
+        pair = Pair(*ids, row=row, index=index, cut=tuple(cut), answers=answers, date=self.date)
         return pair, notes
 
     def add(self, found: Encoded) -> None:

@@ -8,9 +8,10 @@ A row is one of
     {conversations, chosen, rejected}   ShareGPT: {from, value}
 
 under the names that `treg.data.names` knows (question, instruction and input, ...), or that
-`columns` gives. Messages may be a string of JSON. A row may have `system`, `history` (pairs of
-question and answer that precede the prompt), `tools` and `chat_template_kwargs`, of which the last
-two go on to the chat template. A column of text that nothing reads is refused by name.
+`columns` gives. Messages may be a string of JSON, and exchanges {input, output}. A row may have
+`system`, `history` (pairs of question and answer that precede the prompt), `tools` and
+`chat_template_kwargs`, of which the last two go on to the chat template. A column of text that
+nothing reads is refused by name.
 
 Text is taken as it is, blanks included, but for the turns of an HH dialogue.
 """
@@ -26,11 +27,12 @@ from treg.data.messages import (
     common_prefix,
     decoded_messages,
     hh_messages,
+    is_exchange,
     kind,
     says_something,
     turn,
 )
-from treg.data.names import Columns, named_columns
+from treg.data.names import Columns, compared, named_columns
 from treg.data.reading import parse_json
 from treg.data.report import RowProblem
 
@@ -203,8 +205,14 @@ def _parse_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, 
     """Prompt and completions of a row in which at least one is no plain text."""
     chosen = as_messages("chosen", chosen, "assistant")
     rejected = as_messages("rejected", rejected, "assistant")
+    exchanges = isinstance(prompt, list) and any(map(is_exchange, prompt))
     prompt = [] if prompt is None else as_messages("prompt", prompt, "user")
-    return _split_messages(prompt, chosen, rejected)
+    found = _split_messages(prompt, chosen, rejected)
+    if exchanges and found[0][-1]["role"] == "assistant":
+        raise RowProblem(
+            "answered already", "the last input of the prompt has an output beside the answers"
+        )
+    return found
 
 
 def _check_usable(prompt: Messages | str, chosen: Messages | str, rejected: Messages | str) -> None:
@@ -222,7 +230,7 @@ def _without_blanks(completion: Messages | str) -> Any:
     """A completion without the blanks around its texts."""
     if isinstance(completion, str):
         return completion.strip()
-    return [{**message, "content": message["content"].strip()} for message in completion]
+    return [{**message, "content": message["content"].strip()} for message in compared(completion)]
 
 
 def _decoded(name: str, value: Any) -> Any:
@@ -247,20 +255,19 @@ def _split_messages(
 
     Without a prompt it is the messages that both dialogues begin with.
     """
+    length = common_prefix(compared(chosen), compared(rejected))
+    if length == min(len(chosen), len(rejected)):
+        # one dialogue is the beginning of the other, or they are one: leave it a last turn
+        length = max(0, length - 1)
     if prompt:
-        length = len(prompt)
-        if chosen[:length] == prompt and rejected[:length] == prompt:
+        asked, count = compared(prompt), len(prompt)
+        if all(compared(dialogue[:count]) == asked for dialogue in (chosen, rejected)):
             # the completions are whole dialogues, which repeat the prompt
-            chosen, rejected = chosen[length:], rejected[length:]
-        elif _ends_alike(prompt, chosen, rejected):
+            chosen, rejected = chosen[count:], rejected[count:]
+        elif count == 1 and length > 1 and compared(chosen[length - 1 : length]) == asked:
             # the prompt is the last question of dialogues that have more before it
-            length = common_prefix(chosen, rejected)
             prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     else:
-        length = common_prefix(chosen, rejected)
-        if length == min(len(chosen), len(rejected)):
-            # one dialogue is the beginning of the other, or they are one: leave it a last turn
-            length = max(0, length - 1)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         if completion and completion[0]["role"] != "assistant":
@@ -268,12 +275,6 @@ def _split_messages(
             role = completion[0]["role"]
             raise RowProblem("prompts differ", f"{name} goes on with a turn of {role!r}")
     return prompt, chosen, rejected
-
-
-def _ends_alike(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
-    """Whether the beginning that two dialogues share ends with the prompt, a single turn."""
-    length = common_prefix(chosen, rejected)
-    return len(prompt) == 1 and length > 1 and chosen[length - 1] == prompt[0]
 
 
 def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:

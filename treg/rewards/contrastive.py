@@ -275,13 +275,17 @@ class ContrastiveSource:
         return {"prompts": asdict(self.prompts)} | changed
 
     def check(self, response: Response) -> RowProblem | None:
-        """A response is refused whose prompt or requests the model's positions do not hold, and one
-        that was cut after the first of several messages.
+        """A response is refused whose prompt or requests the model's positions do not hold, one
+        whose requests the chat template does not take, and one that was cut after the first of
+        several messages.
         """
         problem = cut_messages(response)
         if problem is not None:
             return problem
-        better, worse = self.contexts(response)
+        try:
+            better, worse = self.contexts(response)
+        except RowProblem as found:
+            return RowProblem(found.reason, f"request: {found.detail}", response.where)
         longest_context = max(len(response.prompt_ids), len(better), len(worse))
         need = longest_context + len(response.ids) - 1
         longest = self.context.longest
@@ -350,8 +354,9 @@ class ContrastiveSource:
         beginning = self.prompts.beginning(messages, better=better)
         if tokenizer.chat_template is not None:
             asked = [{"role": "user", "content": request}]
+            # the row's variables may be read by the template of tools alone
             kwargs, date = response.template_kwargs, response.date
-            text = prompt_text(tokenizer, asked, None, kwargs, date) + beginning
+            text = prompt_text(tokenizer, asked, None, kwargs, date, strict=False) + beginning
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = tokenizer(f"{request}\n\n{beginning}", verbose=False)["input_ids"]
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids

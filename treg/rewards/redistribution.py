@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treg.data import RowProblem, text_of
+from treg.data import Renderer, RowProblem, text_of
 from treg.data.annotated import tokenizer_fingerprint
 from treg.data.pieces import content_places, text_spans
 from treg.rewards.base import Context
@@ -284,15 +284,10 @@ class RedistributionSource:
                 "that has one"
             )
 
-        def render(messages: list[dict], **more: Any) -> str:
-            return tokenizer.apply_chat_template(
-                messages, tools=response.tools, tokenize=False, **more, **response.template_kwargs
-            )
-
-        try:
-            text = render([*prompt, *answer])
-        except Exception as error:  # a template is a program: it raises anything
-            raise RowProblem("chat template", f"{type(error).__name__}: {error}") from None
+        # the row's variables are for the policy's template: this one may not read them all
+        kwargs, date = response.template_kwargs, response.date
+        render = Renderer(tokenizer, response.tools, kwargs, date, strict=False)
+        text = render([*prompt, *answer])
         return text, content_places(render, text, prompt, answer)
 
 

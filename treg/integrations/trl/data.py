@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 
@@ -19,6 +20,7 @@ from treg.data.annotated import (
     stream_columns,
 )
 from treg.data.batches import pair_numbers, scored_tokens
+from treg.data.examples import check_vocabulary
 from treg.data.tables import source_name
 from treg.integrations.trl.own import REF_STREAM
 
@@ -174,6 +176,28 @@ def prepared(dataset: Any, name: str, args: Any, *, weights_taken: bool = False)
         return len(example["prompt_ids"]) < limit or not keep_start
 
     return dataset.filter(fits)
+
+
+def check_ids(dataset: Any, name: str, model: Any) -> None:
+    """ValueError for token ids that a model has no embedding for. Those of a stream are not known
+    before they are trained on, and pass.
+    """
+    if not isinstance(dataset, Dataset) or not set(ID_COLUMNS) <= columns_of(dataset):
+        return
+    arrow = dataset.select_columns(list(ID_COLUMNS)).with_format("arrow")
+    extremes = [
+        {column: _extremes(table[column]) for column in ID_COLUMNS} for table in arrow.iter(1000)
+    ]
+    try:
+        check_vocabulary(name, extremes, model)
+    except ValueError:
+        check_vocabulary(name, dataset, model)  # which names the pair
+
+
+def _extremes(ids: Any) -> list[int]:
+    """The least and the largest of a column of lists; none of empty lists."""
+    found = pyarrow.compute.min_max(pyarrow.compute.list_flatten(ids)).as_py()
+    return [x for x in found.values() if x is not None]
 
 
 def text_pairs(dataset: Dataset) -> tuple[list[Pair], list[RowProblem]]:

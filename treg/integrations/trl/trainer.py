@@ -27,6 +27,7 @@ from treg.integrations.trl.config import TRegDPOConfig
 from treg.integrations.trl.data import (
     RewardCollator,
     ScoredCollator,
+    check_ids,
     columns_of,
     each_of,
     mapped,
@@ -143,6 +144,8 @@ class TRegDPOTrainer(DPOTrainer):
                 adapters=adapters,
                 fix="set treg_ignore_fingerprint",
             )
+        check_ids(self.train_dataset, "train_dataset", self.model)
+        mapped(self.eval_dataset, lambda x, name: check_ids(x, name, self.model))
         sets = [*each_of(self.train_dataset), *each_of(self.eval_dataset)]
         if any(set(MASK_COLUMNS) & columns_of(x) for x in sets):
             self.data_collator = ScoredCollator(
@@ -193,6 +196,7 @@ class TRegDPOTrainer(DPOTrainer):
         return prepared(dataset, dataset_name, args, weights_taken=self._own is not None)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
+        check_ids(dataset, name, self.model)
         if self._no_reference(dataset):
             return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -206,6 +210,8 @@ class TRegDPOTrainer(DPOTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As DPOTrainer's; a dataset that is given here needs token rewards of its own."""
         sets = [x for x in each_of(eval_dataset) if isinstance(x, Dataset | IterableDataset)]
+        for x in sets:
+            check_ids(x, "eval_dataset", self.model)
         if self._own is not None:
             for x in sets:
                 given = self._own.streams_of(columns_of(x), "eval_dataset")
