@@ -13,6 +13,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import pairs  # noqa: E402
 import poison  # noqa: E402
 import pytest  # noqa: E402
 import slow  # noqa: E402
@@ -85,7 +86,11 @@ def pytest_ignore_collect(collection_path, config):
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not GPU:
+        left_out = set(pairs.left_out(items))
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if slow.is_slow(item):
             item.add_marker(pytest.mark.slow)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from tiny import environment, shared_data
 
@@ -27,25 +28,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_preference_file(case, tmp_path):
     data, (kind, path) = CASES[case]
-    command = [
-        sys.executable,
-        EXAMPLES / "preference_file.py",
-        shared_data(data),
-        kind,
-        shared_data(path),
-        "--output",
-        tmp_path,
-        "--limit",
-        "10",
-        "--max_length",
-        "160",
-        "--steps",
-        "2",
-    ]
-    done = subprocess.run(
-        list(map(str, command)), env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--limit", "10", "--max_length", "160", "--steps", "2"]
+    model = (kind, shared_data(path), "--output", tmp_path)
+    processes.run(EXAMPLES / "preference_file.py", shared_data(data), *model, *options)
     examples, meta = read_annotated(tmp_path / "annotated.parquet")
     kept, dropped = meta["report"]["kept"], meta["report"]["dropped"]
     assert len(examples) == kept > 0 and kept + sum(dropped.values()) == 10
@@ -68,23 +53,8 @@ def losses(output):
 
 def test_fsdp2_loop(tmp_path):
     """Two processes print the losses of one."""
-    found = [
-        losses(
-            run(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc_per_node",
-                    size,
-                    EXAMPLES / "fsdp2_loop.py",
-                ],
-                tmp_path,
-            )
-        )
-        for size in (1, 2)
-    ]
+    script = EXAMPLES / "fsdp2_loop.py"
+    found = [losses(processes.run(script, ranks=size, cwd=tmp_path)) for size in (1, 2)]
     assert len(found[0]) == 5 and found[0][-1] < found[0][0]
     assert found[1] == pytest.approx(found[0], abs=2e-6)
 

@@ -4,12 +4,11 @@ on.
 
 import json
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
@@ -337,7 +336,7 @@ def test_doctor_sees_wrong_numbers(monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_from_a_file_to_a_page(folder, tmp_path, capsys):
+def test_from_a_file_to_a_page(folder, tmp_path, capsys, drawn):
     """Raw rows in; annotated pairs, a trained model, its card and curves, and a page out."""
     out, page = tmp_path / "out", tmp_path / "page.html"
     config = tmp_path / "run.yaml"
@@ -933,40 +932,28 @@ def test_lora(folder, tmp_path):
     assert adapters and all("q_proj.lora" in name for name in adapters)
 
 
-def start(options: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "treg", *options],
-        env=tiny.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_killed_training_goes_on(folder, tmp_path):
     """SIGKILL after the first checkpoint, the same command again: the weights of a run that was
     never stopped.
     """
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert main(train_options(folder, whole, max_steps=40)) == 0
-    process = start(train_options(folder, stopped, max_steps=40))
+    assert main(train_options(folder, whole, max_steps=16)) == 0
+    process = processes.start("-m", "treg", *train_options(folder, stopped, max_steps=16))
     deadline = time.monotonic() + 300
     while (
         not (stopped / "checkpoint-2" / "trainer_state.json").exists()
         and time.monotonic() < deadline
     ):
-        assert process.poll() is None, process.stdout.read()
+        assert not process.ended(), process.said()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert not (stopped / "model.safetensors").exists(), "it ended before it was killed"
 
     assert (
-        main(train_options(folder, stopped, max_steps=40, learning_rate=2e-3)) == 2
+        main(train_options(folder, stopped, max_steps=16, learning_rate=2e-3)) == 2
     )  # not the same run
-    process = start(train_options(folder, stopped, max_steps=40))
-    text, _ = process.communicate()
-    assert process.returncode == 0 and "going on from" in text, text
+    text = processes.run("-m", "treg", *train_options(folder, stopped, max_steps=16))
+    assert "going on from" in text
     assert (stopped / "model.safetensors").read_bytes() == (
         whole / "model.safetensors"
     ).read_bytes()
