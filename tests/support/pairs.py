@@ -1,8 +1,9 @@
-"""Which cases of a test in Triton's interpreter run: a case takes a second there.
+"""Which cases of a test with several parametrizations run.
 
-Of a test with several parametrizations those cases run in which any two values of two
-parametrizations meet once; the PyTorch implementation, which takes milliseconds, runs all of them,
-and so does a GPU. TREG_EVERY_CASE=1 runs all here too.
+In Triton's interpreter, where a case takes a second, those run in which any two values of two
+parametrizations meet once; the PyTorch implementation takes milliseconds, and runs all. Of a test
+marked `pairwise` the same is chosen of all its cases, and the implementation is a parametrization
+like the others. A GPU runs every case; so does TREG_EVERY_CASE=1 without one.
 """
 
 import itertools
@@ -14,17 +15,18 @@ import pytest
 
 
 def left_out(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The interpreter's cases that show no new pair of values."""
+    """The cases that show no new pair of values."""
     if os.environ.get("TREG_EVERY_CASE"):
         return []
     tests = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("interp") is not None and hasattr(item, "callspec"):
-            tests[item.path, item.originalname].append(item)
+        chosen = any(item.get_closest_marker(x) is not None for x in ("pairwise", "interp"))
+        if chosen and hasattr(item, "callspec"):
+            tests[item.path, item.cls, item.originalname].append(item)
     found = []
     for cases in tests.values():
-        chosen = covering([values_of(item) for item in cases])
-        found += [item for i, item in enumerate(cases) if i not in chosen]
+        run = covering([values_of(item) for item in cases])
+        found += [item for i, item in enumerate(cases) if i not in run]
     return found
 
 
