@@ -12,6 +12,7 @@ import processes
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -148,6 +149,7 @@ REFUSED = {
         "annotate --model {model} --data {data} --output a.parquet --limit 0",
         "limit: expected a positive",
     ),
+    "yaml switch": ("annotate --config {switch}", "limit: expected a number, got True"),
     "yaml list": ("train --config {list}", "data: expected one value, got ['x']"),
     "eval_data": (
         "train --model {model} --data {data} --output_dir o --eval_data {data}",
@@ -229,6 +231,7 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     Path("keys.yaml").write_text("lerning_rate: 1e-4\n")
     Path("value.yaml").write_text("learning_rate: fast\n")
     Path("list.yaml").write_text("data: [x]\n")
+    Path("switch.yaml").write_text("limit: true\n")
     Path("nested.yaml").write_text("rewards: {name: contrastive, promts: x}\n")
     files = {
         "model": folder / "model",
@@ -236,6 +239,7 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
         "yaml": "keys.yaml",
         "bad": "value.yaml",
         "list": "list.yaml",
+        "switch": "switch.yaml",
         "nested": "nested.yaml",
     }
     assert main(command.format(**files).split()) == 2
@@ -311,6 +315,37 @@ def test_an_argument_that_transformers_refuses(folder, tmp_path, capsys):
     assert main(train_options(folder, tmp_path / "o", warmup_steps=-1)) == 2
     error = capsys.readouterr().err
     assert error.startswith("treg train: error: ") and "warmup_steps" in error
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(folder, tmp_path, monkeypatch, capsys):
+    """Nor does anybody ask for leave on the terminal, where "y" would run it."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    kinds = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (theirs / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": kinds}))
+    (theirs / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["theirs.Slow", None]}})
+    )
+    (theirs / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    for model, tokenizer in ((theirs, folder / "model"), (folder / "model", theirs)):
+        command = ["annotate", "--model", model, "--tokenizer", tokenizer]
+        command += ["--data", folder / "prefs.jsonl", "--output", tmp_path / "a.parquet"]
+        assert main(list(map(str, command))) == 2
+        assert f"{theirs}: expected a model whose code is a part of" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_row_with_a_broken_name_is_dropped_and_the_others_train(folder, tmp_path):
+    """A lone surrogate in the name of a column, which no report could print."""
+    lines = (folder / "held-out.jsonl").read_text().splitlines()
+    broken = json.dumps(json.loads(lines[0]) | {"a\ud800": "a text"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([broken, *lines]))
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, data=tmp_path / "rows.jsonl", max_steps=1)) == 0
+    _, meta = read_annotated(out / "annotated.parquet")
+    assert meta["report"]["kept"] == len(lines)
+    assert meta["report"]["dropped"] == {"unknown column 'a\\ud800'": 1}
 
 
 def test_what_argparse_refuses(capsys):
@@ -930,6 +965,8 @@ def test_lora(folder, tmp_path):
     )
     adapters = load_file(out / "adapter_model.safetensors")
     assert adapters and all("q_proj.lora" in name for name in adapters)
+    card = ModelCard.load(out / "README.md").data
+    assert card.library_name == "peft" and {"treg", "dpo"} <= set(card.tags)
 
 
 def test_killed_training_goes_on(folder, tmp_path):
