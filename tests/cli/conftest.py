@@ -6,9 +6,10 @@ import undrawn
 def _pictures(request, monkeypatch):
     """Curves are not drawn, but for a test that asks for the fixture `drawn`."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("treg.cli.train.plot_curves", undrawn.plot_curves)
+        for command in ("train", "inspect"):
+            monkeypatch.setattr(f"treg.cli.{command}.plot_curves", undrawn.plot_curves)
 
 
 @pytest.fixture
 def drawn():
-    """Training draws its curves."""
+    """Commands draw curves."""

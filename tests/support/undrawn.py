@@ -5,7 +5,7 @@ from pathlib import Path
 from treg.viz.curves import History, quantities_of
 
 
-def plot_curves(history: History, path: Path) -> None:
+def plot_curves(history: History, path: str | Path) -> None:
     """The file is there, and a history without a number is refused as ever; tests/viz draws."""
     quantities_of(history)
-    path.write_bytes(b"not drawn")
+    Path(path).write_bytes(b"not drawn")
