@@ -2,6 +2,7 @@
 import of Triton.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,15 @@ if not GPU:
     import interpreter_bf16
 
     interpreter_bf16.install()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _long_lived():
+    """What modules and libraries hold is not looked at again by the collector of garbage: it would
+    take half a second each time, at the end of every training and of many other tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ One server imports what is long to import, when the first process is asked for; 
 fork of it. It has no threads of PyTorch and no random state that anybody has drawn from.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -126,6 +127,7 @@ def _ensure_server() -> None:
 
 
 def _work(argv: list[str], env: dict[str, str], cwd: str, output: str) -> None:
+    gc.freeze()  # what the server holds
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
