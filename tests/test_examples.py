@@ -17,10 +17,9 @@ from treg.demo import run as demo
 from treg.demo import world
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# the forms of rows are those of tests/data and of tests/rewards/test_annotate.py
 CASES = {
     "UltraFeedback": ("prefs/ultrafeedback_train.jsonl", ["--tokenizer", "tok/qwen2.5"]),
-    "HH": ("prefs/hh_harmless_test.jsonl.gz", ["--tokenizer", "tok/qwen2.5"]),
-    "ShareGPT": ("prefs/sharegpt_demo.json", ["--tokenizer", "tok/qwen2.5"]),
     "a pretrained model": ("prefs/ultrafeedback_train.jsonl", ["--model", "lm/tinystories-656k"]),
 }
 
