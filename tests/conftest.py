@@ -2,6 +2,7 @@
 import of Triton.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import pairs  # noqa: E402
 import poison  # noqa: E402
 import pytest  # noqa: E402
 import slow  # noqa: E402
@@ -21,6 +23,15 @@ if not GPU:
     import interpreter_bf16
 
     interpreter_bf16.install()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _long_lived():
+    """What modules and libraries hold is not looked at again by the collector of garbage: it would
+    take half a second each time, at the end of every training and of many other tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +96,11 @@ def pytest_ignore_collect(collection_path, config):
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not GPU:
+        left_out = set(pairs.left_out(items))
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if slow.is_slow(item):
             item.add_marker(pytest.mark.slow)

@@ -4,15 +4,15 @@ on.
 
 import json
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -149,6 +149,7 @@ REFUSED = {
         "annotate --model {model} --data {data} --output a.parquet --limit 0",
         "limit: expected a positive",
     ),
+    "yaml switch": ("annotate --config {switch}", "limit: expected a number, got True"),
     "yaml list": ("train --config {list}", "model: expected one value, got ['x']"),
     "eval_data": (
         "train --model {model} --data {data} --output_dir o --eval_data {data}",
@@ -230,6 +231,7 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
     Path("keys.yaml").write_text("lerning_rate: 1e-4\n")
     Path("value.yaml").write_text("learning_rate: fast\n")
     Path("list.yaml").write_text("model: [x]\n")
+    Path("switch.yaml").write_text("limit: true\n")
     Path("nested.yaml").write_text("rewards: {name: contrastive, promts: x}\n")
     files = {
         "model": folder / "model",
@@ -237,6 +239,7 @@ def test_refused(name, folder, tmp_path, monkeypatch, capsys):
         "yaml": "keys.yaml",
         "bad": "value.yaml",
         "list": "list.yaml",
+        "switch": "switch.yaml",
         "nested": "nested.yaml",
     }
     assert main(command.format(**files).split()) == 2
@@ -314,6 +317,37 @@ def test_an_argument_that_transformers_refuses(folder, tmp_path, capsys):
     assert error.startswith("treg train: error: ") and "warmup_steps" in error
 
 
+def test_code_that_comes_with_a_checkpoint_is_not_run(folder, tmp_path, monkeypatch, capsys):
+    """Nor does anybody ask for leave on the terminal, where "y" would run it."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    kinds = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (theirs / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": kinds}))
+    (theirs / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["theirs.Slow", None]}})
+    )
+    (theirs / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    for model, tokenizer in ((theirs, folder / "model"), (folder / "model", theirs)):
+        command = ["annotate", "--model", model, "--tokenizer", tokenizer]
+        command += ["--data", folder / "prefs.jsonl", "--output", tmp_path / "a.parquet"]
+        assert main(list(map(str, command))) == 2
+        assert f"{theirs}: expected a model whose code is a part of" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_row_with_a_broken_name_is_dropped_and_the_others_train(folder, tmp_path):
+    """A lone surrogate in the name of a column, which no report could print."""
+    lines = (folder / "held-out.jsonl").read_text().splitlines()
+    broken = json.dumps(json.loads(lines[0]) | {"a\ud800": "a text"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([broken, *lines]))
+    out = tmp_path / "out"
+    assert main(train_options(folder, out, data=tmp_path / "rows.jsonl", max_steps=1)) == 0
+    _, meta = read_annotated(out / "annotated.parquet")
+    assert meta["report"]["kept"] == len(lines)
+    assert meta["report"]["dropped"] == {"unknown column 'a\\ud800'": 1}
+
+
 def test_what_argparse_refuses(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["annotate", "--model", "x"])
@@ -376,7 +410,7 @@ def test_from_a_file_to_a_page(folder, tmp_path, capsys):
     # a path of this machine is nobody's business, and the hub would refuse it
     assert "2412.02685" in card and "of `model`, trained on `prefs.jsonl`" in card
     assert str(folder) not in card
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "curves.png").exists()
     before = load_file(folder / "model" / "model.safetensors")
     assert any(not torch.equal(before[k], v) for k, v in weights(out).items())
 
@@ -402,10 +436,11 @@ def test_from_a_file_to_a_page(folder, tmp_path, capsys):
     assert (tmp_path / "c.png").exists()
 
 
-def test_plain_objective_needs_no_annotation(folder, tmp_path):
+def test_plain_objective_needs_no_annotation(folder, tmp_path, drawn):
     out = tmp_path / "out"
     assert main(train_options(folder, out, alpha=0.0, max_steps=2)) == 0
     assert not list(out.glob("*.parquet")) and weights(out)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plain_objective_reads_the_rows_that_were_asked_for(folder, tmp_path, capsys):
@@ -931,16 +966,8 @@ def test_lora(folder, tmp_path):
     )
     adapters = load_file(out / "adapter_model.safetensors")
     assert adapters and all("q_proj.lora" in name for name in adapters)
-
-
-def start(options: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "treg", *options],
-        env=tiny.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    card = ModelCard.load(out / "README.md").data
+    assert card.library_name == "peft" and {"treg", "dpo"} <= set(card.tags)
 
 
 def test_killed_training_goes_on(folder, tmp_path):
@@ -948,25 +975,23 @@ def test_killed_training_goes_on(folder, tmp_path):
     never stopped.
     """
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert main(train_options(folder, whole, max_steps=40)) == 0
-    process = start(train_options(folder, stopped, max_steps=40))
+    assert main(train_options(folder, whole, max_steps=16)) == 0
+    process = processes.start("-m", "treg", *train_options(folder, stopped, max_steps=16))
     deadline = time.monotonic() + 300
     while (
         not (stopped / "checkpoint-2" / "trainer_state.json").exists()
         and time.monotonic() < deadline
     ):
-        assert process.poll() is None, process.stdout.read()
+        assert not process.ended(), process.said()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert not (stopped / "model.safetensors").exists(), "it ended before it was killed"
 
     assert (
-        main(train_options(folder, stopped, max_steps=40, learning_rate=2e-3)) == 2
+        main(train_options(folder, stopped, max_steps=16, learning_rate=2e-3)) == 2
     )  # not the same run
-    process = start(train_options(folder, stopped, max_steps=40))
-    text, _ = process.communicate()
-    assert process.returncode == 0 and "going on from" in text, text
+    text = processes.run("-m", "treg", *train_options(folder, stopped, max_steps=16))
+    assert "going on from" in text
     assert (stopped / "model.safetensors").read_bytes() == (
         whole / "model.safetensors"
     ).read_bytes()

@@ -486,6 +486,7 @@ def test_continued_answers_find_their_characters():
     ((pair,), _) = load_pairs([row], tokenizer)
     response = Response.of_pair(pair, "chosen", tokenizer)
     held = "".join(response.text[a:b] for a, b in response.spans)
+    assert tokenizer.decode(pair.prompt_ids) == f"{HEAD}The sun"
     assert held == " is big" and response.content == int(pair.answers["chosen"].content.sum())
 
 

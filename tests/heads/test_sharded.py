@@ -4,8 +4,6 @@ them.
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,29 +12,20 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import processes
 import sharded_worker as worker
-from tiny import environment
 
 from treg.heads import install_head
 from treg.ops import fused_treg_loss
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 FSDP_WORKER = Path(__file__).parents[1] / "support" / "fsdp_worker.py"
-
-
-def launch(*arguments, **more):
-    command = [*LAUNCH, *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment() | more, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Every layout in two processes of gloo."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch("2", worker.__file__, folder)
+    processes.run(worker.__file__, folder, ranks=2)
     return folder
 
 
@@ -246,7 +235,7 @@ def test_trainers_under_fsdp2(tmp_path):
     )
     logs = {}
     for name, size, more in (("alone", 1, {}), ("fsdp", 2, FSDP2)):
-        launch(size, FSDP_WORKER, data, tmp_path, 4 // size, **more)
+        processes.run(FSDP_WORKER, data, tmp_path, 4 // size, ranks=size, env=more)
         logs[name] = json.loads((tmp_path / f"{name}.json").read_text())
     for kind, expected in logs["alone"].items():
         for line, found in zip(expected[:2], logs["fsdp"][kind][:2], strict=True):

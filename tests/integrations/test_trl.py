@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 import trl.trainer.utils
 from datasets import Dataset
 from helpers import assert_within_budget, error
+from huggingface_hub import ModelCard
 from judges import judge, judge_tokenizer
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
@@ -1126,6 +1127,14 @@ def test_sharded_weights_are_not_for_the_swapped_function(patched):
         trl.trainer.utils._ChunkedLogProbFunction.apply(
             torch.randn(3, 8), weight, None, torch.tensor([1, 2, 3]), 1.0, 32
         )
+
+
+def test_the_card_cites_both_papers(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(), make_pairs(), make_model())
+    trainer.create_model_card("mine")
+    card = (tmp_path / "README.md").read_text()
+    assert "2412.02685" in card and "T-REG" in card and "rafailov2023direct" in card
+    assert "treg" in ModelCard.load(tmp_path / "README.md").data.tags
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -10,18 +10,18 @@ experimental/agent_loop/agent_loop.py, protocol.py.
 import asyncio
 import importlib
 import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import EPS, assert_within_budget, error
-from tiny import environment, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 
 import treg.ops.entropy
 from treg.data import RowProblem
@@ -385,9 +385,9 @@ def vocabulary_worker(rank: int, size: int, folder: str) -> None:
 
 
 def test_op_over_a_split_vocabulary(tmp_path):
-    command = [sys.executable, __file__, "2", str(tmp_path)]
-    workers = [subprocess.Popen([*command, str(rank)], env=environment()) for rank in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    workers = [processes.start(__file__, "2", tmp_path, rank) for rank in range(2)]
+    processes.wait_for_all(workers, 120)
+    assert [worker.wait() for worker in workers] == [0, 0], workers[0].said() + workers[1].said()
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     expected = train(*seeded_inputs())
     for one in found:

@@ -172,6 +172,7 @@ def test_every_objective_has_a_kernel():
     assert sorted(BASES) == NAMES
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("weighting", ["gradient", "static"])
 @pytest.mark.parametrize("loss_type", NAMES)
@@ -212,6 +213,7 @@ def test_alpha_zero_ignores_an_infinite_regularizer(loss_type, impl):
     torch.testing.assert_close(coef, exact_coef)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss_type", NAMES)
@@ -451,6 +453,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_type", ["dpo", "orpo", "bco_pair"])

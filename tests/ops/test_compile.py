@@ -81,6 +81,7 @@ def run(fn, inputs, frozen=False):
     return [loss.detach(), *(x.detach() for x in out if x is not None), *grads]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -146,6 +147,7 @@ def make_call(impl: str, dtype: torch.dtype, needs, **options) -> Call:
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "options", [{}, {"filter_eps": 2.0**-10}, {"least": True}], ids=["", "filtered", "least"]
 )
@@ -177,6 +179,7 @@ def test_opcheck_logprobs(impl, dtype, needs, options):
         )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)

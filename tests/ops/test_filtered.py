@@ -176,6 +176,7 @@ def check(found, problem, dtype, eps=EPSILON):
             assert_within_budget(name, x, right, error(rough, right), dtype)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -207,6 +208,7 @@ def test_float64():
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize("shape", [(150, 400), (128, 128), (129, 257), (3, 50)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)

@@ -215,6 +215,7 @@ WAYS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
@@ -264,6 +265,7 @@ CALLS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", [*HEADS.values(), *CALLS.values()], ids=[*HEADS, *CALLS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)

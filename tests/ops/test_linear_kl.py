@@ -178,6 +178,7 @@ def test_float64(direction, head):
         assert x.dtype == torch.float64 and error(x, exact[name]) < 1e-13, name
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kept", [0, 3, 100], ids=["no row kept", "some kept", "all kept"])
 @pytest.mark.parametrize("scored", [True, False], ids=["targets", "no targets"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -351,6 +352,7 @@ def test_both_forms_at_the_border(direction, scored, monkeypatch):
     assert not near.called
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("first", [-95.0, -41.0, -39.0, -0.6, 0.4, 39.0, 41.0, 95.0])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -544,6 +546,7 @@ def test_small_gradients_in_float16():
 # -- which rows count
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("capturing", [False, True], ids=["", "while a CUDA graph is captured"])
 @pytest.mark.parametrize("kept", [3, 100], ids=["some kept", "all kept"])
 @pytest.mark.parametrize("upstream", ["both", "kl"])
@@ -700,6 +703,7 @@ def test_matrix_products(cheap_passes):
         assert half == pytest.approx(3.5 * D + 1.5 * REF_D, rel=0.02)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("scored", [True, False], ids=["targets", "no targets"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)

@@ -340,6 +340,7 @@ def budget_for(case: Case, dtype: torch.dtype, impl: str, rows: int) -> int:
     return tiles.fixed_bytes + rows * tiles.row_bytes(stash=True, outputs=case.rest["outputs"])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("needs", ["hidden weight bias", "weight bias", "hidden weight", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ignored", [0, 7])
@@ -366,6 +367,7 @@ def test_rows_kept_beside_rows_computed_again(impl, ignored, dtype, needs, kept,
     assert kept[0][1] == count and 20 < kept[0][0] < 40
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("needs", ["hidden weight bias", "weight", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ignored", [0, 7])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 import vocab_parallel_worker as worker
@@ -22,22 +23,7 @@ from treg.ops import LinearLogprobs, TRegLoss, reference
 def ranks(request, tmp_path_factory):
     """What each rank got, in order."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(world),
-    ]
-    done = subprocess.run(
-        [*launch, worker.__file__, folder],
-        env=environment() | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    processes.run(worker.__file__, folder, ranks=world, env={"TRITON_INTERPRET": "1"})
     return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 

@@ -4,20 +4,17 @@ annotated files.
 
 import copy
 import json
-import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 
 import numpy as np
 import peft
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import END, environment, seeded, shared_data, tiny_llama, tiny_tokenizer
+from tiny import END, seeded, shared_data, tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -430,8 +427,9 @@ treg.rewards.annotate.annotate(model, tokenizer, rows, output, options, progress
 
 def worker(output, seconds=0.0, late=0.0, **env):
     args = json.dumps([str(output), seconds, late, rows(26, seed=4), asdict(SHORT)])
-    env = environment() | {"TOKENIZERS_PARALLELISM": "false"} | env
-    return subprocess.Popen([sys.executable, "-c", WORKER, args], env=env)
+    script = output.with_name("worker.py")
+    script.write_text(WORKER)
+    return processes.start(script, args, env={"TOKENIZERS_PARALLELISM": "false"} | env)
 
 
 @pytest.fixture
@@ -464,13 +462,12 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, whole):
     process = worker(output, seconds=0.1)
     try:
         deadline = time.monotonic() + 300
-        while not list(parts.glob("part-*.parquet")):
-            assert process.poll() is None and time.monotonic() < deadline
+        while not list(parts.glob("part-*.parquet.sha256")):
+            assert not process.ended() and time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = sorted(parts.glob("part-*.parquet"))
+        process.kill()
+    done = sorted(parts.glob("part-*.parquet.sha256"))
     assert 1 <= len(done) < 7 and not output.exists()
     (parts / "part-00006.parquet.1.tmp").write_bytes(b"half")
     (tmp_path / "a.parquet.treg-1.tmp").write_bytes(b"half")
@@ -788,22 +785,10 @@ def test_two_processes(tmp_path, whole):
     became of the parts when the other could long have removed them.
     """
     output = tmp_path / "a.parquet"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = dict(
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-        ACCELERATE_USE_CPU="true",
-    )
-    processes = [worker(output, late=1.0, RANK=str(i), LOCAL_RANK=str(i), **env) for i in range(2)]
-    try:
-        assert [p.wait(90) for p in processes] == [0, 0]
-    finally:
-        for p in processes:
-            p.kill()
+    env = {"ACCELERATE_USE_CPU": "true"}
+    ranks = [worker(output, late=1.0, **env, **rank) for rank in processes.ranks_env(2)]
+    processes.wait_for_all(ranks, 90)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said() + ranks[1].said()
     assert same(output, whole) and not (tmp_path / "a.parquet.parts").exists()
 
 
@@ -1014,17 +999,21 @@ def test_files_that_are_not_annotated(tmp_path):
 # -
 
 
+@pytest.fixture(scope="module")
+def real_vocabulary():
+    return AutoTokenizer.from_pretrained(shared_data("tok", "qwen2.5")), tiny_llama(151936)
+
+
 @pytest.mark.parametrize(
     "file", ["ultrafeedback_eval.jsonl", "hh_harmless_test.jsonl.gz", "sharegpt_demo.json"]
 )
-def test_real_files(tmp_path, file):
-    tokenizer = AutoTokenizer.from_pretrained(shared_data("tok", "qwen2.5"))
-    model = tiny_llama(151936)
+def test_real_files(tmp_path, file, real_vocabulary):
+    tokenizer, model = real_vocabulary
     options = AnnotateOptions(EncodeOptions(120), tokens_per_batch=4096, per_token=True)
     report, examples, _ = run(
-        tmp_path, options, shared_data("prefs", file), model, tokenizer, limit=40
+        tmp_path, options, shared_data("prefs", file), model, tokenizer, limit=10
     )
-    assert report.seen == 40 and len(examples) == report.kept >= 15
+    assert report.seen == 10 and len(examples) == report.kept >= 4
     for x in examples:
         for side in SIDES:
             ids = x[f"{side}_ids"].tolist()

@@ -16,7 +16,6 @@ by name, or give the same bytes as without the damage.
 import argparse
 import collections
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -31,6 +30,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import undrawn
+
+import treg.cli.annotate  # once, for all processes
+import treg.cli.train
 import treg.rewards.annotate
 from treg.cli import main
 from treg.data.annotated import read_annotated
@@ -54,6 +57,7 @@ class Job:
 def prepare(folder: Path) -> None:
     """Rows, the same of another seed, and annotated ones."""
     treg.rewards.annotate.PART_PAIRS = PART_PAIRS
+    treg.cli.train.plot_curves = undrawn.plot_curves
     folder.mkdir(parents=True, exist_ok=True)
     for name, seed in (("prefs", 0), ("others", OTHER_SEED)):
         rows = world.preference_rows(seed, PAIRS, "train")
@@ -380,8 +384,6 @@ def damages(folder: Path, count: int, seed: int = 0) -> tuple[collections.Counte
 
 
 if __name__ == "__main__":
-    for module in ("annotate", "train"):
-        importlib.import_module(f"treg.cli.{module}")  # once, for all processes
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["kills", "damages"])
     parser.add_argument("--count", type=int, required=True)

@@ -7,18 +7,16 @@ import gc
 import pickle
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
 import trainer_worker
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
-from tiny import environment
 from trainer_worker import (
     BETA,
     SHARED,
@@ -325,14 +323,8 @@ def test_resumed_is_uninterrupted(tmp_path, uninterrupted, step):
     "when, newest, whole", [("step:5", 4, 4), ("save:4", 4, 2)], ids=["training", "saving"]
 )
 def test_killed_and_resumed_is_uninterrupted(tmp_path, uninterrupted, when, newest, whole):
-    done = subprocess.run(
-        [sys.executable, trainer_worker.__file__, "killed", tmp_path, when],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = processes.start(trainer_worker.__file__, "killed", tmp_path, when)
+    assert process.wait() == -signal.SIGKILL, process.said()
     assert max(int(x.name.rpartition("-")[2]) for x in tmp_path.glob("checkpoint-*")) == newest
     assert last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{whole}"
     trainer = resumable(tmp_path)
@@ -908,22 +900,7 @@ def test_models_that_cannot_serve(tmp_path):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*launch, trainer_worker.__file__, "ddp", folder],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    processes.run(trainer_worker.__file__, "ddp", folder, ranks=2)
     return folder
 
 
