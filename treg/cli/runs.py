@@ -4,6 +4,7 @@ The folder keeps the settings and the digests of what was read in treg_run.json,
 first checkpoint on. What lists the files of the model, treg_files.json, is written last.
 """
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ FINISHED = words("*.safetensors *.bin *.index.json config.json adapter_config.js
 STATE = "trainer_state.json"
 
 
-def claim_run(out: Path, settings: dict[str, Any]) -> None:
+def claim_run(out: Path, settings: dict[str, Any]) -> str:
     """Keep the settings of a run beside it.
 
+    Returns:
+        The day on which the run began, YYYY-MM-DD.
     Raises:
         ValueError: the folder holds checkpoints or a model of other settings, of other data or
             models under the same names, or of no run.
@@ -49,6 +52,7 @@ def claim_run(out: Path, settings: dict[str, Any]) -> None:
     settings = plain(settings | {"content": _contents(settings, out)})
     held = _held(out)
     before = read_json(file) if file.exists() and held else None
+    settings["begun"] = _begun(file) or datetime.date.today().isoformat()
     if held and before is None:
         raise ValueError(
             f"output_dir: expected a folder for this run, got {out}, which holds {held} and no "
@@ -63,6 +67,15 @@ def claim_run(out: Path, settings: dict[str, Any]) -> None:
             remove_leftovers(out / name)
         write_json(file, settings)
     process_state().wait_for_everyone()
+    return settings["begun"]
+
+
+def _begun(file: Path) -> str | None:
+    """The day on which the run of a treg_run.json began; None: it does not say."""
+    try:
+        return read_json(file).get("begun")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _held(out: Path) -> str | None:
@@ -101,7 +114,7 @@ def _check_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     was, is_now = before.get("content", {}), now["content"]
     # runs of earlier versions had one source, and no weights
     before = {"data_weights": [1.0] * len(_each(before.get("data")))} | before
-    for name in sorted(now.keys() & before.keys() - {"content"}):
+    for name in sorted(now.keys() & before.keys() - {"content", "begun"}):
         old, new = before[name], now[name]
         detail = ""
         if name in READ:

@@ -132,11 +132,11 @@ def run(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         if process_state().is_main_process:
             stack.enter_context(locked(out))
-        claim_run(out, options.settings)
+        begun = claim_run(out, options.settings)
         if finished(out):
             say(f"{out} holds a finished run of these settings: nothing to do")
         else:
-            _train(out, options)
+            _train(out, options, begun)
 
 
 def _check(options: Options) -> None:
@@ -246,7 +246,7 @@ def _check_beside(options: Options) -> None:
             )
 
 
-def _train(out: Path, options: Options) -> None:
+def _train(out: Path, options: Options, begun: str) -> None:
     config, own = options.config, options.own
     check_there([*options.data, *options.eval_data])
     device = torch.device(config.device)
@@ -263,7 +263,8 @@ def _train(out: Path, options: Options) -> None:
             "merge them (PeftModel.merge_and_unload) and train from what that saves"
         )
     reference = None if own.ref_model is None else _load_model(options, own.ref_model)
-    prepare = _DataPreparation(out, options, tokenizer, model if reference is None else reference)
+    judge = model if reference is None else reference
+    prepare = _DataPreparation(out, options, tokenizer, judge, begun)
     train_data, eval_data = prepare.train(), prepare.eval()
     objective = config.loss_options.objective
     annotated = all(isinstance(x, str) for x in train_data.sources)
@@ -290,7 +291,7 @@ def _train(out: Path, options: Options) -> None:
         check_whole(trainer)
         trainer.add_callback(_samples(out, own, train_data, tokenizer))
     # the trainer keeps the reference if it is needed
-    del reference, prepare
+    del reference, prepare, judge
     if config.save_only_model:
         say("save_only_model: if this run is stopped, it starts from its beginning again")
     try:
@@ -347,13 +348,14 @@ def _peft_config(own: TrainOptions) -> Any:
 class _DataPreparation:
     """Data as the trainer takes them: raw ones are annotated first where that is wanted.
 
-    model: the one that annotates.
+    model: the one that annotates. begun: the day of the run, for templates that ask.
     """
 
     out: Path
     options: Options
     tokenizer: Any
     model: Any
+    begun: str
 
     def train(self) -> Mixture:
         """What --data names, with its weights."""
@@ -389,7 +391,7 @@ class _DataPreparation:
             pairs, report = load_pairs(
                 source,
                 self.tokenizer,
-                self.options.encode,
+                self.options.encode.dated(self.tokenizer, self.begun),
                 split=split,
                 strict=rows.strict,
                 limit=rows.limit,

@@ -134,15 +134,18 @@ class EncodeOptions:
         except (TypeError, ValueError) as error:
             raise ValueError(f"date: expected YYYY-MM-DD, got {self.date!r}") from error
 
-    def dated(self, tokenizer: Any) -> "EncodeOptions":
-        """These with the date of today, if the tokenizer's chat template asks for one."""
+    def dated(self, tokenizer: Any, today: str | None = None) -> "EncodeOptions":
+        """These with a date, if they have none and the tokenizer's chat template asks for one.
+
+        today: YYYY-MM-DD, such as the day on which a run began; None: today.
+        """
         template = tokenizer.chat_template
         if self.date is not None or template is None:
             return self
         templates = template.values() if isinstance(template, dict) else [template]
         if not any("strftime_now" in template_variables(x) for x in templates):
             return self
-        return dataclasses.replace(self, date=self.day.isoformat())
+        return dataclasses.replace(self, date=today or self.day.isoformat())
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ next one computes them in the same batches, to the same bits.
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from treg.rewards.annotate_options import AnnotateOptions
 from treg.rewards.base import check_response
 from treg.rewards.cutting import cut_parts, kept_on_interrupt, part_tokens
 from treg.rewards.kept import KeptColumns
-from treg.rewards.made_with import check_same, comparable, made_with_of
+from treg.rewards.made_with import begun_on, check_same, comparable, first_change, made_with_of
 from treg.rewards.parts import ROWS, Parts, claimed
 from treg.rewards.progress import Progress, counted_rows
 from treg.rewards.response import ResponsePairs
@@ -92,10 +92,12 @@ def annotate(
     if output.suffix != ".parquet":
         raise ValueError(f"output: expected a path that ends in .parquet, got {output}")
     state = process_state()
-    options = replace(options, encode=options.encode.dated(tokenizer))
+    folder = Path(f"{output}.parts")
+    encode = options.encode.dated(tokenizer, begun_on(output, folder))
+    options = replace(options, encode=encode)
     known = {*options.keep_columns, *columns_read(options.rewards, options.source_options)}
     if work.cache is None and not output.exists():
-        work = replace(work, cache=Path(f"{output}.parts") / ROWS)
+        work = replace(work, cache=folder / ROWS)
     work = shared_work(work)
     with counted_rows(progress and state.is_main_process) as rows:
         pairs, report = load_sources(
@@ -128,9 +130,9 @@ def annotate(
     if kept.names:
         made_with["settings"]["keep_columns"] = list(kept.names)
         made_with["fingerprint"]["columns"] = kept.fingerprint
-    folder = Path(f"{output}.parts")
+    same = partial(check_same, changed=lambda files: first_change(files, pairs, tokenizer))
     if output.exists():
-        report = _finished(output, comparable(made_with))
+        report = _finished(output, comparable(made_with), same)
         if state.is_main_process:
             Parts(folder, "", []).remove()
         return report
@@ -140,7 +142,7 @@ def annotate(
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
             if state.is_main_process:
-                stack.enter_context(claimed(folder, expected, check_same))
+                stack.enter_context(claimed(folder, expected, same))
         parts = Parts(folder, digest_of(expected), cut_parts(order, PART_PAIRS, tokens))
         run = _Run(context, rewards, options, kept, parts, strict)
         files, problems = _annotate_parts(run, bar, state)
@@ -157,7 +159,7 @@ def annotate(
     return report
 
 
-def _finished(output: Path, expected: dict[str, Any]) -> Report:
+def _finished(output: Path, expected: dict[str, Any], check_same: Callable) -> Report:
     """The report of an output that is there; ValueError if it was made otherwise, or is damaged."""
     if not is_annotated(output):
         raise ValueError(

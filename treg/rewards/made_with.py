@@ -2,19 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from treg.data import EncodeOptions, Pair
-from treg.data.annotated import tokenizer_fingerprint
+from treg.data import EncodeOptions, Pair, common_prefix, described
+from treg.data.annotated import ID_COLUMNS, read_annotated, read_meta, tokenizer_fingerprint
 from treg.data.fingerprints import config_of
+from treg.files import read_json
 from treg.rewards.annotate_options import AnnotateOptions
 from treg.rewards.base import Context, TokenRewardSource
 from treg.rewards.names import DEFAULT_SOURCE
+from treg.rewards.parts import MANIFEST
 from treg.rewards.several import SeveralSource
 from treg.rewards.shaping import shaped_streams
 
@@ -116,8 +119,55 @@ def _autocast(device: str) -> str | None:
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
-def check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """ValueError where a file or its parts were made otherwise than this run would make them."""
+def begun_on(output: Path, folder: Path) -> str | None:
+    """The day, YYYY-MM-DD, that an annotation or its parts were begun on, where its rows have the
+    day in them: a run that goes on keeps it. None: there is none, or it cannot be read.
+    """
+    try:
+        meta = read_meta(output) if output.exists() else read_json(folder / MANIFEST)
+        return meta["settings"]["encode"].get("date")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # whoever needs the file says so
+
+
+def first_change(files: Iterable[Path], pairs: Sequence[Pair], tokenizer: Any) -> str:
+    """Which row became other tokens since some annotated files were written, and what changed; ""
+    where none of them has such a row.
+    """
+    by_index = {pair.index: pair for pair in pairs}
+    for file in files:
+        try:
+            examples, _ = read_annotated(file)
+        except ValueError:
+            continue
+        for example in examples:
+            pair = by_index.get(int(example["index"]))
+            if pair is None:
+                return f"; {example['where']} is not among the rows now"
+            for name in ID_COLUMNS:
+                was, now = example[name], getattr(pair, name)
+                if not np.array_equal(was, now):
+                    return f"; {pair.row.where}: {name} " + _change(was, now, tokenizer)
+    return ""
+
+
+def _change(was: Any, now: Any, tokenizer: Any) -> str:
+    """How two texts differ, by their first tokens that do."""
+    n = common_prefix(was.tolist(), now.tolist())
+    texts = [described(tokenizer.decode(ids[max(0, n - 3) : n + 8])) for ids in (was, now)]
+    return f"had {texts[0]} where {texts[1]} is now"
+
+
+def check_same(
+    path: Path,
+    found: dict[str, Any],
+    expected: dict[str, Any],
+    changed: Callable[[list[Path]], str] = lambda files: "",
+) -> None:
+    """ValueError where a file or its parts were made otherwise than this run would make them.
+
+    changed: says of annotated files which row is another one now.
+    """
     # settings first: they say what a fingerprint hides
     for group in sorted(expected.keys() | {"streams"}, reverse=True):
         now, before = expected.get(group, {}), found.get(group, {})
@@ -127,7 +177,9 @@ def check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> N
                 # the default source stands in no file
                 missing = DEFAULT_SOURCE if group == "streams" else None
                 was, wanted = (values.get(name, missing) for values in (before, now))
+                files = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+                detail = changed(files) if name == "pairs" else ""
                 raise ValueError(
-                    f"{path}: made with {name} {was!r}, now it is {wanted!r}; give another output, "
-                    f"or remove {path}"
+                    f"{path}: made with {name} {was!r}, now it is {wanted!r}{detail}; give another "
+                    f"output, or remove {path}"
                 )
