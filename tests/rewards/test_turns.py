@@ -14,7 +14,7 @@ from tiny import CHATML, bot, tiny_llama, tiny_tokenizer, usr
 from treg.data import EncodeOptions, load_pairs
 from treg.rewards import Context, load_source
 from treg.rewards.base import score_checked
-from treg.rewards.response import Response
+from treg.rewards.response import Response, ResponsePairs
 from treg.rewards.shaping import parse_steps, score_shaped
 from treg.rewards.units import unit_numbers
 
@@ -27,6 +27,12 @@ TIGHT = (
     "{% for m in messages %}{{ '[' if m.role == 'user' else '' }}{{ m.content }}"
     "{{ ']' if m.role == 'user' else eos_token }}{% endfor %}"
 )
+# what ends a turn is not among what the template marks as the assistant's
+MARKED = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}",
+)
 TURNS = [bot("the fox. owl"), usr("again the user says a long thing here"), bot("the moon is old")]
 CASES = {  # template, answer, runs of what it says
     "thinks": (THINKS, [bot("the fox. The owl is old")], 1),
@@ -34,6 +40,7 @@ CASES = {  # template, answer, runs of what it says
     "thinks in turns": (THINKS, TURNS, 2),
     "tight": (TIGHT, TURNS, 2),
     "ends with a user": (CHATML, TURNS[:2], 1),
+    "marked": (MARKED, TURNS, 2),
 }
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))
@@ -224,6 +231,8 @@ def test_the_day_of_a_row_is_that_of_the_judges_requests():
 
 
 def test_the_day_of_a_row_is_that_of_the_reward_models_template():
+    """And where that template alone asks for it, it is a setting of the source."""
+
     def dated():
         tokenizer = copy.deepcopy(judge_tokenizer())
         tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + tokenizer.chat_template
@@ -232,6 +241,11 @@ def test_the_day_of_a_row_is_that_of_the_reward_models_template():
     row = {"prompt": [usr("what?")], "chosen": TURNS, "rejected": [bot("no")]}
     ((pair,), _) = load_pairs([row], TOKENIZER, EncodeOptions(256, date="2024-07-26"), strict=True)
     response = Response.of_pair(pair, "chosen", TOKENIZER)
-    source = made(Context(MODEL, TOKENIZER), "redistribution", model=judge("llama", dated))
+    pairs = ResponsePairs([pair], TOKENIZER)
+    context = Context(MODEL, TOKENIZER, pairs=pairs)
+    source = made(context, "redistribution", model=judge("llama", dated))
+    assert source.settings()["date"] == "2024-07-26"
+    plain = made(context, "redistribution", model=judge("llama", judge_tokenizer))
+    assert "date" not in plain.settings()
     said = source.reward_model.tokenizer.decode(source.reading(response).ids)
     assert said.startswith("2024-07-26 ")

@@ -67,7 +67,7 @@ def claim_run(out: Path, settings: dict[str, Any]) -> str:
             remove_leftovers(out / name)
         write_json(file, settings)
     process_state().wait_for_everyone()
-    return settings["begun"]
+    return read_json(file)["begun"]  # every process has the day that is written
 
 
 def _begun(file: Path) -> str | None:

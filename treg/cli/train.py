@@ -423,7 +423,7 @@ class _DataPreparation:
                 output,
                 annotate_options(
                     self.options.rewards,
-                    self.options.encode,
+                    self.options.encode.dated(self.tokenizer, self.begun),
                     per_token=True,
                     keep_columns=config.loss_options.objective.pair_columns,
                 ),

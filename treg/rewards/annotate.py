@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from treg.data import SIDES, EncodeWork, Pair, Report, RowProblem, pair_tokens
 from treg.data.annotated import (
@@ -94,7 +94,9 @@ def annotate(
     state = process_state()
     folder = Path(f"{output}.parts")
     encode = options.encode.dated(tokenizer, begun_on(output, folder))
-    options = replace(options, encode=encode)
+    day = [encode.date]
+    broadcast_object_list(day)  # one day for all processes
+    options = replace(options, encode=replace(encode, date=day[0]))
     known = {*options.keep_columns, *columns_read(options.rewards, options.source_options)}
     if work.cache is None and not output.exists():
         work = replace(work, cache=folder / ROWS)

@@ -152,7 +152,8 @@ class EditsSource:
         rewards = np.zeros(len(response.ids), dtype=np.float32)
         if revised:
             rewards[:n] = np.where(edits(other, mine)[1], options.added, 0.0)
-            rewards[n : n + options.end] = options.added
+            if options.end and response.end >= n:
+                rewards[response.end] = options.added
         else:
             rewards[:n] = np.where(edits(mine, other)[0], options.removed, 0.0)
         return torch.from_numpy(rewards)

@@ -23,9 +23,9 @@ template of its own, and R is carried over by characters:
   all among those that the policy's tokens up to t have completed. A policy's token that completes
   no character gets 0.
 - What the reward model reads after the answer's last character, such as the end of the turn, goes
-  to the policy's token that ends the answer, the first after its content, or the last one if the
-  answer was cut off. So R(x, y) is the number that the reward model gives the whole conversation.
-  The same token gets R(x, y) of Eq. 7.
+  to the policy's token that ends the answer, the first after its content that is scored, or the
+  last one of its content if there is none, as where the answer was cut off. So R(x, y) is the
+  number that the reward model gives the whole conversation. The same token gets R(x, y) of Eq. 7.
 - Of several messages those of others, such as what a tool returns, are no tokens of the answer. How
   R changes over them goes to the answer's token before them, which led to them; before the first,
   to the first. So the sum stays.
@@ -133,6 +133,7 @@ class RedistributionSource:
 
     def __init__(self, options: RedistributionOptions, context: Context):
         self.options = options
+        self.context = context
         named = (options.model, options.tokenizer, options.label, options.dtype)
         self.reward_model: RewardModel = context.shared(
             ("reward model", *named),
@@ -164,7 +165,15 @@ class RedistributionSource:
             "prefixes": options.prefixes,
             "step": options.step,
             "dtype": str(judge.model.dtype),
-        }
+        } | self._date
+
+    @property
+    def _date(self) -> dict[str, str]:
+        """What the reward model's template takes for today, if it asks; of the run's rows."""
+        pairs, template = self.context.pairs, self.reward_model.tokenizer.chat_template
+        if not pairs or "strftime_now" not in str(template):
+            return {}
+        return {"date": str(pairs[0][0].date)}
 
     def check(self, response: Response) -> RowProblem | None:
         """A response is refused that is not found in what its tokens say, or in what the reward
@@ -200,7 +209,7 @@ class RedistributionSource:
             responses, readings, self._scores(readings), strict=True
         ):
             spans: Any = response.spans
-            end = min(response.content, len(response.ids) - 1)
+            end = response.end
             rewards = self.options.beta_c * carried_over(scores, reading.held, spans[:, 1], end)
             rewards = for_the_answer(rewards, response.judged.numpy(), end)
             rewards[end] += (1 - self.options.beta_c) * scores[-1]

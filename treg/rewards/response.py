@@ -159,6 +159,16 @@ class Response:
             count = int(found[-1].max()) + 1
         return torch.cat(found)
 
+    @cached_property
+    def end(self) -> int:
+        """The place of the token that ends the answer: the first of the assistant's after what it
+        says; where there is none, as in one that was cut, the last that it says, or the last.
+        """
+        after = np.flatnonzero(self.assistants[self.content :])
+        if len(after):
+            return self.content + int(after[0])
+        return int(self.judged[-1]) if len(self.judged) else len(self.ids) - 1
+
     def ends(self, rewards: Tensor) -> Tensor:
         """Places of the tokens that end the answer, up to the last one with a reward other than 0.
 
