@@ -6,8 +6,10 @@ a prompt x, which agree up to their last words, that takes |x| + 3|y| + c tokens
 instead of 2|x| + 4|y| + 2c. A model that does not give the same log-probs that way is run without.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -134,9 +136,11 @@ class Scorer:
         """Log-probs of two completions for each beginning, which runs once; tails: what follows."""
         ids, mask = self._padded(beginnings, left=True)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = self.spec.backbone(
+        found = self.spec.backbone(
             input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True
-        ).past_key_values
+        )
+        name = self._name_of_cache
+        cache = getattr(found, name)
         cache.batch_repeat_interleave(2)
         tail_ids, tail_mask = self._padded(tails, left=False)
         start = mask.sum(-1, keepdim=True).repeat_interleave(2, 0)
@@ -145,11 +149,17 @@ class Scorer:
             "attention_mask": torch.cat([mask.repeat_interleave(2, 0), tail_mask], -1),
             # padding repeats the last position: further ones may be beyond the model's table
             "position_ids": start + tail_mask.cumsum(-1) - 1,
-            "past_key_values": cache,
+            name: cache,
         }
         scored = self._statistics(tail_ids, completions, inputs)
         self.on_tokens(int(mask.sum() + tail_mask.sum()))
         return [values["logprobs"] for values in scored]
+
+    @cached_property
+    def _name_of_cache(self) -> str:
+        """transformers 5.24 has given the keys and values of a beginning another name."""
+        parameters = inspect.signature(self.spec.backbone.forward).parameters
+        return "cache" if "cache" in parameters else "past_key_values"
 
     def try_sharing(self, rows: list[TwoContexts]) -> None:
         """Share the beginning from now on if log-probs are the same with it; never, if not."""
