@@ -323,3 +323,30 @@ def test_the_trainer_takes_a_mixture(folder, annotated, whole, tmp_path):
     trainer.save_model()
     assert model(tmp_path) == model(whole)
     assert [x.taken for x in trainer.data_shares["train_dataset"]] == [8, 3]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_packs_of_weighed_rows(folder, annotated, tmp_path, raw):
+    """No pack has a row twice, and all packs together have each as often as its weight says."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from treg.trainer import TRegConfig, TRegTrainer
+
+    config = TRegConfig(
+        str(tmp_path),
+        packing=True,
+        token_budget=1000,
+        use_cpu=True,
+        **({"alpha": 0, "loss_type": "simpo", "beta": 2.0} if raw else {}),
+    )
+    paths = [x.with_suffix(".jsonl") for x in annotated] if raw else annotated
+    trainer = TRegTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        args=config,
+        train_dataset=Mixture(tuple(paths), (3, 1)),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )
+    packs = [[tuple(x["prompt_ids"]) for x in pack] for pack in trainer.train_dataset]
+    rows = [[tuple(x["prompt_ids"]) for x in read_annotated(path)[0]] for path in annotated]
+    assert sorted(sum(packs, [])) == sorted(3 * rows[0] + rows[1])
+    assert all(len(set(pack)) == len(pack) for pack in packs)
