@@ -181,7 +181,10 @@ def test_files_that_do_not_go_together_are_named(folder, annotated, tmp_path, ca
     shaped = annotate_more(folder, tmp_path)
     assert train(folder, tmp_path / "o1", a, shaped) == 2
     error = capsys.readouterr().err
-    assert f"{shaped}: expected token rewards that were made as those of {a}" in error
+    assert f"{shaped}: expected pairs that were annotated as those of {a}" in error
+    assert "streams.token_rewards.shaping [], got ['centre']" in error
+    for more, code in (({"ignore_fingerprint": True}, 2), ({"mixed_annotations": True}, 0)):
+        assert train(folder, tmp_path / "o1", a, shaped, max_steps=1, **more) == code
     assert train(folder, tmp_path / "o2", a, raw) == 2
     error = capsys.readouterr().err
     assert f"expected {a} with the reference's log-prob of each token, as {raw}" in error
@@ -348,5 +351,5 @@ def test_packs_of_weighed_rows(folder, annotated, tmp_path, raw):
     )
     packs = [[tuple(x["prompt_ids"]) for x in pack] for pack in trainer.train_dataset]
     rows = [[tuple(x["prompt_ids"]) for x in read_annotated(path)[0]] for path in annotated]
-    assert sorted(sum(packs, [])) == sorted(3 * rows[0] + rows[1])
+    assert sorted(x for pack in packs for x in pack) == sorted(3 * rows[0] + rows[1])
     assert all(len(set(pack)) == len(pack) for pack in packs)

@@ -55,7 +55,7 @@ MAY_CHANGE = words(
     output_dir log save eval report_to run_name disable_tqdm push_to hub dataloader memory_budget
     ignore_fingerprint load_best metric_for greater_is project trackio include do_ resume prediction
     torch_empty batch_eval sample_ merge_adapter strict tokens_per_batch no_share_prefix
-    num_proc row_cache
+    num_proc row_cache mixed_annotations
     """
 )
 
@@ -376,8 +376,8 @@ class _DataPreparation:
         several = len(paths) > 1
         names = [f"{name}-{i}" if several else name for i, _ in enumerate(paths, 1)]
         sources = [self._one(x, y, split) for x, y in zip(paths, names, strict=True)]
-        seed = self.options.sample_seed
-        return Mixture(tuple(sources), tuple(weights), seed, tuple(paths))
+        seed, mixed = self.options.sample_seed, self.options.own.mixed_annotations
+        return Mixture(tuple(sources), tuple(weights), seed, tuple(paths), mixed)
 
     def _one(self, source: str, name: str, split: str) -> str | list:
         """The path of an annotated file, or examples."""
