@@ -13,10 +13,13 @@ import tiny
 
 from treg.cli import main
 from treg.cli.options import ModelOptions, RewardsOptions, RowOptions, TrainOptions, parse
-from treg.data import Mixture
-from treg.data.annotated import read_annotated
-from treg.data.mixture import taken_rows
+from treg.data import EncodeOptions, Mixture
+from treg.data.annotated import read_annotated, read_meta
+from treg.data.mixture import check_made_alike, taken_rows
 from treg.files import SEAL
+from treg.rewards.annotate import AnnotateOptions
+from treg.rewards.annotate import annotate as annotate_file
+from treg.rewards.made_with import planned
 
 SEED = 42  # of training, and so of the sample
 
@@ -202,6 +205,96 @@ def test_a_file_of_another_model_is_named(folder, annotated, tmp_path, capsys):
     assert annotate(tmp_path, made, folder / "b.jsonl") == 0
     assert train(folder, tmp_path / "out", annotated[0], made) == 2
     assert f"{made}: expected data annotated with this model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def beside(folder, annotated, tmp_path_factory):
+    """Files that raw ones can stand beside, and others, by what is the matter with them."""
+    path = tmp_path_factory.mktemp("beside")
+    other = shutil.copytree(folder / "model", path / "model")
+    tiny.tiny_llama(400, initializer_range=0.2).save_pretrained(other)
+    made = {
+        "good": (folder, {"per_token": True}),
+        "other": (path, {"per_token": True}),
+        "shaped": (folder, {"per_token": True, "shape": ["centre"]}),
+        "turns": (folder, {"per_token": True, "turns": "all"}),
+        "bare": (folder, {"no_reference": True}),
+    }
+    for name, (where, more) in made.items():
+        assert annotate(where, path / f"{name}.parquet", folder / "b.jsonl", **more) == 0
+    shutil.copy(annotated[1], path / "sums.parquet")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "eval_data", "message"),
+    [
+        ("RAW", "other", "other.parquet: expected data annotated with this model"),
+        ("other", "RAW", "other.parquet: expected data annotated with this model"),
+        ("RAW other", "", "other.parquet: expected data annotated with this model"),
+        ("RAW", "bare", "eval_dataset: expected the columns ref_chosen_logps"),
+        ("RAW shaped", "", r"shaped.parquet: .* those of .*a.jsonl, with .*shaping \[\], got"),
+        ("good", "RAW shaped", r"shaped.parquet: .* those of .*a.jsonl, with .*shaping \[\], got"),
+        ("RAW turns", "", "encode.turns 'assistant', got 'all'; annotate both with the same --tu"),
+        ("good", "RAW sums", "eval_data: expected .*sums.parquet with the reference's log-prob"),
+        ("RAW good", "other", "other.parquet: expected data annotated with this model"),
+    ],
+)
+def test_files_are_refused_before_others_are_annotated(
+    folder, beside, data, eval_data, message, tmp_path, monkeypatch, capsys
+):
+    def never(*_, **__):
+        raise AssertionError("annotated")
+
+    monkeypatch.setattr("treg.cli.train.annotate", never)
+
+    def paths(names):
+        found = (folder / "a.jsonl" if x == "RAW" else beside / f"{x}.parquet" for x in names)
+        return list(found)
+
+    more = {"eval_strategy": "steps", "eval_data": paths(eval_data.split())} if eval_data else {}
+    assert train(folder, tmp_path / "out", *paths(data.split()), **more) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("more", [{}, {"shape": ["centre"], "mixed_annotations": True}])
+def test_raw_files_beside_annotated_ones(folder, beside, tmp_path, monkeypatch, more):
+    monkeypatch.setattr("treg.cli.train.plot_curves", lambda *_: None)  # long to import
+    out, held_out = (
+        tmp_path / "out",
+        {"eval_strategy": "steps", "eval_data": beside / "sums.parquet"},
+    )
+    given = folder / "a.jsonl", beside / "good.parquet"
+    assert train(folder, out, *given, max_steps=1, **held_out, **more) == 0
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["epoch"] == 1 / 5 and "eval_loss" in state["log_history"][0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shaping": ("centre",)},
+        {"rewards": "entropy", "encode": EncodeOptions(turns="all", date="2026-11-30")},
+        {
+            "rewards": "several",
+            "shaping": ("clip=1",),
+            "rewards_options": {
+                "sources": [{"stream": "s", "name": "surprise", "shape": ["centre"]}, "entropy"],
+                "mix": {"s": 1.0},
+            },
+        },
+    ],
+)
+def test_what_is_planned_is_what_is_made(folder, options, tmp_path):
+    tokenizer, output = tiny.tiny_tokenizer(), tmp_path / "o.parquet"
+    given, model = AnnotateOptions(**options), tiny.tiny_llama(len(tokenizer))
+    annotate_file(model, tokenizer, folder / "a.jsonl", output, given, progress=False)
+    check_made_alike("a", planned(given), "b", read_meta(output), settings=False)
+    streams = read_meta(output).get("streams", {})
+    kept = {x: {k: y[k] for k in ("source", "shaping")} for x, y in streams.items()}
+    assert kept == (planned(given)["streams"] if streams else {})
+    assert streams or options == {}
 
 
 def test_raw_files_are_annotated_each(folder, tmp_path, capsys):

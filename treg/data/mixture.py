@@ -50,6 +50,7 @@ from treg.data.tables import are_paths, source_name
 
 MOST = 1000  # times that a row is taken: more is a slip of the pen that fills the memory
 ENCODED = {"turns": "--turns", "chat": "--plain_text", "date": "--date"}  # of which option
+PLANNED = ("source", "shaping")  # of a stream, known before it is made
 UNNAMED = "contrastive"  # the source of files that name none
 # settings of a file that say nothing of how its token rewards were made
 OF_THE_FILE = (
@@ -261,14 +262,20 @@ def check_alike(
 
 
 def check_made_alike(
-    first: str, wanted: Mapping[str, Any], name: str, meta: Mapping[str, Any]
+    first: str,
+    wanted: Mapping[str, Any],
+    name: str,
+    meta: Mapping[str, Any],
+    *,
+    settings: bool = True,
 ) -> None:
     """ValueError unless the rows of two files became ids in one way (turns, chat, date), and the
     streams that a loss takes were made in one way (source, settings, shaping).
 
-    wanted, meta: what the files first and name say of themselves.
+    wanted, meta: what the files first and name say of themselves. settings: whether those of the
+        sources count, which a file that is not made yet does not say.
     """
-    found = first_difference(_made(wanted), _made(meta))
+    found = first_difference(_made(wanted, settings), _made(meta, settings))
     if found is None:
         return
     key, a, b = found
@@ -280,7 +287,7 @@ def check_made_alike(
     )
 
 
-def _made(meta: Mapping[str, Any]) -> dict[str, Any]:
+def _made(meta: Mapping[str, Any], with_settings: bool) -> dict[str, Any]:
     """How a file was made: what of its description counts beside another one's."""
     settings = meta.get("settings", {})
     # what a file does not say is the default
@@ -289,8 +296,11 @@ def _made(meta: Mapping[str, Any]) -> dict[str, Any]:
     # of the default source, whose settings are among the file's
     own = {k: x for k, x in settings.items() if k not in OF_THE_FILE}
     unnamed = {"token_rewards": {"source": UNNAMED, "settings": own, "shaping": []}}
-    streams = meta.get("streams", unnamed)
-    return {"encode": encode, "streams": {x: streams[x] for x in LOSS_STREAMS if x in streams}}
+    given = meta.get("streams", unnamed)
+    streams = {x: {"shaping": []} | given[x] for x in LOSS_STREAMS if x in given}
+    if not with_settings:
+        streams = {x: {k: y[k] for k in PLANNED if k in y} for x, y in streams.items()}
+    return {"encode": encode, "streams": streams}
 
 
 def load_sources(
