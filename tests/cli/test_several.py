@@ -270,6 +270,23 @@ def test_raw_files_beside_annotated_ones(folder, beside, tmp_path, monkeypatch, 
     assert state["epoch"] == 1 / 5 and "eval_loss" in state["log_history"][0]
 
 
+def test_raw_files_beside_one_of_another_day(folder, tmp_path, monkeypatch, capsys):
+    """Where the template asks for the day."""
+    monkeypatch.setattr("treg.cli.train.plot_curves", lambda *_: None)  # long to import
+    shutil.copytree(folder / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }} " + template.read_text())
+    made, given = tmp_path / "b.parquet", (folder / "a.jsonl", tmp_path / "b.parquet")
+    date = {"date": "2020-02-01"}
+    assert annotate(tmp_path, made, folder / "b.jsonl", per_token=True, **date) == 0
+    assert train(tmp_path, tmp_path / "o", *given, max_steps=1) == 2
+    error = capsys.readouterr().err
+    expected = r"encode\.date '\d{4}-\d\d-\d\d', got '2020-02-01'; .* --date"
+    assert re.search(rf"b\.parquet: .* {expected}", error)
+    assert not [*(tmp_path / "o").glob("annotated*")]
+    assert train(tmp_path, tmp_path / "o", *given, max_steps=1, **date) == 0
+
+
 @pytest.mark.parametrize(
     "options",
     [

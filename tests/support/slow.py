@@ -80,6 +80,7 @@ FUNCTIONS = {
         "test_one_file_of_weight_1_is_that_file",
         "test_raw_files_are_annotated_each",
         "test_raw_files_beside_annotated_ones",
+        "test_raw_files_beside_one_of_another_day",
         "test_raw_files_of_a_plain_objective",
     ),
     "data/test_data.py": (
