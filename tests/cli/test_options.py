@@ -53,6 +53,22 @@ def test_the_table_of_training_arguments_tells_the_truth(line):
     assert not deprecated
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("inspect --tokenizer b --data a b", "data: expected one value, got ['a', 'b']"),
+        ("inspect --data=a b", "data: expected one value, got ['a', 'b']"),
+        ("inspect --data a --data b", "data: expected --data once, got it 2 times"),
+        ("train --data a b --model m n", "model: expected one value, got ['m', 'n']"),
+        ("train --data a --data b", "data: expected --data once, with all of them behind it, got"),
+        ("merge --adapter a b --output o", "adapter: expected one value, got ['a', 'b']"),
+    ],
+)
+def test_a_value_too_many_is_refused_by_name(command, message, capsys):
+    assert main(command.split()) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
 def test_the_default_output_folder_is_that_of_transformers():
     (line,) = (x for x in help_page.TRAINING if x.name == "output_dir")
     assert TrainingArguments(use_cpu=True).output_dir == line.default

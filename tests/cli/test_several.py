@@ -13,10 +13,13 @@ import tiny
 
 from treg.cli import main
 from treg.cli.options import ModelOptions, RewardsOptions, RowOptions, TrainOptions, parse
-from treg.data import Mixture
-from treg.data.annotated import read_annotated
-from treg.data.mixture import taken_rows
+from treg.data import EncodeOptions, Mixture
+from treg.data.annotated import read_annotated, read_meta
+from treg.data.mixture import check_made_alike, taken_rows
 from treg.files import SEAL
+from treg.rewards.annotate import AnnotateOptions
+from treg.rewards.annotate import annotate as annotate_file
+from treg.rewards.made_with import planned
 
 SEED = 42  # of training, and so of the sample
 
@@ -181,7 +184,10 @@ def test_files_that_do_not_go_together_are_named(folder, annotated, tmp_path, ca
     shaped = annotate_more(folder, tmp_path)
     assert train(folder, tmp_path / "o1", a, shaped) == 2
     error = capsys.readouterr().err
-    assert f"{shaped}: expected token rewards that were made as those of {a}" in error
+    assert f"{shaped}: expected pairs that were annotated as those of {a}" in error
+    assert "streams.token_rewards.shaping [], got ['centre']" in error
+    for more, code in (({"ignore_fingerprint": True}, 2), ({"mixed_annotations": True}, 0)):
+        assert train(folder, tmp_path / "o1", a, shaped, max_steps=1, **more) == code
     assert train(folder, tmp_path / "o2", a, raw) == 2
     error = capsys.readouterr().err
     assert f"expected {a} with the reference's log-prob of each token, as {raw}" in error
@@ -199,6 +205,113 @@ def test_a_file_of_another_model_is_named(folder, annotated, tmp_path, capsys):
     assert annotate(tmp_path, made, folder / "b.jsonl") == 0
     assert train(folder, tmp_path / "out", annotated[0], made) == 2
     assert f"{made}: expected data annotated with this model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def beside(folder, annotated, tmp_path_factory):
+    """Files that raw ones can stand beside, and others, by what is the matter with them."""
+    path = tmp_path_factory.mktemp("beside")
+    other = shutil.copytree(folder / "model", path / "model")
+    tiny.tiny_llama(400, initializer_range=0.2).save_pretrained(other)
+    made = {
+        "good": (folder, {"per_token": True}),
+        "other": (path, {"per_token": True}),
+        "shaped": (folder, {"per_token": True, "shape": ["centre"]}),
+        "turns": (folder, {"per_token": True, "turns": "all"}),
+        "bare": (folder, {"no_reference": True}),
+    }
+    for name, (where, more) in made.items():
+        assert annotate(where, path / f"{name}.parquet", folder / "b.jsonl", **more) == 0
+    shutil.copy(annotated[1], path / "sums.parquet")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "eval_data", "message"),
+    [
+        ("RAW", "other", "other.parquet: expected data annotated with this model"),
+        ("other", "RAW", "other.parquet: expected data annotated with this model"),
+        ("RAW other", "", "other.parquet: expected data annotated with this model"),
+        ("RAW", "bare", "eval_dataset: expected the columns ref_chosen_logps"),
+        ("RAW shaped", "", r"shaped.parquet: .* those of .*a.jsonl, with .*shaping \[\], got"),
+        ("good", "RAW shaped", r"shaped.parquet: .* those of .*a.jsonl, with .*shaping \[\], got"),
+        ("RAW turns", "", "encode.turns 'assistant', got 'all'; annotate both with the same --tu"),
+        ("good", "RAW sums", "eval_data: expected .*sums.parquet with the reference's log-prob"),
+        ("RAW good", "other", "other.parquet: expected data annotated with this model"),
+    ],
+)
+def test_files_are_refused_before_others_are_annotated(
+    folder, beside, data, eval_data, message, tmp_path, monkeypatch, capsys
+):
+    def never(*_, **__):
+        raise AssertionError("annotated")
+
+    monkeypatch.setattr("treg.cli.train.annotate", never)
+
+    def paths(names):
+        found = (folder / "a.jsonl" if x == "RAW" else beside / f"{x}.parquet" for x in names)
+        return list(found)
+
+    more = {"eval_strategy": "steps", "eval_data": paths(eval_data.split())} if eval_data else {}
+    assert train(folder, tmp_path / "out", *paths(data.split()), **more) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("more", [{}, {"shape": ["centre"], "mixed_annotations": True}])
+def test_raw_files_beside_annotated_ones(folder, beside, tmp_path, monkeypatch, more):
+    monkeypatch.setattr("treg.cli.train.plot_curves", lambda *_: None)  # long to import
+    out, held_out = (
+        tmp_path / "out",
+        {"eval_strategy": "steps", "eval_data": beside / "sums.parquet"},
+    )
+    given = folder / "a.jsonl", beside / "good.parquet"
+    assert train(folder, out, *given, max_steps=1, **held_out, **more) == 0
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["epoch"] == 1 / 5 and "eval_loss" in state["log_history"][0]
+
+
+def test_raw_files_beside_one_of_another_day(folder, tmp_path, monkeypatch, capsys):
+    """Where the template asks for the day."""
+    monkeypatch.setattr("treg.cli.train.plot_curves", lambda *_: None)  # long to import
+    shutil.copytree(folder / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }} " + template.read_text())
+    made, given = tmp_path / "b.parquet", (folder / "a.jsonl", tmp_path / "b.parquet")
+    date = {"date": "2020-02-01"}
+    assert annotate(tmp_path, made, folder / "b.jsonl", per_token=True, **date) == 0
+    assert train(tmp_path, tmp_path / "o", *given, max_steps=1) == 2
+    error = capsys.readouterr().err
+    expected = r"encode\.date '\d{4}-\d\d-\d\d', got '2020-02-01'; .* --date"
+    assert re.search(rf"b\.parquet: .* {expected}", error)
+    assert not [*(tmp_path / "o").glob("annotated*")]
+    assert train(tmp_path, tmp_path / "o", *given, max_steps=1, **date) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shaping": ("centre",)},
+        {"rewards": "entropy", "encode": EncodeOptions(turns="all", date="2026-11-30")},
+        {
+            "rewards": "several",
+            "shaping": ("clip=1",),
+            "rewards_options": {
+                "sources": [{"stream": "s", "name": "surprise", "shape": ["centre"]}, "entropy"],
+                "mix": {"s": 1.0},
+            },
+        },
+    ],
+)
+def test_what_is_planned_is_what_is_made(folder, options, tmp_path):
+    tokenizer, output = tiny.tiny_tokenizer(), tmp_path / "o.parquet"
+    given, model = AnnotateOptions(**options), tiny.tiny_llama(len(tokenizer))
+    annotate_file(model, tokenizer, folder / "a.jsonl", output, given, progress=False)
+    check_made_alike("a", planned(given), "b", read_meta(output), settings=False)
+    streams = read_meta(output).get("streams", {})
+    kept = {x: {k: y[k] for k in ("source", "shaping")} for x, y in streams.items()}
+    assert kept == (planned(given)["streams"] if streams else {})
+    assert streams or options == {}
 
 
 def test_raw_files_are_annotated_each(folder, tmp_path, capsys):
@@ -323,3 +436,30 @@ def test_the_trainer_takes_a_mixture(folder, annotated, whole, tmp_path):
     trainer.save_model()
     assert model(tmp_path) == model(whole)
     assert [x.taken for x in trainer.data_shares["train_dataset"]] == [8, 3]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_packs_of_weighed_rows(folder, annotated, tmp_path, raw):
+    """No pack has a row twice, and all packs together have each as often as its weight says."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from treg.trainer import TRegConfig, TRegTrainer
+
+    config = TRegConfig(
+        str(tmp_path),
+        packing=True,
+        token_budget=1000,
+        use_cpu=True,
+        **({"alpha": 0, "loss_type": "simpo", "beta": 2.0} if raw else {}),
+    )
+    paths = [x.with_suffix(".jsonl") for x in annotated] if raw else annotated
+    trainer = TRegTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        args=config,
+        train_dataset=Mixture(tuple(paths), (3, 1)),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )
+    packs = [[tuple(x["prompt_ids"]) for x in pack] for pack in trainer.train_dataset]
+    rows = [[tuple(x["prompt_ids"]) for x in read_annotated(path)[0]] for path in annotated]
+    assert sorted(x for pack in packs for x in pack) == sorted(3 * rows[0] + rows[1])
+    assert all(len(set(pack)) == len(pack) for pack in packs)

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from treg.data import (
     EncodeOptions,
+    Mixture,
     PairCollator,
     Preference,
     RowProblem,
@@ -896,6 +897,22 @@ def test_packs_by_hand():
         ValueError, match="token_budget: expected at least the longest pair's 10 tokens, got 9"
     ):
         pack_pairs(examples, 9)
+
+
+@pytest.mark.parametrize("budget", [300, 900])
+def test_copies_of_a_row_lie_in_different_packs(budget):
+    """At no cost in packs, as long as there are other rows to fill them with."""
+    rng = random.Random(4)
+    sets = [[example(rng, i) for i in range(60)], [example(rng, i) for i in range(60, 200)]]
+    mixed, _ = Mixture(("a", "b"), (2.5, 1)).mixed(sets)
+    packs = pack_pairs(mixed, budget)
+    assert sorted(id(x) for pack in packs for x in pack) == sorted(map(id, mixed))
+    assert max(sum(map(pair_tokens, pack)) for pack in packs) <= budget
+    assert all(len({x["index"] for x in pack}) == len(pack) for pack in packs)
+    # equal rows that no weight has made are packed as ever
+    equal = pack_pairs([dict(x) for x in mixed], budget)
+    assert any(len({x["index"] for x in pack}) < len(pack) for pack in equal)
+    assert len(packs) <= len(equal) + 1
 
 
 def test_packing_is_quick():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import fields
 from fractions import Fraction
 
 import numpy as np
@@ -12,8 +13,17 @@ from datasets import Dataset
 from tiny import tiny_tokenizer
 
 from treg.data import EncodeOptions, Mixture, load_pairs
-from treg.data.mixture import Share, check_alike, load_sources, mixture_of, taken_rows
+from treg.data.mixture import (
+    ENCODED,
+    UNNAMED,
+    Share,
+    check_alike,
+    load_sources,
+    mixture_of,
+    taken_rows,
+)
 from treg.data.report import RowProblem
+from treg.rewards import DEFAULT_SOURCE
 
 
 def rows(count: int, start: int = 0) -> list[dict]:
@@ -153,9 +163,46 @@ def test_token_rewards_that_were_made_otherwise_are_refused_by_name():
     sets = [rows(1)] * 3
     check_alike(["a", "b", "c"], sets, [file, longer, {}])
     for different in (other, shaped):
-        with pytest.raises(ValueError, match=r"c: expected token rewards .* as those of a, with"):
+        with pytest.raises(ValueError, match=r"c: expected pairs .* as those of a, with"):
             check_alike(["a", "b", "c"], sets, [file, longer, different])
         check_alike(["a", "b", "c"], sets, [file, longer, different], made=False)
+    del shaped["streams"]["token_rewards"]["shaping"][:]
+    with pytest.raises(ValueError, match=r"streams\.token_rewards\.source 'contrastive', got 's'"):
+        check_alike(["a", "b", "c"], sets, [file, longer, shaped])
+
+
+@pytest.mark.parametrize(
+    ("encode", "said"),
+    [
+        (
+            {"turns": "all"},
+            r"encode\.turns 'assistant', got 'all'; .* the same --turns, or set mixed",
+        ),
+        ({"chat": False}, r"encode\.chat None, got False; .* the same --plain_text"),
+        ({"date": "2026-11-30"}, r"encode\.date None, got '2026-11-30'; .* the same --date"),
+    ],
+)
+def test_rows_that_became_ids_otherwise_are_refused_by_name(encode, said):
+    files = [{"settings": {"encode": {"max_length": 9, "chat": None} | x}} for x in ({}, encode)]
+    sets = [rows(1)] * 2
+    with pytest.raises(ValueError, match=f"b: expected pairs .* as those of a, with {said}"):
+        check_alike(["a", "b"], sets, files)
+    check_alike(["a", "b"], sets, [files[1], files[1]])
+    # what a file does not say is the default
+    check_alike(["a", "b"], sets, [files[0], {"settings": {"encode": {"turns": "assistant"}}}])
+
+
+def test_streams_without_settings():
+    bare, other = ({"streams": {"token_rewards": {"source": x}}} for x in "st")
+    sets = [rows(1)] * 2
+    check_alike(["a", "b"], sets, [bare, bare])
+    with pytest.raises(ValueError, match=r"streams\.token_rewards\.source 's', got 't'"):
+        check_alike(["a", "b"], sets, [bare, other])
+
+
+def test_the_source_of_files_that_name_none():
+    assert UNNAMED == DEFAULT_SOURCE
+    assert {x.name for x in fields(EncodeOptions)} == {*ENCODED, "max_length", "columns"}
 
 
 TOKENIZER = tiny_tokenizer()

@@ -75,9 +75,12 @@ FUNCTIONS = {
     ),
     "cli/test_several.py": (
         "test_a_file_of_another_model_is_named",
+        "test_files_are_refused_before_others_are_annotated",
         "test_files_that_do_not_go_together_are_named",
         "test_one_file_of_weight_1_is_that_file",
         "test_raw_files_are_annotated_each",
+        "test_raw_files_beside_annotated_ones",
+        "test_raw_files_beside_one_of_another_day",
         "test_raw_files_of_a_plain_objective",
     ),
     "data/test_data.py": (

@@ -108,7 +108,12 @@ class TestSignal:
             pairs = random_pairs(60, np.random.default_rng(5), **options)
             return " ".join(verdict(signal_of(numbers_of(pairs)), 0.25))
 
-        assert "Almost no signal" in said(size=0.004)
+        weak = random_pairs(60, np.random.default_rng(5), size=0.004)
+        change = 25 * np.sqrt(np.mean([x[4] ** 2 for x in flat(weak)]))
+        expected = (
+            f"Almost no signal: at alpha 0.25 the rewards change the gradient by {change:.2g} %"
+        )
+        assert expected in said(size=0.004)
         assert "do not tell chosen from rejected" in said(size=0.3)
         assert "contradict the labels" in said(size=0.1, gap=-0.2)
         assert said(size=0.1, gap=0.3) == ""

@@ -97,6 +97,7 @@ TRAINING = (*_optimisation(), *_precision(), *_evaluation(), *_output())
 # options whose group is not that of their class
 PLACES = {
     "data_weights": "data",
+    "mixed_annotations": "data",
     "eval_data": "evaluation",
     "eval_split": "evaluation",
     "ref_model": "model",

@@ -146,6 +146,9 @@ class TrainOptions:
             "X [...]",
         ),
     )
+    mixed_annotations: bool = _option(
+        False, "Accept annotated files of --data that were not made alike, as from other sources."
+    )
     eval_data: list[str] | None = field(
         default=None,
         metadata=_told("Held-out pairs, in any form that --data has.", "PATH [...]"),

@@ -92,7 +92,7 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any]) -> list[Any]:
         set_defaults(parser, early.config, values, by_name, several)
     known = parser._option_string_actions
     argv = _with_own_names(name, argv, known)
-    _check_once(argv)
+    _check_counts(argv, known)
     namespace = vars(parser.parse_args(argv))
     for option in several & namespace.keys():
         value = namespace[option]
@@ -175,14 +175,26 @@ def _with_own_names(name: str, argv: Sequence[str], known: Any) -> list[str]:
     return found
 
 
-def _check_once(argv: Sequence[str]) -> None:
-    """ValueError for data that are given twice, of which argparse would take the last alone."""
-    given = [x.partition("=")[0] for x in argv]
-    for option in ("--data", "--data_weights", "--eval_data"):
-        if given.count(option) > 1:
+def _check_counts(argv: Sequence[str], known: Any) -> None:
+    """ValueError for data that are given twice, of which argparse would take the last alone, and
+    for several values of an option that takes one, which it would not name.
+    """
+    given: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            given.append((option, [value] if equals else []))
+        elif given:
+            given[-1][1].append(word)
+    options = [option for option, _ in given]
+    for option, values in given:
+        name, one = option.removeprefix("--"), known[option].nargs in (None, "?")
+        if one and len(values) > 1:
+            raise ValueError(f"{name}: expected one value, got {values}")
+        if name in ("data", "data_weights", "eval_data") and options.count(option) > 1:
+            where = "" if one else ", with all of them behind it"
             raise ValueError(
-                f"{option.removeprefix('--')}: expected {option} once, with all of them behind it, "
-                f"got it {given.count(option)} times"
+                f"{name}: expected {option} once{where}, got it {options.count(option)} times"
             )
 
 

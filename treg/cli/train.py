@@ -39,13 +39,21 @@ from treg.data import EncodeOptions, EncodeWork, load_pairs
 from treg.data.annotated import is_annotated, read_annotated, read_meta, streams_of
 from treg.data.batches import LOSS_STREAMS
 from treg.data.examples import examples_of
-from treg.data.mixture import Mixture, check_there, checked_weights, mixed_lines
+from treg.data.mixture import (
+    Mixture,
+    check_made_alike,
+    check_there,
+    checked_weights,
+    mixed_lines,
+)
 from treg.files import last_checkpoint, locked, writing
 from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state, shared_work
+from treg.rewards.made_with import planned
 from treg.rewards.parts import ROWS
 from treg.rewards.progress import counted_rows
 from treg.trainer import TRegConfig, TRegTrainer
+from treg.trainer.trainer import example_loader, reference_source
 from treg.viz import plot_curves
 
 # options that may change between the parts of one run, by the beginning of their names: they do not
@@ -55,7 +63,7 @@ MAY_CHANGE = words(
     output_dir log save eval report_to run_name disable_tqdm push_to hub dataloader memory_budget
     ignore_fingerprint load_best metric_for greater_is project trackio include do_ resume prediction
     torch_empty batch_eval sample_ merge_adapter strict tokens_per_batch no_share_prefix
-    num_proc row_cache
+    num_proc row_cache mixed_annotations
     """
 )
 
@@ -159,7 +167,8 @@ def _check(options: Options) -> None:
             f"limit: expected none with annotated data, got {limit}; annotate fewer rows"
         )
     _check_rewards(options, raw)
-    _check_beside(options)
+    _check_beside(options, "data", options.data)
+    _check_beside(options, "eval_data", options.eval_data)
 
 
 def _check_own(options: Options) -> None:
@@ -216,17 +225,24 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
             )
 
 
-def _check_beside(options: Options) -> None:
+def _parted(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of the data that are annotated, and those that are raw."""
+    annotated = [x for x in paths if is_annotated(x)]
+    return annotated, [x for x in paths if x not in annotated]
+
+
+def _check_beside(options: Options, name: str, paths: Sequence[str]) -> None:
     """ValueError for annotated data beside raw ones that would get other columns than they have,
     before the raw ones are annotated.
+
+    name, paths: of the option, and what it says.
     """
-    annotated = [x for x in options.data if is_annotated(x)]
-    raw = [x for x in options.data if x not in annotated]
+    annotated, raw = _parted(paths)
     if not annotated or not raw:
         return
     if not options.annotates:
         raise ValueError(
-            f"data: expected annotated data alone or raw ones, got {annotated[0]} and {raw[0]}; "
+            f"{name}: expected annotated data alone or raw ones, got {annotated[0]} and {raw[0]}; "
             "--rewards names the source that annotates the raw ones"
         )
     made = annotate_options(options.rewards, options.encode, per_token=True)
@@ -236,12 +252,13 @@ def _check_beside(options: Options) -> None:
         there = set(streams_of(meta)).intersection(LOSS_STREAMS)
         if there != given:
             raise ValueError(
-                f"data: expected {', '.join(sorted(given))} in {path}, as --rewards {made.rewards} "
-                f"gives {raw[0]}, got {', '.join(sorted(there)) or 'none'}; annotate both alike"
+                f"{name}: expected {', '.join(sorted(given))} in {path}, as --rewards "
+                f"{made.rewards} gives {raw[0]}, got {', '.join(sorted(there)) or 'none'}; "
+                "annotate both alike"
             )
         if not meta.get("settings", {}).get("per_token"):
             raise ValueError(
-                f"data: expected {path} with the reference's log-prob of each token, as {raw[0]} "
+                f"{name}: expected {path} with the reference's log-prob of each token, as {raw[0]} "
                 "gets them, got none; annotate it with --per_token, or annotate both before"
             )
 
@@ -265,6 +282,7 @@ def _train(out: Path, options: Options, begun: str) -> None:
     reference = None if own.ref_model is None else _load_model(options, own.ref_model)
     judge = model if reference is None else reference
     prepare = _DataPreparation(out, options, tokenizer, judge, begun)
+    prepare.check(reference)
     train_data, eval_data = prepare.train(), prepare.eval()
     objective = config.loss_options.objective
     annotated = all(isinstance(x, str) for x in train_data.sources)
@@ -357,6 +375,32 @@ class _DataPreparation:
     model: Any
     begun: str
 
+    def check(self, reference: Any) -> None:
+        """ValueError for annotated data that training would refuse once the raw ones beside them
+        are annotated, before they are.
+
+        reference: the model of --ref_model, or None.
+        """
+        options = self.options
+        given = {"train_dataset": options.data, "eval_dataset": options.eval_data}
+        parted = {name: _parted(paths) for name, paths in given.items()}
+        if not options.annotates or not any(raw for _, raw in parted.values()):
+            return
+        config, mixed = options.config, options.own.mixed_annotations
+        load = example_loader(config, self.tokenizer, self.model, adapters=True)
+        encode = options.encode.dated(self.tokenizer, self.begun)
+        made = planned(annotate_options(options.rewards, encode, per_token=True))
+        sets = {}
+        for name, (annotated, raw) in parted.items():
+            if not annotated:
+                continue
+            sets[name] = load(Mixture(tuple(annotated), mixed_annotations=mixed), name)
+            for path in annotated if raw and not mixed else ():
+                check_made_alike(raw[0], made, path, read_meta(path), settings=False)
+        loss = config.loss_options
+        found = self.model if loss.with_kl else reference
+        reference_source(loss, sets, found, options.own.use_peft)
+
     def train(self) -> Mixture:
         """What --data names, with its weights."""
         options = self.options
@@ -376,8 +420,8 @@ class _DataPreparation:
         several = len(paths) > 1
         names = [f"{name}-{i}" if several else name for i, _ in enumerate(paths, 1)]
         sources = [self._one(x, y, split) for x, y in zip(paths, names, strict=True)]
-        seed = self.options.sample_seed
-        return Mixture(tuple(sources), tuple(weights), seed, tuple(paths))
+        seed, mixed = self.options.sample_seed, self.options.own.mixed_annotations
+        return Mixture(tuple(sources), tuple(weights), seed, tuple(paths), mixed)
 
     def _one(self, source: str, name: str, split: str) -> str | list:
         """The path of an annotated file, or examples."""

@@ -247,23 +247,35 @@ def _meta_of(table: "pa.Table", source: Any) -> dict[str, Any]:
 
 def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], source: Any) -> None:
     """ValueError where two descriptions differ in more than roundings."""
+    found = first_difference(first, other, CUTTING)
+    if found is not None:
+        name, a, b = found
+        raise ValueError(
+            f"{source_name(source)}: expected rows that were annotated alike, got some with "
+            f"{name} {a!r} and some with {b!r}; annotate them with the same model and options"
+        )
+
+
+def first_difference(
+    first: Mapping[str, Any], other: Mapping[str, Any], but: Sequence[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """A value that two descriptions do not have in common: its name, as settings.encode.turns, and
+    what each has there; None: there is none. but: names that do not count.
+    """
     flat = [dict(_flat(x)) for x in (first, other)]
-    for name in sorted(flat[0].keys() | flat[1].keys()):
+    for name in sorted(flat[0].keys() | flat[1].keys(), key=lambda x: (x.count("."), x)):
         a, b = (x.get(name) for x in flat)
-        if a != b and name not in CUTTING:
-            raise ValueError(
-                f"{source_name(source)}: expected rows that were annotated alike, got some with "
-                f"{name} {a!r} and some with {b!r}; annotate them with the same model and options"
-            )
+        if a != b and name not in but:
+            return name, a, b
+    return None
 
 
-def _flat(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(description: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in description.items():
         if isinstance(value, Mapping):
-            for key, x in value.items():
-                yield f"{name}.{key}", x
+            yield from _flat(value, f"{before}{name}.")
         else:
-            yield name, value
+            yield before + name, value
 
 
 def read_annotated(source: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:

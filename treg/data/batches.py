@@ -193,9 +193,13 @@ def pack_pairs(
     """Whole pairs in packs of at most token_budget tokens: longest first, each into the fullest
     pack that has room.
 
+    A row that is there several times, as a weight makes it (the same object), is never twice in a
+    pack: its copies would be one step with a multiple of its gradient.
+
     Raises:
         ValueError: a pair is longer than the budget.
     """
+    examples = list(examples)  # rows that are read anew have an identity for as long as they live
     sizes = [pair_tokens(x) for x in examples]
     if sizes and max(sizes) > token_budget:
         raise ValueError(
@@ -204,11 +208,16 @@ def pack_pairs(
         )
     packs: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, pack), sorted
+    taken: dict[int, set[int]] = {}  # the packs that a row lies in, by its identity
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         at = bisect.bisect_left(rooms, (sizes[i], 0))
+        own = taken.setdefault(id(examples[i]), set())
+        while at < len(rooms) and rooms[at][1] in own:
+            at += 1
         room, pack = rooms.pop(at) if at < len(rooms) else (token_budget, len(packs))
         if pack == len(packs):
             packs.append([])
         packs[pack].append(i)
+        own.add(pack)
         bisect.insort(rooms, (room - sizes[i], pack))
     return [[examples[i] for i in sorted(pack)] for pack in sorted(packs, key=min)]

@@ -93,7 +93,7 @@ class ExampleLoader:
             examples, meta = self._one(source, own)
             sets.append(examples)
             metas.append(meta)
-        check_alike(mixture.names, sets, metas, made=self.check_fingerprint)
+        check_alike(mixture.names, sets, metas, made=not mixture.mixed_annotations)
         rows, self.shares[name] = mixture.mixed(sets)
         return rows
 

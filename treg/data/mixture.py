@@ -26,14 +26,15 @@ the others are. TRL's `fraction` is a share of the mixture, and takes the first 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from treg.data.annotated import first_difference
 from treg.data.batches import LOSS_STREAMS
 from treg.data.columns import (
     ID_COLUMNS,
@@ -48,6 +49,9 @@ from treg.data.report import Report, RowProblem
 from treg.data.tables import are_paths, source_name
 
 MOST = 1000  # times that a row is taken: more is a slip of the pen that fills the memory
+ENCODED = {"turns": "--turns", "chat": "--plain_text", "date": "--date"}  # of which option
+PLANNED = ("source", "shaping")  # of a stream, known before it is made
+UNNAMED = "contrastive"  # the source of files that name none
 # settings of a file that say nothing of how its token rewards were made
 OF_THE_FILE = (
     *("encode", "tokens_per_batch", "per_token", "share_prefix", "reference", "dtype", "autocast"),
@@ -78,6 +82,8 @@ class Mixture:
         weights: a number in (0, 1000] for each; (): 1 for each.
         seed: of the rows that are taken of a source whose weight is no whole number.
         names: what messages call the sources; (): their paths.
+        mixed_annotations: whether annotated files may have been made in different ways: from other
+            sources of token rewards, with other settings, shaping, turns or dates.
     Raises:
         ValueError: no source, a path twice or within another, another number of weights or names
             than of sources, a weight that is no number in (0, 1000], a seed that is no integer.
@@ -87,6 +93,7 @@ class Mixture:
     weights: tuple[float, ...] = ()
     seed: int = 0
     names: tuple[str, ...] = ()
+    mixed_annotations: bool = False
 
     def __post_init__(self):
         for name in ("sources", "weights", "names"):
@@ -231,13 +238,13 @@ def check_alike(
     *,
     made: bool = True,
 ) -> None:
-    """ValueError unless all sources have the columns that a loss takes of the first, and their
-    token rewards were made in one way.
+    """ValueError unless all sources have the columns that a loss takes of the first, and were
+    annotated as it was (see `check_made_alike`).
 
     Masks of scored tokens may be missing: where they are, every token is scored.
 
     metas: what each file says of itself; {} where it is no annotated file. made: whether it counts
-        how token rewards were made.
+        how they were annotated.
     """
     streams = [stream_columns(stream) for stream in LOSS_STREAMS]
     for group in (*streams, REF_COLUMNS, REF_TOKEN_COLUMNS):
@@ -249,28 +256,51 @@ def check_alike(
                     f"got {', '.join(got) or 'none'}; `treg annotate` all of them with the same "
                     "options"
                 )
-    described = [(x, dict(_made(y))) for x, y in zip(names, metas, strict=True) if y]
-    for name, how in described[1:] if made else ():
-        first, wanted = described[0]
-        for key in sorted(how.keys() | wanted.keys()):
-            if how.get(key) != wanted.get(key):
-                raise ValueError(
-                    f"{name}: expected token rewards that were made as those of {first}, with "
-                    f"{key} {wanted.get(key)!r}, got {how.get(key)!r}; annotate both alike, or set "
-                    "ignore_fingerprint"
-                )
+    described = [x for x in zip(names, metas, strict=True) if x[1]]
+    for name, meta in described[1:] if made else ():
+        check_made_alike(*described[0], name, meta)
 
 
-def _made(meta: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """How the streams of a file that a loss takes were made."""
-    for stream in LOSS_STREAMS:
-        said = meta.get("streams", {}).get(stream)
-        if said is not None:
-            yield from ((f"{stream}.{k}", x) for k, x in said.items() if k != "settings")
-            yield from ((f"{stream}.settings.{k}", x) for k, x in said["settings"].items())
-    if "streams" not in meta:  # of the default source, whose settings are among the file's
-        own = {k: x for k, x in meta.get("settings", {}).items() if k not in OF_THE_FILE}
-        yield from ((f"token_rewards.settings.{k}", x) for k, x in own.items())
+def check_made_alike(
+    first: str,
+    wanted: Mapping[str, Any],
+    name: str,
+    meta: Mapping[str, Any],
+    *,
+    settings: bool = True,
+) -> None:
+    """ValueError unless the rows of two files became ids in one way (turns, chat, date), and the
+    streams that a loss takes were made in one way (source, settings, shaping).
+
+    wanted, meta: what the files first and name say of themselves. settings: whether those of the
+        sources count, which a file that is not made yet does not say.
+    """
+    found = first_difference(_made(wanted, settings), _made(meta, settings))
+    if found is None:
+        return
+    key, a, b = found
+    option = ENCODED.get(key.removeprefix("encode."))
+    fix = "annotate both alike" if option is None else f"annotate both with the same {option}"
+    raise ValueError(
+        f"{name}: expected pairs that were annotated as those of {first}, with {key} {a!r}, got "
+        f"{b!r}; {fix}, or set mixed_annotations where they are meant to differ"
+    )
+
+
+def _made(meta: Mapping[str, Any], with_settings: bool) -> dict[str, Any]:
+    """How a file was made: what of its description counts beside another one's."""
+    settings = meta.get("settings", {})
+    # what a file does not say is the default
+    default = asdict(EncodeOptions())
+    encode = {x: settings.get("encode", {}).get(x, default[x]) for x in ENCODED}
+    # of the default source, whose settings are among the file's
+    own = {k: x for k, x in settings.items() if k not in OF_THE_FILE}
+    unnamed = {"token_rewards": {"source": UNNAMED, "settings": own, "shaping": []}}
+    given = meta.get("streams", unnamed)
+    streams = {x: {"shaping": []} | given[x] for x in LOSS_STREAMS if x in given}
+    if not with_settings:
+        streams = {x: {k: y[k] for k in PLANNED if k in y} for x, y in streams.items()}
+    return {"encode": encode, "streams": streams}
 
 
 def load_sources(

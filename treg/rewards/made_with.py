@@ -18,6 +18,7 @@ from treg.rewards.annotate_options import AnnotateOptions
 from treg.rewards.base import Context, TokenRewardSource
 from treg.rewards.names import DEFAULT_SOURCE
 from treg.rewards.parts import MANIFEST
+from treg.rewards.registry import make_options, streams_given
 from treg.rewards.several import SeveralSource
 from treg.rewards.shaping import shaped_streams
 
@@ -79,11 +80,29 @@ def _described(
     described = dict.fromkeys(rewards.streams, own)
     if isinstance(rewards, SeveralSource):
         described |= rewards.described
+    return _with_steps(described, options)
+
+
+def _with_steps(described: dict[str, dict[str, Any]], options: AnnotateOptions) -> dict[str, Any]:
+    """Streams after the steps that follow their sources' own."""
     steps = list(map(str, options.steps))
     for stream in shaped_streams(described):
         shaping = described[stream]["shaping"] + steps
         described[stream] = described[stream] | {"shaping": shaping}
     return described
+
+
+def planned(options: AnnotateOptions) -> dict[str, Any]:
+    """What a file with these options will say of itself, as far as it is known before its source is
+    loaded: how rows become ids, and the source and the shaping of each stream.
+    """
+    name, given = options.rewards, options.source_options
+    own = {"source": name, "shaping": []}
+    described = dict.fromkeys(streams_given(name, given), own)
+    for entry in getattr(make_options(name, given), "entries", ()):
+        described[entry.stream] = {"source": entry.name, "shaping": list(map(str, entry.steps))}
+    settings = {"encode": _encode_settings(options.encode)}
+    return {"settings": settings, "streams": _with_steps(described, options)}
 
 
 def _json_settings(rewards: TokenRewardSource) -> dict[str, Any]:

@@ -86,24 +86,15 @@ class TRegTrainer(SealedCheckpoints):
         adapters = hasattr(policy, "disable_adapter")
         _check_adapters(policy, adapters, args.packing)
         self.loss_options = options = args.loss_options
-        load = ExampleLoader(
-            tokenizer,
-            policy if ref_model is None else ref_model,
-            max_length=args.max_length,
-            streams=_needed_streams(options),
-            refused=() if options.with_kl else ("kl_weights",),
-            pair_columns=options.objective.pair_columns,
-            adapters=ref_model is not None or not adapters,
-            check_fingerprint=not args.ignore_fingerprint,
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        )
+        reference = policy if ref_model is None else ref_model
+        load = example_loader(args, tokenizer, reference, ref_model is not None or not adapters)
         loaded = {}
         for name, data in _named_datasets(train_dataset, eval_dataset).items():
             loaded[name] = None if data is None else load(data, name)
         self.data_reports = load.reports
         self.trained_on = [str(x) for x in sources_of(train_dataset) if isinstance(x, (str, Path))]
         self.data_shares = load.shares
-        self._source = self._reference_source(loaded, ref_model, adapters)
+        self._source = reference_source(options, loaded, ref_model, adapters)
         train_dataset, *rest = loaded.values()
         if isinstance(eval_dataset, Mapping):
             eval_dataset = dict(zip(eval_dataset, rest, strict=True))
@@ -152,43 +143,6 @@ class TRegTrainer(SealedCheckpoints):
             )
         ref_model.requires_grad_(False).eval()
         return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-
-    def _reference_source(
-        self, sets: Mapping[str, Examples | None], ref_model: nn.Module | None, adapters: bool
-    ) -> str:
-        """Where the reference comes from: "none", the "data" where all have its log-probs, the
-        "model", the "adapters".
-        """
-        objective = self.loss_options.objective
-        if objective.reference_free:
-            return "none"
-        if self.loss_options.with_kl:
-            if ref_model is None and not adapters:
-                raise ValueError(
-                    f"ref_model: expected a model for loss_type={self.loss_options.loss_type!r}, "
-                    "whose KL divergence runs over the reference's whole vocabulary, got None; "
-                    "give one, or train adapters"
-                )
-            return "adapters" if ref_model is None else "model"
-        lack, needed = "", REF_COLUMNS
-        for name, examples in sets.items():
-            if examples is None or lack:
-                continue
-            weighted = objective.reference_per_token
-            weighted |= stream_columns("token_weights")[0] in examples[0]
-            usable = {*REF_TOKEN_COLUMNS} if weighted else {*REF_COLUMNS, *REF_TOKEN_COLUMNS}
-            if not examples[0].keys() & usable:
-                lack, needed = name, REF_TOKEN_COLUMNS if weighted else REF_COLUMNS
-        if not lack:
-            return "data"
-        if ref_model is None and not adapters:
-            reason = "" if needed == REF_COLUMNS else " for losses that weigh tokens"
-            option = "" if needed == REF_COLUMNS else " --per_token"
-            raise ValueError(
-                f"{lack}: expected the columns {', '.join(needed)}{reason}, found none; run `treg "
-                f"annotate{option}`, give a ref_model, or train adapters"
-            )
-        return "adapters" if ref_model is None else "model"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._unpack(inputs)
@@ -366,6 +320,71 @@ class TRegTrainer(SealedCheckpoints):
         """The model's card: see `treg.trainer.card.write_card` for the arguments."""
         if self.is_world_process_zero():
             write_card(self, **given)
+
+
+def example_loader(
+    args: TRegConfig, tokenizer: Any, reference: Any, adapters: bool
+) -> ExampleLoader:
+    """What reads and checks the data sets of a trainer with these arguments.
+
+    reference: the model that must have annotated them. adapters: whether with those that are on it.
+    """
+    options = args.loss_options
+    return ExampleLoader(
+        tokenizer,
+        reference,
+        max_length=args.max_length,
+        streams=_needed_streams(options),
+        refused=() if options.with_kl else ("kl_weights",),
+        pair_columns=options.objective.pair_columns,
+        adapters=adapters,
+        check_fingerprint=not args.ignore_fingerprint,
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+    )
+
+
+def reference_source(
+    options: LossOptions,
+    sets: Mapping[str, Examples | None],
+    ref_model: nn.Module | None,
+    adapters: bool,
+) -> str:
+    """Where the reference comes from: "none", the "data" where all have its log-probs, the
+    "model", the "adapters".
+
+    Raises:
+        ValueError: it comes from nowhere; sets are examples by the name of their argument.
+    """
+    objective = options.objective
+    if objective.reference_free:
+        return "none"
+    if options.with_kl:
+        if ref_model is None and not adapters:
+            raise ValueError(
+                f"ref_model: expected a model for loss_type={options.loss_type!r}, "
+                "whose KL divergence runs over the reference's whole vocabulary, got None; "
+                "give one, or train adapters"
+            )
+        return "adapters" if ref_model is None else "model"
+    lack, needed = "", REF_COLUMNS
+    for name, examples in sets.items():
+        if examples is None or lack:
+            continue
+        weighted = objective.reference_per_token
+        weighted |= stream_columns("token_weights")[0] in examples[0]
+        usable = {*REF_TOKEN_COLUMNS} if weighted else {*REF_COLUMNS, *REF_TOKEN_COLUMNS}
+        if not examples[0].keys() & usable:
+            lack, needed = name, REF_TOKEN_COLUMNS if weighted else REF_COLUMNS
+    if not lack:
+        return "data"
+    if ref_model is None and not adapters:
+        reason = "" if needed == REF_COLUMNS else " for losses that weigh tokens"
+        option = "" if needed == REF_COLUMNS else " --per_token"
+        raise ValueError(
+            f"{lack}: expected the columns {', '.join(needed)}{reason}, found none; run `treg "
+            f"annotate{option}`, give a ref_model, or train adapters"
+        )
+    return "adapters" if ref_model is None else "model"
 
 
 def _check_arguments(

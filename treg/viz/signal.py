@@ -140,11 +140,11 @@ def verdict(signal: dict[str, float | int], alpha: float) -> list[str]:
     if "mean_abs" not in signal:
         return []
     said = []
-    reach = alpha * signal["q99_abs"]
-    if alpha > 0 and alpha * signal["rms"] < WEAK:
+    change, reach = alpha * signal["rms"], alpha * signal["q99_abs"]
+    if alpha > 0 and change < WEAK:
         said.append(
-            f"Almost no signal: the mean size of a token reward is {signal['mean_abs']:.2g}. At "
-            f"alpha {alpha:g}, 99 % of the tokens have a gradient weight between "
+            f"Almost no signal: at alpha {alpha:g} the rewards change the gradient by "
+            f"{100 * change:.2g} %, and 99 % of the tokens have a gradient weight between "
             f"{1 - reach:.4f} and {1 + reach:.4f}, so training is close to the plain objective."
         )
     if "rewards_told" in signal:
