@@ -10,6 +10,7 @@ next one computes them in the same batches, to the same bits.
 
 import contextlib
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from treg.data import SIDES, EncodeWork, Pair, Report, RowProblem, pair_tokens
 from treg.data.annotated import (
@@ -288,7 +289,8 @@ def shared_work(work: EncodeWork) -> EncodeWork:
     where they have its folder.
     """
     state = process_state()
-    return replace(work, first=state.is_main_process, wait=state.wait_for_everyone)
+    (run,) = broadcast_object_list([uuid.uuid4().hex])
+    return replace(work, first=state.is_main_process, wait=state.wait_for_everyone, run=run)
 
 
 def annotate_pairs(
