@@ -434,8 +434,10 @@ def test_several_processes_are_one(tmp_path, monkeypatch):
 class Ending(concurrent.futures.ThreadPoolExecutor):
     """Processes of which one ends."""
 
+    error: Exception
+
     def submit(self, *_):
-        raise concurrent.futures.process.BrokenProcessPool("one ended")
+        raise self.error
 
 
 def in_pool(monkeypatch, pool):
@@ -447,8 +449,13 @@ def in_pool(monkeypatch, pool):
     return workers.in_order(list, [(None, [1]), (None, [2]), (None, [3])], 2)
 
 
-def test_a_process_that_ended_is_named_when_rows_are_given_to_it(monkeypatch):
-    parts = in_pool(monkeypatch, Ending(1))
+@pytest.mark.parametrize(
+    "error", [concurrent.futures.process.BrokenProcessPool(), BrokenPipeError()], ids=repr
+)
+def test_a_process_that_ended_is_named_when_rows_are_given_to_it(monkeypatch, error):
+    pool = Ending(1)
+    pool.error = error
+    parts = in_pool(monkeypatch, pool)
     assert next(parts) == (None, [1])
     with pytest.raises(ChildProcessError, match=r"num_proc: expected 2.*memory.*__main__.*stdin"):
         next(parts)

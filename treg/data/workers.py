@@ -41,16 +41,29 @@ def in_order(
             break
     else:
         return
-    waiting: collections.deque[tuple[Any, Any]] = collections.deque()
-    try:
-        with _pool(encode, num_proc) as pool:
-            for beside, rows in parts:
+    waiting: collections.deque[Any] = collections.deque()
+    with _pool(encode, num_proc) as pool:
+        for beside, rows in parts:
+            with _all_alive(num_proc):
                 waiting.append((beside, pool.submit(_call, rows) if rows else None))
-                if len(waiting) > AHEAD * num_proc:
-                    yield _next(waiting)
-            while waiting:
-                yield _next(waiting)
-    except concurrent.futures.process.BrokenProcessPool as error:
+            if len(waiting) > AHEAD * num_proc:
+                yield _next(waiting, num_proc)
+        while waiting:
+            yield _next(waiting, num_proc)
+
+
+def _next(waiting: collections.deque[Any], num_proc: int) -> tuple[Any, list]:
+    beside, future = waiting.popleft()
+    with _all_alive(num_proc):
+        return beside, [] if future is None else future.result()
+
+
+@contextlib.contextmanager
+def _all_alive(num_proc: int) -> Iterator[None]:
+    """ChildProcessError where a process ended, as it began (ConnectionError) or later."""
+    try:
+        yield
+    except (concurrent.futures.process.BrokenProcessPool, ConnectionError, EOFError) as error:
         raise ChildProcessError(
             f"num_proc: expected {num_proc} processes that encode rows, one of them ended: take "
             "fewer of them if memory ran out; a script that asks for several needs "
@@ -58,23 +71,20 @@ def in_order(
         ) from error
 
 
-def _next(waiting: collections.deque[tuple[Any, Any]]) -> tuple[Any, list]:
-    beside, future = waiting.popleft()
-    return beside, [] if future is None else future.result()
-
-
 @contextlib.contextmanager
 def _pool(encode: Callable, num_proc: int) -> Iterator[concurrent.futures.Executor]:
     """Processes that are no forks of this one, whose threads and CUDA a fork would not survive."""
     with _server() as context:
+        stopped = context.Event()
         pool = concurrent.futures.ProcessPoolExecutor(
-            num_proc, mp_context=context, initializer=_begin, initargs=(encode,)
+            num_proc, mp_context=context, initializer=_begin, initargs=(encode, stopped)
         )
         try:
             yield pool
         finally:
-            # after Ctrl-C or an error each ends after its parts, in seconds: where one is killed
+            # after Ctrl-C or an error each ends after its part, in seconds: where one is killed
             # while it hands rows over, this process may wait for the rest of them for ever
+            stopped.set()
             pool.shutdown(cancel_futures=True)
 
 
@@ -106,10 +116,10 @@ def _server() -> Iterator[Any]:
                 server._stop()
 
 
-def _begin(encode: Callable) -> None:
+def _begin(encode: Callable, stopped: Any) -> None:
     """In each process, before its first rows."""
     global _encode
-    _encode = encode
+    _encode = lambda rows: [] if stopped.is_set() else encode(rows)  # noqa: E731
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started it
     # one thread a process: the processes are as many as there is work for
     os.putenv("TOKENIZERS_PARALLELISM", "false")
