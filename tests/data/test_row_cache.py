@@ -11,6 +11,7 @@ import pickle
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -449,9 +450,7 @@ def in_pool(monkeypatch, pool):
     return workers.in_order(list, [(None, [1]), (None, [2]), (None, [3])], 2)
 
 
-@pytest.mark.parametrize(
-    "error", [concurrent.futures.process.BrokenProcessPool(), BrokenPipeError()], ids=repr
-)
+@pytest.mark.parametrize("error", [BrokenProcessPool(), BrokenPipeError()], ids=repr)
 def test_a_process_that_ended_is_named_when_rows_are_given_to_it(monkeypatch, error):
     pool = Ending(1)
     pool.error = error

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 # rows before other processes are started: their start takes as long as some 4,000 rows
@@ -63,7 +64,7 @@ def _all_alive(num_proc: int) -> Iterator[None]:
     """ChildProcessError where a process ended, as it began (ConnectionError) or later."""
     try:
         yield
-    except (concurrent.futures.process.BrokenProcessPool, ConnectionError, EOFError) as error:
+    except (BrokenProcessPool, ConnectionError, EOFError) as error:
         raise ChildProcessError(
             f"num_proc: expected {num_proc} processes that encode rows, one of them ended: take "
             "fewer of them if memory ran out; a script that asks for several needs "
