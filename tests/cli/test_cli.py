@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import processes
+import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -445,7 +446,12 @@ def test_plain_objective_needs_no_annotation(folder, tmp_path, drawn):
 
 def test_plain_objective_reads_the_rows_that_were_asked_for(folder, tmp_path, capsys):
     options = train_options(folder, tmp_path / "out", alpha=0.0, max_steps=1, limit=3)
+    old = tmp_path / "out" / "_rows" / "old.rows"  # of another version of the code
+    old.parent.mkdir(parents=True)
+    schema = pa.schema([]).with_metadata({"key": json.dumps({"code": "before"})})
+    pa.ipc.new_stream(str(old), schema).close()
     assert main(options) == 0
+    assert not old.exists() and len(list(old.parent.glob("*.rows"))) == 1
     assert "3 of 3 rows kept" in capsys.readouterr().out
     assert (
         main(train_options(folder, tmp_path / "strict", alpha=0.0, max_steps=1, strict=True)) == 2

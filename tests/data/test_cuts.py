@@ -3,11 +3,13 @@
 import random
 
 import pytest
-from tiny import CHATML, END, shared_data, tiny_tokenizer
+from tiny import CHATML, END, bot, shared_data, tiny_tokenizer, usr
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from treg.data import EncodeOptions, RowProblem, encode, load_pairs
 from treg.data.cuts import CutTexts, cutting_tokens
+from treg.data.rows import parse_row
 
 PIECES = [
     *("<|im_start|>", END, "<|im_", "start|>", "<|pad|>", "user\n", "assistant\n", " ", "\n\n"),
@@ -58,3 +60,43 @@ def test_no_cut_at_a_token_that_reaches_beyond_itself():
     assert cutting_tokens(tokenizer) == (END,)
     assert cutting_tokens(metaspace(lstrip=True)) == (END,)
     assert cutting_tokens(tiny_tokenizer(chat=False)) == ()
+
+
+ROW = {"prompt": [usr("q")], "chosen": [bot("yes")], "rejected": [bot("no")]}
+
+
+def ids_of(tokenizer, row=ROW, max_length=None):
+    pair = encode(parse_row(row, "row 0", chat=True), tokenizer, max_length)
+    return [x.tolist() for x in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+
+
+def test_what_changes_in_a_tokenizer_is_seen():
+    split, tokenizer = tiny_tokenizer(), tiny_tokenizer()
+    split.split_special_tokens = True
+    before = ids_of(tokenizer)
+    tokenizer.split_special_tokens = True
+    assert ids_of(tokenizer) == ids_of(split) != before
+    # a prompt that only tokens which were added since make short enough
+    tokenizer = tiny_tokenizer()
+    row = {**ROW, "prompt": [usr("z" * 1000)]}
+    with pytest.raises(RowProblem, match="prompt too long"):
+        ids_of(tokenizer, row, 20)
+    tokenizer.add_tokens(["z" * 500])
+    assert ids_of(tokenizer, row, 20)[0].count(len(tokenizer) - 1) == 2
+
+
+@pytest.mark.parametrize("prompt", [[usr("q")], "q"], ids=["messages", "text"])
+def test_a_template_for_tools_alone_serves_rows_with_tools(prompt):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    template = "{{ tools | length }}" + CHATML
+    text = prompt == "q"
+    row = {**ROW, "prompt": prompt, "tools": tools}
+    if text:
+        row |= {"chosen": "yes", "rejected": "no"}
+    found = []
+    for templates in ({"tool_use": template}, {"tool_use": template, "default": CHATML}):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = templates
+        pairs, _ = load_pairs([row], tokenizer, EncodeOptions())
+        found.append([x.tolist() for x in (pairs[0].prompt_ids, pairs[0].chosen_ids)])
+    assert found[0] == found[1]

@@ -158,3 +158,16 @@ def test_a_folder_that_is_no_run_s_is_not_removed(tmp_path):
     (folder / "part-00000.parquet").write_text("mine")
     Parts(folder, "", []).remove()
     assert (folder / "part-00000.parquet").read_text() == "mine"
+
+
+def test_encoded_rows_of_an_annotation_that_never_began_are_removed(tmp_path):
+    folder = tmp_path / "a.parquet.parts"
+    for mine in (True, False):
+        (folder / "_rows").mkdir(parents=True, exist_ok=True)
+        (folder / "_rows" / "0.rows").write_text("")
+        if mine:
+            (folder / "mine").write_text("")
+        Parts(folder, "", []).remove()
+        assert (folder / "_rows").exists() == mine
+        (folder / "mine").unlink(missing_ok=True)
+    assert not folder.exists()

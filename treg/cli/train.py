@@ -46,6 +46,7 @@ from treg.data.mixture import (
     checked_weights,
     mixed_lines,
 )
+from treg.data.row_cache import remove_old_rows
 from treg.files import last_checkpoint, locked, writing
 from treg.rewards import streams_given
 from treg.rewards.annotate import annotate, process_state, shared_work
@@ -327,6 +328,8 @@ def _train(out: Path, options: Options, begun: str) -> None:
         trainer.save_state()
         if trainer.is_world_process_zero():
             finish(out)
+            if options.rows.row_cache is None:
+                remove_old_rows(out / ROWS)
     say(f"wrote {out}: the model, its card, trainer_state.json, curves.png")
     if own.merge_adapter and trainer.is_world_process_zero():
         write_merged(options.model.model, str(out), out / "merged", tokenizer)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from treg.data.messages import PROBE, common_prefix, turn
-from treg.data.rendering import Renderer
+from treg.data.rendering import Renderer, default_template
 from treg.data.report import RowProblem
 
 # what may stand beside an added token; in the probe of a tokenizer both pieces begin or end so
@@ -64,16 +64,19 @@ def _last_shared(group: Sequence[str], tokens: Sequence[str]) -> tuple[int, str]
 
 def cutting_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Added tokens that a chat template writes and at which texts may be cut; () for a tokenizer
-    that is not fast.
+    that is not fast, or has no template for conversations without tools.
     """
-    if not getattr(tokenizer, "is_fast", False) or tokenizer.chat_template is None:
+    template = default_template(tokenizer) if getattr(tokenizer, "is_fast", False) else None
+    if template is None:
         return ()
-    return _cutting_tokens(tokenizer, str(tokenizer.get_chat_template()), len(tokenizer))
+    return _cutting_tokens(tokenizer, template, len(tokenizer), tokenizer.split_special_tokens)
 
 
 @functools.lru_cache(maxsize=16)
-def _cutting_tokens(tokenizer: Any, template: str, vocabulary: int) -> tuple[str, ...]:
-    """vocabulary: its size, as tokens may have been added since."""
+def _cutting_tokens(tokenizer: Any, template: str, vocabulary: int, split: bool) -> tuple[str, ...]:
+    """What may have changed since: vocabulary, its size; split, whether special tokens are split
+    like other text.
+    """
     try:
         text = Renderer(tokenizer)([turn("user", PROBE), turn("assistant", PROBE)])
     except RowProblem:

@@ -20,7 +20,7 @@ from treg.data.batches import SIDES
 from treg.data.messages import PROBE, Messages, common_prefix
 from treg.data.pair import AnswerTokens, EncodeOptions, EncodeWork, Pair
 from treg.data.reading import read_rows
-from treg.data.rendering import Renderer
+from treg.data.rendering import Renderer, default_template
 from treg.data.report import Report, RowProblem, described
 from treg.data.row_cache import RowCache, row_cache
 from treg.data.rows import Preference, parse_row
@@ -81,6 +81,7 @@ def load_pairs(
                     report.note(RowProblem(note, "", pair.row.where))
                 pairs.append(pair)
             on_rows(len(part))
+        cache.read_to_end = limit is None
     if not pairs:
         raise ValueError(f"data: expected at least one usable row, found none: {report}")
     return pairs, report
@@ -263,7 +264,7 @@ class _Encoder:
         """Characters that max_length tokens hold at most; None without a bound."""
         if self.options.max_length is None:
             return None
-        return (self.options.max_length + 1) * _longest_token(self.tokenizer)
+        return (self.options.max_length + 1) * _longest_token(self.tokenizer, len(self.tokenizer))
 
     def _check_not_rendered(self, row: Preference) -> None:
         """RowProblem for plain text that a chat template has written already."""
@@ -430,17 +431,18 @@ def _answer_tokens(answer: RenderedAnswer, places: Sequence[tuple[int, int]]) ->
 
 
 @functools.lru_cache(maxsize=16)
-def _longest_token(tokenizer: Any) -> int:
-    """Characters of the longest token of a vocabulary."""
+def _longest_token(tokenizer: Any, vocabulary: int) -> int:
+    """Characters of the longest token. vocabulary: its size, which grows by added tokens."""
     return max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    return _openings_of(tokenizer, str(tokenizer.get_chat_template()))
+    template = default_template(tokenizer)
+    return () if template is None else _openings_of(tokenizer, template, len(tokenizer))
 
 
 @functools.lru_cache(maxsize=16)
-def _openings_of(tokenizer: Any, template: str) -> tuple[str, ...]:
+def _openings_of(tokenizer: Any, template: str, vocabulary: int) -> tuple[str, ...]:
     """Special tokens that a chat template writes before a user's words."""
     try:
         text = Renderer(tokenizer)([{"role": "user", "content": PROBE}])

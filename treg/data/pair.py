@@ -160,12 +160,14 @@ class EncodeWork:
         first: whether this process encodes what is not kept yet, where several have one cache. The
             others wait for it, and find it there.
         wait: called by all of them, returns once all have come there.
+        run: a name that they have in common, and with no other run; None: there is one process.
     """
 
     num_proc: int = 1
     cache: str | Path | None = None
     first: bool = True
     wait: Callable[[], Any] = lambda: None
+    run: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.num_proc, int) or self.num_proc < 1:

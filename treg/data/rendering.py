@@ -121,6 +121,14 @@ class Renderer:
         return text, [(int(a), int(b)) for a, b in spans[0]] if marks else []
 
 
+def default_template(tokenizer: Any) -> str | None:
+    """The chat template of conversations without tools; None: there is none."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:  # no template at all, or named ones without a "default"
+        return None
+
+
 def prompt_text(
     tokenizer: Any,
     messages: Messages,

@@ -19,7 +19,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,17 +35,11 @@ log = logging.getLogger(__name__)
 FORM = "1"
 BATCH = 256  # rows that are written together
 ENDING = ".rows"
+LOCK = ".lock"
 DIGEST = 64  # characters of a SHA-256
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
 MASKS = tuple(f"{side}_{name}" for side in SIDES for name in ("scored", "content"))
 SAID = tuple(f"{side}_said" for side in SIDES)
-
-
-class Arrays(NamedTuple):
-    """The lists of a column: list i is values[offsets[i] : offsets[i + 1]]."""
-
-    offsets: np.ndarray
-    values: np.ndarray
 
 
 Encoded = tuple[Pair, list[str]]  # a pair, and the notes on it
@@ -54,8 +48,15 @@ Encoded = tuple[Pair, list[str]]  # a pair, and the notes on it
 class RowCache:
     """The encoded rows of a source.
 
-    Used as a context: while the file is read, and by the process that writes it until it is
-    written, other processes wait. Without a file, or a lock, it finds and keeps nothing.
+    Used as a context: from reading the file until it is written, it is one process's, for which
+    those of other runs wait; the others of its own run wait until it is written, and read. What was
+    encoded is kept after an error as well. Without a file it finds and keeps nothing.
+
+    A process waits for other runs only where none of its own wait for it in `EncodeWork.wait`, as
+    collectives time out: it says that it has the turn in its run (`EncodeWork.run`), meets the
+    others, and waits for other runs then; the others wait for the turn. Who has the turn takes one
+    lock after it and waits for nobody of its own, so that no two wait for each other. Readers need
+    no lock: the file takes its name when it is whole.
 
     Args:
         file: None: nothing is kept. key: what the rows in it were encoded with.
@@ -74,10 +75,10 @@ class RowCache:
         self.key = plain(key)
         self.work = work
         self.batches: list[Any] = []  # of the file that is there
-        self.arrays: list[dict[str, Arrays]] = []  # of each batch, by column
         self.rows: dict[bytes, tuple[int, int]] = {}  # batch and place in it, by digest
         self.new: list[tuple[bytes, Encoded]] = []
-        self.used: dict[int, list[int]] = {}  # places by batch
+        self.used: dict[int, set[int]] = {}  # places by batch
+        self.read_to_end = False  # the source: rows that were not used are in it no more
         self.lock = contextlib.ExitStack()  # held
         self.writing = contextlib.ExitStack()
         self.temporary: Path | None = None
@@ -89,23 +90,37 @@ class RowCache:
             return self
         with contextlib.ExitStack() as stack:
             if self.work.first:
-                stack.enter_context(_lock(self.file, logging.WARNING))
+                stack.enter_context(self._turn())
                 self.work.wait()
+                stack.enter_context(_lock(self.file.with_suffix(LOCK), logging.WARNING))
                 self._read()
                 self.lock = stack.pop_all()  # until it is written
             else:
-                self.work.wait()  # the first has the lock
-                stack.enter_context(_lock(self.file, logging.DEBUG))
+                self.work.wait()  # the first has the turn
+                with self._turn():
+                    pass
                 self._read()
         return self
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One process of a run alone."""
+        if self.work.run is None:
+            yield
+            return
+        file = Path(str(self.file)).with_suffix(f".{self.work.run}{LOCK}")
+        with _lock(file, logging.DEBUG):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # another of the run removed it
+                    file.unlink()
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        with self.lock:
-            if kind is None:
-                with self._or_without():
-                    self._finish()
-            else:
-                self.writing.__exit__(kind, error, trace)
+        with self.lock, self._or_without():
+            self._finish()
+        # tracebacks of rows' problems may hold this, and would keep the file mapped
+        self.batches, self.rows = [], {}
 
     def find(self, row: Preference, index: int) -> Encoded | None:
         """A row as it was encoded before."""
@@ -114,10 +129,9 @@ class RowCache:
             return None
         number, i = place
         if self.work.first:
-            self.used.setdefault(number, []).append(i)
-        batch, arrays = self.batches[number], self.arrays[number]
-        # copies, which do not keep the whole file in memory
-        found = {x: y.values[y.offsets[i] : y.offsets[i + 1]].copy() for x, y in arrays.items()}
+            self.used.setdefault(number, set()).add(i)
+        batch = self.batches[number]
+        found = {name: _copied(batch.column(name)[i]) for name in (*ID_COLUMNS, *MASKS)}
         answers = {}
         for side in SIDES:
             said = batch.column(f"{side}_said")[i].as_py()
@@ -167,17 +181,20 @@ class RowCache:
             self._write(batch)
 
     def _finish(self) -> None:
-        """The last rows, those of the file before that were used, and the checksum."""
-        self._write_new()
-        if self.stream is None:
-            return
-        for number, places in self.used.items():
-            self._write(self.batches[number].take(sorted(set(places))))
-        self.stream.close()
-        self.sink.close()
-        with open(str(self.temporary), "ab") as file:
-            file.write(file_digest(str(self.temporary)).encode())
-        self.writing.close()
+        """The last rows, those of the file before that may be wanted again, and the checksum."""
+        with self.writing:
+            self._write_new()
+            if self.stream is None:
+                return
+            for number, batch in enumerate(self.batches):
+                if not self.read_to_end:
+                    self._write(batch)
+                elif places := self.used.get(number):
+                    self._write(batch.take(sorted(places)))
+            self.stream.close()
+            self.sink.close()
+            with open(str(self.temporary), "ab") as file:
+                file.write(file_digest(str(self.temporary)).encode())
 
     def _read(self) -> None:
         file = Path(str(self.file))
@@ -189,7 +206,6 @@ class RowCache:
             log.warning("%s: the rows are encoded again: %s", file, error)
             return
         for number, batch in enumerate(self.batches):
-            self.arrays.append({x: _arrays(batch.column(x)) for x in (*ID_COLUMNS, *MASKS)})
             for i, digest in enumerate(batch.column("digest").to_pylist()):
                 self.rows[digest] = (number, i)
 
@@ -203,12 +219,15 @@ def row_cache(
     named = isinstance(source, (str, Path))
     if work.cache is None or not named or not getattr(tokenizer, "is_fast", False):
         return RowCache(None, {}, work)
+    said = dataclasses.asdict(options)
+    del said["columns"]  # a row is found by what it says, whatever its columns are called
+    path = Path(source)
     key = {
         "form": FORM,
         "code": _code_digest(),
         "tokenizer": _state_digest(tokenizer),
-        "options": dataclasses.asdict(options),
-        "source": [str(source), split],
+        "options": said,
+        "source": [str(path.resolve() if path.exists() else source), split],
     }
     key = plain(key)
     folder = Path(work.cache)
@@ -232,10 +251,14 @@ def _code_digest() -> str:
 
 
 def _state_digest(tokenizer: Any) -> str:
-    """Of all that a fast tokenizer is."""
-    state = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Of all that a fast tokenizer is but its truncation and padding, which say how it was called
+    last and come before its added tokens.
+    """
+    state = tokenizer.backend_tokenizer.to_str().split('"added_tokens"', 1)[-1]
+    state = hashlib.sha256(state.encode()).hexdigest()
     special = plain(dict(tokenizer.special_tokens_map))
-    return digest_of([type(tokenizer).__name__, state, special, tokenizer.chat_template])
+    split = tokenizer.split_special_tokens  # which the state does not say
+    return digest_of([type(tokenizer).__name__, state, special, tokenizer.chat_template, split])
 
 
 def _batch(kept: Sequence[tuple[bytes, Encoded]]) -> Any:
@@ -276,22 +299,25 @@ def _lists(values: Sequence[np.ndarray], kind: Any) -> Any:
     return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values), kind))
 
 
-def _arrays(column: Any) -> Arrays:
-    return Arrays(column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False))
+def _copied(row: Any) -> np.ndarray:
+    """A row's list of a column, which does not keep the file mapped."""
+    return row.values.to_numpy(zero_copy_only=False, writable=True)
 
 
 def _whole(file: Path, key: Mapping[str, Any]) -> Any:
-    """The batches in a file. ValueError: it is damaged, or of another key."""
+    """The batches in a file, which is mapped into memory while they live. ValueError: it is
+    damaged, or of another key.
+    """
     import pyarrow as pa
 
-    content = file.read_bytes()
-    said = content[-DIGEST:]
-    content = memoryview(content)[:-DIGEST]
+    with pa.memory_map(str(file)) as opened:
+        content = memoryview(opened.read_buffer())
+    content, said = content[:-DIGEST], bytes(content[-DIGEST:])
     if hashlib.sha256(content).hexdigest().encode() != said:
         raise ValueError("expected the content that was written, got another; it is damaged")
     try:
         stream = pa.ipc.open_stream(pa.py_buffer(content))
-        found = json.loads((stream.schema.metadata or {}).get(b"key", b"null"))
+        found = _key_of(stream)
         batches = list(stream)
     except pa.ArrowException as error:
         raise ValueError(f"expected an Arrow stream, got: {error}") from error
@@ -300,9 +326,13 @@ def _whole(file: Path, key: Mapping[str, Any]) -> Any:
     return batches
 
 
+def _key_of(stream: Any) -> Any:
+    return json.loads((stream.schema.metadata or {}).get(b"key", b"null"))
+
+
 @contextlib.contextmanager
 def _lock(file: Path, level: int) -> Iterator[None]:
-    """A file for this process alone, once others are done with it; freed with the process, however
+    """A lock for this process alone, once others are done with it; freed with the process, however
     it ends. Where files cannot be locked, each process works for itself.
 
     level: of the word that it waits.
@@ -312,7 +342,7 @@ def _lock(file: Path, level: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            opened = stack.enter_context(open(file.with_suffix(".lock"), "w"))
+            opened = stack.enter_context(open(file, "w"))
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -328,7 +358,23 @@ def remove_row_cache(folder: Path) -> None:
     if not folder.is_dir():
         return
     for file in folder.iterdir():
-        if file.suffix in (ENDING, ".lock"):
+        if file.suffix in (ENDING, LOCK):
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # files of somebody else
         folder.rmdir()
+
+
+def remove_old_rows(folder: Path) -> None:
+    """Remove the files of a folder that other versions of this code and its libraries wrote, which
+    this one never reads.
+    """
+    import pyarrow as pa
+
+    for file in folder.glob(f"*{ENDING}"):
+        # one that is damaged is made again by who reads it
+        with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+            with pa.memory_map(str(file)) as opened:
+                key = _key_of(pa.ipc.open_stream(opened))
+            if isinstance(key, dict) and key.get("code") not in (None, _code_digest()):
+                file.unlink()
+                file.with_suffix(LOCK).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ next one computes them in the same batches, to the same bits.
 
 import contextlib
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -290,7 +291,8 @@ def shared_work(work: EncodeWork) -> EncodeWork:
     where they have its folder.
     """
     state = process_state()
-    return replace(work, first=state.is_main_process, wait=state.wait_for_everyone)
+    (run,) = broadcast_object_list([uuid.uuid4().hex])
+    return replace(work, first=state.is_main_process, wait=state.wait_for_everyone, run=run)
 
 
 def annotate_pairs(

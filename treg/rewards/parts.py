@@ -87,14 +87,16 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the parts and what belongs to them, the manifest after them, and the folder unless
-        something else lies in it.
+        something else lies in it. Without a manifest the folder is a run's if it holds encoded rows
+        and nothing else.
         """
-        if not (self.folder / MANIFEST).exists():
+        files = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        names = {file.name for file in files}
+        if MANIFEST not in names and names - {"lock"} != {ROWS}:
             return
-        files = list(self.folder.iterdir())
-        for names in (PART, OTHERS):
+        for ours in (PART, OTHERS):
             for file in files:
-                if names.fullmatch(file.name):
+                if ours.fullmatch(file.name):
                     file.unlink(missing_ok=True)
         (self.folder / "lock").unlink(missing_ok=True)
         remove_row_cache(self.folder / ROWS)
