@@ -104,8 +104,9 @@ def main() -> None:
     ratios = [a / b for a, b in zip(*found.values(), strict=True)]
     print(f"annotate / forwards: {statistics.median(ratios):.3f} of {sorted(ratios)}")
     if args.out is not None:
+        given = {"model": Path(args.model).name, "limit": args.limit, "max_length": args.max_length}
         record = {"environment": environment(), "seconds": found, "ratios": ratios}
-        args.out.write_text(json.dumps(record | {"options": vars(args)}, indent=1, default=str))
+        args.out.write_text(json.dumps(given | record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
