@@ -13,7 +13,7 @@ from treg.data.annotated import ID_COLUMNS
 from treg.data.batches import SIDES
 from treg.data.messages import text_of
 from treg.data.names import Columns, parse_columns
-from treg.data.rendering import template_variables
+from treg.data.rendering import asks_for_date
 from treg.data.rows import Preference
 
 Turns = Literal["assistant", "all"]
@@ -139,11 +139,7 @@ class EncodeOptions:
 
         today: YYYY-MM-DD, such as the day on which a run began; None: today.
         """
-        template = tokenizer.chat_template
-        if self.date is not None or template is None:
-            return self
-        templates = template.values() if isinstance(template, dict) else [template]
-        if not any("strftime_now" in template_variables(x) for x in templates):
+        if self.date is not None or not asks_for_date(tokenizer):
             return self
         return dataclasses.replace(self, date=today or self.day.isoformat())
 

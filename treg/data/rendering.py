@@ -145,6 +145,15 @@ def prompt_text(
     return Renderer(tokenizer, tools, kwargs, date, strict=strict).prompt(messages)
 
 
+def asks_for_date(tokenizer: Any) -> bool:
+    """Whether a chat template of a tokenizer asks for the date."""
+    template = tokenizer.chat_template
+    if template is None:
+        return False
+    templates = template.values() if isinstance(template, dict) else [template]
+    return any("strftime_now" in template_variables(x) for x in templates)
+
+
 def goes_on(messages: Messages) -> bool:
     """Whether the last message is the beginning of the assistant's turn."""
     return messages[-1]["role"] == "assistant" and not has_tool_calls(messages[-1:])

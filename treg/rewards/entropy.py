@@ -30,7 +30,7 @@ from treg.data import RowProblem
 from treg.rewards.base import Context, check_number
 from treg.rewards.nested import NestedOptions, NestedSource
 from treg.rewards.response import Response
-from treg.rewards.shaping import means_over
+from treg.rewards.shaping import means_over, rewarded
 
 
 def entropy_segments(entropy: Tensor, threshold: float) -> Tensor:
@@ -90,8 +90,8 @@ class EntropySource(NestedSource):
     def _of(self, response: Response, rewards: Tensor, entropy: Tensor) -> Tensor:
         """The rewards of a response as means over its segments, [T]."""
         number = response.numbered(lambda places: entropy_segments(entropy[places], self.threshold))
-        ends = response.ends(rewards)
-        last = torch.full_like(ends, int(number[-1]) if len(number) else 0)
-        places = torch.cat([response.judged, ends])
+        places = rewarded(response, rewards)
+        ends = len(places) - len(number)
+        last = torch.full((ends,), int(number[-1]) if len(number) else 0)
         means = means_over(rewards[places], torch.cat([number, last]))
         return torch.zeros_like(rewards).index_copy(0, places, means)

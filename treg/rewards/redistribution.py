@@ -47,6 +47,7 @@ from torch import Tensor
 from treg.data import Renderer, RowProblem, text_of
 from treg.data.annotated import tokenizer_fingerprint
 from treg.data.pieces import content_places, text_spans
+from treg.data.rendering import asks_for_date
 from treg.rewards.base import Context
 from treg.rewards.response import Response, cut_messages, differs
 from treg.rewards.reward_model import DTYPES, RewardModel
@@ -170,8 +171,8 @@ class RedistributionSource:
     @property
     def _date(self) -> dict[str, str]:
         """What the reward model's template takes for today, if it asks; of the run's rows."""
-        pairs, template = self.context.pairs, self.reward_model.tokenizer.chat_template
-        if not pairs or "strftime_now" not in str(template):
+        pairs = self.context.pairs
+        if not pairs or not asks_for_date(self.reward_model.tokenizer):
             return {}
         return {"date": str(pairs[0][0].date)}
 
