@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import CHATML, bot, msg, seeded, tiny_llama, tiny_tokenizer, usr
+from tests.support.tiny import (
+    CHATML,
+    bot,
+    msg,
+    seeded,
+    tiny_llama,
+    tiny_tokenizer,
+    usr,
+    with_template,
+)
 from treg.data import EncodeOptions, PairCollator, RowProblem, load_pairs
 from treg.data.encode import encode
 from treg.data.examples import examples_of
@@ -15,13 +24,6 @@ from treg.data.rows import parse_row
 from treg.rewards import Context, load_source
 from treg.rewards.base import score_checked
 from treg.rewards.response import Response, content_length
-
-
-def with_template(template, **more):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
-
 
 # ends a turn with words that are no special tokens of the tokenizer
 PLAIN_END = (

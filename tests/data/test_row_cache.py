@@ -16,7 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from tiny import CHATML, bot, tiny_tokenizer, usr
+from tiny import CHATML, bot, tiny_tokenizer, usr, with_template
 
 from treg.data import EncodeOptions, EncodeWork, RowProblem, load_pairs, workers
 from treg.data import row_cache as caches
@@ -133,18 +133,12 @@ def split_tokens():
     return tokenizer
 
 
-def other_template(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 @pytest.mark.parametrize(
     "change",
     [
         {"tokenizer": other_vocabulary},
         {"tokenizer": lambda: tiny_tokenizer(crossing=True)},
-        {"tokenizer": lambda: other_template(CHATML + "\n")},
+        {"tokenizer": lambda: with_template(CHATML + "\n")},
         {"options": EncodeOptions(61)},
         {"options": EncodeOptions(60, turns="all")},
         {"options": EncodeOptions(60, chat=True)},
@@ -165,7 +159,7 @@ def test_whatever_changes_the_tokens_encodes_all_again(tmp_path, encoded, monkey
 
 
 def test_the_day_and_the_data_are_told_apart(tmp_path, encoded):
-    tokenizer = other_template(DATED)
+    tokenizer = with_template(DATED)
     source = write(tmp_path / "a.jsonl", rows_of(2))
     for date, split, path, again in [
         ("2026-01-01", "train", source, True),

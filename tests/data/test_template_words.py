@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.support.tiny import CHATML, bot, msg, tiny_llama, tiny_tokenizer, usr
+from tests.support.tiny import CHATML, bot, msg, tiny_llama, tiny_tokenizer, usr, with_template
 from treg.data import EncodeOptions, RowProblem, load_pairs
 from treg.data.messages import PROBES, common_prefix, common_suffix
 from treg.data.rendering import Renderer
@@ -27,8 +27,7 @@ THINKS = (
 
 
 def pair_of(template, row, **options):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
+    tokenizer = with_template(template)
     ((pair,), report) = load_pairs([row], tokenizer, EncodeOptions(**options), strict=True)
     return tokenizer, pair, report
 
@@ -137,8 +136,7 @@ PLAIN = CHATML.replace("style", "tone")  # which reads no style
 
 def judged(template):
     """A response with tools and a variable, and the source that judges it."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
+    tokenizer = with_template(template)
     call = [{"function": {"name": "weather", "arguments": {}}}]
     row = {
         "prompt": Q,

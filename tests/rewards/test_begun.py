@@ -7,7 +7,7 @@ import json
 import types
 
 import pytest
-from tiny import CHATML, tiny_llama, tiny_tokenizer
+from tiny import CHATML, tiny_llama, tiny_tokenizer, with_template
 
 from treg.cli import runs
 from treg.data import EncodeOptions, pair
@@ -40,12 +40,6 @@ def on(monkeypatch):
     return set_day
 
 
-def dated():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = DATED
-    return tokenizer
-
-
 class Stopped(BaseException):
     pass
 
@@ -63,7 +57,7 @@ def run_until_a_part_is_there(output, monkeypatch):
 
 
 def run(output, rows=ROWS, options=OPTIONS):
-    return annotate(MODEL, dated(), rows, output, options, progress=False)
+    return annotate(MODEL, with_template(DATED), rows, output, options, progress=False)
 
 
 def test_a_finished_file_is_the_same_the_next_day(tmp_path, on):
@@ -121,8 +115,8 @@ def test_a_training_run_keeps_the_day_on_which_it_began(tmp_path, on):
     on("2024-07-27")
     assert runs.claim_run(tmp_path / "o", {"beta": 0.1}) == "2024-07-26"
     assert runs.claim_run(tmp_path / "p", {"beta": 0.1}) == "2024-07-27"
-    options = EncodeOptions(256).dated(dated(), "2024-07-26")
+    options = EncodeOptions(256).dated(with_template(DATED), "2024-07-26")
     assert options.date == "2024-07-26"
     assert EncodeOptions(256).dated(tiny_tokenizer(), "2024-07-26").date is None
     given = EncodeOptions(256, date="2024-01-01")
-    assert given.dated(dated(), "2024-07-26").date == "2024-01-01"
+    assert given.dated(with_template(DATED), "2024-07-26").date == "2024-01-01"

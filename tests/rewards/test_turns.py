@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from judges import judge, judge_tokenizer
-from tiny import CHATML, bot, tiny_llama, tiny_tokenizer, usr
+from tiny import CHATML, bot, tiny_llama, tiny_tokenizer, usr, with_template
 
 from treg.data import EncodeOptions, load_pairs
 from treg.rewards import Context, load_source
@@ -50,8 +50,7 @@ MODEL = tiny_llama(len(TOKENIZER))
 def case(request):
     """The response, how many runs it has, and a context."""
     template, chosen, runs = CASES[request.param]
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
+    tokenizer = with_template(template)
     row = {"prompt": [usr("what?")], "chosen": chosen, "rejected": [bot("no")]}
     ((pair,), _) = load_pairs([row], tokenizer, EncodeOptions(256), strict=True)
     return Response.of_pair(pair, "chosen", tokenizer), runs, Context(MODEL, tokenizer)
@@ -213,8 +212,7 @@ DATED = "<|im_start|>system\nToday: {{ strftime_now('%Y-%m-%d') }}<|im_end|>\n" 
 
 
 def test_the_day_of_a_row_is_that_of_the_judges_requests():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = DATED
+    tokenizer = with_template(DATED)
     row = {"prompt": [usr("what?")], "chosen": TURNS, "rejected": [bot("no")]}
     options = EncodeOptions(256, date="2024-07-26")
     ((pair,), _) = load_pairs([row], tokenizer, options, strict=True)
@@ -226,6 +224,7 @@ def test_the_day_of_a_row_is_that_of_the_judges_requests():
     # the bounds of messages are looked for in the conversation of that day
     assert set(response.messages.tolist()) == {0, 1, 2}
     assert response.spans is not None
+    assert response.spans[response.judged[-1], 1] == len(response.text)
     other = dataclasses.replace(response, date=None)  # today
     assert source.contexts(other)[0] != source.contexts(response)[0]
 

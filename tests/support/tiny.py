@@ -68,6 +68,13 @@ def wrapped(tokenizer: Tokenizer, chat_template: str | None = None) -> PreTraine
     )
 
 
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with another chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def tiny_llama(vocab: int, **config: Any) -> LlamaForCausalLM:
     """Random weights, large enough that log-probs differ by whole nats. The same at every call."""
     config = (
