@@ -19,7 +19,52 @@ import triton.language as tl
 
 from treg_kernels import configs
 from treg_kernels.launch import Product, addressable, slabs, target_matrix
-from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transform, uniform
+from treg_kernels.tiles import (
+    Scalars,
+    product_tile,
+    store_tile,
+    tile_of,
+    tiles_of_program,
+    transform,
+    uniform,
+    with_bias,
+)
+
+
+@triton.jit
+def _finish(
+    a, target, coef, tile_n, tile_v, bias_ptr, norm_ptr, out, N, V, ignore_index, first_v,
+    stride_out, scale, scale2, cap_scale, cap2,
+    STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """From the products a [BLOCK_N, BLOCK_V] of a tile to its gradient, which is stored."""
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    active = (target != ignore_index) & (coef != 0.0)
+    target -= first_v
+    a = with_bias(a, bias_ptr, tile_v, V, BLOCK_V)
+    z2, slope = transform(a, scale2, cap_scale, cap2)
+    lse2 = tl.load(norm_ptr + 2 * offs_n, mask=(offs_n < N) & active, other=0.0)
+    rest = tl.load(norm_ptr + 2 * offs_n + 1, mask=(offs_n < N) & active, other=0.0)
+    shrink = tl.exp2(-rest)
+    p = tl.exp2(z2 - lse2[:, None])
+    factor = coef * scale
+    if uniform(tile_v, target, active, V, BLOCK_V):
+        gradient = -(factor * shrink)[:, None] * p * slope
+    else:
+        local = (target - tile_v * BLOCK_V).to(tl.int32)
+        one = tl.where(tl.arange(0, BLOCK_V)[None, :] == local[:, None], 1.0, 0.0)
+        gradient = factor[:, None] * (one - p * shrink[:, None]) * slope
+        gradient = tl.where(active[:, None], gradient, 0.0)
+    store_tile(out, gradient, tile_n, tile_v, N, V, stride_out, STORE, BLOCK_N, BLOCK_V)
+
+
+@triton.jit
+def _rows_of(tile_n, target_ptr, coef_ptr, N, ignore_index, BLOCK_N: tl.constexpr):
+    """Target and coefficient of a tile's rows; a row that is not scored has the coefficient 0."""
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+    scored = target != ignore_index
+    return target, tl.load(coef_ptr + offs_n, mask=(offs_n < N) & scored, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
@@ -28,43 +73,50 @@ def _gradient_kernel(
     coef_ptr, out,
     N, V, D, ignore_index, first_v, stride_out, scale, scale2, cap_scale, cap2,
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one program; V counts the columns of this launch, of which first_v is the
-    first.
+    first. FLAT: see `forward._tile_kernel`.
     """
     tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-        offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
-        scored = target != ignore_index
-        target -= first_v
-        coef = tl.load(coef_ptr + offs_n, mask=mask_n & scored, other=0.0)
-        # prompts and padding come in runs, and so do tokens without a coefficient: such a tile
-        # costs no matmul
-        active = scored & (coef != 0.0)
-        depth = tl.where(tl.max(active.to(tl.int32), axis=0) > 0, D, 0)
-        a = logits_tile(
-            hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
-            stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
-            SOURCE,
-        )  # fmt: skip
-        z2, slope = transform(a, scale2, cap_scale, cap2)
-        lse2 = tl.load(norm_ptr + 2 * offs_n, mask=mask_n & active, other=0.0)
-        rest = tl.load(norm_ptr + 2 * offs_n + 1, mask=mask_n & active, other=0.0)
-        shrink = tl.exp2(-rest)
-        p = tl.exp2(z2 - lse2[:, None])
-        factor = coef * scale
-        if uniform(tile_v, target, active, V, BLOCK_V):
-            gradient = -(factor * shrink)[:, None] * p * slope
-        else:
-            local = (target - tile_v * BLOCK_V).to(tl.int32)
-            one = tl.where(tl.arange(0, BLOCK_V)[None, :] == local[:, None], 1.0, 0.0)
-            gradient = factor[:, None] * (one - p * shrink[:, None]) * slope
-            gradient = tl.where(active[:, None], gradient, 0.0)
-        store_tile(out, gradient, tile_n, tile_v, N, V, stride_out, STORE, BLOCK_N, BLOCK_V)
+    if FLAT:
+        steps = tl.cdiv(D, BLOCK_D)
+        step, index = -1, tl.program_id(0) - tl.num_programs(0)
+        tile_n, tile_v = 0, 0
+        target = tl.zeros([BLOCK_N], tl.int64)
+        coef = tl.zeros([BLOCK_N], tl.float32)
+        a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+        for _ in tl.range(0, tiles_of_program(tiles) * steps):
+            step = tl.where(step == steps - 1, 0, step + 1)
+            if step == 0:
+                index += tl.num_programs(0)
+                tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
+                target, coef = _rows_of(tile_n, target_ptr, coef_ptr, N, ignore_index, BLOCK_N)
+            h = hidden.load([tile_n * BLOCK_N, step * BLOCK_D])
+            w = weight.load([tile_v * BLOCK_V, step * BLOCK_D])
+            a = tl.dot(h, w.T, a, input_precision=PRECISION)
+            if step == steps - 1:
+                _finish(
+                    a, target, coef, tile_n, tile_v, bias_ptr, norm_ptr, out, N, V, ignore_index,
+                    first_v, stride_out, scale, scale2, cap_scale, cap2, STORE, BLOCK_N, BLOCK_V,
+                )  # fmt: skip
+                a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    else:
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
+            target, coef = _rows_of(tile_n, target_ptr, coef_ptr, N, ignore_index, BLOCK_N)
+            # prompts and padding come in runs, and so do tokens without a coefficient: such a tile
+            # costs no matmul
+            depth = tl.where(tl.max((coef != 0.0).to(tl.int32), axis=0) > 0, D, 0)
+            a = product_tile(
+                hidden, weight, tile_n, tile_v, N, V, D, depth,
+                stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+                SOURCE,
+            )  # fmt: skip
+            _finish(
+                a, target, coef, tile_n, tile_v, bias_ptr, norm_ptr, out, N, V, ignore_index,
+                first_v, stride_out, scale, scale2, cap_scale, cap2, STORE, BLOCK_N, BLOCK_V,
+            )  # fmt: skip
 
 
 def logits_gradient(

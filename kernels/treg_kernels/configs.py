@@ -41,6 +41,9 @@ class Tile(NamedTuple):
     registers: int | None = None  # at most so many for each thread
     # the product by the vendor's library, a slab of columns at a time, which the tile reads
     vendor: bool = False
+    # one loop over the steps of all tiles, so that copies for the next tile run during an epilogue;
+    # with descriptors and programs alone
+    flat: bool = False
 
     @property
     def max_rows(self) -> int:
@@ -92,6 +95,10 @@ CANDIDATES = {
             (64, 256, 64, 8, 3, 1, None), (64, 256, 64, 4, 4, 1, None),
             (64, 128, 64, 4, 4, 2, None),
         )
+    )
+    + tuple(
+        Tile(*shape, descriptors=True, programs=1, flat=True)
+        for shape in ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4))
     ),
     "sm100": tuple(
         Tile(*shape, descriptors=True, programs=programs)

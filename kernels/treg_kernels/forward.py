@@ -31,7 +31,16 @@ import triton.language as tl
 
 from treg_kernels import configs
 from treg_kernels.launch import Product, addressable, slabs, target_matrix
-from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transform, uniform
+from treg_kernels.tiles import (
+    Scalars,
+    product_tile,
+    store_tile,
+    tile_of,
+    tiles_of_program,
+    transform,
+    uniform,
+    with_bias,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -144,6 +153,36 @@ def _full_epilogue(
         store_tile(stash, value, tile_n, tile_v, N, V, stride_stash, STORE, BLOCK_N, BLOCK_V)
 
 
+@triton.jit
+def _finish(
+    a, target, tile_n, tile_v, offset_ptr, stash, target_z2_ptr, bias_ptr,
+    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+    N, V, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
+    STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """From the products a [BLOCK_N, BLOCK_V] of a tile to what `_tile_kernel` leaves of it."""
+    nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
+    scored = target != ignore_index
+    target -= first_v
+    a = with_bias(a, bias_ptr, tile_v, V, BLOCK_V)
+    z2, slope = transform(a, scale2, cap_scale, cap2)
+    plain = nothing_else
+    if nothing_else:
+        plain = uniform(tile_v, target, scored, V, BLOCK_V)
+    if plain:
+        _plain_epilogue(
+            z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V,
+            stride_part,
+            stride_stash, STORE, BLOCK_N, BLOCK_V,
+        )  # fmt: skip
+    else:
+        _full_epilogue(
+            z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr,
+            ez_ptr, z_ptr,
+            ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash, STORE, BLOCK_N, BLOCK_V,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
 def _tile_kernel(
     hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, offset_ptr,
@@ -151,44 +190,61 @@ def _tile_kernel(
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
     N, V, D, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one program: what `_full_epilogue` leaves of each.
 
     k, s, top (maximum of z2), ez (sum of e*(z2-k)), z (sum of z2), ee (sum of e^2): [N,
     stride_part] float32, a column a tile, the target left out of all but z. V counts the columns of
     this launch, of which first_v is the first.
+
+    FLAT: one loop over the steps of all tiles instead of a loop over D in each tile. The compiler
+    prefetches across turns of a loop, and so the first blocks of the next tile are under way while
+    this tile's epilogue runs. SOURCE must be "descriptors"; a tile without a scored row is computed
+    like any other.
     """
-    nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
     tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-        offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
-        scored = target != ignore_index
-        target -= first_v
-        # prompts and padding come in runs: a tile without a scored row costs no matmul
-        depth = tl.where(tl.max(scored.to(tl.int32), axis=0) > 0, D, 0)
-        a = logits_tile(
-            hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
-            stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
-            SOURCE,
-        )  # fmt: skip
-        z2, slope = transform(a, scale2, cap_scale, cap2)
-        plain = nothing_else
-        if nothing_else:
-            plain = uniform(tile_v, target, scored, V, BLOCK_V)
-        if plain:
-            _plain_epilogue(
-                z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V,
-                stride_part,
-                stride_stash, STORE, BLOCK_N, BLOCK_V,
+    if FLAT:
+        steps = tl.cdiv(D, BLOCK_D)
+        step, index = -1, tl.program_id(0) - tl.num_programs(0)
+        tile_n, tile_v = 0, 0
+        target = tl.zeros([BLOCK_N], tl.int64)
+        a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+        for _ in tl.range(0, tiles_of_program(tiles) * steps):
+            step = tl.where(step == steps - 1, 0, step + 1)
+            if step == 0:
+                index += tl.num_programs(0)
+                tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
+                offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+                target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+            h = hidden.load([tile_n * BLOCK_N, step * BLOCK_D])
+            w = weight.load([tile_v * BLOCK_V, step * BLOCK_D])
+            a = tl.dot(h, w.T, a, input_precision=PRECISION)
+            if step == steps - 1:
+                _finish(
+                    a, target, tile_n, tile_v, offset_ptr, stash, target_z2_ptr, bias_ptr,
+                    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+                    N, V, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
+                    STORE, BLOCK_N, BLOCK_V,
+                )  # fmt: skip
+                a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    else:
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
+            offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+            # prompts and padding come in runs: a tile without a scored row costs no matmul
+            depth = tl.where(tl.max((target != ignore_index).to(tl.int32), axis=0) > 0, D, 0)
+            a = product_tile(
+                hidden, weight, tile_n, tile_v, N, V, D, depth,
+                stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
+                SOURCE,
             )  # fmt: skip
-        else:
-            _full_epilogue(
-                z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr,
-                ez_ptr, z_ptr,
-                ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash, STORE, BLOCK_N, BLOCK_V,
+            _finish(
+                a, target, tile_n, tile_v, offset_ptr, stash, target_z2_ptr, bias_ptr,
+                k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+                N, V, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
+                STORE, BLOCK_N, BLOCK_V,
             )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class Slab(NamedTuple):
     first: int
     columns: int
     operands: tuple  # hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd
-    constants: dict  # SOURCE, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_N, PRECISION
+    constants: dict  # SOURCE, FLAT, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_N, PRECISION
     grid: tuple[int]
     options: dict
 
@@ -58,9 +58,8 @@ def slabs(
             operands, source = (hidden, weight, *hidden.stride(), *weight.stride()), "pointers"
         tiles = triton.cdiv(N, tile.n) * triton.cdiv(columns, tile.v)
         grid = (configs.programs(tile, tiles),)
-        yield Slab(
-            first, columns, operands, constants | {"SOURCE": source}, grid, configs.options(tile)
-        )
+        form = {"SOURCE": source, "FLAT": tile.flat and source == "descriptors"}
+        yield Slab(first, columns, operands, constants | form, grid, configs.options(tile))
 
 
 def target_matrix(tile: Tile, slab: Slab, out: torch.Tensor) -> tuple[object, str]:

@@ -53,8 +53,14 @@ def tile_of(index, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: 
 
 
 @triton.jit
-def logits_tile(
-    hidden, weight, bias_ptr, tile_n, tile_v, N, V, D, depth,
+def tiles_of_program(tiles):
+    """How many of all tiles this program has: its own number, and every num_programs-th after."""
+    return tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
+def product_tile(
+    hidden, weight, tile_n, tile_v, N, V, D, depth,
     stride_hn, stride_hd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -91,9 +97,15 @@ def logits_tile(
     elif depth > 0:
         mask = (offs_n < N)[:, None] & (offs_v < V)[None, :]
         acc = tl.load(hidden + offs_n[:, None] * stride_hn + offs_v[None, :], mask=mask, other=0.0)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def with_bias(a, bias_ptr, tile_v, V, BLOCK_V: tl.constexpr):
+    if bias_ptr is not None:
+        offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        a += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
+    return a
 
 
 @triton.jit
