@@ -32,39 +32,44 @@ from treg_kernels.tiles import (
 
 
 @triton.jit
+def _rows_of(
+    tile_n, tile_v, target_ptr, norm_ptr, coef_ptr, N, V, ignore_index, first_v,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's rows, before its product: target among these columns, coefficient (0 where not
+    scored), lse2, shrink = 2**-rest, and whether the tile is `uniform`.
+    """
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+    scored = target != ignore_index
+    target -= first_v
+    coef = tl.load(coef_ptr + offs_n, mask=(offs_n < N) & scored, other=0.0)
+    active = coef != 0.0
+    lse2 = tl.load(norm_ptr + 2 * offs_n, mask=active, other=0.0)
+    rest = tl.load(norm_ptr + 2 * offs_n + 1, mask=active, other=0.0)
+    plain = uniform(tile_v, target, active, V, BLOCK_V)
+    return target, coef, lse2, tl.exp2(-rest), plain
+
+
+@triton.jit
 def _finish(
-    a, target, coef, tile_n, tile_v, bias_ptr, norm_ptr, out, N, V, ignore_index, first_v,
-    stride_out, scale, scale2, cap_scale, cap2,
+    a, target, coef, lse2, shrink, plain, tile_n, tile_v, bias_ptr, out, N, V, stride_out, scale,
+    scale2, cap_scale, cap2,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """From the products a [BLOCK_N, BLOCK_V] of a tile to its gradient, which is stored."""
-    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    active = (target != ignore_index) & (coef != 0.0)
-    target -= first_v
     a = with_bias(a, bias_ptr, tile_v, V, BLOCK_V)
     z2, slope = transform(a, scale2, cap_scale, cap2)
-    lse2 = tl.load(norm_ptr + 2 * offs_n, mask=(offs_n < N) & active, other=0.0)
-    rest = tl.load(norm_ptr + 2 * offs_n + 1, mask=(offs_n < N) & active, other=0.0)
-    shrink = tl.exp2(-rest)
     p = tl.exp2(z2 - lse2[:, None])
     factor = coef * scale
-    if uniform(tile_v, target, active, V, BLOCK_V):
+    if plain:
         gradient = -(factor * shrink)[:, None] * p * slope
     else:
         local = (target - tile_v * BLOCK_V).to(tl.int32)
         one = tl.where(tl.arange(0, BLOCK_V)[None, :] == local[:, None], 1.0, 0.0)
         gradient = factor[:, None] * (one - p * shrink[:, None]) * slope
-        gradient = tl.where(active[:, None], gradient, 0.0)
+        gradient = tl.where((coef != 0.0)[:, None], gradient, 0.0)
     store_tile(out, gradient, tile_n, tile_v, N, V, stride_out, STORE, BLOCK_N, BLOCK_V)
-
-
-@triton.jit
-def _rows_of(tile_n, target_ptr, coef_ptr, N, ignore_index, BLOCK_N: tl.constexpr):
-    """Target and coefficient of a tile's rows; a row that is not scored has the coefficient 0."""
-    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
-    scored = target != ignore_index
-    return target, tl.load(coef_ptr + offs_n, mask=(offs_n < N) & scored, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
@@ -82,29 +87,36 @@ def _gradient_kernel(
     if FLAT:
         steps = tl.cdiv(D, BLOCK_D)
         step, index = -1, tl.program_id(0) - tl.num_programs(0)
-        tile_n, tile_v = 0, 0
+        tile_n, tile_v, plain = 0, 0, False
         target = tl.zeros([BLOCK_N], tl.int64)
-        coef = tl.zeros([BLOCK_N], tl.float32)
+        coef, lse2 = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        shrink = tl.zeros([BLOCK_N], tl.float32)
         a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
         for _ in tl.range(0, tiles_of_program(tiles) * steps):
             step = tl.where(step == steps - 1, 0, step + 1)
             if step == 0:
                 index += tl.num_programs(0)
                 tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-                target, coef = _rows_of(tile_n, target_ptr, coef_ptr, N, ignore_index, BLOCK_N)
+                target, coef, lse2, shrink, plain = _rows_of(
+                    tile_n, tile_v, target_ptr, norm_ptr, coef_ptr, N, V, ignore_index, first_v,
+                    BLOCK_N, BLOCK_V,
+                )  # fmt: skip
             h = hidden.load([tile_n * BLOCK_N, step * BLOCK_D])
             w = weight.load([tile_v * BLOCK_V, step * BLOCK_D])
             a = tl.dot(h, w.T, a, input_precision=PRECISION)
             if step == steps - 1:
                 _finish(
-                    a, target, coef, tile_n, tile_v, bias_ptr, norm_ptr, out, N, V, ignore_index,
-                    first_v, stride_out, scale, scale2, cap_scale, cap2, STORE, BLOCK_N, BLOCK_V,
+                    a, target, coef, lse2, shrink, plain, tile_n, tile_v, bias_ptr, out, N, V,
+                    stride_out, scale, scale2, cap_scale, cap2, STORE, BLOCK_N, BLOCK_V,
                 )  # fmt: skip
                 a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     else:
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-            target, coef = _rows_of(tile_n, target_ptr, coef_ptr, N, ignore_index, BLOCK_N)
+            target, coef, lse2, shrink, plain = _rows_of(
+                tile_n, tile_v, target_ptr, norm_ptr, coef_ptr, N, V, ignore_index, first_v,
+                BLOCK_N, BLOCK_V,
+            )  # fmt: skip
             # prompts and padding come in runs, and so do tokens without a coefficient: such a tile
             # costs no matmul
             depth = tl.where(tl.max((coef != 0.0).to(tl.int32), axis=0) > 0, D, 0)
@@ -114,8 +126,8 @@ def _gradient_kernel(
                 SOURCE,
             )  # fmt: skip
             _finish(
-                a, target, coef, tile_n, tile_v, bias_ptr, norm_ptr, out, N, V, ignore_index,
-                first_v, stride_out, scale, scale2, cap_scale, cap2, STORE, BLOCK_N, BLOCK_V,
+                a, target, coef, lse2, shrink, plain, tile_n, tile_v, bias_ptr, out, N, V,
+                stride_out, scale, scale2, cap_scale, cap2, STORE, BLOCK_N, BLOCK_V,
             )  # fmt: skip
 
 

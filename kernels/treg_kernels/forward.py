@@ -74,21 +74,20 @@ def _offset_kernel(
 
 
 @triton.jit
-def _offset(top, offset_ptr, offs_n, mask_n):
+def _offset(top, offset):
     """k of a tile's rows: its rounded-up maximum; beside a stash the row's offset, unless the
     maximum is far above.
     """
     # a tile of the target alone, or of logits of -inf, has no maximum: any finite offset serves
     k = tl.where(top == float("-inf"), -1e30, tl.ceil(top))
-    if offset_ptr is not None:
-        offset = tl.load(offset_ptr + offs_n, mask=mask_n, other=0.0)
+    if offset is not None:
         k = tl.where(k > offset + LIMIT, k, offset)
     return k
 
 
 @triton.jit
 def _plain_epilogue(
-    z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
+    z2, slope, offset, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
     stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +97,7 @@ def _plain_epilogue(
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     top = tl.max(z2, axis=1)
-    k = _offset(top, offset_ptr, offs_n, mask_n)
+    k = _offset(top, offset)
     e = tl.exp2(z2 - k[:, None])
     at = offs_n * stride_part + tile_v
     tl.store(k_ptr + at, k, mask=mask_n)
@@ -111,7 +110,7 @@ def _plain_epilogue(
 
 @triton.jit
 def _full_epilogue(
-    z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr,
+    z2, slope, target, scored, offset, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr,
     z_ptr, ee_ptr,
     tile_n, tile_v, N, V, stride_part, stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -137,7 +136,7 @@ def _full_epilogue(
     other = mask_v[None, :] & (is_target == 0)
     z2_other = tl.where(other, z2, float("-inf"))
     top = tl.max(z2_other, axis=1)
-    k = _offset(top, offset_ptr, offs_n, mask_n)
+    k = _offset(top, offset)
     e = tl.exp2(z2_other - k[:, None])
 
     tl.store(k_ptr + at, k, mask=mask_n)
@@ -154,32 +153,46 @@ def _full_epilogue(
 
 
 @triton.jit
+def _rows_of(
+    tile_n, tile_v, target_ptr, offset_ptr, N, V, ignore_index, first_v,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's rows, before its product: target among these columns, whether it is scored,
+    offset (0 without a stash), and whether the tile is `uniform`.
+    """
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+    scored = target != ignore_index
+    target -= first_v
+    offset = tl.zeros([BLOCK_N], tl.float32)
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + offs_n, mask=offs_n < N, other=0.0)
+    return target, scored, offset, uniform(tile_v, target, scored, V, BLOCK_V)
+
+
+@triton.jit
 def _finish(
-    a, target, tile_n, tile_v, offset_ptr, stash, target_z2_ptr, bias_ptr,
+    a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
-    N, V, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
+    N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """From the products a [BLOCK_N, BLOCK_V] of a tile to what `_tile_kernel` leaves of it."""
     nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
-    scored = target != ignore_index
-    target -= first_v
     a = with_bias(a, bias_ptr, tile_v, V, BLOCK_V)
     z2, slope = transform(a, scale2, cap_scale, cap2)
-    plain = nothing_else
-    if nothing_else:
-        plain = uniform(tile_v, target, scored, V, BLOCK_V)
-    if plain:
+    own = offset
+    if stash is None:
+        own = None
+    if nothing_else & plain:
         _plain_epilogue(
-            z2, slope, offset_ptr, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V,
-            stride_part,
+            z2, slope, own, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
             stride_stash, STORE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
     else:
         _full_epilogue(
-            z2, slope, target, scored, offset_ptr, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr,
-            ez_ptr, z_ptr,
-            ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash, STORE, BLOCK_N, BLOCK_V,
+            z2, slope, target, scored, own, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr,
+            z_ptr, ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash, STORE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
 
 
@@ -207,43 +220,48 @@ def _tile_kernel(
     if FLAT:
         steps = tl.cdiv(D, BLOCK_D)
         step, index = -1, tl.program_id(0) - tl.num_programs(0)
-        tile_n, tile_v = 0, 0
-        target = tl.zeros([BLOCK_N], tl.int64)
+        tile_n, tile_v, plain = 0, 0, False
+        target, scored = tl.zeros([BLOCK_N], tl.int64), tl.zeros([BLOCK_N], tl.int1)
+        offset = tl.zeros([BLOCK_N], tl.float32)
         a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
         for _ in tl.range(0, tiles_of_program(tiles) * steps):
             step = tl.where(step == steps - 1, 0, step + 1)
             if step == 0:
                 index += tl.num_programs(0)
                 tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-                offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-                target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+                target, scored, offset, plain = _rows_of(
+                    tile_n, tile_v, target_ptr, offset_ptr, N, V, ignore_index, first_v,
+                    BLOCK_N, BLOCK_V,
+                )  # fmt: skip
             h = hidden.load([tile_n * BLOCK_N, step * BLOCK_D])
             w = weight.load([tile_v * BLOCK_V, step * BLOCK_D])
             a = tl.dot(h, w.T, a, input_precision=PRECISION)
             if step == steps - 1:
                 _finish(
-                    a, target, tile_n, tile_v, offset_ptr, stash, target_z2_ptr, bias_ptr,
+                    a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
                     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
-                    N, V, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
+                    N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
                     STORE, BLOCK_N, BLOCK_V,
                 )  # fmt: skip
                 a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     else:
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-            offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
+            target, scored, offset, plain = _rows_of(
+                tile_n, tile_v, target_ptr, offset_ptr, N, V, ignore_index, first_v,
+                BLOCK_N, BLOCK_V,
+            )  # fmt: skip
             # prompts and padding come in runs: a tile without a scored row costs no matmul
-            depth = tl.where(tl.max((target != ignore_index).to(tl.int32), axis=0) > 0, D, 0)
+            depth = tl.where(tl.max(scored.to(tl.int32), axis=0) > 0, D, 0)
             a = product_tile(
                 hidden, weight, tile_n, tile_v, N, V, D, depth,
                 stride_hn, stride_hd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
                 SOURCE,
             )  # fmt: skip
             _finish(
-                a, target, tile_n, tile_v, offset_ptr, stash, target_z2_ptr, bias_ptr,
+                a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
                 k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
-                N, V, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
+                N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
                 STORE, BLOCK_N, BLOCK_V,
             )  # fmt: skip
 
