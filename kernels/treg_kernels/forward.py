@@ -87,18 +87,19 @@ def _offset(top, offset):
 
 @triton.jit
 def _plain_epilogue(
-    z2, slope, offset, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
+    z, unit, slope, offset, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
     stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """k, s, top and the stash of a tile in which every entry counts: a third of the operations of
-    `_full_epilogue`.
+    `_full_epilogue`. z2 = unit * z, unit > 0: the largest z2 is that of the largest z, and unit * z
+    - k is one instruction.
     """
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    top = tl.max(z2, axis=1)
+    top = tl.max(z, axis=1) * unit
     k = _offset(top, offset)
-    e = tl.exp2(z2 - k[:, None])
+    e = tl.exp2(z * unit - k[:, None])
     at = offs_n * stride_part + tile_v
     tl.store(k_ptr + at, k, mask=mask_n)
     tl.store(s_ptr + at, tl.sum(e, axis=1), mask=mask_n)
@@ -175,24 +176,29 @@ def _finish(
     a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
     N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
-    STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    RISING: tl.constexpr, STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """From the products a [BLOCK_N, BLOCK_V] of a tile to what `_tile_kernel` leaves of it."""
     nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
     a = with_bias(a, bias_ptr, tile_v, V, BLOCK_V)
-    z2, slope = transform(a, scale2, cap_scale, cap2)
+    if RISING and cap_scale is None:
+        z, unit, slope = a, scale2, 1.0
+    else:
+        z, slope = transform(a, scale2, cap_scale, cap2)
+        unit = 1.0
     own = offset
     if stash is None:
         own = None
     if nothing_else & plain:
         _plain_epilogue(
-            z2, slope, own, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
+            z, unit, slope, own, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
             stride_stash, STORE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
     else:
         _full_epilogue(
-            z2, slope, target, scored, own, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr,
-            z_ptr, ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash, STORE, BLOCK_N, BLOCK_V,
+            z * unit, slope, target, scored, own, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr,
+            ez_ptr, z_ptr, ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash,
+            STORE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
 
 
@@ -204,12 +210,15 @@ def _tile_kernel(
     N, V, D, ignore_index, first_v, stride_part, stride_stash, scale2, cap_scale, cap2,
     PRECISION: tl.constexpr, GROUP_N: tl.constexpr, SOURCE: tl.constexpr, STORE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, FLAT: tl.constexpr,
+    RISING: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one program: what `_full_epilogue` leaves of each.
 
     k, s, top (maximum of z2), ez (sum of e*(z2-k)), z (sum of z2), ee (sum of e^2): [N,
     stride_part] float32, a column a tile, the target left out of all but z. V counts the columns of
     this launch, of which first_v is the first.
+
+    RISING: scale2 > 0, so that the largest product has the largest z2.
 
     FLAT: one loop over the steps of all tiles instead of a loop over D in each tile. The compiler
     prefetches across turns of a loop, and so the first blocks of the next tile are under way while
@@ -238,10 +247,10 @@ def _tile_kernel(
             a = tl.dot(h, w.T, a, input_precision=PRECISION)
             if step == steps - 1:
                 _finish(
-                    a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
-                    k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
+                    a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr,
+                    bias_ptr, k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
                     N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
-                    STORE, BLOCK_N, BLOCK_V,
+                    RISING, STORE, BLOCK_N, BLOCK_V,
                 )  # fmt: skip
                 a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     else:
@@ -262,7 +271,7 @@ def _tile_kernel(
                 a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
                 k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
                 N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
-                STORE, BLOCK_N, BLOCK_V,
+                RISING, STORE, BLOCK_N, BLOCK_V,
             )  # fmt: skip
 
 
@@ -459,7 +468,7 @@ def logprob_forward(
             target_z2, *here,
             N, slab.columns, D, ignore_index, slab.first, columns, V,
             scalars.scale2, scalars.cap_scale, scalars.cap2, **slab.constants, STORE=store,
-            **slab.options,
+            RISING=scalars.scale2 > 0, **slab.options,
         )  # fmt: skip
     rest = ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")
     block_j = triton.next_power_of_2(columns)

@@ -114,6 +114,21 @@ def test_one_loop_over_all_tiles_gives_the_same_bits():
         assert looped.isfinite().all() and torch.equal(looped, flat)
 
 
+@pytest.mark.parametrize("scale", [-0.8, 0.8, 0.0])
+def test_logits_that_fall_as_products_rise(scale):
+    """Where the scale is negative the largest logit is that of the least product."""
+    N, V, D = 20, 400, 32
+    hidden, weight = torch.randn(N, D, device=DEVICE) * 3, torch.randn(V, D, device=DEVICE)
+    target = torch.randint(0, V, (N,), device=DEVICE)
+    exact = reference.linear_logprobs(
+        hidden.double(), weight.double(), target, logit_scale=scale, outputs=("is_top1", "lse")
+    )
+    scalars = Scalars.of(scale, None, 1.0)
+    found = logprob_forward(hidden, weight, target, None, scalars, -100, ("is_top1", "lse"))
+    assert error(found["logprobs"], exact.logprobs) < 3e-6 and error(found["lse"], exact.lse) < 3e-6
+    assert torch.equal(found["is_top1"], exact.is_top1)
+
+
 def test_a_measured_tile_is_taken(monkeypatch, tmp_path):
     """For its device, kernel, dtype and head, up to its number of rows and above the last."""
     rows = [
