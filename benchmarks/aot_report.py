@@ -34,13 +34,14 @@ COLUMNS = {
     "tma_stores": "TMA out",
     "async_copies": "async",
 }
-EPILOGUES = {"plain_epilogue": "plain", "full_epilogue": "full"}
+EPILOGUES = {"every_epilogue": "every tile", "plain_epilogue": "plain", "full_epilogue": "full"}
 
 HEAD = """# What the compiler makes of the kernels
 
 Written by `python benchmarks/aot_report.py` with Triton {version};
 `tests/kernels/test_aot.py` holds it to what is compiled.
-Head: N = 4096, D = 4096, V = 128256; "unaligned": rows of 4097 elements, V = 50257.
+Head: N = 4096, D = 4096, V = 128256, and the stash's rows as `treg.ops.head.memory.stash_rows`
+makes them; "unaligned": rows of 4097 elements, V = 50257. "Gemma-2": D = 3584, V = 256000.
 All options: bias, softcap and temperature.
 A kernel that an earlier case has compiled is not listed again.
 
@@ -58,25 +59,32 @@ caches keep.
 """
 
 LOOPS = """One step of the loop over D, in instructions of a thread. Then what follows it, in all
-and for each element of the thread's share of a tile: plain, where all rows are scored and have
-their target elsewhere; full, in other tiles.
+and for each element of the thread's share of a tile: what every tile goes through, a softcap's tanh
+among it; then plain, where all rows are scored and have their target elsewhere, or full, in other
+tiles. So a plain tile costs the first and the second number, another one the first and the third.
 """
 
 
-def compiled(arch: str) -> dict:
-    """The report of an architecture, in a process without Triton's interpreter and without a
-    GPU.
+def said_of(arch: str, worker: str):
+    """What a script of tests/support prints of an architecture, in a process without Triton's
+    interpreter and without a GPU.
     """
-    worker = HERE.parent / "tests" / "support" / "aot_worker.py"
+    script = HERE.parent / "tests" / "support" / worker
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(
         [*(p for p in sys.path if p), str(HERE.parent / "kernels"), str(HERE.parent)]
     )
     env["CUDA_VISIBLE_DEVICES"] = ""  # tiles measured on a device here are not what is asked for
-    done = subprocess.run([sys.executable, worker, arch], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, script, arch], capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise RuntimeError(f"{arch}: {done.stderr[-3000:]}")
-    return {"arch": arch, "triton": triton.__version__, "rows": json.loads(done.stdout)}
+    return json.loads(done.stdout)
+
+
+def compiled(arch: str) -> dict:
+    """The report of an architecture."""
+    rows = said_of(arch, "aot_worker.py")
+    return {"arch": arch, "triton": triton.__version__, "rows": rows}
 
 
 def recorded(arch: str) -> dict:

@@ -17,7 +17,10 @@ TILE_N = 128
 TILE_V = 128
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["tops_ptr", "norm_ptr", "coef_ptr", "target_ptr"],
+)
 def _active_kernel(
     tops_ptr, norm_ptr, coef_ptr, target_ptr, threshold_ptr, active_ptr,
     N, blocks, tiles_v, TILE_N: tl.constexpr, TILE_V: tl.constexpr, WIDTH: tl.constexpr,
@@ -40,7 +43,7 @@ def _active_kernel(
     tl.store(active_ptr + tile_n * tiles_v + offs_j, keep, mask=mask_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _list_kernel(
     active_ptr, list_ptr, count_ptr, length, stride_line, stride_item, BLOCK: tl.constexpr
 ):

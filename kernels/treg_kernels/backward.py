@@ -18,14 +18,23 @@ import triton
 import triton.language as tl
 
 from treg_kernels import configs
-from treg_kernels.launch import Product, addressable, slabs, target_matrix
+from treg_kernels.launch import (
+    Product,
+    at_16_byte_rows,
+    row_stride,
+    slabs,
+    target_matrix,
+    tile_of_launch,
+)
 from treg_kernels.tiles import (
     Scalars,
+    bounded,
+    multiple,
     product_tile,
+    slope_of,
     store_tile,
     tile_of,
     tiles_of_program,
-    transform,
     uniform,
     with_bias,
 )
@@ -58,21 +67,26 @@ def _finish(
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """From the products a [BLOCK_N, BLOCK_V] of a tile to its gradient, which is stored."""
-    a = with_bias(a, bias_ptr, tile_v, V, BLOCK_V)
-    z2, slope = transform(a, scale2, cap_scale, cap2)
-    p = tl.exp2(z2 - lse2[:, None])
+    # p and the slope are made where they are used: of each tile's sums one number is kept
+    x = bounded(with_bias(a, bias_ptr, tile_v, V, BLOCK_V), cap_scale)
+    unit = multiple(scale2, cap_scale, cap2)
     factor = coef * scale
     if plain:
-        gradient = -(factor * shrink)[:, None] * p * slope
+        p = tl.exp2(x * unit - lse2[:, None])
+        gradient = -(factor * shrink)[:, None] * p * slope_of(x, cap_scale)
     else:
         local = (target - tile_v * BLOCK_V).to(tl.int32)
         one = tl.where(tl.arange(0, BLOCK_V)[None, :] == local[:, None], 1.0, 0.0)
-        gradient = factor[:, None] * (one - p * shrink[:, None]) * slope
+        p = tl.exp2(x * unit - lse2[:, None])
+        gradient = factor[:, None] * (one - p * shrink[:, None]) * slope_of(x, cap_scale)
         gradient = tl.where((coef != 0.0)[:, None], gradient, 0.0)
     store_tile(out, gradient, tile_n, tile_v, N, V, stride_out, STORE, BLOCK_N, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
+@triton.jit(
+    do_not_specialize=["N", "ignore_index", "first_v"],
+    do_not_specialize_on_alignment=["target_ptr", "norm_ptr", "coef_ptr"],
+)
 def _gradient_kernel(
     hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, norm_ptr,
     coef_ptr, out,
@@ -151,21 +165,23 @@ def logits_gradient(
             int64, contiguous.
         bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
         norm: [N, 2] float32, lse / ln 2 and what its rounding lost, from `logprob_forward`.
-        coef: [N] float32. out: [N, V] contiguous.
+        coef: [N] float32. out: [N, V], rows of any stride.
         product, tile: as in `logprob_forward`.
     """
     N, D = hidden.shape
     V = weight.shape[0]
     assert norm.shape == (N, 2) and coef.shape == target.shape == (N,) and out.shape == (N, V)
-    assert all(x is None or x.is_contiguous() for x in (target, bias, norm, coef, out))
+    assert all(x is None or x.is_contiguous() for x in (target, bias, norm, coef))
+    stride_out = row_stride(out)
     if N == 0:
         return
-    tile = tile or configs.tile_for("gradient", hidden.dtype, N, V, D, addressable(weight))
+    tile = tile or tile_of_launch("gradient", hidden, weight, out)
+    hidden = at_16_byte_rows(hidden)
     for slab in slabs(tile, hidden, weight, product):
         here, store = target_matrix(tile, slab, out)
         _gradient_kernel[slab.grid](
             *slab.operands, None if bias is None else bias[slab.first :], target, norm, coef, here,
-            N, slab.columns, D, ignore_index, slab.first, V,
+            N, slab.columns, D, ignore_index, slab.first, stride_out,
             scalars.scale, scalars.scale2, scalars.cap_scale, scalars.cap2,
             **slab.constants, STORE=store, **slab.options,
         )  # fmt: skip

@@ -22,10 +22,14 @@ import triton
 import triton.language as tl
 
 from treg_kernels.active import TILE_N, TILE_V, active_lists, tiles_of
+from treg_kernels.launch import at_16_byte_rows
 from treg_kernels.tiles import Scalars, transform
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["target_ptr", "norm_ptr", "coef_ptr"],
+)
 def _active_gradient_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, norm_ptr, coef_ptr, active_ptr, slab_ptr,
     N, V, D, tiles_v, stride_hn, stride_hd, stride_wv, stride_wd, scale, scale2, cap_scale, cap2,
@@ -69,7 +73,7 @@ def _active_gradient_kernel(
     tl.store(ptrs, gradient.to(slab_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K", "items"], do_not_specialize_on_alignment=["coef_ptr"])
 def _product_kernel(
     slab_ptr, right_ptr, coef_ptr, list_ptr, count_ptr, order_ptr, out_ptr,
     M, K, D, items, stride_slab_m, stride_slab_k, stride_rk, stride_rd,
@@ -176,7 +180,7 @@ def filtered_gradients(
     assert norm.shape == (N, 2) and coef.shape == target.shape == (N,)
     needed = (target, bias, norm, coef, active, slab, dhidden, dweight, dbias)
     assert all(x is None or x.is_contiguous() for x in needed)
-    slab = slab[: tiles_n * TILE_N]
+    hidden, slab = at_16_byte_rows(hidden), slab[: tiles_n * TILE_N]
     gradient, product = _configs(weight.dtype)
     blocks = slab.shape[0] // gradient["BLOCK_N"] * (slab.shape[1] // gradient["BLOCK_V"])
     _active_gradient_kernel[(blocks,)](
@@ -189,7 +193,7 @@ def filtered_gradients(
     if dweight is not None:
         _product(*columns, hidden, coef, dweight, product, add=add)
     if dbias is not None:
-        ones = hidden.new_ones(1, 1).expand(N, 1)
+        ones = hidden.new_ones(1).as_strided((N, 1), (0, 1))  # expand(1, 1) has other strides
         _product(*columns, ones, None, dbias.unsqueeze(1), {**product, "BLOCK_D": 16}, add=add)
 
 

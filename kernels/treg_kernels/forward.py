@@ -30,10 +30,21 @@ import triton
 import triton.language as tl
 
 from treg_kernels import configs
-from treg_kernels.launch import Product, addressable, slabs, target_matrix
+from treg_kernels.launch import (
+    Product,
+    addressable,
+    at_16_byte_rows,
+    row_stride,
+    slabs,
+    target_matrix,
+    tile_of_launch,
+)
 from treg_kernels.tiles import (
     Scalars,
+    bounded,
+    multiple,
     product_tile,
+    slope_of,
     store_tile,
     tile_of,
     tiles_of_program,
@@ -45,9 +56,12 @@ from treg_kernels.tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LIMIT = tl.constexpr(48.0)
+STATISTIC_SUMS = ("ez_ptr", "z_ptr", "ee_ptr")
 
 
-@triton.jit(do_not_specialize=["N"])
+# No kernel is compiled for where a batch's rows start in a longer tensor, for how many they are, or
+# for the first column of a slab: those pointers and integers are not specialised.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["target_ptr"])
 def _offset_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, offset_ptr, N, V, D,
     stride_hn, stride_hd, stride_wv, stride_wd, scale2, cap_scale, cap2,
@@ -87,32 +101,34 @@ def _offset(top, offset):
 
 @triton.jit
 def _plain_epilogue(
-    z, unit, slope, offset, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
-    stride_stash,
-    STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    x, scale2, cap_scale, cap2, offset, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V,
+    stride_part, stride_stash,
+    RISING: tl.constexpr, STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """k, s, top and the stash of a tile in which every entry counts: a third of the operations of
-    `_full_epilogue`. z2 = unit * z, unit > 0: the largest z2 is that of the largest z, and unit * z
-    - k is one instruction.
+    `_full_epilogue`.
     """
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    top = tl.max(z, axis=1) * unit
+    unit = multiple(scale2, cap_scale, cap2)
+    # x * unit - k is one instruction if no other needs x * unit
+    top = tl.max(x, axis=1) * unit if RISING else tl.max(x * unit, axis=1)
     k = _offset(top, offset)
-    e = tl.exp2(z * unit - k[:, None])
+    e = tl.exp2(x * unit - k[:, None])
     at = offs_n * stride_part + tile_v
     tl.store(k_ptr + at, k, mask=mask_n)
     tl.store(s_ptr + at, tl.sum(e, axis=1), mask=mask_n)
     if top_ptr is not None:
         tl.store(top_ptr + at, top, mask=mask_n)
     if stash is not None:
-        store_tile(stash, e * slope, tile_n, tile_v, N, V, stride_stash, STORE, BLOCK_N, BLOCK_V)
+        value = e * slope_of(x, cap_scale)
+        store_tile(stash, value, tile_n, tile_v, N, V, stride_stash, STORE, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
 def _full_epilogue(
-    z2, slope, target, scored, offset, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr, ez_ptr,
-    z_ptr, ee_ptr,
+    x, scale2, cap_scale, cap2, target, scored, offset, stash, target_z2_ptr, k_ptr, s_ptr,
+    top_ptr, ez_ptr, z_ptr, ee_ptr,
     tile_n, tile_v, N, V, stride_part, stride_stash,
     STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -123,6 +139,7 @@ def _full_epilogue(
     mask_n = offs_n < N
     mask_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V) < V
     at = offs_n * stride_part + tile_v
+    z2 = x * multiple(scale2, cap_scale, cap2)
     if z_ptr is not None:
         tl.store(z_ptr + at, tl.sum(tl.where(mask_v[None, :], z2, 0.0), axis=1), mask=mask_n)
     local = target - tile_v * BLOCK_V
@@ -149,7 +166,7 @@ def _full_epilogue(
     if ee_ptr is not None:
         tl.store(ee_ptr + at, tl.sum(e * e, axis=1), mask=mask_n)
     if stash is not None:
-        value = tl.where(scored[:, None], e * slope, 0.0)
+        value = tl.where(scored[:, None], e * slope_of(x, cap_scale), 0.0)
         store_tile(stash, value, tile_n, tile_v, N, V, stride_stash, STORE, BLOCK_N, BLOCK_V)
 
 
@@ -158,8 +175,8 @@ def _rows_of(
     tile_n, tile_v, target_ptr, offset_ptr, N, V, ignore_index, first_v,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile's rows, before its product: target among these columns, whether it is scored,
-    offset (0 without a stash), and whether the tile is `uniform`.
+    """Of a tile's rows, before its product, which hides the latency: target among these columns,
+    whether it is scored, offset (0 without a stash), and whether the tile is `uniform`.
     """
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
@@ -180,29 +197,26 @@ def _finish(
 ):  # fmt: skip
     """From the products a [BLOCK_N, BLOCK_V] of a tile to what `_tile_kernel` leaves of it."""
     nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
-    a = with_bias(a, bias_ptr, tile_v, V, BLOCK_V)
-    if RISING and cap_scale is None:
-        z, unit, slope = a, scale2, 1.0
-    else:
-        z, slope = transform(a, scale2, cap_scale, cap2)
-        unit = 1.0
-    own = offset
-    if stash is None:
-        own = None
+    # the slope is computed again where it is used: registers are fewer than operations
+    x = bounded(with_bias(a, bias_ptr, tile_v, V, BLOCK_V), cap_scale)
+    own = None if stash is None else offset
     if nothing_else & plain:
         _plain_epilogue(
-            z, unit, slope, own, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V, stride_part,
-            stride_stash, STORE, BLOCK_N, BLOCK_V,
+            x, scale2, cap_scale, cap2, own, stash, k_ptr, s_ptr, top_ptr, tile_n, tile_v, N, V,
+            stride_part, stride_stash, RISING, STORE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
     else:
         _full_epilogue(
-            z * unit, slope, target, scored, own, stash, target_z2_ptr, k_ptr, s_ptr, top_ptr,
-            ez_ptr, z_ptr, ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash,
+            x, scale2, cap_scale, cap2, target, scored, own, stash, target_z2_ptr, k_ptr, s_ptr,
+            top_ptr, ez_ptr, z_ptr, ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash,
             STORE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "first_v"])
+@triton.jit(
+    do_not_specialize=["N", "ignore_index", "first_v"],
+    do_not_specialize_on_alignment=["target_ptr", "k_ptr", "s_ptr", "top_ptr", *STATISTIC_SUMS],
+)
 def _tile_kernel(
     hidden, weight, stride_hn, stride_hd, stride_wv, stride_wd, bias_ptr, target_ptr, offset_ptr,
     stash, target_z2_ptr,
@@ -218,7 +232,7 @@ def _tile_kernel(
     stride_part] float32, a column a tile, the target left out of all but z. V counts the columns of
     this launch, of which first_v is the first.
 
-    RISING: scale2 > 0, so that the largest product has the largest z2.
+    RISING: z2 rises with a, so that the largest product has the largest z2.
 
     FLAT: one loop over the steps of all tiles instead of a loop over D in each tile. The compiler
     prefetches across turns of a loop, and so the first blocks of the next tile are under way while
@@ -275,12 +289,12 @@ def _tile_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "ignore_index"], do_not_specialize_on_alignment=["target_ptr"])
 def _combine_kernel(
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, target_ptr, target_z2_ptr, stash_ptr,
     logprob_ptr, norm_ptr, lse_ptr, factor_ptr, is_top1_ptr, entropy_ptr, mean_logit_ptr,
     log_sum_sq_ptr,
-    N, V, stride_part, ignore_index, scale, cap2,
+    N, V, stride_part, stride_stash, ignore_index, scale, cap2,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Add up the tiles of BLOCK_R rows; finish the stash: the target's entry, and one offset per
@@ -352,7 +366,7 @@ def _combine_kernel(
             entry = -S * (1.0 - (z2_y / cap2) * (z2_y / cap2))
         valid = mask_n & scored & (target >= 0) & (target < V)
         uneven = valid & (tl.max(tl.where(mask & (k < K[:, None]), 1, 0), axis=1) > 0)
-        at_target = stash_ptr + offs_n * V + tl.where(valid, target, 0)
+        at_target = stash_ptr + offs_n * stride_stash + tl.where(valid, target, 0)
         tl.store(at_target, entry.to(stash_ptr.dtype.element_ty), mask=valid & (uneven == 0))
         # rows whose tiles have several offsets are brought to K; elsewhere this loop has no turn
         columns = tl.where(tl.max(uneven.to(tl.int32), axis=0) > 0, V, 0)
@@ -364,7 +378,7 @@ def _combine_kernel(
                 mask=mask_v,
                 other=0.0,
             )
-            ptrs = stash_ptr + offs_n[:, None] * V + offs_v[None, :]
+            ptrs = stash_ptr + offs_n[:, None] * stride_stash + offs_v[None, :]
             value = tl.load(ptrs, mask=mask_v, other=0.0).to(tl.float32) * tl.exp2(
                 k_here - K[:, None]
             )
@@ -402,21 +416,23 @@ def logprob_forward(
             strides.
         target: [N] int64, contiguous. bias: [V] or None, contiguous. scalars: see `tiles.Scalars`.
         outputs: any of STATISTICS, and "tops".
-        stash: [N, V] contiguous, float32 or bfloat16, overwritten with E; None where no gradient
-            follows.
+        stash: [N, V], rows of any stride, float32 or bfloat16, overwritten with E; None where no
+            gradient follows.
         product: the vendor's matrix product, which a tile may ask for. tile: None for
-            `configs.tile_for`.
+            `launch.tile_of_launch`.
     Returns:
         {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1:
         bool); norm, which `logits_gradient` takes, is [N, 2]: lse / ln 2, and what its rounding
         lost; tops: [N, ceil(V / tile.v)], the largest z2 of each tile without the target's.
         Temporaries: 4 * N * part_columns(weight) bytes for each of k and s and for each statistic
-        but lse, and configs.SLAB_BYTES where the tile takes the vendor's product.
+        but lse, a copy of hidden where its rows do not begin at 16 bytes, and configs.SLAB_BYTES
+        where the tile takes the vendor's product.
     """
     N, D = hidden.shape
     V = weight.shape[0]
     dev = hidden.device
-    assert all(x is None or x.is_contiguous() for x in (target, bias, stash))
+    assert all(x is None or x.is_contiguous() for x in (target, bias))
+    stride_stash = 0 if stash is None else row_stride(stash)
 
     def row(dtype=torch.float32):
         return torch.empty(N, dtype=dtype, device=dev)
@@ -435,7 +451,8 @@ def logprob_forward(
     if N == 0:
         return found
     kind = "forward" if stash is None else "stash"
-    tile = tile or configs.tile_for(kind, hidden.dtype, N, V, D, addressable(weight))
+    tile = tile or tile_of_launch(kind, hidden, weight, stash)
+    hidden = at_16_byte_rows(hidden)
     columns = triton.cdiv(V, tile.v)
 
     def part(needed=True):
@@ -466,9 +483,9 @@ def logprob_forward(
         _tile_kernel[slab.grid](
             *slab.operands, None if bias is None else bias[slab.first :], target, offset, out,
             target_z2, *here,
-            N, slab.columns, D, ignore_index, slab.first, columns, V,
+            N, slab.columns, D, ignore_index, slab.first, columns, stride_stash,
             scalars.scale2, scalars.cap_scale, scalars.cap2, **slab.constants, STORE=store,
-            RISING=scalars.scale2 > 0, **slab.options,
+            RISING=scalars.rising, **slab.options,
         )  # fmt: skip
     rest = ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")
     block_j = triton.next_power_of_2(columns)
@@ -476,7 +493,7 @@ def logprob_forward(
     _combine_kernel[(triton.cdiv(N, block_r),)](
         *parts, target, target_z2, stash, found["logprobs"], found["norm"],
         *(found.get(n) for n in rest),
-        N, V, columns, ignore_index, scalars.scale, scalars.cap2,
+        N, V, columns, stride_stash, ignore_index, scalars.scale, scalars.cap2,
         WIDTH=tile.v, BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=2048 // block_r,
     )  # fmt: skip
     return found

@@ -24,12 +24,15 @@ import torch
 import triton
 import triton.language as tl
 
+from treg_kernels.launch import row_stride
 from treg_kernels.tiles import Scalars, transform
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK = 4096
 WARPS = 8
+# Of a batch's rows, which start anywhere in a longer tensor: no kernel of its own for each start.
+ROW_POINTERS = ["target_ptr", "kl_coef_ptr", "lp_coef_ptr"]
 
 
 @triton.jit
@@ -130,10 +133,10 @@ def _log_sums(
 @triton.jit
 def _store_gradients(
     kl_gradient, p, slope, target, scored, kl_coef_ptr, lp_coef_ptr, kl_stash_ptr, lp_stash_ptr,
-    out_ptr, row, V, offs,
+    out_ptr, row, V, stride_out, offs,
 ):  # fmt: skip
     """Both stashes of some words, or their sum with the row's coefficients."""
-    at, mask = row * V + offs, offs < V
+    at, mask = row * stride_out + offs, offs < V
     first = tl.where(scored, kl_gradient * slope, 0.0)
     second = tl.where(scored, (p - tl.where(offs == target, 1.0, 0.0)) * slope, 0.0)
     if kl_stash_ptr is not None:
@@ -159,18 +162,19 @@ def _store_scores(
         tl.store(ref_logprob_ptr + row, tl.where(scored & inside, ref_lp, nothing))
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=ROW_POINTERS)
 def _kl_kernel(
     a_ptr, ref_a_ptr, bias_ptr, ref_bias_ptr, target_ptr,
     kl_ptr, logprob_ptr, ref_logprob_ptr, kl_stash_ptr, lp_stash_ptr,
     kl_coef_ptr, lp_coef_ptr, out_ptr,
-    V, ignore_index, scale, cap_scale, cap, ref_scale, ref_cap_scale, ref_cap,
+    V, stride_a, stride_ref, stride_out, ignore_index,
+    scale, cap_scale, cap, ref_scale, ref_cap_scale, ref_cap,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     gradient: tl.constexpr = kl_stash_ptr is not None or out_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    a_ptr += row * V
-    ref_a_ptr += row * V
+    a_ptr += row * stride_a
+    ref_a_ptr += row * stride_ref
     scored = True
     target = -1
     if target_ptr is not None:
@@ -220,25 +224,26 @@ def _kl_kernel(
             _e, x, c = _terms(p, q, d, REVERSE)
             _store_gradients(
                 x - c * total, p, slope, target, scored, kl_coef_ptr, lp_coef_ptr, kl_stash_ptr,
-                lp_stash_ptr, out_ptr, row, V, offs,
+                lp_stash_ptr, out_ptr, row, V, stride_out, offs,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def _stash_sum_kernel(
-    kl_stash_ptr, lp_stash_ptr, kl_coef_ptr, lp_coef_ptr, out_ptr, V, BLOCK: tl.constexpr
-):
+    kl_stash_ptr, lp_stash_ptr, kl_coef_ptr, lp_coef_ptr, out_ptr, V, stride_stash, stride_out,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """out = kl_coef * kl_stash + lp_coef * lp_stash, of a row's block of words."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < V
-    at = row * V + offs
+    at = row * stride_stash + offs
     first = tl.load(kl_stash_ptr + at, mask=mask, other=0.0).to(tl.float32)
     total = tl.load(kl_coef_ptr + row) * first
     if lp_stash_ptr is not None:
         second = tl.load(lp_stash_ptr + at, mask=mask, other=0.0).to(tl.float32)
         total += tl.load(lp_coef_ptr + row) * second
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * stride_out + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def kl_rows(
@@ -259,20 +264,22 @@ def kl_rows(
     """KL and log-probs of n rows, and their gradients.
 
     Args:
-        a, ref_a: [n, V] float32, contiguous: products of both heads, without biases. bias,
+        a, ref_a: [n, V] float32, rows of any stride: products of both heads, without biases. bias,
             ref_bias: [V] or None, contiguous. scalars, ref_scalars: see `tiles.Scalars`. target:
             [n] int64, contiguous, or None.
-        stashes: none, or [dKL / da / scale], or with targets also [-dlp / da / scale], each [n, V]
-            contiguous, overwritten; they may be ref_a and a themselves.
-        coefs, out: of a gradient: [n] float32 each, contiguous, and [n, V] contiguous, filled with
-            coefs[0] times the first stash and coefs[1] times the second (None: 0); out may be ref_a
-            or a itself. Nothing is returned then.
+        stashes: none, or [dKL / da / scale], or with targets also [-dlp / da / scale], each [n, V],
+            rows of one stride, overwritten; they may be ref_a and a themselves.
+        coefs, out: of a gradient: [n] float32 each, contiguous, and [n, V], rows of any stride,
+            filled with coefs[0] times the first stash and coefs[1] times the second (None: 0); out
+            may be ref_a or a itself. Nothing is returned then.
     Returns:
         "kl" [n] float32, with targets also "logprobs" and "ref_logprobs".
     """
     n, V = a.shape
-    tensors = (a, ref_a, bias, ref_bias, target, *stashes, *(coefs or ()), out)
-    assert all(x is None or x.is_contiguous() for x in tensors)
+    vectors = (bias, ref_bias, target, *(coefs or ()))
+    assert all(x is None or x.is_contiguous() for x in vectors)
+    written = [x for x in (*stashes, out) if x is not None]
+    assert len({row_stride(x) for x in written}) <= 1
     assert a.shape == ref_a.shape and a.dtype == ref_a.dtype == torch.float32
     names = ("kl",) if target is None else ("kl", "logprobs", "ref_logprobs")
     found = {} if out is not None else {name: a.new_empty(n) for name in names}
@@ -283,7 +290,8 @@ def kl_rows(
         a, ref_a, bias, ref_bias, target,
         found.get("kl"), found.get("logprobs"), found.get("ref_logprobs"), kl_stash, lp_stash,
         *(coefs or (None, None)), out,
-        V, ignore_index, *scalars.natural(), *ref_scalars.natural(),
+        V, row_stride(a), row_stride(ref_a), row_stride(written[0]) if written else V, ignore_index,
+        *scalars.natural(), *ref_scalars.natural(),
         REVERSE=reverse, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
     )  # fmt: skip
     return found
@@ -294,13 +302,18 @@ def stash_sum(
     coefs: tuple[torch.Tensor, torch.Tensor | None],
     out: torch.Tensor,
 ) -> None:
-    """out [n, V] = coefs[0] * stashes[0] + coefs[1] * stashes[1]; coefs [n] float32, None for 0."""
+    """out [n, V] = coefs[0] * stashes[0] + coefs[1] * stashes[1]; coefs [n] float32, None for 0.
+
+    stashes: [n, V], rows of one stride. out: [n, V], rows of any stride.
+    """
     n, V = out.shape
     lp_stash = None if coefs[1] is None else stashes[1]
-    assert all(x is None or x.is_contiguous() for x in (*stashes, *coefs, out))
+    assert all(x is None or x.is_contiguous() for x in coefs)
+    assert len({row_stride(x) for x in stashes}) == 1
     if n == 0:
         return
     block = min(BLOCK, triton.next_power_of_2(V))
     _stash_sum_kernel[(n, triton.cdiv(V, block))](
-        stashes[0], lp_stash, *coefs, out, V, BLOCK=block, num_warps=WARPS
-    )
+        stashes[0], lp_stash, *coefs, out, V, row_stride(stashes[0]), row_stride(out),
+        BLOCK=block, num_warps=WARPS,
+    )  # fmt: skip

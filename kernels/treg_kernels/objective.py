@@ -22,6 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
+POINTERS = [
+    "logps_ptr", "target_ptr", "rewards_ptr", "ref_ptr", "weights_ptr", "starts_ptr",
+    "loss_ptr", "stats_ptr", "coef_ptr",
+]  # fmt: skip
+
 
 @triton.jit
 def _rows(target_ptr, at, end, ignore_index, BLOCK: tl.constexpr):
@@ -107,8 +112,8 @@ def _store_coefficients(
         tl.store(coef_ptr + rows, coef.to(coef_ptr.dtype.element_ty), mask=inside)
 
 
-# `first` differs from group to group: no kernel of its own for 1 or for multiples of 16
-@triton.jit(do_not_specialize=["B", "N", "first"])
+# `first` differs from group to group, and sequences start anywhere: no kernel of its own for that
+@triton.jit(do_not_specialize=["B", "N", "first"], do_not_specialize_on_alignment=POINTERS)
 def _pair_kernel(
     logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, starts_ptr,
     loss_ptr, stats_ptr, coef_ptr,

@@ -40,16 +40,18 @@ def test_bfloat16_operations():
 @triton.jit
 def _tanh_kernel(x_ptr, y_ptr, N: tl.constexpr):
     from_here = tl.arange(0, N)
-    tl.store(y_ptr + from_here, _tanh(tl.load(x_ptr + from_here)))
+    tl.store(y_ptr + from_here, _bounded(tl.load(x_ptr + from_here), 1.0))
 
 
-from treg_kernels.tiles import tanh as _tanh  # noqa: E402  (a kernel's global must be a module global)
+from treg_kernels.tiles import bounded as _bounded  # noqa: E402  (a kernel's global must be a module global)
 
 
 def test_tanh_keeps_its_relative_accuracy():
-    x = torch.cat([torch.logspace(-20, 1.3, 511), torch.zeros(1)])
+    """Measured: at most 3.2 units of 2^-23, just above 0.4, where the polynomial ends."""
+    x = torch.cat([torch.logspace(-20, 1.95, 4096), torch.linspace(0.3, 3.0, 4095), torch.zeros(1)])
     x = torch.cat([x, -x])
     y = torch.empty_like(x)
-    _tanh_kernel[(1,)](x, y, N=1024)
+    _tanh_kernel[(1,)](x, y, N=16384)
     exact = x.double().tanh()
     assert ((y.double() - exact).abs() <= 4 * 2.0**-23 * exact.abs()).all()
+    assert y.abs().max() == 1.0

@@ -2,6 +2,7 @@
 vendor's product.
 """
 
+import functools
 import json
 
 import pytest
@@ -11,11 +12,18 @@ from helpers import DEVICE, GPU, error
 
 from treg.ops import reference
 from treg.ops.head import Head, make_tiles
-from treg.ops.head.gemm import logits_into, split_product
+from treg.ops.head.gemm import logits_into, split_product, sum_of_parts
+from treg.ops.head.memory import ROW_MULTIPLE, held_bytes, row_width, stash_rows
 from treg_kernels import configs, logits_gradient, logprob_forward
 from treg_kernels.configs import FLOAT32, ROWS, TILES, Tile
 from treg_kernels.forward import part_columns
-from treg_kernels.launch import addressable, contiguous_rows
+from treg_kernels.launch import (
+    addressable,
+    at_16_byte_rows,
+    slabs,
+    target_matrix,
+    tile_of_launch,
+)
 from treg_kernels.tiles import Scalars
 
 pytestmark = pytest.mark.gpu if GPU else pytest.mark.interp
@@ -171,9 +179,7 @@ def test_every_tile_that_may_be_chosen_is_a_multiple_of_128_wide():
 
 
 def test_rows_that_no_descriptor_can_address(monkeypatch):
-    """A transposed or odd weight takes the tiles of pointers; hidden states are copied where that
-    helps.
-    """
+    """A transposed or odd weight takes the tiles of pointers."""
     monkeypatch.setattr(configs, "architecture", lambda: "sm90")
     weight = torch.zeros(512, 64, dtype=torch.bfloat16)
     for w, expected in (
@@ -187,10 +193,93 @@ def test_rows_that_no_descriptor_can_address(monkeypatch):
         found = configs.tile_for("stash", w.dtype, 4000, *w.shape, addressable(w))
         assert found == TILES[expected][1]
         assert part_columns(w) == 512 // found.v
-    strided = torch.zeros(64, 40).bfloat16().T
-    assert not addressable(strided) and addressable(contiguous_rows(strided))
-    odd = torch.zeros(40, 63).bfloat16()
-    assert contiguous_rows(odd) is odd and contiguous_rows(weight) is weight
+
+
+def layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """bfloat16 matrices [rows, columns] of the layouts that callers have."""
+    count, zeros = rows * columns, functools.partial(torch.zeros, dtype=torch.bfloat16)
+    room = bytearray(2 * count + 32)
+    begin = 2 - torch.frombuffer(room, dtype=torch.uint8).data_ptr() % 16 + 16
+    return {
+        "contiguous": zeros(rows, columns),
+        "padded": zeros(rows, columns + 64 - columns % 64)[:, :columns],
+        "odd rows": zeros(rows, columns + 1)[:, :columns],
+        "odd offset": zeros(count + 1)[1:].view(rows, columns),
+        "a later row": zeros(rows + 1, columns)[1:],
+        "transposed": zeros(columns, rows).T,
+        "every other": zeros(rows, 2 * columns)[:, ::2],
+        "expanded": zeros(1, columns).expand(rows, columns),
+        "one row of stride 1": zeros(columns).as_strided((1, columns), (1, 1)),
+        "storage at 2 bytes": torch.frombuffer(
+            room, dtype=torch.bfloat16, count=count, offset=begin
+        ).view(rows, columns),
+    }
+
+
+@pytest.mark.skipif(GPU, reason="tables of layouts, whatever runs")
+@pytest.mark.parametrize("arch", ["sm90", "sm100"])
+@pytest.mark.parametrize("V, D", [(512, 64), (517, 64), (512, 63)])
+def test_wide_tiles_are_fed_and_emptied_by_the_copy_engine(V, D, arch, monkeypatch):
+    """Whatever the layouts of hidden, weight and stash: never pointers in a tile of descriptors.
+    The wide tile is taken where the weight and what is written allow it.
+    """
+    monkeypatch.setattr(configs, "architecture", lambda: arch)
+    wide = 0
+    stashes = layouts(200, V)
+    stashes["stash_rows"] = stash_rows(
+        torch.zeros(1), 200, V, dtype=torch.bfloat16, multiple=ROW_MULTIPLE
+    )
+    for hidden in layouts(200, D).values():
+        for name, weight in layouts(V, D).items():
+            for place, out in (("nowhere", None), *stashes.items()):
+                if out is not None and len(out) != len(hidden):
+                    continue
+                tile = tile_of_launch("forward" if out is None else "stash", hidden, weight, out)
+                (slab,) = slabs(tile, at_16_byte_rows(hidden), weight, None)
+                store = "descriptors" if out is None else target_matrix(tile, slab, out)[1]
+                assert tile.descriptors == (slab.constants["SOURCE"] == store == "descriptors")
+                if name == "padded" and place in ("nowhere", "stash_rows"):
+                    assert tile in TILES[arch]
+                wide += tile.descriptors
+    assert wide > 50
+
+
+def test_rows_are_copied_only_where_they_must_be():
+    """The copy has the same numbers, and rows that begin at 16 bytes."""
+    for name, x in layouts(40, 62).items():
+        (x[:1] if name == "expanded" else x).normal_()
+        found = at_16_byte_rows(x)
+        assert torch.equal(found, x) and found.data_ptr() % 16 == 0 == found.stride(0) * 2 % 16
+        assert (found is x) == (name == "padded")
+
+
+@pytest.mark.parametrize(
+    "tile, V", [(TILES["interpreter"][0], 333), (FLOAT32, 333), (ROWS, 1133)], ids=str
+)
+def test_rows_of_a_stash_may_be_apart(tile, V, monkeypatch):
+    """The bits of contiguous rows; and nothing is written or read between the rows."""
+    monkeypatch.setattr(configs, "SLAB_BYTES", 4 * 5 * ROWS.v)
+    D, N = 24, 5
+    hidden, weight = torch.randn(N, D, device=DEVICE), torch.randn(V, D, device=DEVICE)
+    # the last row's tiles differ by more than 2^48: its stash is gone over again
+    weight[300], hidden[-1] = 60.0, 1.0
+    target = torch.tensor([3, V - 1, -100, 7, 8], device=DEVICE)
+    head = (hidden.bfloat16(), weight.bfloat16(), target, None, Scalars.of(1.0, None, 1.0), -100)
+    coef = torch.randn(N, device=DEVICE)
+    found = []
+    for multiple in (1, ROW_MULTIPLE):
+        stash, out = (
+            stash_rows(coef, N, V, dtype=torch.bfloat16, multiple=multiple) for _ in range(2)
+        )
+        got = logprob_forward(*head, (), stash, logits_into, tile)
+        logits_gradient(*head, got["norm"], coef, out, logits_into, tile)
+        for x in (stash, out):
+            assert held_bytes(x) == 2 * N * row_width(V, multiple)
+            between = x.as_strided((N - 1, x.stride(0) - V), (x.stride(0), 1), V)
+            assert between.isnan().all()  # as memory was poisoned
+        found.append((stash, out, got["logprobs"], got["factor"]))
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -236,3 +325,16 @@ def test_products_over_parts_of_the_vocabulary_add_up():
     assert parts.dtype == torch.float32 and parts.shape == (4, 5, 7)
     assert error(parts[1], tile[:, 15:30].double() @ weight[15:30].double()) < 1e-6
     assert error(parts.sum(0), tile.double() @ weight.double()) < 1e-6
+
+
+@pytest.mark.parametrize("V", [1133, 1136])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_odd_vocabulary_is_split_too(dtype, V):
+    """Into equal parts and a rest, of rows that are apart; a bfloat16 sum is float32 too."""
+    tile = stash_rows(
+        torch.empty(1, device=DEVICE), 5, V, dtype=dtype, multiple=ROW_MULTIPLE
+    ).copy_(torch.randn(5, V))
+    weight = torch.randn(V, 7, device=DEVICE).to(dtype)
+    found = sum_of_parts(tile, weight, 4)
+    assert found.dtype == torch.float32
+    assert error(found, tile.double() @ weight.double()) < 1e-6

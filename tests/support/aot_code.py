@@ -105,15 +105,16 @@ def contents(cubin: bytes, *, sides: bool) -> dict:
 
 
 def contents_of(code: list[Instruction], *, sides: bool) -> dict:
-    """What SASS counts, in all and in one turn of the loop over D; with `sides` also the length of
-    both epilogues.
+    """What SASS counts, in all and in one turn of the loop over D; with `sides` also the epilogue:
+    what every tile goes through, and then either side.
     """
     found = {"instructions": len(code), **count(code)}
     if (loop := product_loop(code)) is not None:
         first, last = loop
         body = code[first : last + 1]
         found["loop"] = {"instructions": len(body), **count(body)}
-        if sides and (lengths := longest_choice(code, last)) is not None:
+        if sides and (choice := longest_choice(code, last)) is not None:
+            found["every_epilogue"], *lengths = choice
             found["plain_epilogue"], found["full_epilogue"] = sorted(lengths)
     return found
 
@@ -168,9 +169,9 @@ def product_loop(code: list[Instruction]) -> tuple[int, int] | None:
     return min(loops, key=lambda loop: loop[1] - loop[0], default=None)
 
 
-def longest_choice(code: list[Instruction], after: int) -> tuple[int, int] | None:
-    """Instructions of both sides of the longest `if ... else ...` after an index: one if, one else,
-    each to its end.
+def longest_choice(code: list[Instruction], after: int) -> tuple[int, int, int] | None:
+    """Instructions between an index and the longest `if ... else ...` after it, and of both its
+    sides: one if, one else, each to its end.
 
     `@P BRA else; if...; BRA end; else: ...; end:`. Blocks of a side that lie elsewhere do not
     count.
@@ -178,8 +179,8 @@ def longest_choice(code: list[Instruction], after: int) -> tuple[int, int] | Non
     jumps = branches(code)
     ends = {i: to for i, to, conditional in jumps if not conditional and to > i}
     found = [
-        (to - i - 1, ends[to - 1] - to)
+        (i - after, to - i - 1, ends[to - 1] - to)
         for i, to, _ in jumps
         if after < i < to - 1 and to - 1 in ends
     ]
-    return max(found, key=sum, default=None)
+    return max(found, key=lambda lengths: sum(lengths[1:]), default=None)

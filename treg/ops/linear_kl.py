@@ -275,8 +275,8 @@ class Work:
         """Room for the rows that are kept if all are scored."""
         if not any(self.batch.call.needs):
             return []
-        shape, dtype = (self.kept, self.batch.head.weight.shape[0]), self.tiles.stash_dtype
-        return [self.batch.hidden.new_empty(shape, dtype=dtype) for _ in range(self.tiles.stashes)]
+        tiles = self.tiles
+        return [tiles.empty(self.kept, tiles.stash_dtype) for _ in range(tiles.stashes)]
 
 
 def _score(*args) -> list[Tensor]:
@@ -383,8 +383,7 @@ def _gradient_sums(
     if whole:
         of_whole = rows.section(0, whole)
         sums.add(stashes[0][:whole], of_whole, of_whole.read(coefs[0]))
-    V = batch.head.weight.shape[0]
-    tile = batch.hidden.new_empty(min(step, tiled), V, dtype=tiles.stash_dtype)
+    tile = tiles.empty(min(step, tiled), tiles.stash_dtype)
     done = whole
     for part in (rows.section(whole, kept), rows.section(kept, count)):
         for chosen in part.chunks(step):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Elements of [V, D] that a CPU widens or adds at a time: 4 MiB in float32 stay in its cache.
 SLAB = 1 << 20
+PART_MULTIPLE = 8  # words: 16 bytes of a 16-bit row
 
 
 def slab_rows(columns: int) -> int:
@@ -58,22 +59,42 @@ def times_weight(tile: Tensor, weight: Tensor, out: Tensor) -> None:
             total.addmm_(tile[:, a : a + step].float(), weight[a : a + step].float())
         out.copy_(total)
     elif tile.is_cuda and (parts := vocabulary_parts(tile, weight)) > 1:
-        out.copy_(split_product(tile, weight, parts).sum(0))
+        out.copy_(sum_of_parts(tile, weight, parts))
     else:
         torch.mm(tile, weight, out=out)
 
 
 def vocabulary_parts(tile: Tensor, weight: Tensor) -> int:
-    """Equal parts of the vocabulary that give each multiprocessor a tile of [n, D] to compute."""
+    """Parts of the vocabulary that give each multiprocessor a tile of [n, D] to compute."""
     rows, V = tile.shape
     D = weight.shape[1]
     processors = torch.cuda.get_device_properties(tile.device).multi_processor_count
     tiles = -(-rows // 128) * -(-D // 256)
     free = processors // tiles
     for parts in (16, 8, 4, 2):
-        if parts <= free and V % parts == 0:
+        if parts <= free and parts * PART_MULTIPLE <= V:
             return parts
     return 1
+
+
+def sum_of_parts(tile: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """tile [n, V] weight [V, D] as equal parts of the vocabulary and what is left, added up in
+    float32 (float64 of float64): [n, D].
+
+    Each part is a multiple of PART_MULTIPLE words, so that all begin where `stash_rows` do. At most
+    parts * PART_MULTIPLE words are left, whose product takes a launch and little else.
+    """
+    V = tile.shape[1]
+    even = V - V % (parts * PART_MULTIPLE)
+    total = split_product(tile[:, :even], weight[:even], parts).sum(0)
+    if even == V:
+        return total
+    rest, words = tile[:, even:], weight[even:]
+    if tile.dtype == total.dtype:
+        return total.addmm_(rest, words)
+    if tile.is_cuda:
+        return torch.addmm(total, rest, words, out_dtype=total.dtype, out=total)
+    return total.addmm_(rest.to(total.dtype), words.to(total.dtype))
 
 
 def split_product(tile: Tensor, weight: Tensor, parts: int) -> Tensor:

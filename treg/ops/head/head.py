@@ -99,6 +99,11 @@ class Tiles(Protocol):
     def stash_dtype(self) -> torch.dtype: ...
 
     @property
+    def row_multiple(self) -> int:
+        """Rows of a stash or of a tile begin at multiples of so many elements (`stash_rows`)."""
+        ...
+
+    @property
     def norm_per_nat(self) -> float:
         """The unit of norm and of "tops"."""
         ...

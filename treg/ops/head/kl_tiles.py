@@ -37,7 +37,7 @@ from treg.ops.head.gemm import logits_into, slab_bytes, slab_rows
 from treg.ops.head.head import Head
 from treg.ops.head.kl_torch import TorchPasses
 from treg.ops.head.kl_triton import TritonPasses
-from treg.ops.head.memory import pass_rows
+from treg.ops.head.memory import pass_rows, row_width, stash_rows
 
 # Rows of hidden that are alive at once: as read, scaled, its gradient, and copies of these.
 ROW_BUFFERS = 4
@@ -50,6 +50,11 @@ class Passes(Protocol):
 
     @property
     def fixed_bytes(self) -> int: ...
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows of products and stashes begin at multiples of so many elements."""
+        ...
 
     def scores(
         self, a: Tensor, ref_a: Tensor, target: Tensor | None, stashes: list[Tensor]
@@ -100,12 +105,13 @@ class KlTiles:
     def kept_bytes(self) -> int:
         """Of a row that is kept: its stashes, and hidden as it is multiplied in the end."""
         V, D = self.head.weight.shape
-        return (self.stashes * V + 2 * D) * self.stash_dtype.itemsize
+        return (self.stashes * self._width(V) + 2 * D) * self.stash_dtype.itemsize
 
     def row_bytes(self, *, gradient: bool, kept: bool = False) -> int:
         """Of a row that is worked on; kept: beside its stashes, which may be one of its buffers."""
         V, D = self.head.weight.shape
         ref_D = self.ref_head.weight.shape[1]
+        V = self._width(V)
         wide = V if kept and self._in_place else 2 * V
         total = (wide + ROW_BUFFERS * D + 2 * ref_D) * self.compute.itemsize
         if gradient and not self._in_place:
@@ -176,9 +182,17 @@ class KlTiles:
         a, ref_a = self._products(hidden, ref_hidden, [out])
         self.passes.gradient(a, ref_a, target, coefs, out)
 
+    def empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """Room for stashes or products of some rows, [rows, V], not filled."""
+        weight, multiple = self.head.weight, self.passes.row_multiple
+        return stash_rows(weight, rows, weight.shape[0], dtype=dtype, multiple=multiple)
+
     def release(self) -> None:
         """Free the buffers kept between tiles."""
         self._buffers.clear()
+
+    def _width(self, words: int) -> int:
+        return row_width(words, self.passes.row_multiple)
 
     @property
     def _max_rows(self) -> int:
@@ -209,8 +223,7 @@ class KlTiles:
         found = self._buffers.pop(name, None)
         if found is None or found.shape[0] < n:
             del found  # before its successor is allocated
-            weight = self.head.weight
-            found = weight.new_empty(n, weight.shape[0], dtype=self.compute)
+            found = self.empty(n, self.compute)
         self._buffers[name] = found
         return found[:n]
 

@@ -16,6 +16,8 @@ NEAR = 40.0  # nats: see `_is_near`
 
 
 class TorchPasses:
+    row_multiple = 1
+
     def __init__(self, head: Head, ref_head: Head, *, reverse: bool):
         self.head, self.ref_head, self.reverse = head, ref_head, reverse
         weight = head.weight

@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from treg.ops.head.head import Head, on_device
+from treg.ops.head.memory import ROW_MULTIPLE
 
 
 class TritonPasses:
     fixed_bytes = 0
+    row_multiple = ROW_MULTIPLE
 
     def __init__(self, head: Head, ref_head: Head, *, reverse: bool):
         from treg_kernels.tiles import Scalars

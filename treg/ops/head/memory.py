@@ -12,6 +12,10 @@ DEFAULT_BUDGET_GPU = 1 << 30
 LEAST_BUDGET = {"cpu": 96 << 20}
 LEAST_BUDGET_GPU = 192 << 20
 
+# What kernels write and the vendor's products read has rows of a multiple of so many elements: 128
+# bytes of bfloat16, a line of a GPU's cache.
+ROW_MULTIPLE = 64
+
 # Rows whose logits cost as much as a pass of the backward over [V, D], which reads the weight and
 # adds to the sum of its gradient.
 PASS_ROWS = {"cpu": 32}
@@ -68,6 +72,27 @@ def check_budget(tiles: Tiles, budget: int, *, stash: bool, outputs: tuple[str, 
         raise ValueError(
             f"memory_budget: expected at least {least} bytes (one row at V={V}), got {budget}"
         )
+
+
+def row_width(words: int, multiple: int) -> int:
+    """Elements between two rows of [n, words] that each begin at a multiple of so many."""
+    return -(-words // multiple) * multiple
+
+
+def stash_rows(like: Tensor, rows: int, words: int, *, dtype: torch.dtype, multiple: int) -> Tensor:
+    """Room for a number of each row and word, [rows, words], on like's device, not filled.
+
+    Rows are `row_width` apart, so that a GPU's copy engine and the vendor's products, which read
+    16 bytes at a time, can address them whatever the vocabulary is.
+    """
+    width = row_width(words, multiple)
+    room = like.new_empty(rows, width, dtype=dtype)
+    return room if multiple == 1 else room[:, :words]
+
+
+def held_bytes(rows: Tensor) -> int:
+    """Bytes of rows from `stash_rows`, with what lies between them."""
+    return rows.shape[0] * rows.stride(0) * rows.itemsize
 
 
 def empty_rows(hidden: Tensor, tiles: Tiles, names: tuple[str, ...]) -> dict[str, Tensor]:

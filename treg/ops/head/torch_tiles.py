@@ -27,6 +27,7 @@ class TorchTiles:
     """`treg.ops.head.head.Tiles` in PyTorch."""
 
     impl = "torch"
+    row_multiple = 1  # PyTorch's passes take contiguous rows
     top_width = 128  # columns of which "tops" has one number
     norm_per_nat = 1.0  # the norm of a row is its lse in this unit
 

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from treg.ops.head.gemm import logits_into, slab_bytes
 from treg.ops.head.head import Head, on_device
+from treg.ops.head.memory import ROW_MULTIPLE, row_width
 
 
 class TritonTiles:
     """`treg.ops.head.head.Tiles` in Triton: logits are float32, in registers."""
 
     impl = "triton"
+    row_multiple = ROW_MULTIPLE
     norm_per_nat = 1.4426950408889634  # log2(e)
 
     logits_dtype = None
@@ -61,7 +63,8 @@ class TritonTiles:
         if not stash:
             return partial + gathered + 64
         # partial results are gone when hidden's copy is made
-        return max(partial, self.scaled_columns * size) + V * size + gathered + 64
+        stash = row_width(V, self.row_multiple) * size
+        return max(partial, self.scaled_columns * size) + stash + gathered + 64
 
     def column_bytes(self, rows: int) -> int:
         return rows * self.stash_dtype.itemsize

@@ -10,7 +10,7 @@ from treg.losses import LossOptions
 from treg.losses.pairs import PairOutputs, TokenInputs, evaluate_pairs
 from treg.ops.call import Batch
 from treg.ops.head.gradients import Gradients
-from treg.ops.head.memory import empty_rows, tile_step
+from treg.ops.head.memory import empty_rows, held_bytes, tile_step
 from treg.ops.head.selection import sees_values
 
 Saved = dict[str, Tensor]  # what a backward needs, by name
@@ -130,7 +130,7 @@ def score_rows(
             place = slice(at, at + len(selection))
             factor[place] = score(selection, stash[place])["factor"]
             at = place.stop
-    reserved = 0 if stash is None else stash.nbytes
+    reserved = 0 if stash is None else held_bytes(stash)
     step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
     for selection in rows.section(kept, len(rows)).chunks(step):
         score(selection)

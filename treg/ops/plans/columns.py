@@ -13,7 +13,7 @@ from treg.ops.head import part_of
 from treg.ops.head.gemm import add_transposed
 from treg.ops.head.gradients import Gradients
 from treg.ops.head.head import local_target, without_autocast
-from treg.ops.head.memory import check_budget
+from treg.ops.head.memory import check_budget, row_width
 from treg.ops.head.selection import sees_values
 from treg.ops.plans.base import Saved, ScoredFirst, Scores, score_rows, scored_coefficients
 
@@ -49,12 +49,14 @@ class Columns(ScoredFirst):
         if needs.bias:
             dbias = hidden.new_empty(words, dtype=tiles.compute)
         step = self._words(batch, len(rows))
-        tile = hidden.new_empty(len(rows) * min(step, words), dtype=tiles.stash_dtype)
+        widest = row_width(min(step, words), tiles.row_multiple)
+        tile = hidden.new_empty(len(rows) * widest, dtype=tiles.stash_dtype)
         with without_autocast(hidden):
             for first in range(0, words, step):
                 part = slice(first, min(first + step, words))
                 count = part.stop - part.start
-                out = tile[: len(rows) * count].view(len(rows), count)
+                width = row_width(count, tiles.row_multiple)
+                out = tile[: len(rows) * width].view(len(rows), width)[:, :count]
                 here = local_target(target, first, count, head.ignore_index)
                 part_of(tiles, part).gradient(hidden, here, norm, coef, out)
                 if total is not None:

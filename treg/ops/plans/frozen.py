@@ -11,7 +11,7 @@ from torch import Tensor
 from treg.ops.call import Batch
 from treg.ops.head.gemm import scaled_to
 from treg.ops.head.gradients import Gradients, GradientSums, Needs
-from treg.ops.head.memory import check_budget, empty_rows, tile_step
+from treg.ops.head.memory import check_budget, empty_rows, stash_rows, tile_step
 from treg.ops.plans.base import Saved, ScoredFirst, Scores, scored_coefficients
 
 
@@ -31,8 +31,12 @@ class Frozen(ScoredFirst):
         check_budget(tiles, call.budget, stash=True, outputs=call.outputs)
         scores = empty_rows(batch.hidden, tiles, ("logprobs", *call.outputs))
         step = tile_step(tiles, call.budget, stash=True, outputs=call.outputs)
-        stash = batch.hidden.new_empty(
-            min(step, len(batch.rows)), batch.head.weight.shape[0], dtype=tiles.stash_dtype
+        stash = stash_rows(
+            batch.hidden,
+            min(step, len(batch.rows)),
+            batch.head.weight.shape[0],
+            dtype=tiles.stash_dtype,
+            multiple=tiles.row_multiple,
         )
         sums = GradientSums(
             batch.hidden, tiles, Needs(True, False, False), complete=batch.rows.complete

@@ -14,7 +14,14 @@ from treg.ops.call import Batch
 from treg.ops.head import Tiles
 from treg.ops.head.gradients import Gradients, GradientSums
 from treg.ops.head.head import without_autocast
-from treg.ops.head.memory import check_budget, pass_rows, tile_rows, tile_step
+from treg.ops.head.memory import (
+    check_budget,
+    held_bytes,
+    pass_rows,
+    stash_rows,
+    tile_rows,
+    tile_step,
+)
 from treg.ops.plans.base import (
     Saved,
     ScoredFirst,
@@ -35,7 +42,9 @@ class Kept(ScoredFirst):
         words = batch.head.weight.shape[0]
         return {
             "norm": batch.hidden.new_empty(rows, 2, dtype=tiles.compute),
-            "stash": batch.hidden.new_empty(kept, words, dtype=tiles.stash_dtype),
+            "stash": stash_rows(
+                batch.hidden, kept, words, dtype=tiles.stash_dtype, multiple=tiles.row_multiple
+            ),
             "factor": batch.hidden.new_empty(kept, dtype=tiles.compute),
         }
 
@@ -98,7 +107,7 @@ def differentiate_rows(
     """
     tiles, rows, count = batch.tiles, batch.rows, len(batch.rows)
     kept = 0 if stash is None else stash.shape[0]
-    reserved = 0 if stash is None else stash.nbytes
+    reserved = 0 if stash is None else held_bytes(stash)
     step = tile_step(tiles, batch.call.budget, stash=True, reserved=reserved)
     one_tile = kept == count or (kept == 0 and count <= step)
     sums = GradientSums(
@@ -112,8 +121,12 @@ def differentiate_rows(
         if stash is not None and factor is not None:
             first = rows.section(0, kept)
             sums.add(stash, first, first.read(coef) * factor)
-        tile = batch.hidden.new_empty(
-            min(step, count - kept), batch.head.weight.shape[0], dtype=tiles.stash_dtype
+        tile = stash_rows(
+            batch.hidden,
+            min(step, count - kept),
+            batch.head.weight.shape[0],
+            dtype=tiles.stash_dtype,
+            multiple=tiles.row_multiple,
         )
         for selection in rows.section(kept, count).chunks(step):
             target = selection.read(batch.target)

@@ -25,7 +25,7 @@ from treg.losses.pairs import STATS, PairOutputs, TokenInputs, evaluate_pairs
 from treg.ops.call import Batch
 from treg.ops.head.gemm import scaled_to
 from treg.ops.head.gradients import Gradients, GradientSums
-from treg.ops.head.memory import check_budget, empty_rows, tile_rows, tile_step
+from treg.ops.head.memory import check_budget, empty_rows, stash_rows, tile_rows, tile_step
 from treg.ops.head.selection import RowSelection
 from treg.ops.plans.base import Ends, Saved, Scores, row_factors
 
@@ -320,7 +320,12 @@ class GroupWork:
         """[rows, V]; one buffer serves all groups."""
         if self._buffer is None or self._buffer.shape[0] < rows:
             self._buffer = None  # freed before its successor is allocated
-            words = self.batch.head.weight.shape[0]
-            dtype = self.batch.tiles.stash_dtype
-            self._buffer = self.batch.hidden.new_empty(rows, words, dtype=dtype)
+            batch, tiles = self.batch, self.batch.tiles
+            self._buffer = stash_rows(
+                batch.hidden,
+                rows,
+                batch.head.weight.shape[0],
+                dtype=tiles.stash_dtype,
+                multiple=tiles.row_multiple,
+            )
         return self._buffer[:rows]
