@@ -3,6 +3,7 @@ instructions, loops.
 """
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -110,10 +111,10 @@ def contents_of(code: list[Instruction], *, sides: bool) -> dict:
     """
     found = {"instructions": len(code), **count(code)}
     if (loop := product_loop(code)) is not None:
-        first, last = loop
-        body = code[first : last + 1]
+        turn = shortest_turn(code, *loop)
+        body = [code[i] for i in turn]
         found["loop"] = {"instructions": len(body), **count(body)}
-        if sides and (choice := longest_choice(code, last)) is not None:
+        if sides and (choice := longest_choice(code, end_of_product(code, turn))) is not None:
             found["every_epilogue"], *lengths = choice
             found["plain_epilogue"], found["full_epilogue"] = sorted(lengths)
     return found
@@ -167,6 +168,36 @@ def product_loop(code: list[Instruction]) -> tuple[int, int] | None:
         (to, i) for i, to, _ in branches(code) if to <= i and count(code[to : i + 1])["matrix"]
     ]
     return min(loops, key=lambda loop: loop[1] - loop[0], default=None)
+
+
+def shortest_turn(code: list[Instruction], first: int, last: int) -> list[int]:
+    """Indices of the fewest instructions from first to last, by branches within.
+
+    Of a loop over the steps of all tiles this is a step that neither begins nor ends a tile.
+    """
+    jumps = {i: (to, conditional) for i, to, conditional in branches(code) if i < to <= last}
+    best: dict[int, tuple[int, int]] = {first: (0, first)}  # instructions before, and from where
+    for i in range(first, last):
+        if i not in best:
+            continue
+        to, conditional = jumps.get(i, (i + 1, True))
+        for after in (to, i + 1) if conditional else (to,):
+            if after not in best or best[i][0] + 1 < best[after][0]:
+                best[after] = best[i][0] + 1, i
+    path = [last]
+    while path[-1] != first:
+        path.append(best[path[-1]][1])
+    return path[::-1]
+
+
+def end_of_product(code: list[Instruction], turn: list[int]) -> int:
+    """Index after which an epilogue is looked for: the end of the loop, or where the loop itself
+    leaps over an epilogue that only a tile's last step goes through.
+    """
+    last_product = max(i for i in turn if re.fullmatch(SASS["matrix"], code[i].name))
+    leaps = [(b - a, a) for a, b in itertools.pairwise(turn) if a > last_product]
+    length, start = max(leaps, default=(0, 0))
+    return start if length > len(turn) else turn[-1]
 
 
 def longest_choice(code: list[Instruction], after: int) -> tuple[int, int, int] | None:
