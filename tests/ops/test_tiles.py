@@ -4,6 +4,7 @@ vendor's product.
 
 import functools
 import json
+import types
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from helpers import DEVICE, GPU, error
 
 from treg.ops import reference
 from treg.ops.head import Head, make_tiles
-from treg.ops.head.gemm import logits_into, split_product, sum_of_parts
+from treg.ops.head.gemm import logits_into, split_product, sum_of_parts, vocabulary_parts
 from treg.ops.head.memory import ROW_MULTIPLE, held_bytes, row_width, stash_rows
+from treg.ops.plans.columns import WORDS, Columns
 from treg_kernels import configs, logits_gradient, logprob_forward
 from treg_kernels.configs import FLOAT32, ROWS, TILES, Tile
 from treg_kernels.forward import part_columns
@@ -335,6 +337,39 @@ def test_an_odd_vocabulary_is_split_too(dtype, V):
         torch.empty(1, device=DEVICE), 5, V, dtype=dtype, multiple=ROW_MULTIPLE
     ).copy_(torch.randn(5, V))
     weight = torch.randn(V, 7, device=DEVICE).to(dtype)
-    found = sum_of_parts(tile, weight, 4)
-    assert found.dtype == torch.float32
-    assert error(found, tile.double() @ weight.double()) < 1e-6
+    for parts in (1, 4):
+        found = sum_of_parts(tile, weight, parts)
+        assert found.dtype == torch.float32
+        assert error(found, tile.double() @ weight.double()) < 1e-6
+
+
+@pytest.mark.parametrize("V", [128256, 128257])
+def test_few_rows_fill_a_gpu_by_parts(V, monkeypatch):
+    """So many parts that 132 multiprocessors have a tile of 128 x 256 each. float32 products have
+    no 16-bit sums to keep away from.
+    """
+    device = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    weight = torch.empty(1, 4096).expand(V, 4096)
+    for dtype, expected in (
+        (torch.bfloat16, [8, 8, 4, 2, 1, 0]),
+        (torch.float32, [8, 8, 4, 2, 0, 0]),
+    ):
+        found = [
+            vocabulary_parts(torch.empty(1, 1, dtype=dtype).expand(n, V), weight)
+            for n in (1, 128, 256, 512, 1024, 1152)
+        ]
+        assert found == expected
+
+
+def test_parts_of_the_vocabulary_end_in_more_than_one_word():
+    """V = 128257 is 1002 * 128 + 1: a part of 128 k words leaves one where k divides 1002."""
+    head = types.SimpleNamespace(weight=torch.empty(1, 1).expand(128257, 1))
+    tiles = types.SimpleNamespace(fixed_bytes=0, column_bytes=lambda rows: 2 * rows)
+    for words in (128, 256, 384, 768, 501 * 128, 1002 * 128, 700 * 128, 128257):
+        call = types.SimpleNamespace(budget=2 * 100 * words)
+        batch = types.SimpleNamespace(head=head, tiles=tiles, call=call)
+        step = Columns()._words(batch, 100)
+        assert step % WORDS == 0 and WORDS <= step <= words
+        assert 128257 % step != 1 or step == WORDS
+        assert step >= words // 2 // WORDS * WORDS

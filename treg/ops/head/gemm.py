@@ -49,8 +49,15 @@ def logits_into(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def times_weight(tile: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [n, D] = tile [n, V] weight [V, D], in tile's dtype, float32 sums.
 
-    Few rows leave most of a GPU idle, for [n, D] has few tiles: the vocabulary is split, and the
-    parts are added up.
+    Few rows leave most of a GPU idle, for [n, D] has few tiles. There the vendor's library may
+    split the vocabulary among multiprocessors and add the parts up in out's 16 bits: PyTorch allows
+    it unless `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` is False. That
+    setting is one of the whole process, which other threads read at any time, so it is left alone.
+    The parts are made and added up here in float32, or the library's product is float32 and is
+    rounded once: 8 n D bytes more to move, beside 2 n D V operations about 2 % of the time for V =
+    32000 and less for more words, and a temporary of at most 128 KiB for each multiprocessor. More
+    rows than that go straight into out: then no multiprocessor is idle that the library would split
+    for.
     """
     if widened(tile.dtype, tile.device):
         total = torch.zeros(out.shape)
@@ -58,14 +65,16 @@ def times_weight(tile: Tensor, weight: Tensor, out: Tensor) -> None:
         for a in range(0, weight.shape[0], step):
             total.addmm_(tile[:, a : a + step].float(), weight[a : a + step].float())
         out.copy_(total)
-    elif tile.is_cuda and (parts := vocabulary_parts(tile, weight)) > 1:
+    elif tile.is_cuda and (parts := vocabulary_parts(tile, weight)):
         out.copy_(sum_of_parts(tile, weight, parts))
     else:
         torch.mm(tile, weight, out=out)
 
 
 def vocabulary_parts(tile: Tensor, weight: Tensor) -> int:
-    """Parts of the vocabulary that give each multiprocessor a tile of [n, D] to compute."""
+    """Parts of the vocabulary that give each multiprocessor a tile of [n, D] to compute; 0 where
+    the tiles are enough for all.
+    """
     rows, V = tile.shape
     D = weight.shape[1]
     processors = torch.cuda.get_device_properties(tile.device).multi_processor_count
@@ -74,27 +83,24 @@ def vocabulary_parts(tile: Tensor, weight: Tensor) -> int:
     for parts in (16, 8, 4, 2):
         if parts <= free and parts * PART_MULTIPLE <= V:
             return parts
-    return 1
+    return 1 if free and tile.dtype.itemsize == 2 else 0
 
 
 def sum_of_parts(tile: Tensor, weight: Tensor, parts: int) -> Tensor:
     """tile [n, V] weight [V, D] as equal parts of the vocabulary and what is left, added up in
     float32 (float64 of float64): [n, D].
 
-    Each part is a multiple of PART_MULTIPLE words, so that all begin where `stash_rows` do. At most
-    parts * PART_MULTIPLE words are left, whose product takes a launch and little else.
+    Each part is a multiple of PART_MULTIPLE words, so that all begin at 16 bytes of a row. Fewer
+    than parts * PART_MULTIPLE words are left, whose product takes a launch and little else.
     """
+    if parts == 1:
+        return _wide_product(tile, weight)
     V = tile.shape[1]
     even = V - V % (parts * PART_MULTIPLE)
     total = split_product(tile[:, :even], weight[:even], parts).sum(0)
-    if even == V:
-        return total
-    rest, words = tile[:, even:], weight[even:]
-    if tile.dtype == total.dtype:
-        return total.addmm_(rest, words)
-    if tile.is_cuda:
-        return torch.addmm(total, rest, words, out_dtype=total.dtype, out=total)
-    return total.addmm_(rest.to(total.dtype), words.to(total.dtype))
+    if even < V:
+        total += _wide_product(tile[:, even:], weight[even:])
+    return total
 
 
 def split_product(tile: Tensor, weight: Tensor, parts: int) -> Tensor:
@@ -102,12 +108,16 @@ def split_product(tile: Tensor, weight: Tensor, parts: int) -> Tensor:
     library.
     """
     a = tile.unflatten(1, (parts, -1)).transpose(0, 1)
-    b = weight.unflatten(0, (parts, -1))
-    if tile.dtype.itemsize > 2:
-        return torch.bmm(a, b)
-    if tile.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+    return _wide_product(a, weight.unflatten(0, (parts, -1)))
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 (float64 of float64), of two matrices or two batches of them."""
+    if a.dtype.itemsize > 2:
+        return a @ b
+    if a.is_cuda:
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def add_transposed(acc: Tensor, tile: Tensor, rows: Tensor, *, first: bool) -> None:

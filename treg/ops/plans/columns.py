@@ -68,11 +68,18 @@ class Columns(ScoredFirst):
         return Gradients(_at_rows(batch, total), dweight, dbias)
 
     def _words(self, batch: Batch, rows: int) -> int:
-        """Words of a part, from the budget."""
+        """Words of a part, from the budget.
+
+        The last part has more than one word, as far as that can be: Triton compiles a kernel of its
+        own for a size of 1, and how many words are left depends on the rows.
+        """
         tiles = batch.tiles
         free = max(0, batch.call.budget - tiles.fixed_bytes)
         words = free // max(1, tiles.column_bytes(rows))
-        return max(WORDS, words // WORDS * WORDS)
+        step = max(WORDS, words // WORDS * WORDS)
+        while step > WORDS and batch.head.weight.shape[0] % step == 1:
+            step -= WORDS
+        return step
 
 
 def _at_rows(batch: Batch, dhidden: Tensor | None) -> Tensor | None:
