@@ -66,8 +66,9 @@ class Call:
         return "|".join(fields)
 
     @classmethod
-    def of(cls, text: str) -> "Call":
-        return _read(text)
+    def of(cls, given: "str | Call") -> "Call":
+        """From `text`; a call is itself."""
+        return _read(given) if isinstance(given, str) else given
 
     def head(self, weight: Tensor, bias: Tensor | None, numbers: Sequence[float]) -> Head:
         """The head that these tensors and the first of an operator's numbers make."""
@@ -126,9 +127,8 @@ class Batch:
         numbers: Sequence[float],
     ) -> "Batch":
         """From an operator's arguments."""
-        batch = cls.of_shapes(call, hidden, weight, bias, target, numbers)
         rows = scored_rows(target, call.ignore_index)
-        return replace(batch, rows=rows)
+        return cls.of_shapes(call, hidden, weight, bias, target, numbers, rows=rows)
 
     @classmethod
     def of_shapes(
@@ -140,9 +140,12 @@ class Batch:
         target: Tensor,
         numbers: Sequence[float] = (1.0, 1.0, 1.0),
         *,
+        rows: RowSelection | None = None,
         cast: bool = True,
     ) -> "Batch":
         """The same from shapes alone: no value is looked at, and all rows count as scored.
+
+        rows: those that are scored, where they are known.
 
         cast: False for a backward that multiplies by neither hidden nor weight, and so needs no
             copy of them in call.dtype.
@@ -156,7 +159,7 @@ class Batch:
             tiles=make_tiles(call.impl, head, call.logits_dtype),
             hidden=hidden,
             target=target,
-            rows=RowSelection.all(hidden.shape[0]),
+            rows=RowSelection.all(hidden.shape[0]) if rows is None else rows,
             hidden_dtype=hidden_dtype,
             weight_dtype=weight_dtype,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treg.ops.head.gemm import add_transposed, scaled_to, times_weight
 from treg.ops.head.head import Tiles
-from treg.ops.head.selection import RowSelection, sees_values
+from treg.ops.head.selection import RowSelection
 
 
 class Needs(NamedTuple):
@@ -94,7 +94,7 @@ class GradientSums:
     def add(self, tile: Tensor, rows: RowSelection, scale: Tensor | None = None) -> None:
         """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1).
 
-        While a CUDA graph is captured, rows that are not scored could not be left out: their scale
+        Where values were not looked at, rows that are not scored could not be left out: their scale
         is 0, and they add nothing, whatever hidden holds there (NaN even).
         """
         for place, part in rows.places():
@@ -151,6 +151,6 @@ class GradientSums:
         out = hidden.new_empty(len(rows), hidden.shape[1])
         for place, part in rows.places():
             torch.mul(hidden[part], scale[place].unsqueeze(-1), out=out[place])
-        if not sees_values(scale):
+        if not rows.looked:
             out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)
         return out

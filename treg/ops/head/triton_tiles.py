@@ -2,11 +2,54 @@
 in registers.
 """
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from treg.ops.head.gemm import logits_into, slab_bytes
 from treg.ops.head.head import Head, on_device
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the shape, the dtype and the device of a weight decide."""
+
+    largest: Any  # the forward's largest tile of `treg_kernels.configs`
+    columns: int  # partial results of a row and statistic, at most
+    max_rows: int
+    fixed_bytes: int
+    scaled_columns: int
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(
+    find: Callable, dtype: torch.dtype, V: int, D: int, copied: bool, device: torch.device
+) -> _Tables:
+    """find: `treg_kernels.configs.tiles_for`. copied: whether the copy engine can read the
+    weight.
+    """
+    from treg_kernels.configs import KINDS, SLAB_BYTES
+
+    tiles = {kind: [tile for _, tile in find(kind, dtype, V, D, copied)] for kind in KINDS}
+    every = [tile for found in tiles.values() for tile in found]
+    narrowest = min(tile.v for kind in ("forward", "stash") for tile in tiles[kind])
+    vendor_bytes = SLAB_BYTES if any(tile.vendor for tile in every) else 0
+    columns = -(-V // narrowest)
+    # a copy of them is about as large as the partial results of its row
+    parts = -(-D // max(512, 8 * columns // dtype.itemsize))
+    return _Tables(
+        # its width is that of "tops", whatever the number of rows
+        largest=tiles["forward"][-1],
+        columns=columns,
+        max_rows=min(tile.max_rows for tile in every),
+        # slabs are of a CPU, where the interpreter runs
+        fixed_bytes=slab_bytes(D, dtype, device)[0] + vendor_bytes,
+        scaled_columns=-(-D // (parts * 128)) * 128,  # equal parts, of whole cache lines
+    )
 
 
 class TritonTiles:
@@ -18,8 +61,7 @@ class TritonTiles:
     logits_dtype = None
 
     def __init__(self, head: Head):
-        from treg_kernels import configs
-        from treg_kernels.forward import part_columns
+        from treg_kernels.configs import tiles_for
         from treg_kernels.launch import addressable
         from treg_kernels.tiles import Scalars
 
@@ -29,27 +71,13 @@ class TritonTiles:
         self._scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
         self._bias = None if head.bias is None else head.bias.contiguous()
         weight = head.weight
-        V, D = weight.shape
-        copied = addressable(weight)  # by the copy engine
-        with on_device(head.weight):
-            self._columns = part_columns(head.weight)
-            # The largest tile of the forward comes first: its width is that of "tops", whatever
-            # the number of rows.
-            self._tiles: list[configs.Tile] = []
-            for kind in configs.KINDS:
-                smallest_first = configs.tiles_for(kind, weight.dtype, V, D, copied)
-                self._tiles += [tile for _, tile in reversed(smallest_first)]
-        self._vendor_bytes = configs.SLAB_BYTES if any(tile.vendor for tile in self._tiles) else 0
-
-    @property
-    def max_rows(self) -> int:
-        return min(tile.max_rows for tile in self._tiles)
-
-    @property
-    def fixed_bytes(self) -> int:
-        weight = self.head.weight
-        # slabs are of a CPU, where the interpreter runs
-        return slab_bytes(weight.shape[1], weight.dtype, weight.device)[0] + self._vendor_bytes
+        # sizes may be symbolic where shapes alone are traced
+        V, D = map(int, weight.shape)
+        with on_device(weight):
+            found = _tables(tiles_for, weight.dtype, V, D, addressable(weight), weight.device)
+        self._columns, self.top_width = found.columns, found.largest.v
+        self._largest, self.scaled_columns = found.largest, found.scaled_columns
+        self.max_rows, self.fixed_bytes = found.max_rows, found.fixed_bytes
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
         V, D = self.head.weight.shape
@@ -65,18 +93,6 @@ class TritonTiles:
 
     def column_bytes(self, rows: int) -> int:
         return rows * self.stash_dtype.itemsize
-
-    @property
-    def top_width(self) -> int:
-        return self._tiles[0].v
-
-    @property
-    def scaled_columns(self) -> int:
-        """About as large as the partial results of the row."""
-        D = self.head.weight.shape[1]
-        most = max(512, 8 * self._columns // self.stash_dtype.itemsize)
-        parts = -(-D // most)
-        return -(-D // (parts * 128)) * 128  # equal parts, of whole cache lines
 
     def forward(
         self,
@@ -98,7 +114,7 @@ class TritonTiles:
                 outputs,
                 stash,
                 logits_into,
-                self._tiles[0] if "tops" in outputs else None,
+                self._largest if "tops" in outputs else None,
             )
 
     def gradient(

@@ -45,16 +45,16 @@ def choose_plan(call: Call, tiles: Tiles, rows: int) -> Plan:
 
 
 def note_of(plan: Plan, batch: Batch) -> Tensor:
-    """What a forward notes for its backward beside tensors: the plan, and whether rows were left
-    out; [2] on the CPU.
+    """What a forward notes for its backward beside tensors: the plan, and `RowSelection.note`; [2]
+    on the CPU.
     """
-    return torch.tensor([list(PLANS).index(plan.name), not batch.rows.complete])
+    return torch.tensor([list(PLANS).index(plan.name), batch.rows.note], device="cpu")
 
 
-def read_note(note: Tensor) -> tuple[Plan, bool]:
-    """The plan, and whether rows were left out."""
-    number, left_out = note.tolist()
-    return list(PLANS.values())[number], bool(left_out)
+def read_note(note: Tensor) -> tuple[Plan, int]:
+    """The plan, and `RowSelection.note`."""
+    number, rows = note.tolist()
+    return list(PLANS.values())[number], rows
 
 
 def fake_note() -> Tensor:

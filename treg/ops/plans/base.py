@@ -11,7 +11,7 @@ from treg.losses.pairs import PairOutputs, TokenInputs, evaluate_pairs
 from treg.ops.call import Batch
 from treg.ops.head.gradients import Gradients
 from treg.ops.head.memory import empty_rows, tile_step
-from treg.ops.head.selection import sees_values
+from treg.ops.head.selection import RowSelection
 
 Saved = dict[str, Tensor]  # what a backward needs, by name
 Scores = dict[str, Tensor]  # of each row: "logprobs", and the statistics asked for, by name
@@ -144,10 +144,11 @@ def scored_coefficients(batch: Batch, coef: Tensor) -> Tensor:
     return torch.where(scored, coef, 0.0).to(batch.tiles.compute)
 
 
-def row_factors(batch: Batch, target: Tensor) -> Tensor | None:
-    """What multiplies a tile of complete gradients: 1 at scored rows and 0 at others, where those
-    could not be left out; else None, which stands for 1 everywhere.
+def row_factors(batch: Batch, rows: RowSelection, target: Tensor) -> Tensor | None:
+    """What multiplies a tile of complete gradients, whose rows and target these are: 1 at scored
+    rows and 0 at others, where those could not be left out; else None, which stands for 1
+    everywhere.
     """
-    if sees_values(target):
+    if rows.looked:
         return None
     return (target != batch.head.ignore_index).to(batch.tiles.compute)

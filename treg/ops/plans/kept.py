@@ -120,7 +120,7 @@ def differentiate_rows(
             out = tile[: len(selection)]
             hidden = selection.read(batch.hidden)
             tiles.gradient(hidden, target, selection.read(norm), selection.read(coef), out)
-            sums.add(out, selection, row_factors(batch, target))
+            sums.add(out, selection, row_factors(batch, selection, target))
     sums.finish()
     tiles.release()
     return sums
