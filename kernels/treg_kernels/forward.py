@@ -30,7 +30,14 @@ import triton
 import triton.language as tl
 
 from treg_kernels import configs
-from treg_kernels.launch import Product, addressable, slabs, target_matrix
+from treg_kernels.launch import (
+    Product,
+    addressable,
+    ceil_div,
+    power_of_2,
+    slabs,
+    target_matrix,
+)
 from treg_kernels.tiles import Scalars, logits_tile, store_tile, tile_of, transform, uniform
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -297,7 +304,7 @@ def part_columns(weight: torch.Tensor) -> int:
     V, D = weight.shape
     shape = weight.dtype, V, D, addressable(weight)
     tiles = (tile for kind in ("forward", "stash") for _, tile in configs.tiles_for(kind, *shape))
-    return triton.cdiv(V, min(tile.v for tile in tiles))
+    return ceil_div(V, min(tile.v for tile in tiles))
 
 
 def logprob_forward(
@@ -340,20 +347,16 @@ def logprob_forward(
 
     norm = torch.empty(N, 2, dtype=torch.float32, device=dev)
     found = {"logprobs": row(), "norm": norm}
-    found.update(
-        {
-            name: row(torch.bool if name == "is_top1" else torch.float32)
-            for name in outputs
-            if name != "tops"
-        }
-    )
+    for name in outputs:
+        if name != "tops":
+            found[name] = row(torch.bool if name == "is_top1" else torch.float32)
     if stash is not None:
         found["factor"] = row()
     if N == 0:
         return found
     kind = "forward" if stash is None else "stash"
     tile = tile or configs.tile_for(kind, hidden.dtype, N, V, D, addressable(weight))
-    columns = triton.cdiv(V, tile.v)
+    columns = ceil_div(V, tile.v)
 
     def part(needed=True):
         return torch.empty(N, columns, dtype=torch.float32, device=dev) if needed else None
@@ -361,10 +364,10 @@ def logprob_forward(
     offset = None
     if stash is not None:
         offset = row()
-        _offset_kernel[(triton.cdiv(N, 4),)](
+        _offset_kernel[(ceil_div(N, 4),)](
             hidden, weight, bias, target, offset, N, V, D, *hidden.stride(), *weight.stride(),
             scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=4,
-            BLOCK_D=min(1024, triton.next_power_of_2(D)),
+            BLOCK_D=min(1024, power_of_2(D)),
         )  # fmt: skip
     tops = part("is_top1" in outputs or "tops" in outputs)
     parts = (
@@ -378,7 +381,9 @@ def logprob_forward(
     # an impossible target leaves NaN
     target_z2 = torch.full((N,), float("nan"), dtype=torch.float32, device=dev)
     for slab in slabs(tile, hidden, weight, product):
-        here = [None if x is None else x[:, slab.first // tile.v :] for x in parts]
+        here = parts
+        if slab.first:
+            here = [None if x is None else x[:, slab.first // tile.v :] for x in parts]
         out, store = (None, "pointers") if stash is None else target_matrix(tile, slab, stash)
         _tile_kernel[slab.grid](
             *slab.operands, None if bias is None else bias[slab.first :], target, offset, out,
@@ -388,9 +393,9 @@ def logprob_forward(
             **slab.options,
         )  # fmt: skip
     rest = ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")
-    block_j = triton.next_power_of_2(columns)
+    block_j = power_of_2(columns)
     block_r = max(1, min(16, 2048 // block_j))
-    _combine_kernel[(triton.cdiv(N, block_r),)](
+    _combine_kernel[(ceil_div(N, block_r),)](
         *parts, target, target_z2, stash, found["logprobs"], found["norm"],
         *(found.get(n) for n in rest),
         N, V, columns, ignore_index, scalars.scale, scalars.cap2,

@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from treg.losses import LossOptions
 from treg.ops.head import Head, Tiles, make_tiles
 from treg.ops.head.gemm import widened
 from treg.ops.head.gradients import Needs
@@ -41,12 +42,17 @@ class Call:
     softcapped: bool = False  # whether the head's numbers hold a softcap
     loss: str = ""  # LossOptions.text(), where the rows are pairs whose loss is known
     summed: bool = False  # all pairs' losses get the same upstream gradient
+    # The options of that loss where they need not be made again from text and numbers.
+    loss_options: LossOptions | None = field(default=None, compare=False)
 
-    def with_loss(self, loss: str, *, summed: bool) -> "Call":
-        """The call of pairs whose loss is `LossOptions.text()`."""
+    def with_loss(self, options: LossOptions, *, summed: bool) -> "Call":
+        """The call of pairs whose loss is known."""
+        loss = options.text()
         if "|" in loss:
             raise ValueError(f"loss_type: expected a name without '|', got {loss!r}")
-        return replace(self, loss=loss, summed=summed)
+        # other kinds of numbers become floats where the operator runs
+        known = options if all(type(x) is float for x in options.numbers()) else None
+        return replace(self, loss=loss, summed=summed, loss_options=known)
 
     def text(self) -> str:
         fields = (

@@ -178,7 +178,7 @@ def fused_treg_loss(
             token_weights=_constant(token_weights),
             pair_values=pairs,
         )
-        call = call.with_loss(loss_options.text(), summed=reduction != "none")
+        call = call.with_loss(loss_options, summed=reduction != "none")
         numbers = (*options.numbers(), *loss_options.numbers())
         operands = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target)
         loss, stats, *scores = _forward(*operands, *_of_operator(given), cu_seqlens, numbers, call)
@@ -325,8 +325,11 @@ def _score(hidden, weight, bias, target, *others) -> list[Tensor]:
     *tensors, cu_seqlens, numbers, text = others
     given = Given(**dict(zip(OPERANDS, tensors, strict=True)))
     call = Call.of(text)
-    options = LossOptions.of(call.loss, values_of(numbers)[HEAD_NUMBERS:])
-    scored = target != call.ignore_index
+    options = call.loss_options
+    if options is None:
+        options = LossOptions.of(call.loss, values_of(numbers)[HEAD_NUMBERS:])
+    # only values are compared with it
+    scored = target != call.ignore_index if checks.values_visible(target) else None
     check_pairs("target", target, scored, given, cu_seqlens, options)
     batch = batch_of(hidden, weight, bias, target, numbers, call)
     plan = choose_plan(call, batch.tiles, hidden.shape[0])

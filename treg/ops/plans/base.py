@@ -114,6 +114,16 @@ def score_rows(
         "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored.
     """
     tiles, rows = batch.tiles, batch.rows
+    reserved = 0 if stash is None else stash.nbytes
+    step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
+    at_once = step if stash is None else tiles.max_rows
+    whole = rows.complete and 0 < len(rows) <= at_once
+    if whole and (stash is None or len(rows) == stash.shape[0]):
+        found = tiles.forward(batch.hidden, batch.target, outputs, stash)
+        if factor is not None:
+            factor.copy_(found.pop("factor"))
+        tiles.release()
+        return found
     found = empty_rows(batch.hidden, tiles, ("logprobs", "norm", *outputs))
 
     def score(selection, tile_stash=None):
@@ -130,8 +140,6 @@ def score_rows(
             place = slice(at, at + len(selection))
             factor[place] = score(selection, stash[place])["factor"]
             at = place.stop
-    reserved = 0 if stash is None else stash.nbytes
-    step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
     for selection in rows.section(kept, len(rows)).chunks(step):
         score(selection)
     tiles.release()

@@ -15,6 +15,7 @@ from treg.ops.head import Tiles
 from treg.ops.head.gradients import Gradients, GradientSums
 from treg.ops.head.head import without_autocast
 from treg.ops.head.memory import check_budget, pass_rows, tile_rows, tile_step
+from treg.ops.head.selection import RowSelection
 from treg.ops.plans.base import (
     Saved,
     ScoredFirst,
@@ -67,6 +68,8 @@ class Kept(ScoredFirst):
         kept = min(saved["stash"].shape[0], self._kept(batch, len(batch.rows)))
         if not kept:
             return None, None
+        if kept == saved["stash"].shape[0]:
+            return saved["stash"], saved["factor"]
         return saved["stash"][:kept], saved["factor"][:kept]
 
 
@@ -110,12 +113,12 @@ def differentiate_rows(
     )
     with without_autocast(batch.hidden):
         if stash is not None and factor is not None:
-            first = rows.section(0, kept)
+            first = rows if kept == count else rows.section(0, kept)
             sums.add(stash, first, first.read(coef) * factor)
-        tile = batch.hidden.new_empty(
-            min(step, count - kept), batch.head.weight.shape[0], dtype=tiles.stash_dtype
-        )
-        for selection in rows.section(kept, count).chunks(step):
+        others = rows.section(kept, count) if kept < count else RowSelection(rows.total, ())
+        room = (min(step, len(others)), batch.head.weight.shape[0])
+        tile = batch.hidden.new_empty(room, dtype=tiles.stash_dtype)
+        for selection in others.chunks(step):
             target = selection.read(batch.target)
             out = tile[: len(selection)]
             hidden = selection.read(batch.hidden)
