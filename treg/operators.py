@@ -62,7 +62,7 @@ class Operator:
         if torch.is_grad_enabled():
             if self.save is None:  # a second derivative, which the operator refuses
                 return self._call(*(_packed(x) for x in args))
-            if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            if any(type(x) in PLAIN and x.requires_grad for x in args):
                 assert self._function is not None
                 return list(self._function.apply(*args))
         # as the dispatcher does it: results are no views, and nothing is recorded
@@ -82,6 +82,7 @@ class Operator:
         )
         if save is not None:
             self._function = _function_of(self.implementation, save, backward)
+            self._function.__name__ = self.qualified_name.partition("::")[2]
 
     def first_derivatives_only(self) -> None:
         """Of an operator that is itself a gradient: its own derivative raises."""
@@ -121,7 +122,9 @@ def _plain(args: Iterable[Any]) -> bool:
     ):
         return False
     for x in args:
-        if isinstance(x, Tensor) and type(x) not in PLAIN:
+        if x is None or type(x) in PLAIN:
+            continue
+        if isinstance(x, Tensor):
             return False
         if isinstance(x, list) and not all(type(one) in PLAIN for one in x):
             return False
@@ -142,8 +145,9 @@ def values_of(numbers: Tensor | Sequence[float]) -> tuple[float, ...]:
 
 def save_for_backward(ctx: Any, *values: Any) -> None:
     """Tensors are saved by autograd alone, so that it can free, check and move them."""
-    ctx.others = [None if isinstance(x, Tensor) else x for x in values]
-    ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values])
+    tensors = [x if isinstance(x, Tensor) else None for x in values]
+    ctx.others = [x if one is None else None for x, one in zip(values, tensors, strict=True)]
+    ctx.save_for_backward(*tensors)
 
 
 def saved_values(ctx: Any) -> list[Any]:

@@ -111,7 +111,8 @@ def score_rows(
         outputs: statistics, "tops" perhaps.
         stash, factor: [kept, V] and [kept], filled with those of the first rows; or None.
     Returns:
-        "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored.
+        "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored. Where one launch
+        took all rows, "factor" too, in place of the given one.
     """
     tiles, rows = batch.tiles, batch.rows
     reserved = 0 if stash is None else stash.nbytes
@@ -120,8 +121,6 @@ def score_rows(
     whole = rows.complete and 0 < len(rows) <= at_once
     if whole and (stash is None or len(rows) == stash.shape[0]):
         found = tiles.forward(batch.hidden, batch.target, outputs, stash)
-        if factor is not None:
-            factor.copy_(found.pop("factor"))
         tiles.release()
         return found
     found = empty_rows(batch.hidden, tiles, ("logprobs", "norm", *outputs))

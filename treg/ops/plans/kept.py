@@ -46,8 +46,7 @@ class Kept(ScoredFirst):
         saved = self.saved(batch)
         stash, factor = self._of_kept_rows(batch, saved)
         scores = score_rows(batch, outputs, stash, factor)
-        saved["norm"] = scores.pop("norm")
-        return scores, saved
+        return scores, saved | {k: scores.pop(k) for k in ("norm", "factor") if k in scores}
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         stash, factor = self._of_kept_rows(batch, saved)
@@ -115,15 +114,27 @@ def differentiate_rows(
         if stash is not None and factor is not None:
             first = rows if kept == count else rows.section(0, kept)
             sums.add(stash, first, first.read(coef) * factor)
-        others = rows.section(kept, count) if kept < count else RowSelection(rows.total, ())
-        room = (min(step, len(others)), batch.head.weight.shape[0])
-        tile = batch.hidden.new_empty(room, dtype=tiles.stash_dtype)
-        for selection in others.chunks(step):
-            target = selection.read(batch.target)
-            out = tile[: len(selection)]
-            hidden = selection.read(batch.hidden)
-            tiles.gradient(hidden, target, selection.read(norm), selection.read(coef), out)
-            sums.add(out, selection, row_factors(batch, selection, target))
+        if kept < count:
+            _differentiate_again(batch, norm, coef, sums, rows.section(kept, count), step)
     sums.finish()
     tiles.release()
     return sums
+
+
+def _differentiate_again(
+    batch: Batch,
+    norm: Tensor,
+    coef: Tensor,
+    sums: GradientSums,
+    rows: RowSelection,
+    step: int,
+) -> None:
+    """Rows whose stash was not kept, so many at a time."""
+    tiles, words = batch.tiles, batch.head.weight.shape[0]
+    tile = batch.hidden.new_empty(min(step, len(rows)), words, dtype=tiles.stash_dtype)
+    for selection in rows.chunks(step):
+        target = selection.read(batch.target)
+        out = tile[: len(selection)]
+        hidden = selection.read(batch.hidden)
+        tiles.gradient(hidden, target, selection.read(norm), selection.read(coef), out)
+        sums.add(out, selection, row_factors(batch, selection, target))

@@ -225,6 +225,8 @@ class VocabParallel(Kept):
         # a rank without the target asks for its first word's log-prob
         asked = replace(own, target=torch.where(target == ABSENT, 0, target))
         found = score_rows(asked, outputs, stash, factor)
+        if "factor" in found:
+            factor = saved["factor"] = found.pop("factor")
         merged = self._merge(batch, found)
         if stash is not None and factor is not None:
             first = batch.rows.section(0, stash.shape[0])
