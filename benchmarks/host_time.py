@@ -72,9 +72,8 @@ def pretend_device() -> None:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    import treg.ops
-    from treg import checks
     from treg.ops.head import gradients, selection
+    from treg.ops.options import checks
 
     class Driver(CudaDriver):
         def __init__(self):
@@ -101,8 +100,6 @@ def pretend_device() -> None:
     gradients.times_weight = lambda tile, weight, out: None
     gradients.add_transposed = lambda acc, tile, rows, *, first: None
     gradients.scaled_to = scaled  # of a CPU, 16-bit numbers go by slabs
-    # what torch.cuda.device would do with the tensors' device has no place here
-    assert treg.ops.fused_treg_loss is not None
 
 
 def make_inputs(ignored: bool) -> dict:
@@ -166,15 +163,12 @@ def make_launches() -> dict:
     head = (hidden, weight, target, None, Scalars.of(1.0, None, 1.0), -100)
     norm, row, starts = torch.zeros(N, 2), torch.zeros(N), torch.arange(2 * PAIRS + 1) * LENGTH
     loss, stats, sums = torch.zeros(PAIRS), torch.zeros(11, PAIRS), torch.zeros(2 * PAIRS)
-    objective = {
-        "base": BASES["dpo"], "beta": 0.1, "alpha": 0.25, "options": (0.0,), "static": False,
-        "length_normalised": False, "nll": False,
-    }  # fmt: skip
+    numbers = {"beta": 0.1, "alpha": 0.25, "options": (0.0,)}
+    kind = {"base": BASES["dpo"], "static": False, "length_normalised": False, "nll": False}
+    of_tokens = (row, target, row, sums, None, starts)
 
     def of_pairs():
-        pair_objective(
-            row, target, row, sums, None, starts, 0, PAIRS, loss, stats, row, **objective
-        )
+        pair_objective(*of_tokens, 0, PAIRS, loss, stats, row, **numbers, **kind)
 
     return {
         ("launches", "forward_stash_us"): lambda: logprob_forward(*head, stash=stash),
@@ -238,16 +232,14 @@ def wrap_parts(parts: Parts) -> None:
 
     from triton.runtime.jit import JITFunction
 
-    from treg.losses import options as loss_options
     from treg.ops import call, options
 
     treg_loss = import_module("treg.ops.treg_loss")
-    linear_logprobs = import_module("treg.ops.linear_logprobs")
     plans = import_module("treg.ops.plans")
     kept = import_module("treg.ops.plans.kept")
     selection = import_module("treg.ops.head.selection")
     parts.wrap("checks and options", options.HeadOptions, "call")
-    parts.wrap("checks and options", loss_options.LossOptions, "__init__")
+    parts.wrap("checks and options", treg_loss.LossOptions, "__init__")
     parts.wrap("checks and options", treg_loss, "check_pairs")
     parts.wrap("the call as a string", call.Call, "text")
     parts.wrap("the call as a string", treg_loss.Call, "of")
@@ -260,7 +252,6 @@ def wrap_parts(parts: Parts) -> None:
         for name in ("forward_pairs", "backward_pairs"):
             parts.wrap("the plan at work", type(plan), name)
     parts.wrap("sums of the gradients", kept, "differentiate_rows")
-    parts.wrap("arguments of the kernels", linear_logprobs, "never")
     for module, names in (
         (kept, ("score_rows",)),
         (import_module("treg.ops.plans.base"), ("evaluate_pairs",)),

@@ -61,12 +61,14 @@ def loss_of_learned_weights(**given):
 def divergence(hidden, weight, target, bias, **rest):
     other = torch.ones(V, D, dtype=weight.dtype) / D
     found = linear_kl(hidden, weight, hidden.detach() + 1, other, target=target, bias=bias)
+    assert found.logprobs is not None
     return found.kl + 0.5 * found.logprobs, found
 
 
 def entropy(hidden, weight, target, bias, **rest):
     rows, flat = hidden.reshape(-1, D), target.reshape(-1)
     found = linear_logprobs(rows, weight, flat, bias=bias, outputs=("entropy",)).entropy
+    assert found is not None
     return differentiable_entropy(found, rows, flat, Head(weight, bias)), (found,)
 
 
@@ -156,7 +158,7 @@ def once_too_often(call, given):
 def of_second_order(call, given):
     out, _ = call(**given)
     grads = gradients(out * out, given, create_graph=True)
-    return torch.autograd.grad(sum(x.sum() for x in grads), given["hidden"])
+    return torch.autograd.grad(torch.cat([x.flatten() for x in grads]).sum(), given["hidden"])
 
 
 def with_changed_inputs(call, given):
@@ -266,7 +268,7 @@ def test_whoever_asks_for_operators_gets_them():
     assert {"treg.treg_loss.default", "treg.treg_loss_grad.default"} <= set(modes.found)
     with torch.profiler.profile() as profile:
         gradient_step(logprobs, given)
-    names = {event.name for event in profile.events()}
+    names = {event.name for event in profile.events() or ()}
     assert {"treg::linear_logprobs", "treg::linear_logprobs_grad"} <= names
 
     class Mine(torch.Tensor):
@@ -383,7 +385,7 @@ def test_rows_are_found_again_without_a_look():
 # -- operations and launches
 
 # Of a forward and backward of a batch at once, in the Triton implementation.
-MOST_OPERATIONS = {"loss": 66, "logprobs": 40}
+MOST_OPERATIONS = {"loss": 66, "logprobs": 47}
 MOST_LAUNCHES = {"loss": 4, "logprobs": 3}  # offsets, tiles, their sums; the objective
 
 

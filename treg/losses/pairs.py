@@ -55,7 +55,7 @@ class Given(NamedTuple):
         """The same of flat log-probs, contiguous."""
         *of_tokens, pair_values = self
         flat = [None if x is None else x.detach().reshape(-1).contiguous() for x in of_tokens]
-        return Given(*flat, pair_values)
+        return Given._make([*flat, pair_values])
 
 
 @dataclass(frozen=True)
