@@ -118,7 +118,7 @@ def _plain(args: Iterable[Any]) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
     ):
         return False
     for x in args:

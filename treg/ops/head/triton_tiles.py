@@ -74,15 +74,29 @@ class TritonTiles:
         # sizes may be symbolic where shapes alone are traced
         V, D = map(int, weight.shape)
         with on_device(weight):
-            found = _tables(tiles_for, weight.dtype, V, D, addressable(weight), weight.device)
-        self._columns, self.top_width = found.columns, found.largest.v
-        self._largest, self.scaled_columns = found.largest, found.scaled_columns
-        self.max_rows, self.fixed_bytes = found.max_rows, found.fixed_bytes
+            copied = addressable(weight)
+            self._tables = _tables(tiles_for, weight.dtype, V, D, copied, weight.device)
+
+    @property
+    def max_rows(self) -> int:
+        return self._tables.max_rows
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self._tables.fixed_bytes
+
+    @property
+    def top_width(self) -> int:
+        return self._tables.largest.v
+
+    @property
+    def scaled_columns(self) -> int:
+        return self._tables.scaled_columns
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
         V, D = self.head.weight.shape
         size = self.stash_dtype.itemsize
-        partial = 4 * self._columns * (2 + len(outputs))
+        partial = 4 * self._tables.columns * (2 + len(outputs))
         # Rows that are listed by number are copied. On a GPU these few D beside V are not counted,
         # so that whole batches without ignored rows fill the budget.
         gathered = 0 if self.head.weight.is_cuda else 3 * D * size
@@ -114,7 +128,7 @@ class TritonTiles:
                 outputs,
                 stash,
                 logits_into,
-                self._largest if "tops" in outputs else None,
+                self._tables.largest if "tops" in outputs else None,
             )
 
     def gradient(
