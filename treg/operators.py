@@ -6,9 +6,15 @@ computes.
 
 An operator takes tensors and one string. The string holds all that is fixed in a run. Numbers that
 a schedule may change come as one float64 tensor on the CPU (see `scalars`).
+
+A call has two ways. What traces, counts or transforms operators (torch.compile, modes, subclasses
+of tensors, torch.func, profilers) gets the operator, through PyTorch's dispatcher. Otherwise the
+same implementation runs in an ordinary autograd function: the dispatcher's way there takes as long
+as all kernels of a small batch. Then a tuple of numbers stands for their tensor, and an object with
+a method `text` for its string.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +48,7 @@ class Operator:
         self.implementation = implementation
         self.save: Callable[..., None] | None = None
         self.backward: Callable[..., Any] | None = None
+        self._function: type[torch.autograd.Function] | None = None
         name = schema.partition("(")[0]
         self.qualified_name = f"{NAMESPACE}::{name}"
         LIBRARY.define(schema, tags=READS_VALUES)
@@ -50,7 +57,17 @@ class Operator:
         self._call = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> list[Tensor]:
-        return self._call(*args)
+        if not _plain(args):
+            return self._call(*(_packed(x) for x in args))
+        if torch.is_grad_enabled():
+            if self.save is None:  # a second derivative, which the operator refuses
+                return self._call(*(_packed(x) for x in args))
+            if any(type(x) in PLAIN and x.requires_grad for x in args):
+                assert self._function is not None
+                return list(self._function.apply(*args))
+        # as the dispatcher does it: results are no views, and nothing is recorded
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.implementation(*args)
 
     def differentiable(
         self, save: Callable[..., None] | None, backward: Callable[..., Any]
@@ -63,10 +80,80 @@ class Operator:
         torch.library.register_autograd(
             self.qualified_name, backward, setup_context=save, lib=LIBRARY
         )
+        if save is not None:
+            self._function = _function_of(self.implementation, save, backward)
+            self._function.__name__ = self.qualified_name.partition("::")[2]
 
     def first_derivatives_only(self) -> None:
         """Of an operator that is itself a gradient: its own derivative raises."""
         self.differentiable(None, _refuse_second_derivative)
+
+
+def _function_of(implementation: Callable, save: Callable, backward: Callable) -> type:
+    """The autograd function of an operator."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = implementation(*args)
+            save(ctx, args, found)
+            return tuple(found)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return backward(ctx, grads)
+
+    return Function
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _plain(args: Iterable[Any]) -> bool:
+    """Whether nothing asks for the operator itself."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    for x in args:
+        if x is None or type(x) in PLAIN:
+            continue
+        if isinstance(x, Tensor):
+            return False
+        if isinstance(x, list) and not all(type(one) in PLAIN for one in x):
+            return False
+    return True
+
+
+def _packed(x: Any) -> Any:
+    """An argument as the schema has it."""
+    if isinstance(x, tuple):
+        return scalars(*x)
+    return x.text() if hasattr(x, "text") else x
+
+
+def values_of(numbers: Tensor | Sequence[float]) -> tuple[float, ...]:
+    """Numbers as an implementation gets them, a tuple or their tensor."""
+    return tuple(map(float, numbers.tolist() if isinstance(numbers, Tensor) else numbers))
+
+
+def save_for_backward(ctx: Any, *values: Any) -> None:
+    """Tensors are saved by autograd alone, so that it can free, check and move them."""
+    tensors = [x if isinstance(x, Tensor) else None for x in values]
+    ctx.others = [x if one is None else None for x, one in zip(values, tensors, strict=True)]
+    ctx.save_for_backward(*tensors)
+
+
+def saved_values(ctx: Any) -> list[Any]:
+    """What `save_for_backward` was given."""
+    pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+    return [other if x is None else x for x, other in pairs]
 
 
 def scalars(*values: float) -> Tensor:

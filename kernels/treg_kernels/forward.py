@@ -34,6 +34,8 @@ from treg_kernels.launch import (
     Product,
     addressable,
     at_16_byte_rows,
+    ceil_div,
+    power_of_2,
     row_stride,
     slabs,
     target_matrix,
@@ -394,7 +396,7 @@ def part_columns(weight: torch.Tensor) -> int:
     V, D = weight.shape
     shape = weight.dtype, V, D, addressable(weight)
     tiles = (tile for kind in ("forward", "stash") for _, tile in configs.tiles_for(kind, *shape))
-    return triton.cdiv(V, min(tile.v for tile in tiles))
+    return ceil_div(V, min(tile.v for tile in tiles))
 
 
 def logprob_forward(
@@ -439,13 +441,9 @@ def logprob_forward(
 
     norm = torch.empty(N, 2, dtype=torch.float32, device=dev)
     found = {"logprobs": row(), "norm": norm}
-    found.update(
-        {
-            name: row(torch.bool if name == "is_top1" else torch.float32)
-            for name in outputs
-            if name != "tops"
-        }
-    )
+    for name in outputs:
+        if name != "tops":
+            found[name] = row(torch.bool if name == "is_top1" else torch.float32)
     if stash is not None:
         found["factor"] = row()
     if N == 0:
@@ -453,7 +451,7 @@ def logprob_forward(
     kind = "forward" if stash is None else "stash"
     tile = tile or tile_of_launch(kind, hidden, weight, stash)
     hidden = at_16_byte_rows(hidden)
-    columns = triton.cdiv(V, tile.v)
+    columns = ceil_div(V, tile.v)
 
     def part(needed=True):
         return torch.empty(N, columns, dtype=torch.float32, device=dev) if needed else None
@@ -461,10 +459,10 @@ def logprob_forward(
     offset = None
     if stash is not None:
         offset = row()
-        _offset_kernel[(triton.cdiv(N, 4),)](
+        _offset_kernel[(ceil_div(N, 4),)](
             hidden, weight, bias, target, offset, N, V, D, *hidden.stride(), *weight.stride(),
             scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=4,
-            BLOCK_D=min(1024, triton.next_power_of_2(D)),
+            BLOCK_D=min(1024, power_of_2(D)),
         )  # fmt: skip
     tops = part("is_top1" in outputs or "tops" in outputs)
     parts = (
@@ -478,7 +476,9 @@ def logprob_forward(
     # an impossible target leaves NaN
     target_z2 = torch.full((N,), float("nan"), dtype=torch.float32, device=dev)
     for slab in slabs(tile, hidden, weight, product):
-        here = [None if x is None else x[:, slab.first // tile.v :] for x in parts]
+        here = parts
+        if slab.first:
+            here = [None if x is None else x[:, slab.first // tile.v :] for x in parts]
         out, store = (None, "pointers") if stash is None else target_matrix(tile, slab, stash)
         _tile_kernel[slab.grid](
             *slab.operands, None if bias is None else bias[slab.first :], target, offset, out,
@@ -488,9 +488,9 @@ def logprob_forward(
             RISING=scalars.rising, **slab.options,
         )  # fmt: skip
     rest = ("lse", "factor", "is_top1", "entropy", "mean_logit", "log_sum_sq_probs")
-    block_j = triton.next_power_of_2(columns)
+    block_j = power_of_2(columns)
     block_r = max(1, min(16, 2048 // block_j))
-    _combine_kernel[(triton.cdiv(N, block_r),)](
+    _combine_kernel[(ceil_div(N, block_r),)](
         *parts, target, target_z2, stash, found["logprobs"], found["norm"],
         *(found.get(n) for n in rest),
         N, V, columns, stride_stash, ignore_index, scalars.scale, scalars.cap2,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from treg_kernels import configs
@@ -52,7 +51,7 @@ def slabs(
             operands, source = (*pair, *hidden.stride(), *weight.stride()), "descriptors"
         else:
             operands, source = (hidden, weight, *hidden.stride(), *weight.stride()), "pointers"
-        tiles = triton.cdiv(N, tile.n) * triton.cdiv(columns, tile.v)
+        tiles = ceil_div(N, tile.n) * ceil_div(columns, tile.v)
         grid = (configs.programs(tile, tiles),)
         form = {"SOURCE": source, "FLAT": tile.flat and source == "descriptors"}
         yield Slab(first, columns, operands, constants | form, grid, configs.options(tile))
@@ -64,6 +63,16 @@ def target_matrix(tile: Tile, slab: Slab, out: torch.Tensor) -> tuple[object, st
     if tile.descriptors and at_16_bytes(here):
         return descriptor(here, tile.n, tile.v), "descriptors"
     return here, "pointers"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv of numbers of the host, where that takes microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is >= n >= 1; triton.next_power_of_2, in the same way."""
+    return 1 << (n - 1).bit_length()
 
 
 def tile_of_launch(
@@ -89,7 +98,7 @@ def at_16_byte_rows(x: torch.Tensor) -> torch.Tensor:
     if at_16_bytes(x):
         return x
     columns, each = x.shape[1], 16 // x.element_size()
-    rows = x.new_empty(x.shape[0], triton.cdiv(columns, each) * each)[:, :columns]
+    rows = x.new_empty(x.shape[0], ceil_div(columns, each) * each)[:, :columns]
     return rows.copy_(x)
 
 

@@ -53,11 +53,9 @@ class Given(NamedTuple):
 
     def flat(self) -> "Given":
         """The same of flat log-probs, contiguous."""
-        flat = {}
-        for name, x in self._asdict().items():
-            if x is not None and name != "pair_values":
-                flat[name] = x.detach().reshape(-1).contiguous()
-        return self._replace(**flat)
+        *of_tokens, pair_values = self
+        flat = [None if x is None else x.detach().reshape(-1).contiguous() for x in of_tokens]
+        return Given._make([*flat, pair_values])
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,7 @@ class PairOutputs:
 def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
     """From the fields of `PairOutputs`; w of both sequences where the objective has two."""
     rows = dict(zip(STATS, stats.unbind(), strict=True))
-    if options.objective.margin_only:
-        weights = rows["chosen_weight"]
-    else:
-        weights = torch.cat([rows["chosen_weight"], rows["rejected_weight"]])
+    weights = rows["chosen_weight"] if options.objective.margin_only else _both(stats, "weight")
     return PairLoss(
         loss=loss,
         chosen_logps=rows["chosen_logps"],
@@ -124,8 +119,14 @@ def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
         rejected_rewards=rows["rejected_rewards"],
         reg_loss=rows["reg_loss"],
         weights=weights,
-        kept=torch.cat([rows["chosen_kept"], rows["rejected_kept"]]),
+        kept=_both(stats, "kept"),
     )
+
+
+def _both(stats: Tensor, name: str) -> Tensor:
+    """[2B]: a statistic of the chosen sequences, then of the rejected ones."""
+    first = STATS.index(f"chosen_{name}")
+    return stats[first : first + 2].flatten()
 
 
 def check_pairs(
@@ -203,7 +204,9 @@ def row_starts(logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is not None:
         return cu_seqlens.to(logps.device, non_blocking=True)
     sequences, length = logps.shape
-    return torch.arange(sequences + 1, device=logps.device) * length
+    if not length:
+        return torch.zeros(sequences + 1, dtype=torch.int64, device=logps.device)
+    return torch.arange(0, sequences * length + 1, length, device=logps.device)
 
 
 def _launch(

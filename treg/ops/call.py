@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from treg.losses import LossOptions
 from treg.ops.head import Head, Tiles, make_tiles
 from treg.ops.head.gemm import widened
 from treg.ops.head.gradients import Needs
@@ -41,12 +42,17 @@ class Call:
     softcapped: bool = False  # whether the head's numbers hold a softcap
     loss: str = ""  # LossOptions.text(), where the rows are pairs whose loss is known
     summed: bool = False  # all pairs' losses get the same upstream gradient
+    # The options of that loss where they need not be made again from text and numbers.
+    loss_options: LossOptions | None = field(default=None, compare=False)
 
-    def with_loss(self, loss: str, *, summed: bool) -> "Call":
-        """The call of pairs whose loss is `LossOptions.text()`."""
+    def with_loss(self, options: LossOptions, *, summed: bool) -> "Call":
+        """The call of pairs whose loss is known."""
+        loss = options.text()
         if "|" in loss:
             raise ValueError(f"loss_type: expected a name without '|', got {loss!r}")
-        return replace(self, loss=loss, summed=summed)
+        # other kinds of numbers become floats where the operator runs
+        known = options if all(type(x) is float for x in options.numbers()) else None
+        return replace(self, loss=loss, summed=summed, loss_options=known)
 
     def text(self) -> str:
         fields = (
@@ -66,8 +72,9 @@ class Call:
         return "|".join(fields)
 
     @classmethod
-    def of(cls, text: str) -> "Call":
-        return _read(text)
+    def of(cls, given: "str | Call") -> "Call":
+        """From `text`; a call is itself."""
+        return _read(given) if isinstance(given, str) else given
 
     def head(self, weight: Tensor, bias: Tensor | None, numbers: Sequence[float]) -> Head:
         """The head that these tensors and the first of an operator's numbers make."""
@@ -126,9 +133,8 @@ class Batch:
         numbers: Sequence[float],
     ) -> "Batch":
         """From an operator's arguments."""
-        batch = cls.of_shapes(call, hidden, weight, bias, target, numbers)
         rows = scored_rows(target, call.ignore_index)
-        return replace(batch, rows=rows)
+        return cls.of_shapes(call, hidden, weight, bias, target, numbers, rows=rows)
 
     @classmethod
     def of_shapes(
@@ -140,9 +146,12 @@ class Batch:
         target: Tensor,
         numbers: Sequence[float] = (1.0, 1.0, 1.0),
         *,
+        rows: RowSelection | None = None,
         cast: bool = True,
     ) -> "Batch":
         """The same from shapes alone: no value is looked at, and all rows count as scored.
+
+        rows: those that are scored, where they are known.
 
         cast: False for a backward that multiplies by neither hidden nor weight, and so needs no
             copy of them in call.dtype.
@@ -156,7 +165,7 @@ class Batch:
             tiles=make_tiles(call.impl, head, call.logits_dtype),
             hidden=hidden,
             target=target,
-            rows=RowSelection.all(hidden.shape[0]),
+            rows=RowSelection.all(hidden.shape[0]) if rows is None else rows,
             hidden_dtype=hidden_dtype,
             weight_dtype=weight_dtype,
         )

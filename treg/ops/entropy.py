@@ -15,12 +15,12 @@ N rows, n rows of a tile, V vocabulary, D hidden size.
 import torch
 from torch import Tensor
 
-from treg.operators import Operator, scalars
+from treg.operators import Operator, save_for_backward, saved_values, values_of
 from treg.ops.call import Batch, Call
 from treg.ops.head.gemm import logits_into, slab_bytes
 from treg.ops.head.gradients import Gradients, GradientSums
 from treg.ops.head.head import Head, without_autocast
-from treg.ops.head.selection import rows_where, sees_values
+from treg.ops.head.selection import looks, rows_where
 from treg.ops.options import HeadOptions
 
 # Tensors of a tile's shape [n, V] that are alive at once: logits, their slopes, and a temporary.
@@ -82,8 +82,8 @@ def differentiable_entropy(
         None if lse is None else lse.detach(),
         *operands,
         target,
-        scalars(*options.numbers()),
-        call.text(),
+        options.numbers(),
+        call,
     )
     return result
 
@@ -101,7 +101,7 @@ def _differentiate(
 ) -> list[Tensor]:
     """The gradients that are needed, in the order hidden, weight, bias. upstream: [N]."""
     call = Call.of(text)
-    batch = Batch.of_shapes(call, hidden, weight, bias, target, numbers.tolist())
+    batch = Batch.of_shapes(call, hidden, weight, bias, target, values_of(numbers))
     used = (target != call.ignore_index) & (upstream != 0.0)
     rows, compute = rows_where(used), batch.tiles.compute
     sums = GradientSums(batch.hidden, batch.tiles, call.needs, complete=rows.complete)
@@ -109,7 +109,7 @@ def _differentiate(
         for chosen in rows.chunks(_tile_rows(batch)):
             h = chosen.read(batch.hidden)
             factor = unused = None
-            if not sees_values(used):
+            if not rows.looked:
                 # All rows are here, and what the unused ones hold must not reach a product.
                 unused = ~chosen.read(used).unsqueeze(1)
                 factor = chosen.read(used).to(compute)
@@ -176,8 +176,8 @@ def _logit_gradient(
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, text = inputs
-    ctx.save_for_backward(*tensors)
+    *operands, text = inputs
+    save_for_backward(ctx, *operands)
     ctx.call = Call.of(text)
     ctx.set_materialize_grads(False)
 
@@ -188,10 +188,10 @@ def _backward(ctx, grads):
     if upstream is None:
         return nothing
     # While a graph is traced the tensors are of a subclass, and have no values.
-    visible = type(upstream) is Tensor and sees_values(upstream)
+    visible = type(upstream) is Tensor and looks(upstream)
     if visible and not bool(upstream.any()):
         return nothing
-    found = _gradient(upstream, *ctx.saved_tensors, ctx.call.text())
+    found = _gradient(upstream, *saved_values(ctx), ctx.call)
     return None, None, *ctx.call.needs.spread(found), None, None, None
 
 

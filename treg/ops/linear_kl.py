@@ -1,5 +1,6 @@
 """`linear_kl`: per-token KL divergence of two language-model heads, without [N, V] logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -7,13 +8,13 @@ import torch
 from torch import Tensor
 
 from treg import checks
-from treg.operators import Operator, scalars
+from treg.operators import Operator, save_for_backward, saved_values, values_of
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
 from treg.ops.head import Head
 from treg.ops.head.gradients import Gradients, GradientSums
 from treg.ops.head.head import autocast_dtype, without_autocast
 from treg.ops.head.kl_tiles import KlTiles
-from treg.ops.head.selection import RowSelection, check_same_rows, scored_rows, sees_values
+from treg.ops.head.selection import RowSelection, same_rows, scored_rows
 from treg.ops.options import HeadOptions, check_numbers, check_operands, check_target, check_targets
 from treg.ops.plans.base import row_factors
 from treg.results import LinearKL
@@ -109,7 +110,7 @@ def linear_kl(
         raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
     _check_reference(call, hidden, weight, ref_hidden, ref_weight, ref_bias)
     ref_options = _reference_options(options, ref_logit_scale, ref_softcap)
-    numbers = scalars(*options.numbers(), *ref_options.numbers())
+    numbers = (*options.numbers(), *ref_options.numbers())
     kl_call = KlCall(call, direction == "reverse", ref_options.softcap is not None)
     shape = hidden.shape[:-1]
     results = _forward(
@@ -121,7 +122,7 @@ def linear_kl(
         None if ref_bias is None else ref_bias.detach(),
         None if target is None else target.reshape(-1),
         numbers,
-        kl_call.text(),
+        kl_call,
     )
     return LinearKL(*(x.view(shape) for x in results[: _outputs(target)]))
 
@@ -196,11 +197,14 @@ class KlCall:
         return "|".join(["1" if flag else "" for flag in flags] + [self.call.text()])
 
     @classmethod
-    def of(cls, text: str) -> "KlCall":
-        reverse, capped, rest = text.split("|", 2)
+    def of(cls, given: "str | KlCall") -> "KlCall":
+        """From `text`; a call is itself."""
+        if isinstance(given, KlCall):
+            return given
+        reverse, capped, rest = given.split("|", 2)
         return cls(Call.of(rest), bool(reverse), bool(capped))
 
-    def ref_head(self, weight: Tensor, bias: Tensor | None, numbers: list[float]) -> Head:
+    def ref_head(self, weight: Tensor, bias: Tensor | None, numbers: Sequence[float]) -> Head:
         """numbers: of both heads, the policy's first."""
         head = replace(self.call, softcapped=self.ref_softcapped)
         return head.head(weight, bias, numbers[HEAD_NUMBERS:])
@@ -216,13 +220,13 @@ class Operands(NamedTuple):
     ref_weight: Tensor  # [V, D']
     ref_bias: Tensor | None  # [V]
     target: Tensor | None  # [N]
-    numbers: Tensor  # of both heads, the policy's first
+    numbers: Tensor | tuple[float, ...]  # of both heads, the policy's first
 
 
 class Work:
     """The rows of one call, and the heads that they go through."""
 
-    def __init__(self, call: KlCall, given: Operands, numbers: list[float]):
+    def __init__(self, call: KlCall, given: Operands, numbers: Sequence[float]):
         """From shapes alone: no value is looked at, and all rows count."""
         policy, dtype = call.call, call.call.dtype
         self.target = given.target
@@ -254,10 +258,14 @@ class Work:
             return self._plan[1]
         return self.tiles.tile_beside(self.kept, self.batch.call.budget, count)
 
-    def scored(self) -> RowSelection:
+    def scored(self, note: int | None = None) -> RowSelection:
+        """note: of the forward's selection, in a backward."""
         if self.target is None:
             return self.batch.rows
-        return scored_rows(self.target, self.batch.call.ignore_index)
+        ignored = self.batch.call.ignore_index
+        if note is None:
+            return scored_rows(self.target, ignored)
+        return same_rows(self.target, ignored, note)
 
     def read(self, rows: RowSelection) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden, ref_hidden and target of a tile's rows."""
@@ -265,7 +273,7 @@ class Work:
         if self.target is None:
             return hidden, ref_hidden, None
         target = rows.read(self.target)
-        if not sees_values(target):  # what ignored rows hold (NaN even) must not reach a product
+        if not rows.looked:  # what ignored rows hold (NaN even) must not reach a product
             ignored = (target == self.batch.call.ignore_index).unsqueeze(1)
             hidden = hidden.masked_fill(ignored, 0.0)
             ref_hidden = ref_hidden.masked_fill(ignored, 0.0)
@@ -283,7 +291,7 @@ def _score(*args) -> list[Tensor]:
     """What `LinearKL` holds, [N] each; the note; the stashes."""
     *tensors, text = args
     call, given = KlCall.of(text), Operands(*tensors)
-    numbers = given.numbers.tolist()
+    numbers = values_of(given.numbers)
     _check_values(call, given, numbers)
     work = Work(call, given, numbers)
     rows, stashes = work.scored(), work.empty_stashes()
@@ -301,10 +309,10 @@ def _score(*args) -> list[Tensor]:
                 chosen.write(x, new)
             done = here.stop
     work.tiles.release()
-    return [*found, torch.tensor([not rows.complete]), *stashes]
+    return [*found, torch.tensor([rows.note], device="cpu"), *stashes]
 
 
-def _check_values(call: KlCall, given: Operands, numbers: list[float]) -> None:
+def _check_values(call: KlCall, given: Operands, numbers: Sequence[float]) -> None:
     heads = (
         (call.call.softcapped, numbers[:HEAD_NUMBERS], ""),
         (call.ref_softcapped, numbers[HEAD_NUMBERS:], "ref_"),
@@ -323,7 +331,7 @@ def _score_fake(*args) -> list[Tensor]:
     found = [
         given.hidden.new_empty(N, dtype=work.tiles.compute) for _ in range(_outputs(given.target))
     ]
-    note = torch.empty(1, dtype=torch.bool, device="cpu")
+    note = torch.empty(1, dtype=torch.int64, device="cpu")
     return [*found, note, *work.empty_stashes()]
 
 
@@ -334,9 +342,8 @@ def _differentiate(kl_grad, lp_grad, note, stashes, *args) -> list[Tensor]:
     """
     *tensors, text = args
     call, given = KlCall.of(text), Operands(*tensors)
-    work = Work(call, given, given.numbers.tolist())
-    rows = work.scored()
-    check_same_rows(rows, note.item())
+    work = Work(call, given, values_of(given.numbers))
+    rows = work.scored(int(note.item()))
     coefs = _coefficients(work, kl_grad, lp_grad)
     with without_autocast(given.hidden):
         sums = _gradient_sums(work, rows, coefs, stashes)
@@ -395,7 +402,7 @@ def _gradient_sums(
                 tiles.gradient(*work.read(chosen), mine, out)
             scored = None
             if work.target is not None:
-                scored = row_factors(batch, chosen.read(work.target))
+                scored = row_factors(batch, chosen, chosen.read(work.target))
             sums.add(out, chosen, scored)
             done = here.stop
     sums.finish()
@@ -426,11 +433,10 @@ _gradient = Operator(
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.text = inputs
-    target = tensors[6]
-    ctx.scores = _outputs(target)
-    # tensors are saved by autograd alone, so that it can free, check and move them
-    ctx.save_for_backward(*tensors, *output[ctx.scores :])
+    *operands, text = inputs
+    ctx.call = KlCall.of(text)
+    ctx.scores = _outputs(operands[6])
+    save_for_backward(ctx, *operands, *output[ctx.scores :])
     ctx.mark_non_differentiable(*output[min(2, ctx.scores) :])
     ctx.set_materialize_grads(False)
 
@@ -439,11 +445,11 @@ def _backward(ctx, grads):
     kl_grad, lp_grad = grads[0], grads[1] if ctx.scores > 1 else None
     if kl_grad is None and lp_grad is None:
         return (None,) * 9
-    saved = ctx.saved_tensors
+    saved = saved_values(ctx)
     count = len(Operands._fields)
     note, *stashes = saved[count:]
-    found = _gradient(kl_grad, lp_grad, note, stashes, *saved[:count], ctx.text)
-    return *KlCall.of(ctx.text).call.needs.spread(found), *(None,) * 6
+    found = _gradient(kl_grad, lp_grad, note, stashes, *saved[:count], ctx.call)
+    return *ctx.call.call.needs.spread(found), *(None,) * 6
 
 
 _forward.differentiable(_save, _backward)

@@ -1,14 +1,13 @@
 """`linear_logprobs`: per-token log-probs of a language-model head, without [N, V] logits."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from treg.operators import Operator, scalars
+from treg.operators import Operator, save_for_backward, saved_values, values_of
 from treg.ops.call import Batch, Call
-from treg.ops.head.selection import check_same_rows, scored_rows
+from treg.ops.head.selection import same_rows
 from treg.ops.options import HeadOptions, check_numbers, check_targets
 from treg.ops.plans import Plan, choose_plan, fake_note, note_of, read_note
 from treg.ops.plans.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
@@ -120,8 +119,7 @@ def score(
         numbers = list(options.numbers())
         found = run_vocab_parallel(call, rows, weight, bias, flat, numbers, options.shard)
         return {name: x.reshape(target.shape) for name, x in found.items()}
-    numbers = scalars(*options.numbers())
-    results = _forward(rows, weight, bias, target, numbers, call.text())
+    results = _forward(rows, weight, bias, target, options.numbers(), call)
     return dict(zip(("logprobs", *call.outputs), results, strict=False))
 
 
@@ -130,7 +128,7 @@ def batch_of(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    numbers: Tensor,
+    numbers: Tensor | tuple[float, ...],
     call: Call,
 ) -> Batch:
     """The rows of an operator's arguments, whose values are known here and are checked.
@@ -138,7 +136,7 @@ def batch_of(
     Args:
         hidden: [N, D]. target: [...] of N elements. numbers: the head's come first.
     """
-    known = numbers.tolist()
+    known = values_of(numbers)
     head = call.head(weight, bias, known)
     check_numbers(head.logit_scale, head.softcap, head.temperature)
     check_targets(target, weight.shape[0], call.ignore_index)
@@ -189,21 +187,18 @@ def plan_of_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    numbers: Tensor,
+    numbers: Tensor | tuple[float, ...],
     note: Tensor,
 ) -> tuple[Plan, Batch]:
     """The plan of the forward, and its rows where the backward reads them.
 
     The forward has checked every value. note: from `note_of`.
     """
-    plan, left_out = read_note(note)
+    plan, noted = read_note(note)
     reads = plan.backward_reads_rows
-    flat, known = target.reshape(-1).contiguous(), numbers.tolist()
-    batch = Batch.of_shapes(call, hidden, weight, bias, flat, known, cast=reads)
-    if reads:
-        batch = replace(batch, rows=scored_rows(flat, call.ignore_index))
-        check_same_rows(batch.rows, left_out)
-    return plan, batch
+    flat, known = target.reshape(-1).contiguous(), values_of(numbers)
+    rows = same_rows(flat, call.ignore_index, noted) if reads else None
+    return plan, Batch.of_shapes(call, hidden, weight, bias, flat, known, rows=rows, cast=reads)
 
 
 def _differentiate_fake(coef, saved, hidden, weight, bias, target, numbers, text) -> list[Tensor]:
@@ -225,11 +220,10 @@ _gradient = Operator(
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, text = inputs
+    *operands, text = inputs
     ctx.call = Call.of(text)
     scores = 1 + len(ctx.call.outputs)
-    # tensors are saved by autograd alone, so that it can free, check and move them
-    ctx.save_for_backward(*tensors, *output[scores:])
+    save_for_backward(ctx, *operands, *output[scores:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -238,9 +232,8 @@ def _backward(ctx, grads):
     coef = grads[0]
     if coef is None:
         return None, None, None, None, None, None
-    hidden, weight, bias, target, numbers, *saved = ctx.saved_tensors
-    text = ctx.call.text()
-    found = _gradient(coef, saved, hidden, weight, bias, target, numbers, text)
+    hidden, weight, bias, target, numbers, *saved = saved_values(ctx)
+    found = _gradient(coef, saved, hidden, weight, bias, target, numbers, ctx.call)
     return *ctx.call.needs.spread(found), None, None, None
 
 

@@ -24,8 +24,7 @@ from treg.losses.pairs import (
     row_starts,
 )
 from treg.losses.tokens import sequence_of_row
-from treg.operators import Operator
-from treg.operators import scalars as as_tensor
+from treg.operators import Operator, save_for_backward, saved_values, values_of
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
 from treg.ops.head.selection import sees_values
 from treg.ops.linear_kl import linear_kl
@@ -179,12 +178,10 @@ def fused_treg_loss(
             token_weights=_constant(token_weights),
             pair_values=pairs,
         )
-        call = call.with_loss(loss_options.text(), summed=reduction != "none")
-        numbers = as_tensor(*options.numbers(), *loss_options.numbers())
+        call = call.with_loss(loss_options, summed=reduction != "none")
+        numbers = (*options.numbers(), *loss_options.numbers())
         operands = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target)
-        loss, stats, *scores = _forward(
-            *operands, *_of_operator(given), cu_seqlens, numbers, call.text()
-        )
+        loss, stats, *scores = _forward(*operands, *_of_operator(given), cu_seqlens, numbers, call)
         found = dict(zip(("logprobs", *call.outputs), scores, strict=False))
         return _result(pair_loss(loss, stats, loss_options), found, reduction, count // 2)
     _check_early(target, given._replace(pair_values=pairs), cu_seqlens, call, loss_options)
@@ -328,8 +325,11 @@ def _score(hidden, weight, bias, target, *others) -> list[Tensor]:
     *tensors, cu_seqlens, numbers, text = others
     given = Given(**dict(zip(OPERANDS, tensors, strict=True)))
     call = Call.of(text)
-    options = LossOptions.of(call.loss, tuple(numbers.tolist()[HEAD_NUMBERS:]))
-    scored = target != call.ignore_index
+    options = call.loss_options
+    if options is None:
+        options = LossOptions.of(call.loss, values_of(numbers)[HEAD_NUMBERS:])
+    # only values are compared with it
+    scored = target != call.ignore_index if checks.values_visible(target) else None
     check_pairs("target", target, scored, given, cu_seqlens, options)
     batch = batch_of(hidden, weight, bias, target, numbers, call)
     plan = choose_plan(call, batch.tiles, hidden.shape[0])
@@ -416,8 +416,7 @@ def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, target, _, _, _, _, cu_seqlens, numbers, text = inputs
     ctx.call = Call.of(text)
     scores = 3 + len(ctx.call.outputs)  # loss, stats, log-probs, outputs
-    # tensors are saved by autograd alone, so that it can free, check and move them
-    ctx.save_for_backward(hidden, weight, bias, target, cu_seqlens, numbers, *output[scores:])
+    save_for_backward(ctx, hidden, weight, bias, target, cu_seqlens, numbers, *output[scores:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -427,9 +426,8 @@ def _backward(ctx, grads):
     others = (None,) * 8
     if upstream is None:
         return None, None, None, *others
-    hidden, weight, bias, target, cu_seqlens, numbers, *saved = ctx.saved_tensors
-    text = ctx.call.text()
-    found = _gradient(upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, text)
+    hidden, weight, bias, target, cu_seqlens, numbers, *saved = saved_values(ctx)
+    found = _gradient(upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, ctx.call)
     return *ctx.call.needs.spread(found), *others
 
 

@@ -1,6 +1,7 @@
 """dhidden, dweight and dbias of a head, added up tile by tile."""
 
 import copy
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from treg.ops.head.gemm import add_transposed, scaled_to, times_weight
 from treg.ops.head.head import Tiles
-from treg.ops.head.selection import RowSelection, sees_values
+from treg.ops.head.selection import RowSelection
 
 
 class Needs(NamedTuple):
@@ -77,8 +78,9 @@ class GradientSums:
         self.hidden = hidden
         self.weight = tiles.head.weight
         self.columns = tiles.scaled_columns
-        self.row_scale = hidden.new_zeros(hidden.shape[0], dtype=tiles.compute)
+        self.compute = tiles.compute
         self.empty = True
+        self._row_scale: Tensor | None = None
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
@@ -91,21 +93,29 @@ class GradientSums:
         if needs.bias and tiles.head.bias is not None:
             self.dbias = hidden.new_empty(tiles.head.bias.shape, dtype=tiles.compute)
 
+    @property
+    def row_scale(self) -> Tensor:
+        """[N], 0 where nothing was added."""
+        if self._row_scale is None:
+            self._row_scale = self.hidden.new_zeros(self.hidden.shape[0], dtype=self.compute)
+        return self._row_scale
+
     def add(self, tile: Tensor, rows: RowSelection, scale: Tensor | None = None) -> None:
         """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1).
 
-        While a CUDA graph is captured, rows that are not scored could not be left out: their scale
+        Where values were not looked at, rows that are not scored could not be left out: their scale
         is 0, and they add nothing, whatever hidden holds there (NaN even).
         """
-        for place, part in rows.places():
-            self.row_scale[part] = 1.0 if scale is None else scale[place]
+        if rows.complete and scale is not None and self._row_scale is None:
+            self._row_scale = scale
             if self.dhidden is not None:
-                self._add_hidden(tile[place], part)
+                times_weight(tile, self.weight, self.dhidden)
+        else:
+            self._add_rows(tile, rows, scale)
         if self.dweight is not None:
-            for first in range(0, self.hidden.shape[1], self.columns):
-                columns = slice(first, first + self.columns)
-                scaled = self._scaled_hidden(rows, scale, columns)
-                add_transposed(self.dweight[:, columns], tile, scaled, first=self.empty)
+            for hidden, total in self._columns(self.dweight):
+                scaled = _scaled(hidden, rows, scale)
+                add_transposed(total, tile, scaled, first=self.empty)
         if self.dbias is not None:
             ones = tile.new_ones(tile.shape[0]) if scale is None else scale.to(tile.dtype)
             total = self.dbias.unsqueeze(-1)
@@ -114,6 +124,7 @@ class GradientSums:
 
     def apart(self) -> "GradientSums":
         """New sums of dweight and dbias, whose rows go into the same dhidden."""
+        self._row_scale = self.row_scale  # of both from here on
         other = copy.copy(self)
         other.dweight = None if self.dweight is None else torch.empty_like(self.dweight)
         other.dbias = None if self.dbias is None else torch.empty_like(self.dbias)
@@ -134,6 +145,13 @@ class GradientSums:
             return None
         return scaled_to(self.dhidden, self.row_scale.unsqueeze(-1), dtype)
 
+    def _add_rows(self, tile: Tensor, rows: RowSelection, scale: Tensor | None) -> None:
+        """dhidden, and the factors that it lacks."""
+        for place, part in rows.places():
+            self.row_scale[part] = 1.0 if scale is None else scale[place]
+            if self.dhidden is not None:
+                self._add_hidden(tile[place], part)
+
     def _add_hidden(self, tile: Tensor, part: slice | Tensor) -> None:
         assert self.dhidden is not None
         if isinstance(part, slice):
@@ -143,14 +161,27 @@ class GradientSums:
         times_weight(tile, self.weight, out)
         self.dhidden[part] = out
 
-    def _scaled_hidden(self, rows: RowSelection, scale: Tensor | None, columns: slice) -> Tensor:
-        """scale[:, None] * hidden[rows, columns] in hidden's dtype, and 0 where scale is 0."""
-        hidden = self.hidden[:, columns]
-        if scale is None:
-            return rows.read(hidden)
-        out = hidden.new_empty(len(rows), hidden.shape[1])
+    def _columns(self, dweight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """hidden and dweight, some columns at a time."""
+        columns = self.hidden.shape[1]
+        if columns <= self.columns:
+            yield self.hidden, dweight
+            return
+        for first in range(0, columns, self.columns):
+            part = slice(first, first + self.columns)
+            yield self.hidden[:, part], dweight[:, part]
+
+
+def _scaled(hidden: Tensor, rows: RowSelection, scale: Tensor | None) -> Tensor:
+    """scale[:, None] * hidden[rows] in hidden's dtype, and 0 where scale is 0."""
+    if scale is None:
+        return rows.read(hidden)
+    out = hidden.new_empty(len(rows), hidden.shape[1])
+    if rows.complete:
+        torch.mul(hidden, scale.unsqueeze(-1), out=out)
+    else:
         for place, part in rows.places():
             torch.mul(hidden[part], scale[place].unsqueeze(-1), out=out[place])
-        if not sees_values(scale):
-            out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)
-        return out
+    if not rows.looked:
+        out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)
+    return out

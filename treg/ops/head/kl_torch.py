@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treg.ops.head.head import Head
-from treg.ops.head.selection import sees_values
+from treg.ops.head.selection import looks
 from treg.ops.head.torch_tiles import BLOCK, BLOCK_GPU, transformed
 
 PASS_BUFFERS = 4  # blocks alive at once, at most
@@ -122,7 +122,7 @@ class TorchPasses:
         if slope is not None:
             for x in made:
                 x.mul_(slope)
-        if scored is not None and not sees_values(scored):  # else only scored rows are here
+        if scored is not None and not looks(scored):  # else only scored rows are here
             for x in values.values():
                 x.masked_fill_(~scored, 0.0)
             for x in made:

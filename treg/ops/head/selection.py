@@ -1,10 +1,15 @@
 """Which rows are computed: those with a target, in the order in which they are taken."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# So few rows are all computed on a GPU: to wait for it, in order to know which ones are scored,
+# costs more than their products.
+FEW_ROWS = 512
+BLIND = -1  # `RowSelection.note` where values were not looked at
 
 
 @dataclass(frozen=True)
@@ -13,6 +18,7 @@ class RowSelection:
 
     total: int
     parts: tuple[slice | Tensor, ...]
+    looked: bool = True  # False: all rows are here, and some of them perhaps are not scored
 
     @classmethod
     def all(cls, total: int) -> "RowSelection":
@@ -32,11 +38,18 @@ class RowSelection:
             raise TypeError(f"expected listed rows, got the range {part}")
         return part
 
+    @property
+    def note(self) -> int:
+        """What `same_rows` makes the selection of again."""
+        return len(self) if self.looked else BLIND
+
     def __len__(self) -> int:
         return sum(_length(part) for part in self.parts)
 
     def read(self, x: Tensor) -> Tensor:
         """x's rows of the selection, [len(self), ...]; a view where it is one range."""
+        if self.complete:
+            return x
         if len(self.parts) == 1:
             return x[self.parts[0]]
         return torch.cat([x[part] for part in self.parts])
@@ -62,7 +75,7 @@ class RowSelection:
             last = min(stop, place.stop) - place.start
             if first < last:
                 found.append(_cut(part, first, last))
-        return RowSelection(self.total, tuple(found) or (slice(0, 0),))
+        return replace(self, parts=tuple(found) or (slice(0, 0),))
 
     def chunks(self, step: int) -> "Iterator[RowSelection]":
         """Successive selections of one part and at most `step` rows each."""
@@ -70,40 +83,71 @@ class RowSelection:
             length = _length(part)
             for first in range(0, length, step):
                 piece = _cut(part, first, min(first + step, length))
-                yield RowSelection(self.total, (piece,))
+                yield replace(self, parts=(piece,))
 
 
 def scored_rows(target: Tensor, ignore_index: int) -> RowSelection:
-    """The rows with a target. All rows where values may not be looked at."""
-    return rows_where(target != ignore_index)
+    """The rows with a target. All rows where values are not looked at."""
+    return rows_where(target != ignore_index) if looks(target) else _all_blind(target)
 
 
 def rows_where(used: Tensor) -> RowSelection:
-    """The rows where used [N] is True. All rows where values may not be looked at."""
-    everything = RowSelection.all(used.shape[0])
-    if not sees_values(used) or bool(used.all()):
-        return everything
-    return RowSelection(used.shape[0], (used.nonzero().squeeze(1),))
+    """The rows where used [N] is True. All rows where values are not looked at.
+
+    A GPU is waited for once.
+    """
+    return _rows_where(used, int(used.sum())) if looks(used) else _all_blind(used)
 
 
 def sees_values(x: Tensor) -> bool:
     """Whether a tensor's values may be looked at: not while a CUDA graph is captured.
 
-    Elsewhere a GPU is waited for, in the forward and in the backward. What that costs is
-    far less than the products of prompts and padding.
+    Elsewhere a GPU is waited for, in the forward alone. What that costs is far less than the
+    products of prompts and padding.
     """
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def check_same_rows(rows: RowSelection, left_out: Tensor | bool) -> None:
-    """RuntimeError where a backward finds other rows than its forward, which noted in left_out
-    whether rows were left out.
+def looks(x: Tensor) -> bool:
+    """Whether rows of x [N, ...] that are not scored are looked for: where it is possible, and pays
+    for the wait.
     """
-    if rows.complete == bool(left_out):
+    return sees_values(x) and not (x.is_cuda and x.shape[0] <= FEW_ROWS)
+
+
+def same_rows(target: Tensor, ignore_index: int, note: int) -> RowSelection:
+    """The selection that `scored_rows` made of the same target, without a wait for the device.
+
+    note: `RowSelection.note` of that selection.
+    Raises:
+        RuntimeError: that selection is of a forward within the capture of a CUDA graph, and this is
+            outside, or the reverse.
+    """
+    seen = looks(target)
+    if note == target.shape[0]:
+        return RowSelection.all(note)
+    # a forward within a capture did not know whether rows are ignored: here it decides
+    if seen != (note != BLIND) and not (seen and bool((target != ignore_index).all())):
         raise RuntimeError(
             "target: expected forward and backward both inside the capture of a CUDA graph, or "
             "both outside, got one of each: ignored tokens are left out outside alone"
         )
+    if note == BLIND:
+        return _all_blind(target)
+    return _rows_where(target != ignore_index, note)
+
+
+def _all_blind(x: Tensor) -> RowSelection:
+    count = x.shape[0]
+    return RowSelection(count, (slice(0, count),), looked=False)
+
+
+def _rows_where(used: Tensor, count: int) -> RowSelection:
+    """The rows where used [N] is True, which are so many."""
+    if count == used.shape[0]:
+        return RowSelection.all(count)
+    # of a size that is known, the list needs no wait
+    return RowSelection(used.shape[0], (torch.nonzero_static(used, size=count).squeeze(1),))
 
 
 def _length(part: slice | Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from treg.ops.head.gemm import logits_into, slab_bytes, slab_rows
 from treg.ops.head.head import Head
 from treg.ops.head.memory import empty_rows
-from treg.ops.head.selection import sees_values
+from treg.ops.head.selection import looks
 
 # Elements that the row passes work on at a time. On a CPU 4 MiB of float32 stay in its cache; on a
 # GPU each pass is a launch.
@@ -167,7 +167,7 @@ class TorchTiles:
 
     def _cleaned(self, hidden: Tensor, scored: Tensor) -> Tensor:
         """What ignored rows hold (NaN even) is replaced by 0, where they could not be left out."""
-        return hidden if sees_values(hidden) else torch.where(scored.unsqueeze(-1), hidden, 0.0)
+        return hidden if looks(hidden) else torch.where(scored.unsqueeze(-1), hidden, 0.0)
 
     def _blocks(self, n: int):
         step = max(1, self._block // self.head.weight.shape[0])

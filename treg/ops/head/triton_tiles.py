@@ -2,12 +2,55 @@
 in registers.
 """
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from treg.ops.head.gemm import logits_into, slab_bytes
 from treg.ops.head.head import Head, on_device
 from treg.ops.head.memory import ROW_MULTIPLE, row_width
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the shape, the dtype and the device of a weight decide."""
+
+    largest: Any  # the forward's largest tile of `treg_kernels.configs`
+    columns: int  # partial results of a row and statistic, at most
+    max_rows: int
+    fixed_bytes: int
+    scaled_columns: int
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(
+    find: Callable, dtype: torch.dtype, V: int, D: int, copied: bool, device: torch.device
+) -> _Tables:
+    """find: `treg_kernels.configs.tiles_for`. copied: whether the copy engine can read the
+    weight.
+    """
+    from treg_kernels.configs import KINDS, SLAB_BYTES
+
+    tiles = {kind: [tile for _, tile in find(kind, dtype, V, D, copied)] for kind in KINDS}
+    every = [tile for found in tiles.values() for tile in found]
+    narrowest = min(tile.v for kind in ("forward", "stash") for tile in tiles[kind])
+    vendor_bytes = SLAB_BYTES if any(tile.vendor for tile in every) else 0
+    columns = -(-V // narrowest)
+    # a copy of them is about as large as the partial results of its row
+    parts = -(-D // max(512, 8 * columns // dtype.itemsize))
+    return _Tables(
+        # its width is that of "tops", whatever the number of rows
+        largest=tiles["forward"][-1],
+        columns=columns,
+        max_rows=min(tile.max_rows for tile in every),
+        # slabs are of a CPU, where the interpreter runs
+        fixed_bytes=slab_bytes(D, dtype, device)[0] + vendor_bytes,
+        scaled_columns=-(-D // (parts * 128)) * 128,  # equal parts, of whole cache lines
+    )
 
 
 class TritonTiles:
@@ -20,8 +63,7 @@ class TritonTiles:
     logits_dtype = None
 
     def __init__(self, head: Head):
-        from treg_kernels import configs
-        from treg_kernels.forward import part_columns
+        from treg_kernels.configs import tiles_for
         from treg_kernels.launch import addressable
         from treg_kernels.tiles import Scalars
 
@@ -31,32 +73,32 @@ class TritonTiles:
         self._scalars = Scalars.of(head.logit_scale, head.softcap, head.temperature)
         self._bias = None if head.bias is None else head.bias.contiguous()
         weight = head.weight
-        V, D = weight.shape
-        copied = addressable(weight)  # by the copy engine
-        with on_device(head.weight):
-            self._columns = part_columns(head.weight)
-            # The largest tile of the forward comes first: its width is that of "tops", whatever
-            # the number of rows.
-            self._tiles: list[configs.Tile] = []
-            for kind in configs.KINDS:
-                smallest_first = configs.tiles_for(kind, weight.dtype, V, D, copied)
-                self._tiles += [tile for _, tile in reversed(smallest_first)]
-        self._vendor_bytes = configs.SLAB_BYTES if any(tile.vendor for tile in self._tiles) else 0
+        # sizes may be symbolic where shapes alone are traced
+        V, D = map(int, weight.shape)
+        with on_device(weight):
+            copied = addressable(weight)
+            self._tables = _tables(tiles_for, weight.dtype, V, D, copied, weight.device)
 
     @property
     def max_rows(self) -> int:
-        return min(tile.max_rows for tile in self._tiles)
+        return self._tables.max_rows
 
     @property
     def fixed_bytes(self) -> int:
-        weight = self.head.weight
-        # slabs are of a CPU, where the interpreter runs
-        return slab_bytes(weight.shape[1], weight.dtype, weight.device)[0] + self._vendor_bytes
+        return self._tables.fixed_bytes
+
+    @property
+    def top_width(self) -> int:
+        return self._tables.largest.v
+
+    @property
+    def scaled_columns(self) -> int:
+        return self._tables.scaled_columns
 
     def row_bytes(self, *, stash: bool, outputs: tuple[str, ...] = ()) -> int:
         V, D = self.head.weight.shape
         size = self.stash_dtype.itemsize
-        partial = 4 * self._columns * (2 + len(outputs))
+        partial = 4 * self._tables.columns * (2 + len(outputs))
         # Rows that are listed by number are copied. On a GPU these few D beside V are not counted,
         # so that whole batches without ignored rows fill the budget.
         gathered = 0 if self.head.weight.is_cuda else 3 * D * size
@@ -68,18 +110,6 @@ class TritonTiles:
 
     def column_bytes(self, rows: int) -> int:
         return rows * self.stash_dtype.itemsize
-
-    @property
-    def top_width(self) -> int:
-        return self._tiles[0].v
-
-    @property
-    def scaled_columns(self) -> int:
-        """About as large as the partial results of the row."""
-        D = self.head.weight.shape[1]
-        most = max(512, 8 * self._columns // self.stash_dtype.itemsize)
-        parts = -(-D // most)
-        return -(-D // (parts * 128)) * 128  # equal parts, of whole cache lines
 
     def forward(
         self,
@@ -101,7 +131,7 @@ class TritonTiles:
                 outputs,
                 stash,
                 logits_into,
-                self._tiles[0] if "tops" in outputs else None,
+                self._tables.largest if "tops" in outputs else None,
             )
 
     def gradient(

@@ -20,6 +20,7 @@ from torch import Tensor
 from treg.ops.call import Batch, Call
 from treg.ops.head import Tiles
 from treg.ops.head.memory import tile_rows
+from treg.ops.head.selection import BLIND
 from treg.ops.plans.base import Plan
 from treg.ops.plans.columns import Columns
 from treg.ops.plans.filtered import Filtered
@@ -33,6 +34,7 @@ PLANS: dict[str, Plan] = {
     plan.name: plan
     for plan in (ForwardOnly(), Frozen(), Kept(), PairGroups(), Columns(), Filtered())
 }
+NAMES = tuple(PLANS)
 
 
 def choose_plan(call: Call, tiles: Tiles, rows: int) -> Plan:
@@ -45,20 +47,21 @@ def choose_plan(call: Call, tiles: Tiles, rows: int) -> Plan:
 
 
 def note_of(plan: Plan, batch: Batch) -> Tensor:
-    """What a forward notes for its backward beside tensors: the plan, and whether rows were left
-    out; [2] on the CPU.
+    """What a forward notes for its backward beside tensors: the plan, and `RowSelection.note`; one
+    int64 on the CPU.
     """
-    return torch.tensor([list(PLANS).index(plan.name), not batch.rows.complete])
+    note = (batch.rows.note - BLIND) * len(PLANS) + NAMES.index(plan.name)
+    return torch.scalar_tensor(note, dtype=torch.int64, device="cpu")
 
 
-def read_note(note: Tensor) -> tuple[Plan, bool]:
-    """The plan, and whether rows were left out."""
-    number, left_out = note.tolist()
-    return list(PLANS.values())[number], bool(left_out)
+def read_note(note: Tensor) -> tuple[Plan, int]:
+    """The plan, and `RowSelection.note`."""
+    rows, number = divmod(int(note.item()), len(PLANS))
+    return PLANS[NAMES[number]], rows + BLIND
 
 
 def fake_note() -> Tensor:
-    return torch.empty(2, dtype=torch.int64, device="cpu")
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 def plan_name(call: Call, capacity: int, rows: int) -> str:

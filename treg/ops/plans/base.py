@@ -11,7 +11,7 @@ from treg.losses.pairs import PairOutputs, TokenInputs, evaluate_pairs
 from treg.ops.call import Batch
 from treg.ops.head.gradients import Gradients
 from treg.ops.head.memory import empty_rows, held_bytes, tile_step
-from treg.ops.head.selection import sees_values
+from treg.ops.head.selection import RowSelection
 
 Saved = dict[str, Tensor]  # what a backward needs, by name
 Scores = dict[str, Tensor]  # of each row: "logprobs", and the statistics asked for, by name
@@ -111,9 +111,18 @@ def score_rows(
         outputs: statistics, "tops" perhaps.
         stash, factor: [kept, V] and [kept], filled with those of the first rows; or None.
     Returns:
-        "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored.
+        "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored. Where one launch
+        took all rows, "factor" too, in place of the given one.
     """
     tiles, rows = batch.tiles, batch.rows
+    reserved = 0 if stash is None else held_bytes(stash)
+    step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
+    at_once = step if stash is None else tiles.max_rows
+    whole = rows.complete and 0 < len(rows) <= at_once
+    if whole and (stash is None or len(rows) == stash.shape[0]):
+        found = tiles.forward(batch.hidden, batch.target, outputs, stash)
+        tiles.release()
+        return found
     found = empty_rows(batch.hidden, tiles, ("logprobs", "norm", *outputs))
 
     def score(selection, tile_stash=None):
@@ -130,8 +139,6 @@ def score_rows(
             place = slice(at, at + len(selection))
             factor[place] = score(selection, stash[place])["factor"]
             at = place.stop
-    reserved = 0 if stash is None else held_bytes(stash)
-    step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
     for selection in rows.section(kept, len(rows)).chunks(step):
         score(selection)
     tiles.release()
@@ -144,10 +151,11 @@ def scored_coefficients(batch: Batch, coef: Tensor) -> Tensor:
     return torch.where(scored, coef, 0.0).to(batch.tiles.compute)
 
 
-def row_factors(batch: Batch, target: Tensor) -> Tensor | None:
-    """What multiplies a tile of complete gradients: 1 at scored rows and 0 at others, where those
-    could not be left out; else None, which stands for 1 everywhere.
+def row_factors(batch: Batch, rows: RowSelection, target: Tensor) -> Tensor | None:
+    """What multiplies a tile of complete gradients, whose rows and target these are: 1 at scored
+    rows and 0 at others, where those could not be left out; else None, which stands for 1
+    everywhere.
     """
-    if sees_values(target):
+    if rows.looked:
         return None
     return (target != batch.head.ignore_index).to(batch.tiles.compute)

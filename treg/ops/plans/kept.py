@@ -22,6 +22,7 @@ from treg.ops.head.memory import (
     tile_rows,
     tile_step,
 )
+from treg.ops.head.selection import RowSelection
 from treg.ops.plans.base import (
     Saved,
     ScoredFirst,
@@ -54,8 +55,7 @@ class Kept(ScoredFirst):
         saved = self.saved(batch)
         stash, factor = self._of_kept_rows(batch, saved)
         scores = score_rows(batch, outputs, stash, factor)
-        saved["norm"] = scores.pop("norm")
-        return scores, saved
+        return scores, saved | {k: scores.pop(k) for k in ("norm", "factor") if k in scores}
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         stash, factor = self._of_kept_rows(batch, saved)
@@ -76,6 +76,8 @@ class Kept(ScoredFirst):
         kept = min(saved["stash"].shape[0], self._kept(batch, len(batch.rows)))
         if not kept:
             return None, None
+        if kept == saved["stash"].shape[0]:
+            return saved["stash"], saved["factor"]
         return saved["stash"][:kept], saved["factor"][:kept]
 
 
@@ -119,21 +121,35 @@ def differentiate_rows(
     )
     with without_autocast(batch.hidden):
         if stash is not None and factor is not None:
-            first = rows.section(0, kept)
+            first = rows if kept == count else rows.section(0, kept)
             sums.add(stash, first, first.read(coef) * factor)
-        tile = stash_rows(
-            batch.hidden,
-            min(step, count - kept),
-            batch.head.weight.shape[0],
-            dtype=tiles.stash_dtype,
-            multiple=tiles.row_multiple,
-        )
-        for selection in rows.section(kept, count).chunks(step):
-            target = selection.read(batch.target)
-            out = tile[: len(selection)]
-            hidden = selection.read(batch.hidden)
-            tiles.gradient(hidden, target, selection.read(norm), selection.read(coef), out)
-            sums.add(out, selection, row_factors(batch, target))
+        if kept < count:
+            _differentiate_again(batch, norm, coef, sums, rows.section(kept, count), step)
     sums.finish()
     tiles.release()
     return sums
+
+
+def _differentiate_again(
+    batch: Batch,
+    norm: Tensor,
+    coef: Tensor,
+    sums: GradientSums,
+    rows: RowSelection,
+    step: int,
+) -> None:
+    """Rows whose stash was not kept, so many at a time."""
+    tiles = batch.tiles
+    tile = stash_rows(
+        batch.hidden,
+        min(step, len(rows)),
+        batch.head.weight.shape[0],
+        dtype=tiles.stash_dtype,
+        multiple=tiles.row_multiple,
+    )
+    for selection in rows.chunks(step):
+        target = selection.read(batch.target)
+        out = tile[: len(selection)]
+        hidden = selection.read(batch.hidden)
+        tiles.gradient(hidden, target, selection.read(norm), selection.read(coef), out)
+        sums.add(out, selection, row_factors(batch, selection, target))

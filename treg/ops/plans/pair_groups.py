@@ -14,7 +14,7 @@ Which, is decided on the host from lengths alone. All pairs must get the same up
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -249,7 +249,7 @@ class GroupWork:
             coef = selection.read(self.outputs.coef)
             out = tile[: len(selection)]
             batch.tiles.gradient(hidden, target, selection.read(norm), coef, out)
-            self.sums.add(out, selection, row_factors(batch, target))
+            self.sums.add(out, selection, row_factors(batch, selection, target))
 
     def _rows(self, group: Group) -> RowSelection:
         """Scored rows of a group: its chosen sequences, then its rejected ones."""
@@ -261,7 +261,7 @@ class GroupWork:
         chosen = slice(starts[group.first], starts[group.last])
         rejected = slice(starts[pairs + group.first], starts[pairs + group.last])
         if rows.complete:
-            return RowSelection(rows.total, (chosen, rejected))
+            return replace(rows, parts=(chosen, rejected))
         listed = rows.numbers
         return RowSelection(rows.total, (torch.cat([listed[chosen], listed[rejected]]),))
 

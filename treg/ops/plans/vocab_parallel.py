@@ -42,7 +42,7 @@ from treg.ops.call import Batch, Call
 from treg.ops.head.gradients import Gradients
 from treg.ops.head.head import ABSENT, IGNORED, local_target
 from treg.ops.head.memory import check_budget
-from treg.ops.head.selection import RowSelection, check_same_rows
+from treg.ops.head.selection import RowSelection, same_rows
 from treg.ops.plans.base import Saved, Scores, score_rows
 from treg.ops.plans.kept import Kept
 
@@ -180,7 +180,7 @@ class _Sharded(torch.autograd.Function):
         batch = Batch.of(call, hidden, weight, bias, local, numbers)
         scores, saved = plan.forward(batch)
         ctx.plan, ctx.call, ctx.numbers = VocabParallel(plan.shard), call, numbers
-        ctx.left_out = not batch.rows.complete
+        ctx.note = batch.rows.note
         ctx.save_for_backward(hidden, weight, bias, local, *saved.values())
         results = tuple(scores[name] for name in ("logprobs", *call.outputs))
         ctx.mark_non_differentiable(*results[1:])
@@ -194,8 +194,8 @@ class _Sharded(torch.autograd.Function):
         if coef is None:
             return None, None, None, *nothing
         hidden, weight, bias, local, *values = ctx.saved_tensors
-        batch = Batch.of(ctx.call, hidden, weight, bias, local, ctx.numbers)
-        check_same_rows(batch.rows, ctx.left_out)
+        rows = same_rows(local, ctx.call.ignore_index, ctx.note)
+        batch = Batch.of_shapes(ctx.call, hidden, weight, bias, local, ctx.numbers, rows=rows)
         saved = dict(zip(ctx.plan.saved_names, values, strict=True))
         gradients = ctx.plan.backward(batch, coef, saved)
         return *gradients.like(hidden, weight, bias), *nothing
@@ -225,6 +225,8 @@ class VocabParallel(Kept):
         # a rank without the target asks for its first word's log-prob
         asked = replace(own, target=torch.where(target == ABSENT, 0, target))
         found = score_rows(asked, outputs, stash, factor)
+        if "factor" in found:
+            factor = saved["factor"] = found.pop("factor")
         merged = self._merge(batch, found)
         if stash is not None and factor is not None:
             first = batch.rows.section(0, stash.shape[0])
