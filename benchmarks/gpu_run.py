@@ -2,7 +2,7 @@
 that nothing is left.
 
     python benchmarks/gpu_run.py --minutes 8 --out FOLDER [--only STEP ...] [--renew]
-    python benchmarks/gpu_run.py --minutes 8 --dry-run --processes 12
+    python benchmarks/gpu_run.py --minutes 8 --dry-run
     python benchmarks/gpu_run.py --tiny --out FOLDER
 
 The second says what the minutes should hold, without a GPU; the third does all of it on small
@@ -44,6 +44,8 @@ from gpu_runner import Runner
 from loss_head_cases import DEVICE
 from loss_head_measure import OURS, environment
 from loss_head_peers import METHODS
+
+MOST_PROCESSES = 12  # each has a head and its gradients in the GPU's memory: 9 GB
 
 
 def stop_at_signals() -> None:
@@ -87,10 +89,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--processes",
         type=int,
-        default=max(1, min(12, (os.cpu_count() or 1) - 2)),
-        help="that compile or test at a time",
+        help=f"that compile or test at a time; at most {MOST_PROCESSES} by default",
     )
     args = parser.parse_args(argv)
+    if args.processes is None:
+        cores = 16 if args.dry_run else os.cpu_count() or 1
+        args.processes = max(1, min(MOST_PROCESSES, cores - 2))
     if args.out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", str(environment()["device"]).lower()).strip("-")
         args.out = HERE / "results" / ("tiny" if args.tiny else slug)

@@ -93,7 +93,8 @@ class Runner:
         n, began = work["processes"], time.monotonic()
         script = [sys.executable, str(HERE / "gpu_worker.py"), "--compile"]
         given = json.dumps(work["works"])
-        running = [Command([*script, str(k), str(n)], surroundings(False), given) for k in range(n)]
+        env = surroundings(False) | {"OMP_NUM_THREADS": "1"}
+        running = [Command([*script, str(k), str(n)], env, given) for k in range(n)]
         try:
             codes = [one.wait(deadline - 1.0) for one in running]
         finally:

@@ -7,6 +7,8 @@ Each case is a function of `Sizes` that gives a `Trial`: what is run, and what i
     rms, max, relative    of found - exact; relative = its 2-norm over that of exact
     logprobs              rms <= 1e-5 nats, or twice that of exact sums of the vendor's float32
                           products where that is more; max <= 20 times as much
+    kl, float32 sums      relative <= 1e-4 of bfloat16 operands: a matrix unit may truncate, and a
+                          rounding to bfloat16 would be 2e-3; 1e-5 in float32
     dhidden, dweight      relative <= 5e-3 in bfloat16: four roundings to 8 bits, which mostly
                           cancel; 1e-5 in float32
     bits                  max = 0: the same call gives the same bits
@@ -26,6 +28,7 @@ from treg.ops.head.gemm import add_transposed, logits_into, split_product, times
 
 Results = dict[str, Tensor]
 NATS = 1e-5
+FLOAT32_SUMS = ("kl", "logits", "sum", "parts")
 
 
 class Skipped(Exception):
@@ -107,7 +110,8 @@ def of_rows(p: Problem, **options) -> Trial:
     def step(fn: Callable, dtype: torch.dtype | None, **more) -> Results:
         leaves = p.leaves(dtype)
         logps = fn(*leaves, p.target, **options, **more).logprobs
-        return {"logprobs": logps.detach()} | gradients(logps @ p.upstream.to(logps.dtype), leaves)
+        loss = (logps * p.upstream).sum()
+        return {"logprobs": logps.detach()} | gradients(loss, leaves)
 
     return Trial(
         lambda: step(linear_logprobs, None, impl="triton"),
@@ -171,7 +175,8 @@ def graph_rehearsed(s: Sizes) -> Trial:
 def _graph(s: Sizes, rehearse: bool) -> Trial:
     """Forward and backward in a CUDA graph, replayed with other rows in the same memory.
 
-    Without a rehearsal the vendor's library has been called before, and none of the kernels.
+    Without a rehearsal the vendor's library has been called before, also in autograd's thread, and
+    none of the kernels.
     """
     p, other = llama(s, 200, 9), llama(s, 200, 9)
     other = replace(other, hidden=other.hidden.flip(0).contiguous(), target=other.target.flip(0))
@@ -187,6 +192,8 @@ def _graph(s: Sizes, rehearse: bool) -> Trial:
                 here.run()
             else:
                 _products(p)
+                x = p.hidden[:, :64].clone().requires_grad_()
+                (x @ x.T).sum().backward()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
@@ -425,13 +432,12 @@ def limits(name: str, trial: Trial, s: Sizes, vendor_rms: float) -> dict[str, fl
     """Of one result; see the head of this file."""
     if trial.bits:
         return {"max": 0.0}
-    exact = {"relative": 1e-5}
     if name == "logprobs":
         rms = max(NATS, 2 * vendor_rms)
         return {"rms": rms, "max": 20 * rms}
-    if name in ("kl", "logits", "sum", "parts"):
-        return exact  # float32 sums
-    return exact if s.dtype == torch.float32 else {"relative": 5e-3}
+    if s.dtype == torch.float32:
+        return {"relative": 1e-5}
+    return {"relative": 1e-4 if name in FLOAT32_SUMS else 5e-3}
 
 
 def judged(trial: Trial, s: Sizes) -> dict:

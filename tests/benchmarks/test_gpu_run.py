@@ -15,6 +15,7 @@ from pathlib import Path
 import gpu_bars
 import gpu_dry
 import gpu_process
+import gpu_rates
 import gpu_run
 import gpu_runner
 import gpu_steps
@@ -24,6 +25,7 @@ import gpu_worker
 import loss_head_cell
 import pytest
 import torch
+import tune_tiles
 from gpu_plan import Job, Step, follow
 from gpu_record import Record
 from loss_head_cases import IGNORE, Case, batch_of, blank_batch, gpu_case, tiny
@@ -530,3 +532,56 @@ def test_cool_times_of_some_do_not_hide_a_fast_other():
 
 def test_bar_without_its_own_method_is_not_measured():
     assert gpu_bars.judge(ONE, cells(quack=(1, 1))).text == "not measured: treg_fused did not run"
+
+
+# -- tiles
+
+
+def test_measured_tiles_go_into_the_folder_and_are_not_timed_again(tmp_path, monkeypatch):
+    """Never over the file that the kernels read; the tile that is faster by more than 2 %."""
+    shipped = tune_tiles.SHIPPED.read_bytes()
+    name, kind = "llama-3-8b", "gradient"
+    tiles = list(tune_tiles.tiles_of(kind, 40))
+    times = {tiles[0]: 3.0, tiles[1]: 2.0}
+    timed = []
+
+    def cell(*shape):
+        timed.append(shape)
+        return [
+            {"tile": tile._asdict(), "table": tile == tiles[0], "ms": ms}
+            for tile, ms in times.items()
+        ]
+
+    monkeypatch.setattr(tune_tiles, "cell", cell)
+    [line] = tune_tiles.tune(tmp_path, name, kind, True, lambda: 1.0)
+    assert line.startswith("llama-3-8b gradient N=40") and "2.000 ms" in line
+    assert tune_tiles.tune(tmp_path, name, kind, True, lambda: 1.0) == []
+    assert timed == [(kind, 40, *tune_tiles.heads(True)[name])]
+    [row] = json.loads((tmp_path / "measured.json").read_text())
+    assert row["tile"] == tiles[1]._asdict() and (row["kind"], row["rows"]) == (kind, 40)
+    assert {path.name for path in tmp_path.iterdir()} == {"tiles.json", "measured.json"}
+    assert tune_tiles.SHIPPED.read_bytes() == shipped
+
+
+def test_every_form_of_a_tile_is_timed_beside_the_first(monkeypatch):
+    """A candidate that differs in a field other than its shape is another form of the kernel."""
+    first = gpu_rates.configs.tile_for("stash", tune_tiles.DTYPE, 40, 264, 64)
+    other = first._replace(registers=100)
+    wider = first._replace(v=2 * first.v)
+    candidates = {gpu_rates.configs.architecture(): (wider, other, first)}
+    monkeypatch.setattr(gpu_rates.configs, "CANDIDATES", candidates)
+    assert gpu_rates.forms("stash", 40, 264, 64) == {"": first, "registers=100": other}
+    monkeypatch.setattr(tune_tiles, "inputs", lambda *shape: ({}, None))
+    monkeypatch.setattr(tune_tiles, "call", lambda *operands: None)
+    monkeypatch.setattr(gpu_rates, "seconds", lambda calls, *rounds: SECONDS)
+    found = gpu_rates.kernel_rates("llama-3-8b", True, False, lambda name: None)["kinds"]
+    assert found.keys() == {"forward", "stash", "gradient"}
+    flops = 2 * 40 * 264 * 64
+    for rate in found.values():
+        assert rate["tflops"] == pytest.approx(flops / 4 / 1e12, rel=1e-3)
+        assert rate["mm_tflops"] == pytest.approx(flops / 3 / 1e12, rel=1e-3)
+        assert (rate["ms"], rate["ratio"]) == (4000.0, 0.75)
+        assert rate["forms"]["registers=100"]["ratio"] == 1.5
+
+
+SECONDS = {"": 4.0, "mm": 3.0, "registers=100": 2.0}
