@@ -1,7 +1,7 @@
 """What so many minutes of a GPU should hold: the real plan followed with an imagined clock, which
 every job moves by what it should cost. A model, not a measurement.
 
-    process       START: Python, torch, CUDA's context, this project
+    process       START: Python, torch, CUDA's context, this project; the first is gpu_run.py's own
     compile       START + kernels * COMPILE / processes + the slowest; kernels are counted by
                   launching what the steps launch on a stand-in for a GPU (`gpu_worker.py --list`)
     truth         TRUTH, and products of float64 at FLOAT64: 3 forward and backward, N D V each
@@ -169,6 +169,7 @@ def imagine(
 ) -> list[Event]:
     """A call of `gpu_run.py`: what it would do when."""
     clock = Clock()
+    clock.now = START
 
     def do(job: Job, deadline: float) -> None:
         needed, left = costs.of(job), deadline - clock.now
@@ -179,7 +180,7 @@ def imagine(
             costs.warm = False  # it is killed
             memory.put_part(job.kind, job.name, {}, "late")
 
-    return list(follow(steps, memory, do, clock, seconds, renew))
+    return list(follow(steps, memory, do, clock, seconds - START, renew))
 
 
 def by_minute(events: list[Event]) -> str:

@@ -44,6 +44,7 @@ class Worker:
                 text=True,
                 cwd=ROOT,
                 env=self.env,
+                preexec_fn=die_with_parent,  # at once: its imports take seconds
             )
             self.lines: queue.Queue[str] = queue.Queue()
             threading.Thread(

@@ -45,7 +45,7 @@ from loss_head_cases import DEVICE
 from loss_head_measure import OURS, environment
 from loss_head_peers import METHODS
 
-MOST_PROCESSES = 12  # each has a head and its gradients in the GPU's memory: 9 GB
+MOST_COMPILING = 12  # each has a head and its gradients in the GPU's memory: 9 GB
 
 
 def stop_at_signals() -> None:
@@ -56,6 +56,15 @@ def stop_at_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
+
+
+def since_start() -> float:
+    """Seconds since this process began: its imports count too."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.process_time()
 
 
 def announce(events: Iterator[gpu_plan.Event], began: float) -> None:
@@ -86,15 +95,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what the minutes should hold, and do nothing"
     )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        help=f"that compile or test at a time; at most {MOST_PROCESSES} by default",
-    )
     args = parser.parse_args(argv)
-    if args.processes is None:
-        cores = 16 if args.dry_run else os.cpu_count() or 1
-        args.processes = max(1, min(MOST_PROCESSES, cores - 2))
     if args.out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", str(environment()["device"]).lower()).strip("-")
         args.out = HERE / "results" / ("tiny" if args.tiny else slug)
@@ -103,9 +104,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
-    began = time.monotonic()
-    setting = gpu_steps.Setting(args.out.resolve(), args.tiny, args.processes)
-    steps = [step for step in gpu_steps.steps(setting) if step.name in args.only]
+    before = since_start() if argv is None else 0.0
+    began = time.monotonic() - before
+    cores = 16 if args.dry_run else os.cpu_count() or 1
+    most = max(1, cores - 2)
+    setting = gpu_steps.Setting(args.out.resolve(), args.tiny, min(MOST_COMPILING, most), most)
+    only = {*args.only, "compile"} if {*args.only} & {*gpu_steps.COMPILED} else args.only
+    steps = [step for step in gpu_steps.steps(setting) if step.name in only]
     record = Record(args.out / "loss_head.json", args.commit)
     if args.dry_run:
         import gpu_dry
@@ -116,13 +121,12 @@ def main(argv: list[str] | None = None) -> int:
     steps = gpu_steps.ready(steps, record, args.renew)
     gpu = DEVICE == "cuda"
     worker = Worker(surroundings(not gpu), *["--tiny"] * args.tiny)
+    seconds = 60 * args.minutes - before
     peers = [name for name in METHODS if not name.startswith(OURS)]
     runner = Runner(record, worker, peers, gpu)
     try:
         announce(
-            gpu_plan.follow(
-                steps, record, runner.do, time.monotonic, 60 * args.minutes, args.renew
-            ),
+            gpu_plan.follow(steps, record, runner.do, time.monotonic, seconds, args.renew),
             began,
         )
     finally:

@@ -45,7 +45,8 @@ class Setting:
 
     folder: Path
     tiny: bool = False
-    processes: int = 12  # that compile, or test, at a time
+    compiling: int = 12  # processes at a time
+    testing: int = 14
 
 
 def steps(setting: Setting) -> list[Step]:
@@ -57,7 +58,7 @@ def steps(setting: Setting) -> list[Step]:
         Step("host", 6, 25, _host()),
         Step("bars", 190, 260, _bars()),
     ]
-    compiling = {"do": "compile", "works": [], "processes": setting.processes}  # see `ready`
+    compiling = {"do": "compile", "works": [], "processes": setting.compiling}  # see `ready`
     found = [
         Step("environment", 15, 40, (Job("environment", 40, work={"do": "environment"}),)),
         Step("compile", 35, 75, (Job("compile", 75, 10, work=compiling),)),
@@ -70,9 +71,9 @@ def steps(setting: Setting) -> list[Step]:
 
 
 def _slower(step: Step, times: float) -> Step:
-    """A CPU takes its time even for small sizes."""
+    """A CPU takes its time even for small sizes; nothing is kept from the steps before."""
     jobs = tuple(replace(job, most=times * job.most) for job in step.jobs)
-    return replace(step, most=times * step.most, jobs=jobs)
+    return replace(step, least=0.0, most=times * step.most, jobs=jobs)
 
 
 def ready(steps: list[Step], record: Done, renew: bool) -> list[Step]:
@@ -173,7 +174,7 @@ def _tests(setting: Setting) -> tuple[Job, ...]:
     if setting.tiny:
         first, then = TESTS[:1], ()
     jobs = [
-        Job(f"tests: {name}", 140, 20, command=_pytest(files, setting.processes))
+        Job(f"tests: {name}", 140, 20, command=_pytest(files, setting.testing))
         for name, files in (("first", first), ("others", then))
         if files
     ]

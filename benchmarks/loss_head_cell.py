@@ -24,6 +24,7 @@ from loss_head_peers import METHODS, step
 
 HOT_ROUNDS, MOST_ROUNDS, HOT_SECONDS = (7, 50, 2.0) if DEVICE == "cuda" else (2, 2, 0.0)
 COOL_ROUNDS, PAUSE = 3, 2.0
+LONG = 0.5  # seconds of a round: to wait for each costs nothing then
 Tell = Callable[[dict], object]
 
 
@@ -87,7 +88,7 @@ def measure_cell(
         if not some or (kind == "cool" and DEVICE != "cuda"):
             continue
         at(kind)
-        ran = rounds(some, timing)
+        ran = rounds(some, timing, at)
         for name, seconds in ran.seconds.items():
             if seconds:
                 found[name][kind] = seconds
@@ -166,7 +167,7 @@ class Rounds:
         return run
 
 
-def _hot(calls: dict[str, Callable], timing: Timing) -> Rounds:
+def _hot(calls: dict[str, Callable], timing: Timing, at: Callable[[str], None]) -> Rounds:
     """Back to back, after a round that only warms up."""
     warm = Rounds(calls)
     began = time.perf_counter()
@@ -176,18 +177,29 @@ def _hot(calls: dict[str, Callable], timing: Timing) -> Rounds:
     hot = Rounds({name: calls[name] for name in calls if name not in warm.broken})
     hot.broken.update(warm.broken)
     most = max(HOT_ROUNDS, min(MOST_ROUNDS, int(HOT_SECONDS / once)))
-    return _until(hot, most, timing, once)
+    alive = (lambda: at("hot")) if once > LONG else None
+    return _until(hot, most, timing.left() / once, alive)
 
 
-def _cool(calls: dict[str, Callable], timing: Timing) -> Rounds:
+def _cool(calls: dict[str, Callable], timing: Timing, at: Callable[[str], None]) -> Rounds:
     cool = Rounds(calls, timing.pause)
-    return _until(cool, COOL_ROUNDS, timing, len(calls) * timing.pause)
+    fit = timing.left() / (len(calls) * timing.pause or 1.0)
+    return _until(cool, COOL_ROUNDS, fit, lambda: at("cool"))
 
 
-def _until(rounds: Rounds, most: int, timing: Timing, once: float) -> Rounds:
-    """So many rounds, or as many as there is time for; one takes about `once` seconds."""
-    for _ in range(int(min(most, max(0.0, timing.left()) / once))):
+def _until(
+    rounds: Rounds, most: int, fit: float, alive: Callable[[], None] | None = None
+) -> Rounds:
+    """So many rounds, or as many as fit into the time that is left.
+
+    alive: is called after each, which is then waited for, so that a long row of rounds is not taken
+    for a hang.
+    """
+    for _ in range(int(max(0.0, min(most, fit)))):
         rounds.round()
+        if alive is not None:
+            synchronize()
+            alive()
     synchronize()
     return rounds
 

@@ -278,6 +278,36 @@ def test_killed_at_any_point_the_next_call_finishes(tmp_path):
     assert found["excluded"] == {"peer": "brought its process down (exit code 9) in cell"}
 
 
+ORPHAN = """
+import sys, threading, time
+sys.path.insert(0, {benchmarks!r})
+import gpu_process
+worker = gpu_process.Worker(gpu_process.surroundings(False))
+worker.command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+threading.Thread(target=worker.ask, args=({{}}, time.monotonic() + 60), daemon=True).start()
+while worker.process is None:
+    time.sleep(0.01)
+print(worker.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_worker_dies_with_its_parent():
+    """Also one that is still importing: the next call must not find it on the GPU."""
+    script = ORPHAN.format(benchmarks=str(gpu_process.HERE))
+    parent = subprocess.Popen(
+        [sys.executable, "-S", "-c", script], stdout=subprocess.PIPE, text=True
+    )
+    worker = Path("/proc", parent.stdout.readline().strip())
+    assert worker.exists()
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while worker.exists() and " Z " not in (worker / "stat").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 class Scripted:
     """A worker that tells a part and then gives an answer: a result, or what it was at and why it
     gave none.
@@ -346,7 +376,7 @@ def test_summary_is_printed_at_a_signal(tmp_path, monkeypatch, capsys):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "left: truth: 18 of 18" in capsys.readouterr().out
+    assert "truth: 18 of 18" in capsys.readouterr().out
 
 
 # -- tests as a job
