@@ -133,8 +133,11 @@ def cool_methods_of(cell: str, bars: Iterable[Bar] = BARS) -> tuple[str, ...]:
 def judge(bar: Bar, cells: dict[str, dict]) -> Verdict:
     """What a result file's cells say of a bar."""
     cell = cells.get(bar.cell)
-    if cell is None or "methods" not in cell:
-        return Verdict({}, "not measured" if cell is None else f"failed: {cell['failed']}")
+    if cell is None:
+        return Verdict({}, "not measured")
+    if "methods" not in cell:
+        why = f"failed: {cell['failed']}" if "failed" in cell else "not measured: unfinished"
+        return Verdict({}, why)
     methods = cell["methods"]
     ours = methods.get(bar.ours, {})
     if "failed" in ours:

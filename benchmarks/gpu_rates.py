@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import tune_tiles
 from loss_head_cases import DEVICE, HEADS, Case, batch_of, blank_batch
-from loss_head_measure import Alternation, ceilings, synchronize
+from loss_head_measure import Alternation, synchronize
 from loss_head_methods import OWN, step
 
 from treg_kernels import configs
@@ -63,12 +63,6 @@ def _products(rows: int, D: int, V: int) -> dict[str, Callable]:
         out = torch.empty(rows, V, device=DEVICE)
         calls["float32"] = lambda: torch.mm(hidden, weight, out_dtype=torch.float32, out=out)
     return calls
-
-
-def all_ceilings(tiny: bool, at: Callable[[str], None]) -> dict:
-    """`loss_head_measure.ceilings` on a GPU, and `product_rates`."""
-    found = ceilings() if DEVICE == "cuda" else {}
-    return {**found, "products": product_rates(tiny, at)}
 
 
 def _normal(*size: int) -> torch.Tensor:

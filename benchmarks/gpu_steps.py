@@ -176,7 +176,13 @@ def _tests(setting: Setting) -> tuple[Job, ...]:
     if setting.tiny:
         first, then = TESTS[:1], ()
     jobs = [
-        Job(f"tests: {name}", 140, 20, command=_pytest(files, setting.testing))
+        Job(
+            f"tests: {name}",
+            140,
+            20,
+            command=_pytest(files, setting.testing),
+            environment={"OMP_NUM_THREADS": "1"},
+        )
         for name, files in (("first", first), ("others", then))
         if files
     ]

@@ -48,8 +48,8 @@ def _about(stages: dict) -> str:
             f"a product of 8192^3: {ceilings['matmul_tflops']:.0f} TFLOP/s; a copy: "
             f"{ceilings['copy_gb_per_s']:.0f} GB/s"
         )
-    if ceilings.get("products"):
-        lines.append(f"products of 4096 rows, TFLOP/s: {ceilings['products']}")
+    if found.get("products"):
+        lines.append(f"products of 4096 rows, TFLOP/s: {found['products']}")
     if "compiled" in compiled:
         lines.append(
             f"compiled {compiled['compiled']} of {compiled['kernels']} kernels in "

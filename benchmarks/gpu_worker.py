@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from loss_head_cases import CASES, DEVICE, gpu_cases, tiny
 from loss_head_cell import Timing, launch_cell, measure_cell, summarised
-from loss_head_measure import environment
+from loss_head_measure import ceilings, environment
 
 
 def small_step() -> None:
@@ -78,13 +78,15 @@ class Desk:
 
 
 def do_environment(work: dict, desk: Desk) -> dict:
-    from gpu_rates import all_ceilings
+    from gpu_rates import product_rates
 
     if desk.launch:
         return {}
     found = {"environment": environment(), "clocks": clocks()}
     desk.part(found)
-    found["ceilings"] = all_ceilings(desk.tiny, desk.at)
+    found["ceilings"] = ceilings() if DEVICE == "cuda" else None
+    desk.part(found)
+    found["products"] = product_rates(desk.tiny, desk.at)
     return {**found, "clocks_after": clocks()}
 
 

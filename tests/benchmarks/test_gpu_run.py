@@ -24,6 +24,7 @@ import gpu_truth
 import gpu_worker
 import loss_head_cell
 import pytest
+import report
 import torch
 import tune_tiles
 from gpu_plan import Job, Step, follow
@@ -558,6 +559,25 @@ def test_cool_times_of_some_do_not_hide_a_fast_other():
         FASTEST, cells(treg_fused=(7, 7), a=(20, 20), b=(None, 7), c=(None, 30))
     )
     assert verdict.values == {"hot": 1.0} and verdict.text == "missed by 25.0 %, hot alone"
+
+
+def test_bar_of_a_cell_that_did_not_end():
+    for cell, text in (
+        ({"unfinished": "late"}, "not measured: unfinished"),
+        ({"failed": "hot: died"}, "failed: hot: died"),
+        ({"unfinished": "late", "methods": {}}, "not measured: quack did not run"),
+    ):
+        assert gpu_bars.judge(ONE, {"cell": cell}).text == text
+
+
+def test_report_of_cells_that_hold_less():
+    """A peer timed hot alone has an empty place; a cell of which nothing is known has none."""
+    names = [bar.cell for bar in gpu_bars.BARS[::5]]
+    held = cells(gemm_3=(8, 10), verl=(None, 20))["cell"]
+    record = {"cells": {names[0]: held, names[1]: {"unfinished": "late at start"}}}
+    text = report.full_report(record, {})
+    assert "| gemm_3 | 8 |  | 1 | 10 |  | 1 |" in text and "| verl |  |  |  | 20 |  | 2 |" in text
+    assert f"## {names[0]}" in text and f"## {names[1]}" not in text
 
 
 def test_bar_without_its_own_method_is_not_measured():
