@@ -81,11 +81,14 @@ class Costs:
         if work["do"] == "compile":
             self.warm = False
             return self._compile(work["processes"])
-        starts = START if job.alone or not self.warm else 0.0
-        if starts:
-            self.called = set()
-        self.warm = True
-        return starts + getattr(self, f"_{work['do']}")(work)
+        return getattr(self, f"_{work['do']}")(work)
+
+    def start(self, job: Job) -> float:
+        """Of the worker, where a job needs a new one."""
+        if job.command or job.work["do"] == "compile" or (self.warm and not job.alone):
+            return 0.0
+        self.warm, self.called = True, set()
+        return START
 
     def _command(self, job: Job) -> float:
         if job.name.startswith("sanitizer"):
@@ -171,6 +174,9 @@ def imagine(
     clock = Clock()
     clock.now = START
 
+    def prepare(job: Job, until: float) -> None:
+        clock.now = min(until, clock.now + costs.start(job))
+
     def do(job: Job, deadline: float) -> None:
         needed, left = costs.of(job), deadline - clock.now
         clock.now += min(needed, left)
@@ -180,7 +186,7 @@ def imagine(
             costs.warm = False  # it is killed
             memory.put_part(job.kind, job.name, {}, "late")
 
-    return list(follow(steps, memory, do, clock, seconds - START, renew))
+    return list(follow(steps, memory, do, clock, seconds - START, renew, prepare))
 
 
 def by_minute(events: list[Event]) -> str:

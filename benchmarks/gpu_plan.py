@@ -67,12 +67,14 @@ def follow(
     clock: Callable[[], float],
     seconds: float,
     renew: bool = False,
+    prepare: Callable[[Job, float], object] = lambda job, until: None,
 ) -> Iterator[Event]:
     """Do what is not done, each job once, within so many seconds.
 
     Args:
         do: is given a job and the deadline, a time of the clock, and puts what it finds into the
-            record.
+            record. prepare: is called before, with the end of the step: what a job needs, a process
+            to start, takes the step's time and not the job's.
     Yields:
         an event after each job.
     """
@@ -87,6 +89,7 @@ def follow(
             now = clock()
             if until - now < job.least:
                 continue  # a later job may need less
-            deadline = min(until, now + job.most)
+            prepare(job, until)
+            deadline = min(until, clock() + job.most)
             do(job, deadline)
             yield Event(step.name, job.name, now, clock(), deadline)

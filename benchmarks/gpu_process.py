@@ -16,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SILENCE = 40.0  # seconds without a word after which a worker hangs
+STARTING = 90.0  # seconds in which one must have started
 START = "start"  # what a worker is at that has said nothing
 Keep = Callable[[dict], object]
 
@@ -28,46 +29,44 @@ class Worker:
         self.command = [sys.executable, str(HERE / "gpu_worker.py"), *options]
         self.process: subprocess.Popen | None = None
 
+    def start(self, deadline: float) -> str:
+        """Start it, if it does not run, and wait until it has imported what it needs. Returns why
+        it does not run, or "".
+        """
+        if self.process is not None and self.process.poll() is None:
+            return ""
+        self.stop()  # it may have ended between two jobs
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=self.env,
+            preexec_fn=die_with_parent,  # at once: its imports take seconds
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(
+            target=self._listen, args=(self.process.stdout, self.lines), daemon=True
+        ).start()
+        line, why = self._line(deadline, STARTING)
+        return why if "ready" in line else why or f"expected it to be ready, got {line!r}"
+
     def ask(
         self, job: dict, deadline: float, keep: Keep = lambda part: None
     ) -> tuple[dict | None, str, str]:
         """The result, or None, what the worker was at and why nothing came ("late": the
         deadline). keep is given what is known before the result is.
         """
-        if self.process is not None and self.process.poll() is not None:
-            self.stop()  # it ended between two jobs
-        if self.process is None:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env=self.env,
-                preexec_fn=die_with_parent,  # at once: its imports take seconds
-            )
-            self.lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(
-                target=self._listen, args=(self.process.stdout, self.lines), daemon=True
-            ).start()
+        if why := self.start(deadline):
+            return None, START, why
         with suppress(BrokenPipeError):  # it has ended: the queue says so
             print(json.dumps(job), file=self.process.stdin, flush=True)
         at = START
         while True:
-            left = deadline - time.monotonic()
-            try:
-                line = self.lines.get(timeout=max(0.0, min(SILENCE, left)))
-            except queue.Empty:
-                self.stop()
-                return (
-                    None,
-                    at,
-                    "late" if left < SILENCE else f"no sign of life for {SILENCE:.0f} s",
-                )
-            if not line:
-                code = self.process.wait()
-                self.stop()
-                return None, at, f"brought its process down (exit code {code})"
+            line, why = self._line(deadline, SILENCE)
+            if why:
+                return None, at, why
             message = json.loads(line)
             if "result" in message:
                 if message.get("bye"):
@@ -76,6 +75,20 @@ class Worker:
             if "part" in message:
                 keep(message["part"])
             at = message.get("at", at)
+
+    def _line(self, deadline: float, silence: float) -> tuple[str, str]:
+        """What it says next, or why it says nothing and was ended."""
+        left = deadline - time.monotonic()
+        try:
+            line = self.lines.get(timeout=max(0.0, min(silence, left)))
+        except queue.Empty:
+            self.stop()
+            return "", "late" if left < silence else f"no sign of life for {silence:.0f} s"
+        if line:
+            return line, ""
+        code = self.process.wait()
+        self.stop()
+        return "", f"brought its process down (exit code {code})"
 
     def stop(self) -> None:
         if self.process is not None:

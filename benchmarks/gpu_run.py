@@ -125,10 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     peers = [name for name in METHODS if not name.startswith(OURS)]
     runner = Runner(record, worker, peers, gpu)
     try:
-        announce(
-            gpu_plan.follow(steps, record, runner.do, time.monotonic, seconds, args.renew),
-            began,
+        events = gpu_plan.follow(
+            *(steps, record, runner.do, time.monotonic, seconds, args.renew, runner.prepare)
         )
+        announce(events, began)
     finally:
         worker.stop()
         print(gpu_summary.page(record.data, steps, lambda step: step.left(record, args.renew)))

@@ -24,6 +24,19 @@ class Runner:
         """
         self.record, self.worker, self.peers, self.gpu = record, worker, peers, gpu
 
+    def prepare(self, job: Job, until: float) -> None:
+        """Start the worker, whose imports take no time of the job's; fresh where the job wants it
+        alone.
+        """
+        if job.alone:
+            self.worker.stop()
+        if not self._by_command(job):
+            self.worker.start(until)
+
+    @staticmethod
+    def _by_command(job: Job) -> bool:
+        return bool(job.command) or job.work.get("do") == "compile"
+
     def do(self, job: Job, deadline: float) -> None:
         if job.work.get("do") == "compile":
             self._put(job, self._compile(job.work, deadline))
@@ -40,8 +53,6 @@ class Runner:
 
     def _work(self, job: Job, deadline: float) -> None:
         """By the worker; again without a method of another project that ended it."""
-        if job.alone:
-            self.worker.stop()
         known: dict = {}
 
         def keep(part: dict) -> None:

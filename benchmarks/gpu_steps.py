@@ -56,7 +56,7 @@ def steps(setting: Setting) -> list[Step]:
         Step("rates", 12, 30, _rates(setting)),
         Step("tiles", 6, 45, _tiles(setting)),
         Step("host", 6, 25, _host()),
-        Step("bars", 190, 260, _bars(setting)),
+        Step("bars", 215, 260, _bars(setting)),
     ]
     compiling = {"do": "compile", "works": [], "processes": setting.compiling}  # see `ready`
     found = [

@@ -2,6 +2,7 @@
 
     gpu_worker.py [--tiny]              a job a line on its input, what it does and finds on its
                                         output
+        {"ready": true}                                                                 out
         {"do": "truth", "name": ..., "seconds": ...}                                    in
         {"at": what} ... {"part": {...}} ... {"result": {...}, "bye": false}            out
     gpu_worker.py --compile K N         all jobs on its input; it launches what they launch, but
@@ -171,6 +172,7 @@ def serve(small: bool) -> None:
     def say(**message) -> None:
         print(json.dumps(message), file=out)
 
+    say(ready=True)
     for line in sys.stdin:
         work = json.loads(line)
         say(at=work_name(work))

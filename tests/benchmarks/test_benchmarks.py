@@ -264,6 +264,9 @@ def three():
     return [case.name for case in gpu_cases()[:3]]
 
 
+READY = "print('{\"ready\": true}', flush=True); "
+
+
 def run(record, worker, seconds=100.0):
     jobs = tuple(
         gpu_plan.Job(case.name, 90, 1, "cells", {"name": case.name}) for case in gpu_cases()[:3]
@@ -327,11 +330,11 @@ def test_record_is_whole_whatever_interrupts_it(tmp_path, monkeypatch):
     ("script", "why"),
     [
         (
-            'import time; print(\'{"at": "cce"}\', flush=True); time.sleep(60)',
+            READY + 'import time; print(\'{"at": "cce"}\', flush=True); time.sleep(60)',
             "no sign of life for 1 s",
         ),
         (
-            'print(\'{"at": "cce"}\', flush=True); raise SystemExit(9)',
+            READY + 'print(\'{"at": "cce"}\', flush=True); raise SystemExit(9)',
             "brought its process down (exit code 9)",
         ),
     ],
@@ -347,13 +350,15 @@ def test_worker_that_hangs_or_dies(monkeypatch, script, why):
 def test_slices_of_the_whole_script(tmp_path, monkeypatch, three, capsys):
     work = {"do": "cell", "name": three[2], "methods": ["treg_logprobs"]}
     job = gpu_plan.Job(three[2], 90.0, kind="cells", work=work)
-    step = gpu_plan.Step("cells", 0, 90.0, (job,))
+    wrong = gpu_plan.Job("wrong", 90.0, work={"do": "rates", "name": "no such head"})
+    step = gpu_plan.Step("cells", 0, 90.0, (wrong, job))  # one worker does both
     monkeypatch.setattr(gpu_steps, "steps", lambda setting: [step])
     arguments = ["--tiny", "--only", "cells", "--out", str(tmp_path), "--commit", "here"]
     assert gpu_run.main([*arguments, "--minutes", "0"]) == 3
-    assert "left: cells: 1 of 1" in capsys.readouterr().out
+    assert "left: cells: 2 of 2" in capsys.readouterr().out
     assert gpu_run.main([*arguments, "--minutes", "2"]) == 0
     record = json.loads((tmp_path / "loss_head.json").read_text())
+    assert record["stages"]["wrong"]["failed"] == "KeyError: 'no such head'"
     [cell] = record["cells"].values()
     assert cell["commit"] == "here" and cell["methods"]["treg_logprobs"]["hot"]["median"] > 0
     assert "nothing is left" in capsys.readouterr().out

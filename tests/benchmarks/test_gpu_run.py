@@ -108,6 +108,21 @@ def test_no_job_is_begun_twice_in_a_call():
     assert [e.job for e in told.follow([step("a", 0, 60, 10, 10)], 60)] == ["a0", "a1"]
 
 
+def test_what_a_job_needs_first_takes_the_time_of_the_step():
+    """A process that starts for 6 s leaves the job its own 10; the step's 20 s end both."""
+    told = Told(a0=9, a1=9)
+
+    def prepare(job, until):
+        assert until == 20
+        told.now += 6
+
+    events = list(
+        follow([step("a", 0, 20, 10, 10)], told, told.do, told.clock, 60, prepare=prepare)
+    )
+    assert told.deadlines == {"a0": 16, "a1": 20} and told.done == {"a0"}
+    assert [(e.began, e.ended) for e in events] == [(0, 15), (15, 20)]
+
+
 # -- what the plan holds
 
 SETTING = gpu_steps.Setting(Path("somewhere"))
@@ -156,8 +171,14 @@ def test_compiles_for_what_is_left(tmp_path):
 # -- the dry run
 
 
-@pytest.mark.parametrize("kernels", [125, 500], ids=["kernels", "four times as many"])
-def test_eight_minutes_hold_truth_rates_and_the_bars(tmp_path, kernels):
+@pytest.mark.parametrize(
+    ("kernels", "start"),
+    [(125, 10.0), (500, 10.0), (125, 22.0)],
+    ids=["as expected", "more kernels", "slow disk"],
+)
+def test_eight_minutes_hold_truth_rates_and_the_bars(tmp_path, monkeypatch, kernels, start):
+    """Also with four times as many kernels, or where a process takes twice as long to start."""
+    monkeypatch.setattr(gpu_dry, "START", start)
     memory = gpu_dry.Memory(Record(tmp_path / "r.json", None))
     steps = gpu_steps.ready(gpu_steps.steps(SETTING), memory, False)
     events = gpu_dry.imagine(steps, memory, gpu_dry.Costs(kernels), 480.0)
@@ -174,7 +195,7 @@ def test_imagined_cell_costs_what_its_calls_and_pauses_cost():
     name = "llama-3-8b-N16384-all-forward"
     costs, [job] = gpu_dry.Costs(0), [job for job in PLAN["bars"].jobs if job.name == name]
     job = replace(job, work={**job.work, "methods": ["gemm_1"], "cool": ["gemm_1"]})
-    costs.warm, costs.called = True, {"gemm_1"}
+    costs.called = {"gemm_1"}
     hot, cool = (costs.predicted[name]["gemm_1"][kind] / 1e3 for kind in ("hot", "cool"))
     rounds = int(gpu_dry.HOT[2] / hot)  # as many as two seconds hold, 50 at the most
     case = gpu_case("llama-3-8b", 16384, "all", "forward")
@@ -218,6 +239,32 @@ def test_each_kernel_is_one_process_s():
     ]
 
 
+COMPILER = """
+import json, sys, time
+works, k = json.load(sys.stdin), int(sys.argv[2])
+print("a library says something", file=sys.stderr)
+if k == 1:
+    raise SystemExit(3)
+if k == 2:
+    time.sleep(60)
+print(json.dumps({"result": {"kernels": 9, "compiled": len(works), "wrong": {str(k): "off"}}}))
+print("and at its end")
+"""
+
+
+def test_compiling_goes_on_without_a_process_that_dies_or_is_late(tmp_path, monkeypatch):
+    (tmp_path / "gpu_worker.py").write_text(COMPILER)
+    monkeypatch.setattr(gpu_runner, "HERE", tmp_path)
+    record = Record(tmp_path / "r.json", "a")
+    work = {"do": "compile", "works": [{"do": "rates"}] * 4, "processes": 4}
+    runner = gpu_runner.Runner(record, Scripted(), [])
+    runner.do(Job("compile", 60, work=work), time.monotonic() + 5)
+    found = record.data["stages"]["compile"]
+    assert (found["kernels"], found["compiled"], found["processes"]) == (9, 8, 4)
+    assert found["died"] == [1] and found["late"] == [2] and found["unfinished"] == "late"
+    assert found["wrong"] == {"0": "off", "3": "off"}
+
+
 # -- interruptions
 
 # A plan whose worker is a few lines of Python: parts, a death, a hang, results. No PyTorch is
@@ -228,6 +275,7 @@ sys.path.insert(0, {benchmarks!r})
 import gpu_plan, gpu_process, gpu_record, gpu_runner
 WORKER = '''
 import json, sys, time
+print(json.dumps({{"ready": True}}), flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     print(json.dumps({{"at": "peer" if job["name"] == "cell" else "x"}}), flush=True)
@@ -245,7 +293,7 @@ worker = gpu_process.Worker(gpu_process.surroundings(False))
 worker.command = [sys.executable, "-S", "-c", WORKER]
 runner = gpu_runner.Runner(record, worker, ["peer"])
 for event in gpu_plan.follow([gpu_plan.Step("s", 0, 60, tuple(jobs))], record, runner.do,
-                             time.monotonic, 60.0):
+                             time.monotonic, 60.0, prepare=runner.prepare):
     print(event.job, flush=True)
 worker.stop()
 """
@@ -356,7 +404,8 @@ def test_job_has_less_time_than_its_deadline(tmp_path):
 
 
 def test_worker_that_ended_between_two_jobs_is_started_again():
-    answer = "import sys; sys.stdin.readline(); print('{\"result\": {}}', flush=True)"
+    answer = "import sys; print('{\"ready\": 1}', flush=True); sys.stdin.readline(); "
+    answer += "print('{\"result\": {}}', flush=True)"
     worker = gpu_process.Worker(dict(os.environ))
     worker.command = [sys.executable, "-S", "-c", answer]
     for _ in range(2):
