@@ -161,6 +161,12 @@ class Command:
         self.process.wait()
 
 
+try:
+    LIBC = ctypes.CDLL("libc.so.6")  # loaded here: between fork and exec no lock may be waited for
+except OSError:
+    LIBC = None
+
+
 def die_with_parent() -> None:
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if LIBC is not None:
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
