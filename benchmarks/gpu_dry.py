@@ -10,7 +10,7 @@ every job moves by what it should cost. A model, not a measurement.
     a cell        its batch and oracle, then the times of benchmarks/results/predicted-h200.json:
                   once for errors, twice for memory, a round to warm up, the hot rounds; the cool
                   ones with their pauses; what a peer compiles or imports at its first call
-    tests         2 * START + TESTS * COMPILE / processes + RUN
+    tests         2 * START + their kernels * COMPILE / processes + RUN
 """
 
 import json
@@ -36,7 +36,7 @@ TRUTH, FLOAT64, FLOAT32, TRITON = 1.5, 40e12, 45e12, 600e12  # seconds; FLOP/s
 HOT = (7, 50, 2.0)  # rounds at the least, at most, seconds: those of a GPU
 FIRST_CALL = {"liger_dpo": 12.0, "verl": 10.0, "cce_exact": 6.0, "liger_scaled_ce": 4.0}
 IMPORTS = 8.0  # of the first cell of a worker: trl, transformers
-TESTS, RUN = 450, 30.0
+TESTS, RUN = {"gpu, tiles": 100, "log-probs, fused, objective": 350, "others": 200}, 15.0
 SANITIZER = 60.0
 PREDICTED = HERE / "results" / "predicted-h200.json"
 UNPREDICTED = "trl_chunked"  # stands for methods without a prediction
@@ -95,7 +95,8 @@ class Costs:
             return START + SANITIZER
         at = job.command.index("-n") if "-n" in job.command else None
         processes = 1 if at is None else int(job.command[at + 1])
-        return 2 * START + TESTS * COMPILE / processes + RUN
+        kernels = TESTS[job.name.removeprefix("tests: ")]
+        return 2 * START + kernels * COMPILE / processes + RUN
 
     def _compile(self, processes: int) -> float:
         kernels = self.kernels * COMPILE / processes + SLOWEST

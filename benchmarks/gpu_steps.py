@@ -22,19 +22,20 @@ NAMES = (
 )
 COMPILED = ("truth", "rates", "host", "bars", "tiles")  # in this order
 TUNED = ("llama-3-8b", "gemma-2-9b")
-TESTS = (
-    "ops/test_gpu.py",
-    "ops/test_tiles.py",
-    "ops/test_linear_logprobs.py",
-    "ops/test_fused.py",
-    "losses/test_objective.py",
-)
-OTHER_TESTS = (
-    "ops/test_compile.py",
-    "ops/test_filtered.py",
-    "ops/test_bad_input.py",
-    "ops/test_vocab_parallel.py",
-)
+TESTS = {
+    "gpu, tiles": ("ops/test_gpu.py", "ops/test_tiles.py"),
+    "log-probs, fused, objective": (
+        "ops/test_linear_logprobs.py",
+        "ops/test_fused.py",
+        "losses/test_objective.py",
+    ),
+    "others": (
+        "ops/test_compile.py",
+        "ops/test_filtered.py",
+        "ops/test_bad_input.py",
+        "ops/test_vocab_parallel.py",
+    ),
+}
 # a graph is compiled for every shape, or nobody asks for it
 NOT_WORTH_A_GPU = ("dense_compiled", "liger_mean_ce", "trl_selective")
 
@@ -172,10 +173,8 @@ def _worth(case: Case) -> list[str]:
 
 
 def _tests(setting: Setting) -> tuple[Job, ...]:
-    first, then = TESTS, OTHER_TESTS
-    if setting.tiny:
-        first, then = TESTS[:1], ()
-    jobs = [
+    groups = {"gpu": TESTS["gpu, tiles"][:1]} if setting.tiny else TESTS
+    return tuple(
         Job(
             f"tests: {name}",
             140,
@@ -183,10 +182,8 @@ def _tests(setting: Setting) -> tuple[Job, ...]:
             command=_pytest(files, setting.testing),
             environment={"OMP_NUM_THREADS": "1"},
         )
-        for name, files in (("first", first), ("others", then))
-        if files
-    ]
-    return tuple(jobs)
+        for name, files in groups.items()
+    )
 
 
 def _pytest(files: tuple[str, ...], processes: int) -> tuple[str, ...]:
