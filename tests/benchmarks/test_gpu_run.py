@@ -203,6 +203,7 @@ def test_imagined_cell_costs_what_its_calls_and_pauses_cost():
     assert costs.of(job) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_launches_of_the_plan_are_listed_without_a_gpu():
     """Every job that is compiled beforehand launches something that a stand-in for a GPU takes."""
     kept = ("N = 5", "several groups", "softcap")
