@@ -66,7 +66,7 @@ docs-serve: $(DOCS) ## the same in a browser, following what is edited
 bench: $(BENCH) ## the benchmarks; BENCH_ARGS are passed on
 	@$(PY) -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
 
-gpu: $(BENCH) ## everything that a GPU can tell, in slices of nine minutes; again until nothing is left
+gpu: $(BENCH) ## what a GPU can tell, the most telling first, in eight minutes; again until nothing is left
 	@$(PY) benchmarks/gpu_run.py $(BENCH_ARGS)
 
 report: $(BENCH) $(TRAIN) ## tables and pictures of what is in benchmarks/results

@@ -2,7 +2,9 @@
 not measured.
 
 A time is judged by the worse of its cool and its hot ratio, each median over median of methods
-timed in turns.
+timed in turns. A bar is never judged by another peer than those it names: where the one that it
+names did not run it is not measured, and where it names several ("the fastest of") the verdict
+says of which it is.
 """
 
 from collections.abc import Iterable
@@ -101,46 +103,102 @@ BARS = [
 ]
 
 
+# of "the fastest of", those worth a minute of a GPU; the others run with the rest of the matrix
+QUICK = ("trl_chunked", "liger_scaled_ce", "cce_exact", "verl")
+
+
+def methods_of(cell: str, bars: Iterable[Bar] = BARS) -> tuple[str, ...]:
+    """The methods that a cell's bars need: ours and those they name, of many the QUICK ones."""
+    named = [
+        name
+        for bar in bars
+        if bar.cell == cell
+        for name in (bar.ours, *bar.against)
+        if name in QUICK or len(bar.against) == 1 or name == bar.ours
+    ]
+    return tuple(dict.fromkeys(named))
+
+
+def cool_methods_of(cell: str, bars: Iterable[Bar] = BARS) -> tuple[str, ...]:
+    """Those of them that are timed cool as well: of bars on a time that name one other method."""
+    named = [
+        name
+        for bar in bars
+        if bar.cell == cell and bar.quantity == "time" and len(bar.against) == 1
+        for name in (bar.ours, *bar.against)
+    ]
+    return tuple(dict.fromkeys(named))
+
+
 def judge(bar: Bar, cells: dict[str, dict]) -> Verdict:
     """What a result file's cells say of a bar."""
     cell = cells.get(bar.cell)
-    if cell is None or "methods" not in cell:
-        return Verdict({}, "not measured" if cell is None else f"failed: {cell['failed']}")
+    if cell is None:
+        return Verdict({}, "not measured")
+    if "methods" not in cell:
+        why = f"failed: {cell['failed']}" if "failed" in cell else "not measured: unfinished"
+        return Verdict({}, why)
     methods = cell["methods"]
     ours = methods.get(bar.ours, {})
     if "failed" in ours:
         return Verdict({}, f"failed: {ours['failed']}")
+    kinds = ("cool", "hot") if bar.quantity == "time" else ("",)
+    absent = [name for name in bar.against if not _measured(methods, name, bar.quantity, kinds)]
+    if bar.against and len(absent) == len(bar.against):
+        return Verdict({}, f"not measured: {_did_not_run(absent, methods)}")
     values = {}
-    for kind in ("cool", "hot") if bar.quantity == "time" else ("",):
+    for kind in _comparable(bar, methods, kinds):
         mine = _value(ours, bar.quantity, kind)
-        theirs = [
-            x
-            for name in bar.against
-            if (x := _value(methods.get(name, {}), bar.quantity, kind)) is not None
-        ]
-        if mine is None or (bar.against and not theirs):
+        if mine is None:
             continue
-        unit = GIB if bar.quantity == "extra_bytes" else 1.0
-        values[kind] = mine / min(theirs) if bar.against else mine / unit
+        if bar.against:
+            values[kind] = mine / min(_values(bar, methods, kind))
+        else:
+            values[kind] = mine / (GIB if bar.quantity == "extra_bytes" else 1.0)
     if not values:
-        reasons = [
-            f"{name}: {methods.get(name, {}).get('reason')}"
-            for name in bar.against
-            if "reason" in methods.get(name, {})
-        ]
-        return Verdict({}, "; ".join(["not measured", *reasons]))
+        return Verdict({}, f"not measured: {_did_not_run([bar.ours], methods)}")
     over = max(values.values()) / bar.limit - 1
-    return Verdict(values, "met" if over <= 0 else f"missed by {100 * over:.1f} %")
+    text = "met" if over <= 0 else f"missed by {100 * over:.1f} %"
+    if len(values) < len(kinds):
+        text += f", {next(iter(values))} alone"
+    if absent:
+        ran = [name for name in bar.against if name not in absent]
+        text += f", of {', '.join(ran)}; partial: {_did_not_run(absent, methods)}"
+    return Verdict(values, text)
+
+
+def _values(bar: Bar, methods: dict[str, dict], kind: str) -> list[float]:
+    """Of the methods that a bar names."""
+    found = [_value(methods.get(name, {}), bar.quantity, kind) for name in bar.against]
+    return [x for x in found if x is not None]
+
+
+def _comparable(bar: Bar, methods: dict[str, dict], kinds: tuple[str, ...]) -> list[str]:
+    """The kinds in which all ran that ran at all: cool times of some would hide a fast other."""
+    counts = {kind: len(_values(bar, methods, kind)) for kind in kinds}
+    return [kind for kind in kinds if counts[kind] == max(counts.values())]
+
+
+def _measured(methods: dict, name: str, quantity: str, kinds: tuple[str, ...]) -> bool:
+    return any(_value(methods.get(name, {}), quantity, kind) is not None for kind in kinds)
+
+
+def _did_not_run(names: list[str], methods: dict[str, dict]) -> str:
+    """ "a (why), b did not run" """
+    told = []
+    for name in names:
+        found = methods.get(name, {})
+        why = found.get("reason") or found.get("failed")
+        told.append(f"{name} ({why})" if why else name)
+    return f"{', '.join(told)} did not run"
 
 
 def _value(method: dict, quantity: str, kind: str) -> float | None:
     if quantity == "time":
         return method.get(kind, {}).get("median")
-    return (
-        method.get("extra_bytes")
-        if quantity == "extra_bytes"
-        else method.get("errors", {}).get(quantity)
-    )
+    if quantity == "extra_bytes":
+        return method.get("extra_bytes")
+    return method.get("errors", {}).get(quantity)
 
 
 def table(cells: dict[str, dict], bars: Iterable[Bar] = BARS) -> str:

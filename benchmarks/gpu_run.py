@@ -1,280 +1,139 @@
-"""Everything that a GPU can tell, in slices that end in time: run it again until it says that
-nothing is left.
+"""Everything that a GPU can tell, by a plan that shares out the minutes: run it again until it says
+that nothing is left.
 
-    python benchmarks/gpu_run.py [--seconds 540] [--only tests] [--commit NAME] [--renew] [--tiny]
+    python benchmarks/gpu_run.py --minutes 8 --out FOLDER [--only STEP ...] [--renew]
+    python benchmarks/gpu_run.py --minutes 8 --dry-run
+    python benchmarks/gpu_run.py --tiny --out FOLDER
 
-environment    what the GPU is, and its ceilings: a large bfloat16 product, a copy
-tests          those marked gpu and all others of the ops, a file at a time
-sanitizer      compute-sanitizer's memcheck and racecheck on a small step, if it is there
-tiles          benchmarks/tune_tiles.py, if it is there
-cells          the matrix of `loss_head_cases`, those of the bars first, by `loss_head_cell`
+The second says what the minutes should hold, without a GPU; the third does all of it on small
+sizes, also on a CPU. --commit NAME, where git cannot tell.
 
-The record, benchmarks/results/<gpu>/loss_head.json, is replaced as a whole after every step, so
-that nothing is lost but the step that was interrupted. What is in it is not run again; with
---renew, unless another commit made it. A peer that brings its process down or hangs is named in
-"excluded" and left out from then on.
+environment    what the GPU is, its clocks and its ceilings: products at real shapes, a copy
+compile        the kernels of the steps up to the bars, in as many processes as there are cores
+truth          values against float64 where the interpreter cannot tell (`gpu_truth.py`)
+rates          each kernel beside the bare product of its shape, five heads (`gpu_rates.py`)
+tiles          candidate tiles for two heads (`tune_tiles.py`), which writes measured.json
+host           wall time of steps of few rows beside the GPU's own
+bars           the cells that bars are set on, with the methods that the bars name
+tests          those of the ops, several files at a time
+cells          the rest of the matrix of `loss_head_cases`, by `loss_head_cell`
+sanitizer      compute-sanitizer's memcheck on a small step, if it is there
+
+`gpu_plan.py` says how a step gets its share, `gpu_steps.py` what each holds. The record,
+FOLDER/loss_head.json, is replaced as a whole after every job and every method of a cell, so that
+nothing is lost but what was interrupted; that is marked "unfinished" and done again. What is in the
+record is not; with --renew, unless another commit made it. A peer that brings its process down or
+hangs is named in "excluded" and left out from then on. However it ends, a summary is printed.
 """
 
 import argparse
-import json
 import os
-import queue
 import re
-import shutil
-import subprocess
+import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import gpu_bars
-from gpu_worker import cells
-from loss_head_cases import FIRST
-from loss_head_cell import COOL_ROUNDS, DEVICE, PAUSE
+import gpu_plan
+import gpu_steps
+import gpu_summary
+from gpu_process import HERE, Worker, surroundings
+from gpu_record import Record
+from gpu_runner import Runner
+from loss_head_cases import DEVICE
 from loss_head_measure import OURS, environment
 from loss_head_peers import METHODS
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-STAGES = ("environment", "tests", "sanitizer", "tiles", "cells")
-TESTS = (
-    "ops/test_gpu.py",
-    "ops/test_tiles.py",
-    "ops/test_linear_logprobs.py",
-    "ops/test_fused.py",
-    "ops/test_compile.py",
-    "losses/test_objective.py",
-    "ops/test_filtered.py",
-    "ops/test_bad_input.py",
-    "ops/test_vocab_parallel.py",
-)
-SILENCE = 180.0  # seconds without a word after which a worker hangs
-ENOUGH = 60.0  # seconds that a step must have to be begun
+MOST_COMPILING = 12  # each has a head and its gradients in the GPU's memory: 9 GB
 
 
-class Record:
-    """A JSON file that is always whole."""
+def stop_at_signals() -> None:
+    """End as at an exception, so that the summary is printed and nothing is left running."""
 
-    def __init__(self, path: Path, commit: str | None):
-        self.path, self.commit = path, commit
-        self.data = (
-            json.loads(path.read_text())
-            if path.exists()
-            else {"stages": {}, "excluded": {}, "cells": {}}
-        )
+    def stop(number, frame):
+        raise SystemExit(128 + number)
 
-    def has(self, kind: str, name: str, renew: bool) -> bool:
-        found = self.data[kind].get(name)
-        return found is not None and not (renew and found.get("commit") != self.commit)
-
-    def put(self, kind: str, name: str, value: dict) -> None:
-        self.data[kind][name] = {"commit": self.commit, **value}
-        self.save()
-
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        with beside.open("w") as file:
-            file.write(one_a_line(self.data))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
 
 
-def one_a_line(data: dict[str, dict]) -> str:
-    """JSON of which every entry of an entry has a line: short, and a change shows where it is."""
-    parts = (
-        f"{json.dumps(kind)}: {{"
-        + ",".join(f"\n {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
-        + "\n}"
-        for kind, entries in data.items()
-    )
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-class Worker:
-    """A `gpu_worker.py`, started when first asked."""
-
-    def __init__(self, *options: str):
-        self.command = [sys.executable, str(HERE / "gpu_worker.py"), *options]
-        self.process: subprocess.Popen | None = None
-
-    def ask(self, job: dict, deadline: float) -> tuple[dict | None, str, str]:
-        """The result, or None, what the worker was at and why nothing came ("late": the
-        deadline).
-        """
-        if self.process is None:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env=surroundings(),
-            )
-            self.lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(
-                target=self._listen, args=(self.process.stdout, self.lines), daemon=True
-            ).start()
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        at = "start"
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                line = self.lines.get(timeout=max(0.0, min(SILENCE, left)))
-            except queue.Empty:
-                self.stop()
-                return (
-                    None,
-                    at,
-                    "late" if left < SILENCE else f"no sign of life for {SILENCE:.0f} s",
-                )
-            if not line:
-                code = self.process.wait()
-                self.stop()
-                return None, at, f"brought its process down (exit code {code})"
-            message = json.loads(line)
-            if "result" in message:
-                return message["result"], at, ""
-            at = message["at"]
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    @staticmethod
-    def _listen(stream, lines: queue.Queue) -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put("")
-
-
-def surroundings() -> dict[str, str]:
-    path = os.pathsep.join(
-        filter(None, (os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "kernels")))
-    )
-    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "PYTHONPATH": path}
-
-
-def commands(folder: Path) -> Iterator[tuple[str, str, list[str], dict[str, str]]]:
-    """(stage, step, command, environment) of what is a command of its own."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    for path in TESTS:
-        name = Path(path).stem.removeprefix("test_")
-        yield "tests", f"tests: {name}", [*pytest, f"tests/{path}"], {}
-    for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
-        yield (
-            "sanitizer",
-            f"sanitizer: {tool}",
-            [*command, "benchmarks/gpu_worker.py", "--small-step"],
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-    tune = HERE / "tune_tiles.py"
-    if tune.exists():
-        yield "tiles", "tiles", [sys.executable, str(tune), "--out", str(folder / "tiles.json")], {}
-
-
-def run_command(command: list[str], extra: dict[str, str], seconds: float) -> dict:
-    """Exit code, seconds and the end of what it printed."""
-    if shutil.which(command[0]) is None:
-        return {"skipped": f"{command[0]} is not on the PATH"}
-    began = time.monotonic()
+def since_start() -> float:
+    """Seconds since this process began: its imports count too."""
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**surroundings(), **extra},
-            timeout=seconds,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        code, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as e:
-        code, text = "late", (e.stdout or b"").decode(errors="replace")
-    return {"code": code, "seconds": round(time.monotonic() - began, 1), "end": text[-1500:]}
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.process_time()
 
 
-def run_cells(record: Record, worker: Worker, args: argparse.Namespace, deadline: float) -> None:
-    for case in cells(args.tiny):
-        pauses = (
-            COOL_ROUNDS
-            * PAUSE
-            * sum(m.applies_to(case) for m in METHODS.values())
-            * (case.name in FIRST)
-        )
-        if record.has("cells", case.name, args.renew):
-            continue
-        found = None
-        while found is None:
-            if deadline - time.monotonic() < (ENOUGH + pauses if DEVICE == "cuda" else 1.0):
-                return
-            job = {"do": "cell", "name": case.name, "excluded": record.data["excluded"]}
-            found, at, why = worker.ask(job, deadline)
-            if why == "late":
-                return
-            if found is None and at in METHODS and not at.startswith(OURS):
-                record.data["excluded"][at] = f"{why} in {case.name}"
-                record.save()
-            elif found is None:
-                found = {"failed": f"{at}: {why}"}
-        record.put("cells", case.name, found)
+def announce(events: Iterator[gpu_plan.Event], began: float) -> None:
+    for event in events:
+        at = event.ended - began
         print(
-            f"{case.name}: {'failed' if 'failed' in found else len(found['methods'])}", flush=True
+            f"{int(at) // 60}:{int(at) % 60:02} {event.job} ({event.ended - event.began:.1f} s)",
+            flush=True,
         )
 
 
-def main(argv: list[str] | None = None) -> int:
+def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=540.0, help="end by then")
-    parser.add_argument("--only", choices=STAGES, nargs="+", default=STAGES)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--minutes", type=float, default=8.0, help="end by then")
+    parser.add_argument("--only", choices=gpu_steps.NAMES, nargs="+", default=gpu_steps.NAMES)
+    parser.add_argument(
+        "--out", type=Path, help="folder of the record; benchmarks/results/<gpu> by default"
+    )
     parser.add_argument("--commit", default=environment()["commit"], help="where git cannot tell")
     parser.add_argument(
         "--renew", action="store_true", help="do again what another commit's record holds"
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="cells with hardly any work, to try this script"
+        "--tiny", action="store_true", help="small sizes, to try this script, also on a CPU"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the minutes should hold, and do nothing"
     )
     args = parser.parse_args(argv)
-    deadline = time.monotonic() + args.seconds
-    slug = re.sub(r"[^a-z0-9]+", "-", str(environment()["device"]).lower()).strip("-")
-    folder = args.results / ("tiny" if args.tiny else slug)
-    record = Record(folder / "loss_head.json", args.commit)
-    worker = Worker(*["--tiny"] * args.tiny)
+    if args.out is None:
+        slug = re.sub(r"[^a-z0-9]+", "-", str(environment()["device"]).lower()).strip("-")
+        args.out = HERE / "results" / ("tiny" if args.tiny else slug)
+    return args
 
-    if "environment" in args.only and not record.has("stages", "environment", args.renew):
-        found, _, why = worker.ask({"do": "environment"}, deadline)
-        record.put("stages", "environment", found or {"failed": why})
-    for stage, name, command, extra in commands(folder):
-        left = deadline - time.monotonic()
-        if stage in args.only and left > ENOUGH and not record.has("stages", name, args.renew):
-            worker.stop()  # its memory is needed
-            done = run_command(command, extra, left - 5)
-            if (
-                done.get("code") != "late" or left > 0.8 * args.seconds
-            ):  # else: again, with more time
-                record.put("stages", name, done)
-    if "cells" in args.only:
-        run_cells(record, worker, args, deadline)
-    worker.stop()
 
-    for name, done in record.data["stages"].items():
-        print(f"{name}: {done.get('skipped') or done.get('failed') or done.get('code', 'done')}")
-    for name, why in record.data["excluded"].items():
-        print(f"excluded: {name}: {why}")
-    wanted = [case.name for case in cells(args.tiny)]
-    have = [name for name in wanted if record.has("cells", name, args.renew)]
-    print(f"\n{gpu_bars.table(record.data['cells'])}\n")
-    print(f"{len(have)} of {len(wanted)} cells; record: {record.path}")
-    return 0 if len(have) == len(wanted) else 3
+def main(argv: list[str] | None = None) -> int:
+    args = parsed(argv)
+    before = since_start() if argv is None else 0.0
+    began = time.monotonic() - before
+    cores = 16 if args.dry_run else os.cpu_count() or 1
+    most = max(1, cores - 2)
+    setting = gpu_steps.Setting(args.out.resolve(), args.tiny, min(MOST_COMPILING, most), most)
+    only = {*args.only, "compile"} if {*args.only} & {*gpu_steps.COMPILED} else args.only
+    steps = [step for step in gpu_steps.steps(setting) if step.name in only]
+    record = Record(args.out / "loss_head.json", args.commit)
+    if args.dry_run:
+        import gpu_dry
+
+        print(gpu_dry.told(steps, record, 60 * args.minutes, args.renew))
+        return 0
+    stop_at_signals()
+    steps = gpu_steps.ready(steps, record, args.renew)
+    gpu = DEVICE == "cuda"
+    worker = Worker(surroundings(not gpu), *["--tiny"] * args.tiny)
+    seconds = 60 * args.minutes - before
+    peers = [name for name in METHODS if not name.startswith(OURS)]
+    runner = Runner(record, worker, peers, gpu)
+    try:
+        events = gpu_plan.follow(
+            *(steps, record, runner.do, time.monotonic, seconds, args.renew, runner.prepare)
+        )
+        announce(events, began)
+    finally:
+        worker.stop()
+        print(gpu_summary.page(record.data, steps, lambda step: step.left(record, args.renew)))
+        print(f"record: {record.path}", flush=True)
+    return 3 if any(step.left(record, args.renew) for step in steps) else 0
 
 
 if __name__ == "__main__":

@@ -127,10 +127,40 @@ def _tensors(case: Case) -> Batch:
         torch.rand(shape, generator=g, device=DEVICE) - 0.5,
         sums + normal(shape[0]),
         logprobs,
-        scored.flatten().nonzero().squeeze(1).to(DEVICE),
-        torch.cat([torch.zeros(1), scored.sum(1).cumsum(0)]).to(torch.int32),
+        *_places(scored),
         case.softcap,
         case.mode,
+    )
+
+
+def blank_batch(case: Case) -> Batch:
+    """`batch_of` without its numbers: shapes, dtypes, targets and scored rows, zeros else.
+
+    For whoever wants the launches of a step and not its results.
+    """
+    shape, scored = (2 * case.pairs, case.length), scored_mask(case)
+
+    def zeros(*size, dtype=torch.float32, leaf=False):
+        return torch.zeros(size, dtype=dtype, device=DEVICE, requires_grad=leaf)
+
+    return Batch(
+        zeros(*shape, case.hidden, dtype=case.dtype, leaf=case.mode != "forward"),
+        zeros(case.vocab, case.hidden, dtype=case.dtype, leaf=case.mode == "trainable"),
+        torch.zeros(shape, dtype=torch.int64).masked_fill(~scored, IGNORE).to(DEVICE),
+        zeros(*shape),
+        zeros(shape[0]),
+        zeros(*shape),
+        *_places(scored),
+        case.softcap,
+        case.mode,
+    )
+
+
+def _places(scored: Tensor) -> tuple[Tensor, Tensor]:
+    """`Batch.scored` and `Batch.cu_seqlens` of a mask."""
+    return (
+        scored.flatten().nonzero().squeeze(1).to(DEVICE),
+        torch.cat([torch.zeros(1), scored.sum(1).cumsum(0)]).to(torch.int32),
     )
 
 

@@ -213,6 +213,12 @@ class Alternation:
                 self._seconds[name].append(self.clock() - began)
         self._order.reverse()
 
+    def drop(self, name: str) -> None:
+        """From the next round on without this call; its times so far are forgotten."""
+        self._order.remove(name)
+        del self._seconds[name]
+        self._events = [event for event in self._events if event[0] != name]
+
     @property
     def seconds(self) -> dict[str, list[float]]:
         """Of each call, in the order of the rounds."""

@@ -1,17 +1,18 @@
 """Times the tiles that a GPU may take, for each head, kernel and number of rows, and keeps the
 fastest.
 
-    python benchmarks/tune_tiles.py [--out FILE] [--seconds 540] [--tiny]
+    python benchmarks/tune_tiles.py [--out FOLDER] [--seconds 540] [--tiny]
 
 A tile whose log-probs (or gradients) are off is left out. All tiles of a cell take turns, every
-other round in reverse. FILE, benchmarks/results/<gpu>/tiles.json by default, has every time;
-kernels/treg_kernels/measured.json, which the kernels read, the tile of each cell that beats the
-table of `treg_kernels.configs` by 2 %. Both are replaced as a whole after every cell; what FILE
-holds is not timed again.
+other round in reverse. FOLDER, benchmarks/results/<gpu> by default, gets two files: tiles.json has
+every time; measured.json the tile of each cell that beats the table of `treg_kernels.configs` by
+2 %. Copied over kernels/treg_kernels/measured.json, it is what the kernels read. Both are replaced
+as a whole after every cell; what tiles.json holds is not timed again.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -28,8 +29,9 @@ from treg_kernels.configs import Tile
 from treg_kernels.tiles import Scalars
 
 ROWS = {"forward": (64, 512, 2048, 8192), "stash": (64, 512, 2048, 4096), "gradient": (512, 4096)}
-ROUNDS, GAIN = 7, 0.98
-MEASURED = Path(configs.__file__).with_name(configs.MEASURED)
+ROUNDS, GAIN = (7 if DEVICE == "cuda" else 2), 0.98
+SHIPPED = Path(configs.__file__).with_name(configs.MEASURED)
+DTYPE = torch.bfloat16 if not configs.INTERPRET else torch.float32  # it cannot add up 16 bits
 
 
 def call(
@@ -50,37 +52,60 @@ def inputs(
     N: int, D: int, V: int, softcap: float | None
 ) -> tuple[dict[str, torch.Tensor], Scalars]:
     g = torch.Generator(DEVICE).manual_seed(0)
-    weight = (torch.randn(V, D, generator=g, device=DEVICE) * (3 / D**0.5)).bfloat16()
+    weight = (torch.randn(V, D, generator=g, device=DEVICE) * (3 / D**0.5)).to(DTYPE)
     target = torch.randint(V, (N,), generator=g, device=DEVICE)
     x = {
-        "hidden": (torch.randn(N, D, generator=g, device=DEVICE) + weight[target]).bfloat16(),
+        "hidden": (torch.randn(N, D, generator=g, device=DEVICE) + weight[target]).to(DTYPE),
         "weight": weight,
         "target": target,
         "coef": torch.randn(N, generator=g, device=DEVICE),
-        "out": torch.empty(N, V, dtype=torch.bfloat16, device=DEVICE),
+        "out": torch.empty(N, V, dtype=DTYPE, device=DEVICE),
     }
     scalars = Scalars.of(1.0, softcap, 1.0)
     x["norm"] = logprob_forward(x["hidden"], weight, target, None, scalars, -100)["norm"]
     return x, scalars
 
 
+def tiles_of(kind: str, N: int) -> dict[Tile, bool]:
+    """The tiles to time on N rows, and whether the table would take them; its own first."""
+    table = configs.TILES[configs.architecture()]
+    default = table[table[0].n < N]
+    others = (*configs.CANDIDATES[configs.architecture()], configs.ROWS)
+    return dict.fromkeys((default, *others), False) | {default: True}
+
+
+def unfit(tile: Tile, N: int, own: bool) -> bool:
+    """Whether so many rows are not for this tile."""
+    return tile.max_rows < N or (tile.n > 4 * N and not own)
+
+
+def launch(kind: str, N: int, D: int, V: int, softcap: float | None) -> dict[str, str]:
+    """One launch of every tile, and what did not compile or run."""
+    x, scalars = inputs(N, D, V, softcap)
+    wrong = {}
+    for tile, own in tiles_of(kind, N).items():
+        if not unfit(tile, N, own):
+            try:
+                call(kind, tile, x, scalars)()
+            except Exception as e:
+                wrong[str(tile)] = f"{type(e).__name__}: {e}"[:200]
+    return wrong
+
+
 def cell(kind: str, N: int, D: int, V: int, softcap: float | None) -> list[dict]:
     """Every tile, its median milliseconds or why it is out; the table's own tile first."""
     x, scalars = inputs(N, D, V, softcap)
-    table = configs.TILES[configs.architecture()]
-    default = table[table[0].n < N]
     rows, runs, exact = [], {}, None
-    for tile in dict.fromkeys((default, *configs.CANDIDATES[configs.architecture()], configs.ROWS)):
-        row = {"tile": tile._asdict(), "table": tile == default}
+    for tile, own in tiles_of(kind, N).items():
+        row = {"tile": tile._asdict(), "table": own}
         rows.append(row)
-        if tile.max_rows < N or (tile.n > 4 * N and tile != default):
+        if unfit(tile, N, own):
             row["out"] = "rows"
             continue
         try:
             run = call(kind, tile, x, scalars)
-            exact = (
-                run().clone() if exact is None else exact
-            )  # of the first tile that runs: the table's, if it does
+            # of the first tile that runs: the table's, if it does
+            exact = run().clone() if exact is None else exact
             apart = (run() - exact).float().norm() / exact.float().norm()
             if not apart < (1e-2 if kind == "gradient" else 1e-5):
                 row["out"] = f"relative difference {apart:.1e}"
@@ -137,8 +162,52 @@ def chosen(cells: dict[str, dict], device: str) -> list[dict]:
 def write(path: Path, data: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(data, indent=1) + "\n")
+    with beside.open("w") as file:
+        file.write(json.dumps(data, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)
+
+
+def heads(tiny: bool) -> dict[str, tuple[int, int, float | None]]:
+    """D, V, softcap by name."""
+    return {name: (64, 264, cap) if tiny else (D, V, cap) for name, (D, V, cap) in HEADS.items()}
+
+
+def todo(name: str, kind: str, tiny: bool) -> list[tuple[str, int]]:
+    """Labels and numbers of rows of a head's kernel."""
+    rows = (40,) if tiny else ROWS[kind]
+    return [(f"{name} {kind} N={N}", N) for N in rows]
+
+
+def tune(folder: Path, name: str, kind: str, tiny: bool, left: Callable[[], float]) -> list[str]:
+    """Time a head's kernel at all numbers of rows that are not in the folder, and say what won.
+
+    Returns a line each; those for which no time is left are not begun.
+    """
+    path, device = folder / "tiles.json", environment()["device"]
+    data = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    data |= {"environment": environment(), "triton": triton.__version__}
+    D, V, softcap = heads(tiny)[name]
+    lines = []
+    for label, N in todo(name, kind, tiny):
+        if label in data["cells"] or left() <= 0:
+            continue
+        data["cells"][label] = {
+            "kind": kind,
+            "rows": N,
+            "hidden": D,
+            "vocab": V,
+            "tiles": cell(kind, N, D, V, softcap),
+        }
+        write(path, data)
+        others = [r for r in json.loads(SHIPPED.read_text()) if r["device"] != device]
+        write(folder / configs.MEASURED, others + chosen(data["cells"], device))
+        timed = [r for r in data["cells"][label]["tiles"] if "ms" in r]
+        best = min(timed, key=lambda r: r["ms"], default=None)
+        found = f"{best['ms']:9.3f} ms  {Tile(**best['tile'])}" if best else "no tile runs"
+        lines.append(f"{label:<36} {found}")
+    return lines
 
 
 def main() -> None:
@@ -147,46 +216,15 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no cell after so many")
-    parser.add_argument(
-        "--tiny", action="store_true", help="one small head; measured.json stays as it is"
-    )
+    parser.add_argument("--tiny", action="store_true", help="small heads")
     args = parser.parse_args()
-    begin, device = time.monotonic(), environment()["device"]
-    out = (
-        args.out
-        or Path(__file__).parent / "results" / device.lower().replace(" ", "-") / "tiles.json"
-    )
-    data = json.loads(out.read_text()) if out.exists() else {"cells": {}}
-    data |= {"environment": environment(), "triton": triton.__version__}
-    heads = {"tiny": (64, 500, None)} if args.tiny else HEADS
-    todo = [
-        (kind, name, N)
-        for name in heads
-        for kind in ROWS
-        for N in ((40, 200) if args.tiny else ROWS[kind])
-    ]
-    for kind, name, N in todo:
-        label = f"{name} {kind} N={N}"
-        if label in data["cells"] or time.monotonic() - begin > args.seconds:
-            continue
-        D, V, softcap = heads[name]
-        data["cells"][label] = {
-            "kind": kind,
-            "rows": N,
-            "hidden": D,
-            "vocab": V,
-            "tiles": cell(kind, N, D, V, softcap),
-        }
-        write(out, data)
-        if not args.tiny:
-            others = [r for r in json.loads(MEASURED.read_text()) if r["device"] != device]
-            write(MEASURED, others + chosen(data["cells"], device))
-        timed = [r for r in data["cells"][label]["tiles"] if "ms" in r]
-        best = min(timed, key=lambda r: r["ms"], default=None)
-        found = f"{best['ms']:9.3f} ms  {Tile(**best['tile'])}" if best else "no tile runs"
-        print(f"{label:<36} {found}", flush=True)
-    left = sum(f"{name} {kind} N={N}" not in data["cells"] for kind, name, N in todo)
-    print(f"{left} of {len(todo)} cells left" if left else "all cells timed")
+    end = time.monotonic() + args.seconds
+    slug = environment()["device"].lower().replace(" ", "-")
+    out = args.out or Path(__file__).parent / "results" / slug
+    for name in heads(args.tiny):
+        for kind in ROWS:
+            for line in tune(out, name, kind, args.tiny, lambda: end - time.monotonic()):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@ report, prediction.
 """
 
 import json
+import os
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import bars_kl
 import bench_loss_head
 import gpu_bars
+import gpu_plan
+import gpu_process
 import gpu_run
+import gpu_runner
+import gpu_steps
 import loss_head_cases
 import loss_head_cell
 import loss_head_measure
@@ -243,8 +246,6 @@ def test_playback_shows_what_was_measured():
 
 # -- the runner
 
-ARGS = Namespace(tiny=True, renew=False, seconds=100.0)
-
 
 class Scripted:
     """A worker whose answers are given: a cell's result, or what it was at and why it died."""
@@ -252,39 +253,39 @@ class Scripted:
     def __init__(self, *answers):
         self.answers, self.jobs = list(answers), []
 
-    def ask(self, job, deadline):
+    def ask(self, job, deadline, keep):
         self.jobs.append(json.loads(json.dumps(job)))
         answer = self.answers.pop(0)
         return (answer, "hot", "") if isinstance(answer, dict) else (None, *answer)
 
 
 @pytest.fixture
-def three(monkeypatch):
-    cases = [tiny(case) for case in gpu_cases()[:3]]
-    monkeypatch.setattr(gpu_run, "cells", lambda small: cases)
-    return [case.name for case in cases]
+def three():
+    return [case.name for case in gpu_cases()[:3]]
 
 
-def test_runner_knows_where_the_tests_are():
-    tests = Path(gpu_run.ROOT) / "tests"
-    assert [path for path in gpu_run.TESTS if not (tests / path).is_file()] == []
+READY = "print('{\"ready\": true}', flush=True); "
 
 
 def run(record, worker, seconds=100.0):
-    gpu_run.run_cells(record, worker, ARGS, time.monotonic() + seconds)
+    jobs = tuple(
+        gpu_plan.Job(case.name, 90, 1, "cells", {"name": case.name}) for case in gpu_cases()[:3]
+    )
+    do = gpu_runner.Runner(record, worker, METHODS.keys() - {"treg_fused"}).do
+    step = gpu_plan.Step("cells", 0, 90, jobs)
+    list(gpu_plan.follow([step], record, do, time.monotonic, seconds))
 
 
 def test_runner_goes_on_where_it_was_stopped(tmp_path, three):
+    """A cell that was late is done again, by the next call; the others are not."""
     path = tmp_path / "gpu" / "loss_head.json"
-    run(gpu_run.Record(path, "a"), first := Scripted({"methods": {}}, ("treg_fused", "late")))
-    assert list(json.loads(path.read_text())["cells"]) == three[:1]
-    run(gpu_run.Record(path, "a"), second := Scripted({"methods": {}}, {"methods": {}}))
-    assert [job["name"] for job in first.jobs + second.jobs] == [
-        three[0],
-        three[1],
-        three[1],
-        three[2],
-    ]
+    done = {"methods": {}}
+    run(gpu_run.Record(path, "a"), first := Scripted(done, ("treg_fused", "late"), done))
+    found = json.loads(path.read_text())["cells"]
+    assert [name for name in three if "unfinished" in found[name]] == three[1:2]
+    run(gpu_run.Record(path, "a"), second := Scripted(done))
+    assert [job["name"] for job in first.jobs] == three
+    assert [job["name"] for job in second.jobs] == three[1:2]
     run(gpu_run.Record(path, "b"), nothing := Scripted())
     assert not nothing.jobs
     assert gpu_run.Record(path, "b").has("cells", three[0], renew=False)
@@ -319,7 +320,7 @@ def test_record_is_whole_whatever_interrupts_it(tmp_path, monkeypatch):
         record.put("cells", "first", {"methods": {"x": {}}})
         assert old.read() == before != record.path.read_bytes()  # replaced, not written over
     before = record.path.read_bytes()
-    monkeypatch.setattr(gpu_run.os, "fsync", lambda _: 1 / 0)  # after the new text was written
+    monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)  # after the new text was written
     with pytest.raises(ZeroDivisionError):
         record.put("cells", "second", {"methods": {}})
     assert record.path.read_bytes() == before
@@ -329,42 +330,38 @@ def test_record_is_whole_whatever_interrupts_it(tmp_path, monkeypatch):
     ("script", "why"),
     [
         (
-            'import time; print(\'{"at": "cce"}\', flush=True); time.sleep(60)',
+            READY + 'import time; print(\'{"at": "cce"}\', flush=True); time.sleep(60)',
             "no sign of life for 1 s",
         ),
         (
-            'print(\'{"at": "cce"}\', flush=True); raise SystemExit(9)',
+            READY + 'print(\'{"at": "cce"}\', flush=True); raise SystemExit(9)',
             "brought its process down (exit code 9)",
         ),
     ],
 )
 def test_worker_that_hangs_or_dies(monkeypatch, script, why):
-    monkeypatch.setattr(gpu_run, "SILENCE", 1.0)
-    worker = gpu_run.Worker()
+    monkeypatch.setattr(gpu_process, "SILENCE", 1.0)
+    worker = gpu_run.Worker(dict(os.environ))
     worker.command = [sys.executable, "-c", script]
     assert worker.ask({"do": "cell"}, time.monotonic() + 30) == (None, "cce", why)
     assert worker.process is None
 
 
 def test_slices_of_the_whole_script(tmp_path, monkeypatch, three, capsys):
-    monkeypatch.setattr(gpu_run, "cells", lambda small: [tiny(case) for case in gpu_cases()[2:3]])
-    arguments = [
-        "--tiny",
-        "--only",
-        "environment",
-        "cells",
-        "--results",
-        str(tmp_path),
-        "--commit",
-        "here",
-    ]
-    assert gpu_run.main([*arguments, "--seconds", "0"]) == 3
-    assert "0 of 1 cells" in capsys.readouterr().out
-    assert gpu_run.main([*arguments, "--seconds", "100"]) == 0
-    record = json.loads((tmp_path / "tiny" / "loss_head.json").read_text())
+    work = {"do": "cell", "name": three[2], "methods": ["treg_logprobs"]}
+    job = gpu_plan.Job(three[2], 90.0, kind="cells", work=work)
+    wrong = gpu_plan.Job("wrong", 90.0, work={"do": "rates", "name": "no such head"})
+    step = gpu_plan.Step("cells", 0, 90.0, (wrong, job))  # one worker does both
+    monkeypatch.setattr(gpu_steps, "steps", lambda setting: [step])
+    arguments = ["--tiny", "--only", "cells", "--out", str(tmp_path), "--commit", "here"]
+    assert gpu_run.main([*arguments, "--minutes", "0"]) == 3
+    assert "left: cells: 2 of 2" in capsys.readouterr().out
+    assert gpu_run.main([*arguments, "--minutes", "2"]) == 0
+    record = json.loads((tmp_path / "loss_head.json").read_text())
+    assert record["stages"]["wrong"]["failed"] == "KeyError: 'no such head'"
     [cell] = record["cells"].values()
     assert cell["commit"] == "here" and cell["methods"]["treg_logprobs"]["hot"]["median"] > 0
-    assert "1 of 1 cells" in capsys.readouterr().out
+    assert "nothing is left" in capsys.readouterr().out
 
 
 # -- bars, report, prediction
@@ -391,7 +388,7 @@ def test_bar_without_data_is_not_measured():
     missing = {
         "cell": {"methods": {"treg_fused": {"hot": {"median": 1.0}}, "a": {"reason": "no wheel"}}}
     }
-    assert gpu_bars.judge(BAR, missing).text == "not measured; a: no wheel"
+    assert gpu_bars.judge(BAR, missing).text == "not measured: a (no wheel), b did not run"
     assert (
         gpu_bars.judge(BAR, {"cell": {"methods": {"treg_fused": {"failed": "off"}}}}).text
         == "failed: off"
