@@ -480,27 +480,3 @@ def test_report_of_a_gpu(tmp_path):
 def test_predictions_are_those_of_the_model():
     kept = json.loads((report.RESULTS / "predicted-h200.json").read_text())
     assert kept == {case.name: roofline.predict(case) for case in gpu_cases()}
-
-
-@pytest.mark.parametrize("kind", ["cool", "hot"])
-def test_model_is_the_arithmetic_it_states(kind):
-    case = gpu_case("llama-3-8b", 16384, "all", "trainable")
-    rates, found = roofline.RATES[kind], roofline.predict(case)
-    product = 1e3 * case.flops_per_product / rates.vendor
-    assert found["gemm_3"][kind] == pytest.approx(3 * product, rel=1e-3)
-    assert found["gemm_4"][kind] == pytest.approx(4 * product, rel=1e-3)
-    V, D, N = case.vocab, case.hidden, case.rows
-    pair = N // case.pairs
-    groups = -(-N // (int(2**30 / (2 * V + V / 32)) // pair * pair))
-    assert groups == 4  # two pairs each
-    moved = 4 * N * D + 4 * N * D + 6 * V * D + (groups - 1) * 4 * V * D
-    slow = 1e3 * case.flops_per_product / rates.triton
-    assert found["treg_fused"][kind] == pytest.approx(
-        2 * product + slow + 1e3 * moved / rates.memory, rel=2e-3
-    )
-    small = gpu_case(
-        "llama-3-8b", 128, "all", "forward"
-    )  # there the weight is read, and that is all
-    assert roofline.predict(small)["gemm_1"][kind] == pytest.approx(
-        1e3 * 2 * V * D / rates.memory, rel=0.08
-    )
