@@ -13,7 +13,6 @@ import bars_kl
 import bench_loss_head
 import gpu_bars
 import gpu_run
-import loss_head_cases
 import loss_head_cell
 import loss_head_measure
 import pytest
@@ -95,19 +94,6 @@ def test_methods_that_the_bars_name_run_in_their_cells():
     for bar in gpu_bars.BARS:
         for name in (bar.ours, *(bar.against if bar.against != FOUR_PRODUCTS else ())):
             assert METHODS[name].applies_to(cases[bar.cell], "cuda"), (bar.what, name)
-
-
-def test_a_cpu_without_bfloat16_gets_small_cases(monkeypatch):
-    """Where 16 bits are emulated, a product takes a hundred times as long."""
-    monkeypatch.setattr(loss_head_cases, "SLOW_BF16", True)
-    first, *halves = loss_head_cases.cpu_cases()
-
-    def work(case):
-        return 2 * case.pairs * case.length * case.hidden * case.vocab
-
-    assert first.dtype == torch.float32 and len(halves) == 5
-    for case in halves:
-        assert case.dtype == torch.bfloat16 and 100 * work(case) <= work(first)
 
 
 def test_missing_package_is_named():
