@@ -139,11 +139,14 @@ def case_of(name: str, size: Size, speed: Speed) -> Case:
     return replace(base, ignored=kind.ignored)
 
 
+def call_seconds(case: Case, speed: Speed) -> float:
+    each = PRODUCTS[case.mode] * case.hidden / speed.of(case.dtype) + PER_LOGIT / speed.fp32
+    return 2 * case.rows * case.vocab * each
+
+
 def case_seconds(name: str, size: Size, speed: Speed) -> float:
-    kind, case = KINDS[name], case_of(name, size, speed)
-    calls = (kind.methods + 1) * (1 + LEAST_ROUNDS)
-    each = PRODUCTS[kind.mode] * case.hidden / speed.of(case.dtype) + PER_LOGIT / speed.fp32
-    return calls * 2 * case.rows * case.vocab * each
+    calls = (KINDS[name].methods + 1) * (1 + LEAST_ROUNDS)
+    return calls * call_seconds(case_of(name, size, speed), speed)
 
 
 def plan(speed: Speed, budget: float = BUDGET) -> dict[str, Item]:

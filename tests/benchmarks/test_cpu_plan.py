@@ -3,9 +3,9 @@ said.
 """
 
 import dataclasses
-import statistics
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import bars
 import cpu_look
@@ -138,13 +138,13 @@ def test_a_case_is_measured_and_shown(session):
     assert found.errors["treg_fused"]["dhidden"] < 1e-5
     cpu_look.show(found, session)
     [row] = session.rows
-    mine, dense = (statistics.median(found.seconds[x]) for x in ("treg_fused", cpu_look.DENSE))
+    mine, dense = (min(found.seconds[x]) for x in ("treg_fused", cpu_look.DENSE))
     assert row.startswith("T-REG step, float32") and row.endswith("N 16 D 16 V 97, 2 rounds")
     assert f" {mine / dense:.2f} " in row and row in cpu_look.digest(session)
 
 
-def test_ratios_of_a_row_are_medians_over_medians(session):
-    seconds = {"treg_fused": [1.0, 3.0, 2.0], "dense_log_softmax": [8.0, 4.0, 2.0]}
+def test_ratios_of_a_row_are_least_over_least(session):
+    seconds = {"treg_fused": [9.0, 3.0, 2.0], "dense_log_softmax": [8.0, 4.0, 5.0]}
     session.add("label", "treg_fused", seconds | {"TRL": [20.0]}, "note")
     assert " ".join(session.rows[0].split()) == "label 2000 ms 0.50 0.10 note, 3 rounds"
 
@@ -215,6 +215,8 @@ def test_a_case_slower_than_expected_gets_smaller(methods, monkeypatch):
     assert item.case.length == 16 and found.case.length == 4
     assert sum("slower than expected, smaller" in line for line in said) == 2
     assert {"dense_log_softmax", "treg_fused"} <= found.seconds.keys()
+    expected = cpu_plan.call_seconds(found.case, session.speed)
+    assert session.pace == pytest.approx(clock.step / expected)
 
 
 def test_nothing_is_begun_that_would_end_late(methods):
@@ -225,9 +227,23 @@ def test_nothing_is_begun_that_would_end_late(methods):
     assert session.until("memory") is None
     assert "memory" in session.left_out()
     assert any(line.startswith("left out: memory") for line in cpu_look.digest(session))
+    assert cpu_look.Session(speed(150, 100), clock, age=200.0).until("memory") is None
+    slow = cpu_look.Session(speed(150, 100), clock)
+    assert slow.until("memory") is not None
+    slow.pace = 10.0  # calls take ten times as long as expected
+    assert slow.until("memory") is None
     item: Item = session.plan["fp32-trainable"]
     found = cpu_look.measure(item, session, lambda line: None)
     assert not found.seconds and set(found.reasons.values()) == {"no time was left"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say")
+def test_the_time_that_imports_took_counts():
+    age = cpu_look.process_age()
+    time.sleep(0.05)
+    later = cpu_look.process_age()
+    assert 0.04 < later - age < 60
+    assert age > 0.5  # torch was imported
 
 
 # -- the CPU's instructions
