@@ -2,18 +2,18 @@
 calibration of the machine.
 
     calls of a case   each method once, warm, and three times in turns, the bare products too
-    seconds           calls * 2 N V (p D / rate(dtype) + 1150 / rate(float32))
+    seconds           calls * N V (2 p D / rate(dtype) + 1.5 logit)
 
 p products a row, 3.5 on average over the methods with a trainable head, 2.5 with a frozen one, 1
-forward; what is done with each logit beside them takes as long as 1150 multiplications and
-additions of a float32 product (measured: 16 ns of a dense step where products ran at 150 GFLOP/s).
-A case takes the largest size of LADDER that fits its share of the budget. Where none does it is
-left out, by name.
+forward. logit: seconds of log_softmax and its gradient for each logit; methods take a third to
+three times that. A case takes the largest size of LADDER that fits its share of the budget. Where
+none does it is left out, by name.
 """
 
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,16 +21,16 @@ import torch
 from loss_head_cases import Case
 
 BUDGET = 150.0  # seconds, of all cases
-PER_LOGIT = 1150.0  # float32 multiplications and additions
 LEAST_ROUNDS = 3
 WORTH_THREADS = 1.2  # all threads must be so much faster than one
 
 
 class Speed(NamedTuple):
-    """FLOP/s of the three products of a step: logits, dhidden, dweight."""
+    """FLOP/s of the three products of a step: logits, dhidden, dweight; seconds of a logit."""
 
     fp32: float
     bf16: float
+    logit: float = 16e-9  # of two cores of an AMD EPYC with nothing else to do
 
     def of(self, dtype: torch.dtype) -> float:
         return self.bf16 if dtype == torch.bfloat16 else self.fp32
@@ -48,16 +48,19 @@ class Size(NamedTuple):
     vocab: int
 
 
-# the first is that of the record, bars.py
+# The first is that of the record, bars.py. D shrinks before N and V: logits that fit a cache tell
+# nothing of a real head, and its D is a hundredth of V or less.
 LADDER = (
     Size(2, 1024, 512, 32000),
     Size(2, 512, 512, 32000),
     Size(2, 256, 512, 32000),
     Size(2, 128, 512, 32000),
-    Size(2, 64, 512, 32000),
-    Size(2, 64, 256, 16000),
-    Size(2, 32, 256, 8000),
-    Size(2, 32, 128, 4000),
+    Size(2, 128, 256, 32000),
+    Size(2, 128, 128, 32000),
+    Size(2, 64, 128, 32000),
+    Size(2, 64, 128, 16000),
+    Size(2, 32, 128, 8000),
+    Size(2, 32, 64, 4000),
 )
 PRODUCTS = {"trainable": 3.5, "frozen": 2.5, "forward": 1.0}
 
@@ -86,37 +89,52 @@ KINDS = {
 }
 
 
+class Work(NamedTuple):
+    flop: float  # float32
+    logits: float
+
+
 class Part(NamedTuple):
     """Of the benchmarks that are not cases: seconds that do not shrink, and work at each size."""
 
     share: float
     fixed: float
     sizes: tuple[tuple, ...]
-    work: tuple[float, ...]  # float32 FLOP, of each size
+    work: tuple[Work, ...]
+
+    def seconds(self, speed: Speed) -> list[float]:
+        return [self.fixed + x.flop / speed.fp32 + x.logits * speed.logit for x in self.work]
 
 
-def _kl_work(rows: int, hidden: int, vocab: int) -> float:
+def _kl_work(rows: int, hidden: int, vocab: int) -> Work:
     """Seven calls of four products and two heads' logits, once and a half."""
-    return 1.5 * 7 * 2 * rows * vocab * (4 * hidden + 2 * PER_LOGIT)
+    return Work(1.5 * 7 * 8 * rows * hidden * vocab, 1.5 * 7 * 2 * rows * vocab)
 
 
-def _memory_work(over: int) -> float:
+def _memory_work(over: int) -> Work:
     """Two steps at N = 2048 / over, one at twice that: D 256, V 64000."""
-    return 4 * 2 * 2048 / over * 64000 * (3 * 256 + PER_LOGIT)
+    logits = 4 * 2048 / over * 64000
+    return Work(6 * 256 * logits, 1.5 * logits)
+
+
+def _trl_work(pairs: int, vocab: int) -> Work:
+    """576 positions a pair, D 256; four steps of 12 products in all, warm and once."""
+    logits = 576 * pairs * vocab
+    return Work(2 * 2 * 12 * 256 * logits, 15 * logits)
 
 
 _KL = (
     *((rows, 512, 32000) for rows in (2048, 1024, 512, 256)),
-    (128, 256, 16000),
-    (64, 256, 8000),
+    *((rows, 128, 32000) for rows in (256, 128)),
+    (64, 128, 16000),
 )
 _TRL = ((4, 32000), (4, 16000), (4, 8000), (2, 8000), (2, 4000))  # pairs, vocabulary
+_OVER = (1, 2, 4, 8)
 PARTS = {
-    "memory": Part(24, 12, ((1,), (2,), (4,), (8,)), tuple(map(_memory_work, (1, 2, 4, 8)))),
+    "memory": Part(24, 12, tuple((x,) for x in _OVER), tuple(map(_memory_work, _OVER))),
     "linear_kl": Part(11, 0, _KL, tuple(_kl_work(*x) for x in _KL)),
-    # 2 * 288 positions a pair, 24 kFLOP a logit for a round of four steps, warm and once
-    "trl": Part(16, 6, _TRL, tuple(2 * 576 * pairs * vocab * 24e3 for pairs, vocab in _TRL)),
-    "annotate": Part(6, 6, ((),), (0.0,)),
+    "trl": Part(16, 6, _TRL, tuple(_trl_work(*x) for x in _TRL)),
+    "annotate": Part(6, 6, ((),), (Work(0.0, 0.0),)),
 }
 
 
@@ -140,8 +158,8 @@ def case_of(name: str, size: Size, speed: Speed) -> Case:
 
 
 def call_seconds(case: Case, speed: Speed) -> float:
-    each = PRODUCTS[case.mode] * case.hidden / speed.of(case.dtype) + PER_LOGIT / speed.fp32
-    return 2 * case.rows * case.vocab * each
+    each = 2 * PRODUCTS[case.mode] * case.hidden / speed.of(case.dtype) + 1.5 * speed.logit
+    return case.rows * case.vocab * each
 
 
 def case_seconds(name: str, size: Size, speed: Speed) -> float:
@@ -162,8 +180,7 @@ def plan(speed: Speed, budget: float = BUDGET) -> dict[str, Item]:
             found[name] = replace(found[name], case=case)
     for name, part in PARTS.items():
         share = part.share * budget / total
-        seconds = [part.fixed + x / speed.fp32 for x in part.work]
-        found[name] = _item(name, share, list(zip(part.sizes, seconds, strict=True)))
+        found[name] = _item(name, share, list(zip(part.sizes, part.seconds(speed), strict=True)))
     return found
 
 
@@ -182,7 +199,7 @@ _MEDIUM, _SMALL = (128, 512, 4000), (32, 128, 2000)
 
 
 def calibrate(seconds: float = 0.25) -> Speed:
-    """Of this machine as it is now, other work on it included; some three times so many seconds.
+    """Of this machine as it is now, other work on it included; some four times so many seconds.
 
     Leaves torch with one thread where all together are hardly faster: where others use the cores
     too, threads wait for each other. A CPU without instructions for bfloat16 emulates it, up to a
@@ -200,22 +217,41 @@ def calibrate(seconds: float = 0.25) -> Speed:
     bf16 = _rate(torch.bfloat16, _SMALL, seconds / 2)
     if bf16 > fp32 / 8:
         bf16 = _rate(torch.bfloat16, _MEDIUM, seconds)
-    return Speed(fp32, bf16)
+    return Speed(fp32, bf16, _logit(seconds))
+
+
+def _logit(seconds: float) -> float:
+    """Seconds for each of the logits of a log_softmax and its gradient, more than a cache holds."""
+    logits, target = torch.zeros(128, 32000, requires_grad=True), torch.zeros(128, 1).long()
+
+    def run() -> None:
+        torch.autograd.grad(logits.log_softmax(-1).gather(-1, target).sum(), logits)
+
+    return _median(run, seconds) / logits.numel()
 
 
 def _rate(dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
-    """FLOP/s of the products of a step, the median of as many as there is time for."""
+    """FLOP/s of the products of a step."""
     n, d, v = shape
     hidden, weight = torch.ones(n, d, dtype=dtype), torch.ones(v, d, dtype=dtype)
     tile = torch.zeros(n, v, dtype=dtype)
-    took, end = [], time.perf_counter() + seconds
-    while not took or time.perf_counter() < end:
-        start = time.perf_counter()
+
+    def run() -> None:
         torch.mm(hidden, weight.T, out=tile)
         torch.mm(tile, weight)
         torch.mm(tile.T, hidden)
+
+    return 3 * 2 * n * d * v / _median(run, seconds)
+
+
+def _median(run: Callable[[], None], seconds: float) -> float:
+    """Seconds of a call, of as many as there is time for; the first warms up where it can."""
+    took, end = [], time.perf_counter() + seconds
+    while not took or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
         took.append(time.perf_counter() - start)
-    return 3 * 2 * n * d * v / statistics.median(took[len(took) > 1 :])  # the first warms up
+    return statistics.median(took[len(took) > 1 :])
 
 
 @functools.cache

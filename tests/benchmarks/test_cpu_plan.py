@@ -3,6 +3,7 @@ said.
 """
 
 import dataclasses
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,8 @@ DTYPES = {"fp32-trainable": torch.float32, "bf16-trainable": torch.bfloat16}
 
 
 def speed(fp32, bf16):
-    return Speed(fp32 * 1e9, bf16 * 1e9)
+    """Of so many GFLOP/s; more cores do more logits too."""
+    return Speed(fp32 * 1e9, bf16 * 1e9, 16e-9 * min(1.0, 150 / fp32))
 
 
 OWN = ("dense_log_softmax", "dense_logsumexp", "treg_fused", "treg_logprobs")
@@ -93,13 +95,14 @@ def test_a_faster_machine_gets_no_less():
 def test_seconds_of_a_case_by_hand():
     """N 512: 13 calls (12 methods, and the bare products) four times, at 150 GFLOP/s."""
     size = cpu_plan.Size(2, 128, 512, 32000)
-    each = 2 * 512 * 32000 * (3.5 * 512 / 150e9 + 1150 / 150e9)
+    each = 512 * 32000 * (2 * 3.5 * 512 / 150e9 + 1.5 * 16e-9)
     assert case_seconds("fp32-trainable", size, speed(150, 25)) == pytest.approx(13 * 4 * each)
 
 
 def test_sizes_fall_and_hold_whole_pairs():
     work = [pairs * 2 * length * hidden * vocab for pairs, length, hidden, vocab in LADDER]
     assert all(a > b for a, b in pairwise(work))
+    assert all(size.vocab == 32000 for size in LADDER[:-3])
     assert case_of("softcap", LADDER[0], speed(150, 25)).softcap == 30.0
     assert case_of("half-ignored", LADDER[0], speed(150, 25)).ignored == 0.5
 
@@ -108,7 +111,7 @@ def test_the_calibration_is_quick_and_leaves_all_or_one_thread():
     threads = torch.get_num_threads()
     try:
         found = cpu_plan.calibrate(0.02)
-        assert found.fp32 > 1e8 and found.bf16 > 1e6
+        assert found.fp32 > 1e8 and found.bf16 > 1e6 and 1e-11 < found.logit < 1e-5
         assert torch.get_num_threads() in (1, threads)
     finally:
         torch.set_num_threads(threads)
@@ -175,7 +178,7 @@ def test_own_wrong_result_fails(session, methods, monkeypatch):
     methods["treg_wrong"] = Method(off, "loss")
     monkeypatch.setitem(METHODS, "treg_wrong", methods["treg_wrong"])
     found = cpu_look.measure(session.plan["fp32-trainable"], session, lambda line: None)
-    assert "dhidden has a relative error" in found.failed["treg_wrong"]
+    assert re.search("d(hidden|weight) has a relative error", found.failed["treg_wrong"])
     assert "treg_wrong" not in found.seconds
 
 
@@ -189,7 +192,8 @@ def test_a_slow_method_is_called_once_and_not_again(session, methods):
     assert len(found.seconds["liger_dpo"]) == 1 < len(found.seconds["treg_fused"])
     assert "times as long as dense_log_softmax in fp32-trainable" in session.slow["liger_dpo"]
     again = cpu_look.measure(session.plan["half-ignored"], session, lambda line: None)
-    assert again.reasons == session.slow and "liger_dpo" not in again.seconds
+    assert again.reasons["liger_dpo"] == session.slow["liger_dpo"]
+    assert "liger_dpo" not in again.seconds and "treg_fused" in again.seconds
 
 
 class Clock:
