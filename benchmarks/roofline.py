@@ -112,6 +112,7 @@ HOST_US = {
 class Rates:
     scale: float  # of the H100's, see f
     memory: float = 4.3e12  # bytes/s
+    issued: float = ISSUED
 
     def vendor(self, k: float) -> float:
         """FLOP/s of a large product of the vendor's library."""
@@ -173,16 +174,17 @@ def instructions(kind: str, vocab: int, softcap: bool) -> float:
     return plain + share * (full - plain)
 
 
-def extra_steps(kind: str, vocab: int, softcap: bool) -> float:
+def extra_steps(kind: str, vocab: int, softcap: bool, issued: float) -> float:
     """What a tile's epilogue takes beyond a plain one, in steps of the loop over k."""
     more = instructions(kind, vocab, softcap) - PLAIN_INSTRUCTIONS
-    return more * WARPS / SCHEDULERS / ISSUED / STEP_CLOCKS
+    return more * WARPS / SCHEDULERS / issued / STEP_CLOCKS
 
 
 def rate(kind: str, case: Case, rates: Rates) -> float:
     """FLOP/s of a tile kernel on many rows of a case's head."""
     steps = case.hidden / TILE[2]
-    whole = steps + PLAIN_OVERHEAD / TILE[2] + extra_steps(kind, case.vocab, bool(case.softcap))
+    extra = extra_steps(kind, case.vocab, case.softcap is not None, rates.issued)
+    whole = steps + PLAIN_OVERHEAD / TILE[2] + extra
     return rates.scale * PLAIN_RATE * steps / whole
 
 
@@ -210,7 +212,7 @@ class Cost:
         else:
             tiles = math.ceil(m / TILE[0]) * math.ceil(n / TILE[1])
             steps = math.ceil(k / TILE[2]) + PLAIN_OVERHEAD / TILE[2]
-            steps += extra_steps(kind, self.v, self.softcap)
+            steps += extra_steps(kind, self.v, self.softcap, self.rates.issued)
             took = max(tiles / MULTIPROCESSORS, 1) * steps * self.rates.step
             self.seconds += max(took, moved) + LAUNCH
             self.in_kernels += max(took, moved)
@@ -380,10 +382,10 @@ def schemes(case: Case) -> dict[str, tuple[int, Callable[[Cost], None]]]:
     return everywhere
 
 
-def cost(case: Case, method: str, kind: str) -> Cost:
+def cost(case: Case, method: str, kind: str, issued: float = ISSUED) -> Cost:
     """Of the GPU alone; kind: "cool" or "hot"."""
     rows, scheme = schemes(case)[method]
-    found = Cost(case, RATES[kind], rows)
+    found = Cost(case, replace(RATES[kind], issued=issued), rows)
     scheme(found)
     return found
 
@@ -450,6 +452,7 @@ class Outlook:
     bar: Bar
     ratio: dict[str, float]
     room: dict[str, float]  # the tile kernel may take so much of its predicted time
+    bounds: tuple[float, float]  # the worse ratio where 1.0 or 0.5 instructions are issued a clock
 
     @property
     def margin(self) -> float:
@@ -465,27 +468,37 @@ def outlooks() -> list[Outlook]:
         if bar.quantity != "time":
             continue
         case, ratio, room = cases[bar.cell], {}, {}
-        known = schemes(case)
         for kind in RATES:
-            least = min(cost(case, x, kind).seconds for x in bar.against if x in known)
-            ours = cost(case, bar.ours, kind)
+            ours, least = cost(case, bar.ours, kind), _least(case, bar, kind, ISSUED)
             ratio[kind] = ours.seconds / least
             room[kind] = 1 + (bar.limit * least - ours.seconds) / ours.in_kernels
-        found.append(Outlook(bar, ratio, room))
+        bounds = [
+            max(
+                cost(case, bar.ours, kind, issued).seconds / _least(case, bar, kind, issued)
+                for kind in RATES
+            )
+            for issued in (1.0, 0.5)
+        ]
+        found.append(Outlook(bar, ratio, room, tuple(bounds)))
     return sorted(found, key=lambda x: x.margin)
 
 
+def _least(case: Case, bar: Bar, kind: str, issued: float) -> float:
+    """Seconds of the fastest of the methods that a bar compares with and that are modelled."""
+    known = schemes(case)
+    return min(cost(case, x, kind, issued).seconds for x in bar.against if x in known)
+
+
 def bars_table() -> str:
-    lines = [
-        "| bar | limit | cool | hot | margin | hangs on the tile kernel, which may take |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = "bar | limit | cool | hot | margin | at 1.0 / 0.5 a clock | hangs on the tile kernel"
+    lines = [f"| {header}, which may take |", "|---|---|---|---|---|---|---|"]
     for x in outlooks():
         cool, hot = (f"{x.ratio[kind]:.3f}" for kind in RATES)
         kernel = "forward" if x.bar.ours == "treg_logprobs" else "stash"
         capped = ", softcap" if "gemma" in x.bar.cell else ""
         lines.append(
             f"| {x.bar.what} | {x.bar.limit:g} | {cool} | {hot} | {100 * x.margin:+.1f} % | "
+            f"{x.bounds[0]:.3f} / {x.bounds[1]:.3f} | "
             f"{kernel}{capped}: {min(x.room.values()):.2f} of what is expected |"
         )
     return "\n".join(lines)
@@ -583,8 +596,9 @@ def region() -> str:
         heads_table(),
         "Milliseconds, cool / hot:",
         expected_table(),
-        "Bars of time, the one most in doubt first. In the last column: how much of its expected "
-        "time\nthe tile kernel may take until the bar is missed.",
+        "Bars of time, the one most in doubt first. Then the worse ratio where a scheduler issues "
+        "1.0 or\n0.5 instructions a clock in an epilogue, not 0.7. Last, how much of its expected "
+        "time the tile\nkernel may take until the bar is missed.",
         bars_table(),
         f"The host ({source}): {host}.\nUp to so many rows a step waits for it, cool:",
         host_table(),

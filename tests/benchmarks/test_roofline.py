@@ -171,6 +171,7 @@ def test_room_is_where_the_bar_is_just_met():
         slower = ours.seconds + (x.room["hot"] - 1) * ours.in_kernels
         assert slower / (ours.seconds / x.ratio["hot"]) == pytest.approx(x.bar.limit)
         assert (x.margin >= 0) == (min(x.room.values()) >= 1)
+        assert x.bounds[0] < max(x.ratio.values()) < x.bounds[1]
 
 
 def test_the_notes_hold_the_models_tables():
