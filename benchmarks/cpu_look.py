@@ -1,9 +1,9 @@
 """A look at this project's times on a CPU: a case's methods in turns, a line for each as it runs,
 and at the end a table of ratios.
 
-What is measured ends in time, see `cpu_plan`: a case that turns out slower than expected goes on
-with a smaller size, a method that takes SLOW times as long as dense PyTorch is called once and not
-in the cases after, and nothing is begun that would not end within LIMIT seconds.
+What is measured ends in time, see `cpu_plan`: a case that turns out slower or faster than expected
+goes on with another size; a method that takes SLOW times as long as dense PyTorch is called once,
+and not in the cases after; nothing is begun that would not end within LIMIT seconds.
 """
 
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from bars import FLOOR, HELD, TIMED, bare_products, instructions, instructions_text
-from cpu_plan import LADDER, LEAST_ROUNDS, Item, Speed, call_seconds, case_of, machine, plan
+from cpu_plan import KINDS, LADDER, LEAST_ROUNDS, Item, Speed, call_seconds, case_of, machine, plan
 from loss_head_cases import Case, batch_of
 from loss_head_measure import Alternation, checked_errors, environment, peak_bytes
 from loss_head_peers import METHODS, step
@@ -52,13 +52,13 @@ class Session:
         self.rows: list[str] = []
         self.notes: list[str] = []
         self.late: list[str] = []
-        self.pace = 1.0  # what a call took over what was expected, at least 1: of the last case
+        self.pace = 1.0  # what a dense step took over what was expected, in the last case
         self.slow: dict[str, str] = {}  # methods, and why they are not run again
 
     def until(self, name: str) -> float | None:
         """When an item should end; None where there is no time to begin it."""
         now, end = self.clock(), self.began + LIMIT
-        if now + self.pace * self.plan[name].seconds > end:
+        if now + max(1.0, self.pace) * self.plan[name].seconds > end:
             self.late.append(name)
             return None
         return min(now + self.plan[name].share, end)
@@ -211,7 +211,7 @@ def measure(item: Item, s: Session, say: Callable[[str], None] = print) -> Found
     for name, why in found.reasons.items():
         say(f"  {name:<28} left out: {why}")
     names = [name for name in names if name not in found.failed | found.reasons]
-    _shrink(found, len(names) + 1, until, s, say)
+    _fit(found, until, s, say)
     calls: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
     for name in (DENSE, FLOOR, *names[1:]):
@@ -258,21 +258,29 @@ def _check(found: Found, names: list[str]) -> None:
                 found.failed[name] = f"{type(e).__name__}: {e}"
 
 
-def _shrink(found: Found, calls: int, until: float, s: Session, say: Callable) -> None:
-    """A smaller size where one dense step says that the planned one takes twice the time left."""
+def _fit(found: Found, until: float, s: Session, say: Callable) -> None:
+    """Another size where a dense step says so: a smaller one where the planned one takes twice the
+    time left, the largest that takes two thirds of it where that is larger.
+    """
+    calls = (KINDS[found.case.name].methods + 1) * (1 + LEAST_ROUNDS)
     sizes = [case_of(found.case.name, size, s.speed) for size in LADDER]
     while True:
         call = _call_of(DENSE, found.case)
         call()
         began = s.clock()
         call()
-        took = s.clock() - began
-        s.pace = max(1.0, took / call_seconds(found.case, s.speed))
-        needed = took * calls * (1 + LEAST_ROUNDS)
-        smaller = sizes[sizes.index(found.case) + 1 :]
-        if needed <= 2 * max(0.0, until - s.clock()) or not smaller:
+        s.pace = (s.clock() - began) / call_seconds(found.case, s.speed)
+        left = max(0.0, until - s.clock())
+        needed = [s.pace * calls * call_seconds(case, s.speed) for case in sizes]
+        here = sizes.index(found.case)
+        fitting = [i for i in range(here) if needed[i] <= left / 1.5]
+        if fitting:
+            found.case = sizes[fitting[0]]
+            say(f"  faster than expected, larger: {shape_of(found.case)}")
             return
-        found.case = smaller[0]
+        if needed[here] <= 2 * left or here + 1 == len(sizes):
+            return
+        found.case = sizes[here + 1]
         say(f"  slower than expected, smaller: {shape_of(found.case)}")
 
 

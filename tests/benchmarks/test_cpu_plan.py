@@ -223,6 +223,21 @@ def test_a_case_slower_than_expected_gets_smaller(methods, monkeypatch):
     assert session.pace == pytest.approx(clock.step / expected)
 
 
+def test_a_case_faster_than_expected_gets_larger(methods, monkeypatch):
+    sizes = tuple(cpu_plan.Size(2, n, 16, 97) for n in (64, 32, 16, 8))
+    for module in (cpu_plan, cpu_look):
+        monkeypatch.setattr(module, "LADDER", sizes)
+    clock = Clock()
+    session = cpu_look.Session(speed(150, 100), clock)
+    item, said = session.plan["frozen"], []
+    small = dataclasses.replace(item, case=dataclasses.replace(item.case, length=8))
+    # five methods, four calls each: at 0.15 s a dense step 3 s for N 32, 6 for 64, 12 for 128
+    clock.step = 0.15
+    assert item.share == pytest.approx(10)
+    found = cpu_look.measure(small, session, said.append)
+    assert found.case.length == 16 and said[1].startswith("  faster than expected, larger: N 64")
+
+
 def test_nothing_is_begun_that_would_end_late(methods):
     clock = Clock()
     session = cpu_look.Session(speed(150, 100), clock)
