@@ -17,7 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 from bars import FLOOR, HELD, TIMED, bare_products, instructions, instructions_text
-from cpu_plan import KINDS, LADDER, LEAST_ROUNDS, Item, Speed, call_seconds, case_of, machine, plan
+from cpu_plan import (
+    KINDS,
+    LADDER,
+    LEAST_ROUNDS,
+    START,
+    Item,
+    Speed,
+    call_seconds,
+    case_of,
+    machine,
+    plan,
+)
 from loss_head_cases import Case, batch_of
 from loss_head_measure import Alternation, checked_errors, environment, peak_bytes
 from loss_head_peers import METHODS, step
@@ -44,11 +55,11 @@ class Session:
         self,
         speed: Speed | None = None,
         clock: Callable[[], float] = time.monotonic,
-        age: float = 0.0,  # seconds that are over already
+        age: float = 0.0,  # seconds that are over already, of imports
     ):
         self.clock, self.began = clock, clock() - age
         self.speed = speed or machine()
-        self.plan = plan(self.speed)
+        self.plan = plan(self.speed, start=max(START, age))
         self.rows: list[str] = []
         self.notes: list[str] = []
         self.late: list[str] = []

@@ -60,6 +60,14 @@ def test_all_that_is_planned_fits_the_budget(rates, budget):
         assert x.size is not None or "its smallest size would take" in x.reason
 
 
+def test_imports_that_take_long_count():
+    fast, slow = (plan(speed(150, 25), start=start) for start in (4.0, 15.0))
+    assert fast["memory"].size == (1,)
+    assert slow["memory"].size is None and "its smallest size" in slow["memory"].reason
+    session = cpu_look.Session(speed(150, 25), age=15.0)
+    assert session.plan == slow
+
+
 @pytest.mark.parametrize("rates", MACHINES[:4])
 def test_the_cases_of_both_dtypes_are_kept(rates):
     found = plan(speed(*rates))
