@@ -6,18 +6,21 @@ against dense.
 Time: N = 4096 rows (two pairs of 2 x 1024), D = 512, V = 32000, trainable head, forward and
 backward; all methods of a dtype take turns in one process. Memory: what one forward and backward
 holds beyond its inputs, gradients included, each in a fresh process, cold. Other work on the
-machine shows in the spread of a ratio and in the load average beside it.
+machine shows in the spread of a ratio and in the load average beside it. What bfloat16 costs hangs
+on the CPU's instructions, which the record names: without those for it, it is emulated.
 """
 
 import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from loss_head_cases import Case, batch_of
@@ -29,6 +32,11 @@ from treg.ops.head.memory import DEFAULT_BUDGET
 TIMED = Case("bars", 2, 1024, 512, 32000, torch.float32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("dense_log_softmax", "dense_logsumexp", "liger_dpo")
+# of /proc/cpuinfo, on x86 and on ARM, that decide how fast a matrix product is
+INSTRUCTIONS = (
+    *("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"),
+    *("asimd", "sve", "bf16", "i8mm"),
+)
 OURS = {"fp32": ("treg_fused",), "bf16": ("treg_fused", "treg_fused_exact_logits")}
 HALF = "treg_fused, half ignored"
 FLOOR = "three bare products"
@@ -61,9 +69,21 @@ def alternation(dtype: str, timed: Case = TIMED) -> Alternation:
     return Alternation(calls)
 
 
+def instructions(info: Path = Path("/proc/cpuinfo")) -> dict[str, object]:
+    """torch: what its own kernels were chosen for; cpu: those of INSTRUCTIONS, None where the
+    system does not say.
+    """
+    found = None
+    if info.exists():
+        lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", info.read_text(), re.M)
+        names = set(lines[0].split()) if lines else set()
+        found = [name for name in INSTRUCTIONS if name in names]
+    return {"torch": torch.backends.cpu.get_cpu_capability(), "cpu": found}
+
+
 def bare_products(case: Case) -> Callable[[], None]:
-    """The three matrix products of a trainable head and nothing else, into buffers that are there:
-    the floor.
+    """The matrix products of a head and nothing else, three where it is trainable, into buffers
+    that are there: the floor.
     """
     batch = batch_of(case)
     hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
@@ -73,9 +93,11 @@ def bare_products(case: Case) -> Callable[[], None]:
 
     def run() -> None:
         for rows in hidden.split(step):
-            torch.mm(rows, weight.T, out=tile)
-            torch.mm(tile, weight, out=dhidden)
-            torch.mm(tile.T, rows, out=dweight)
+            torch.mm(rows, weight.T, out=tile[: len(rows)])
+            if case.mode != "forward":
+                torch.mm(tile[: len(rows)], weight, out=dhidden[: len(rows)])
+            if case.mode == "trainable":
+                torch.mm(tile[: len(rows)].T, rows, out=dweight)
 
     return run
 
@@ -97,11 +119,11 @@ def times(run: Alternation) -> dict[str, object]:
     }
 
 
-def peaks(labels: Iterable[str] = HELD) -> dict[str, int | None]:
-    """Peak extra bytes of entries of HELD, each in a process of its own; None where the system
-    cannot tell.
+def peaks(labels: Iterable[str] = HELD, over: int = 1) -> dict[str, int | None]:
+    """Peak extra bytes of entries of HELD with N / over rows, each in a process of its own; None
+    where the system cannot tell.
     """
-    command = [sys.executable, __file__, "--peak"]
+    command = [sys.executable, __file__, "--over", str(over), "--peak"]
     return {
         label: json.loads(
             subprocess.run([*command, label], stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -110,10 +132,15 @@ def peaks(labels: Iterable[str] = HELD) -> dict[str, int | None]:
     }
 
 
-def _peak(label: str) -> int | None:
+def held_case(label: str, over: int = 1) -> Case:
+    case = HELD[label][1]
+    return replace(case, length=case.length // over)
+
+
+def _peak(label: str, over: int) -> int | None:
     """Of this process, in which nothing has been computed yet: what a first call loads counts."""
-    name, case = HELD[label]
-    return peak_bytes(functools.partial(step, METHODS[name], batch_of(case)))
+    batch = batch_of(held_case(label, over))
+    return peak_bytes(functools.partial(step, METHODS[HELD[label][0]], batch))
 
 
 def main() -> None:
@@ -127,16 +154,18 @@ def main() -> None:
     parser.add_argument(
         "--peak", choices=HELD, help="print the peak extra bytes of one entry and end"
     )
+    parser.add_argument("--over", type=int, default=1, help="of --peak: so many times fewer rows")
     parser.add_argument(
         "--memory", action="store_true", help="measure memory again and leave the times of --out"
     )
     args = parser.parse_args()
     if args.peak is not None:
-        print(json.dumps(_peak(args.peak)))
+        print(json.dumps(_peak(args.peak, args.over)))
         return
     found = json.loads(args.out.read_text()) if args.memory else timed(args.rounds)
     found["memory"] = {
         "environment": environment(),
+        "instructions": instructions(),
         "budget_bytes": DEFAULT_BUDGET["cpu"],
         "peak_extra_bytes": peaks(),
     }
@@ -148,7 +177,7 @@ def main() -> None:
 def timed(rounds: int) -> dict:
     """The part of the record that is not memory."""
     load = [os.getloadavg()[0]]
-    found: dict = {"environment": environment(), "time": {}}
+    found: dict = {"environment": environment(), "instructions": instructions(), "time": {}}
     for dtype in DTYPES:
         run = alternation(dtype)
         for _ in range(rounds):
@@ -159,7 +188,15 @@ def timed(rounds: int) -> dict:
     return found
 
 
+def instructions_text(found: dict[str, Any]) -> str:
+    """Of what `instructions` says."""
+    of_cpu = "not known" if found["cpu"] is None else ", ".join(found["cpu"]) or "none of these"
+    return f"the CPU has {of_cpu}; torch runs its kernels for {found['torch']}"
+
+
 def show(found: dict) -> None:
+    if "instructions" in found:  # not in records from before they were looked for
+        print(instructions_text(found["instructions"]))
     for dtype, result in found["time"].items():
         print(f"\n{dtype}, median of {result['rounds']}")
         for name, seconds in result["median_seconds"].items():

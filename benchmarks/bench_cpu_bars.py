@@ -1,32 +1,28 @@
-"""The CPU ratios of `bars.py` in one round: a look at them, not the record, which is the script's.
+"""Peak memory of `bars.py` on a CPU, with as many rows as there is time for: a look at it, not the
+record, which is the script's.
 
-The benchmark's time is that of a whole round; ratios, medians and peaks are in extra_info. An
-eighth of the rows, and memory stops at twice N.
+The benchmark's time is that of a cold process each; peaks are in extra_info.
 """
 
-from dataclasses import replace
-
 import bars
+import cpu_look
 import pytest
-from loss_head_cases import DEVICE, SLOW_BF16
+from loss_head_cases import DEVICE
 from loss_head_measure import environment
 
-ROUNDS = 1
-HELD = ("dense_log_softmax", "treg_fused", "treg_fused, 2 N")
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="ratios on a CPU; this run measures a GPU")
+HELD = ("dense_log_softmax", "treg_fused")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="memory of a CPU; this run measures a GPU")
 
 
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_time(benchmark, dtype):
-    if dtype == "bf16" and SLOW_BF16:
-        pytest.skip("this CPU has no instructions for bfloat16: minutes; bars.py measures it")
-    run = bars.alternation(dtype, replace(bars.TIMED, length=bars.TIMED.length // 8))
-    benchmark.group = "bars"
-    benchmark.pedantic(run.round, rounds=ROUNDS)
-    benchmark.extra_info.update(environment(), **bars.times(run))
-
-
-def test_memory(benchmark):
-    benchmark.group = "bars"
-    held = benchmark.pedantic(bars.peaks, args=(HELD,), rounds=1)
-    benchmark.extra_info.update(environment(), peak_extra_bytes=held)
+def test_memory(benchmark, capsys):
+    session = cpu_look.session()
+    [over] = cpu_look.size_or_skip(session, "memory")
+    case = bars.held_case(HELD[0], over)
+    with capsys.disabled():
+        print(f"\nmemory: {cpu_look.shape_of(case)}, each in a cold process", flush=True)
+    benchmark.group = "memory"
+    held = benchmark.pedantic(bars.peaks, args=(HELD, over), rounds=1)
+    benchmark.extra_info.update(environment(), rows=case.rows, peak_extra_bytes=held)
+    if None not in held.values():
+        dense, ours = (f"{held[name] / 2**20:.0f} MiB" for name in HELD)
+        session.notes.append(f"extra memory, {cpu_look.shape_of(case)}: treg {ours}, dense {dense}")

@@ -13,8 +13,6 @@ from torch import Tensor
 from treg.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# a CPU without instructions for bfloat16 takes tens of times as long for it
-SLOW_BF16 = DEVICE == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 IGNORE = -100
 LOGIT_STD = 3.0
 REF_SHIFT = 40.0  # nats
@@ -249,21 +247,6 @@ def gpu_case(head: str, N: int, mask: str, mode: str) -> Case:
     )
 
 
-def cpu_cases() -> list[Case]:
-    base = Case("cpu-fp32-trainable", 2, 128, 256, 8000, torch.float32)
-    half = replace(base, name="cpu-bf16-trainable", dtype=torch.bfloat16)
-    if SLOW_BF16:
-        half = replace(half, length=32, hidden=64, vocab=1000)
-    return [
-        base,
-        half,
-        replace(half, name="cpu-bf16-frozen", mode="frozen"),
-        replace(half, name="cpu-bf16-forward", mode="forward"),
-        replace(half, name="cpu-bf16-softcap", softcap=30.0),
-        replace(half, name="cpu-bf16-half-ignored", ignored=0.5),
-    ]
-
-
 def tiny(case: Case) -> Case:
     """The same cell with hardly any work: to try what runs cells."""
     return replace(case, pairs=2, length=8 if case.mask == "all" else 600, hidden=32, vocab=97)
@@ -276,4 +259,4 @@ FIRST = {
     "llama-3-8b-N16384-realistic-trainable",
     *(f"gemma-2-9b-N16384-all-{mode}" for mode in MODES),
 }
-CASES = gpu_cases() if DEVICE == "cuda" else cpu_cases()
+CASES = gpu_cases() if DEVICE == "cuda" else []  # of a CPU: `cpu_plan`

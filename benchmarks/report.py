@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 
 import gpu_bars
-from bars import FLOOR, HALF, HELD, TIMED
+from bars import FLOOR, HALF, HELD, TIMED, instructions_text
 from loss_head_cases import DEVICE, Case, gpu_cases
 from loss_head_peers import METHODS
 
@@ -67,7 +67,8 @@ def cpu_part(found: dict) -> str:
     shape = HELD["treg_fused"][1]
     held = {k: f"{x / 2**20:.0f}" for k, x in found["memory"]["peak_extra_bytes"].items()}
     torch = env["versions"]["torch"].partition("+")[0]
-    about = f"""On a CPU, {env["cores"]} cores of an {env["device"]}, torch {torch}, medians of
+    has = f" ({instructions_text(found['instructions'])})" if "instructions" in found else ""
+    about = f"""On a CPU, {env["cores"]} cores of an {env["device"]}{has}, torch {torch}, medians of
         {found["time"]["fp32"]["rounds"]} rounds in turn: T-REG forward and backward with a
         trainable head, {TIMED.rows} scored tokens ({TIMED.pairs} pairs of 2 x {TIMED.length}),
         D {TIMED.hidden}, V {TIMED.vocab}. `python benchmarks/bars.py`; the record, with the ratios'

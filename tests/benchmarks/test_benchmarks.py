@@ -16,7 +16,6 @@ import gpu_process
 import gpu_run
 import gpu_runner
 import gpu_steps
-import loss_head_cases
 import loss_head_cell
 import loss_head_measure
 import pytest
@@ -98,19 +97,6 @@ def test_methods_that_the_bars_name_run_in_their_cells():
     for bar in gpu_bars.BARS:
         for name in (bar.ours, *(bar.against if bar.against != FOUR_PRODUCTS else ())):
             assert METHODS[name].applies_to(cases[bar.cell], "cuda"), (bar.what, name)
-
-
-def test_a_cpu_without_bfloat16_gets_small_cases(monkeypatch):
-    """Where 16 bits are emulated, a product takes a hundred times as long."""
-    monkeypatch.setattr(loss_head_cases, "SLOW_BF16", True)
-    first, *halves = loss_head_cases.cpu_cases()
-
-    def work(case):
-        return 2 * case.pairs * case.length * case.hidden * case.vocab
-
-    assert first.dtype == torch.float32 and len(halves) == 5
-    for case in halves:
-        assert case.dtype == torch.bfloat16 and 100 * work(case) <= work(first)
 
 
 def test_missing_package_is_named():
@@ -477,27 +463,3 @@ def test_report_of_a_gpu(tmp_path):
 def test_predictions_are_those_of_the_model():
     kept = json.loads((report.RESULTS / "predicted-h200.json").read_text())
     assert kept == {case.name: roofline.predict(case) for case in gpu_cases()}
-
-
-@pytest.mark.parametrize("kind", ["cool", "hot"])
-def test_model_is_the_arithmetic_it_states(kind):
-    case = gpu_case("llama-3-8b", 16384, "all", "trainable")
-    rates, found = roofline.RATES[kind], roofline.predict(case)
-    product = 1e3 * case.flops_per_product / rates.vendor
-    assert found["gemm_3"][kind] == pytest.approx(3 * product, rel=1e-3)
-    assert found["gemm_4"][kind] == pytest.approx(4 * product, rel=1e-3)
-    V, D, N = case.vocab, case.hidden, case.rows
-    pair = N // case.pairs
-    groups = -(-N // (int(2**30 / (2 * V + V / 32)) // pair * pair))
-    assert groups == 4  # two pairs each
-    moved = 4 * N * D + 4 * N * D + 6 * V * D + (groups - 1) * 4 * V * D
-    slow = 1e3 * case.flops_per_product / rates.triton
-    assert found["treg_fused"][kind] == pytest.approx(
-        2 * product + slow + 1e3 * moved / rates.memory, rel=2e-3
-    )
-    small = gpu_case(
-        "llama-3-8b", 128, "all", "forward"
-    )  # there the weight is read, and that is all
-    assert roofline.predict(small)["gemm_1"][kind] == pytest.approx(
-        1e3 * 2 * V * D / rates.memory, rel=0.08
-    )

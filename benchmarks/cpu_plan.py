@@ -1,0 +1,265 @@
+"""What `pytest benchmarks/` runs on a CPU: sizes that end in time, chosen from a second's
+calibration of the machine.
+
+    calls of a case   each method once, warm, and three times in turns, the bare products too
+    seconds           calls * N V (2 p D / rate(dtype) + 1.5 logit)
+
+p products a row, 3.5 on average over the methods with a trainable head, 2.5 with a frozen one, 1
+forward. logit: seconds of log_softmax and its gradient for each logit; methods take a third to
+three times that. A case takes the largest size of LADDER that fits its share of the budget. Where
+none does it is left out, by name.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from loss_head_cases import Case
+
+BUDGET = 150.0  # seconds, of all cases
+START = 4.0  # seconds in which a process imports torch, on a CPU with nothing else to do
+LEAST_ROUNDS = 3
+WORTH_THREADS = 1.2  # all threads must be so much faster than one
+
+
+class Speed(NamedTuple):
+    """FLOP/s of the three products of a step: logits, dhidden, dweight; seconds of a logit."""
+
+    fp32: float
+    bf16: float
+    logit: float = 16e-9  # of two cores of an AMD EPYC with nothing else to do
+
+    def of(self, dtype: torch.dtype) -> float:
+        return self.bf16 if dtype == torch.bfloat16 else self.fp32
+
+    @property
+    def faster(self) -> torch.dtype:
+        """What a user of this machine would take."""
+        return torch.bfloat16 if self.bf16 > self.fp32 else torch.float32
+
+
+class Size(NamedTuple):
+    pairs: int
+    length: int
+    hidden: int
+    vocab: int
+
+
+# The first is that of the record, bars.py. D shrinks before N and V: logits that fit a cache tell
+# nothing of a real head, and its D is a hundredth of V or less.
+LADDER = (
+    Size(2, 1024, 512, 32000),
+    Size(2, 512, 512, 32000),
+    Size(2, 256, 512, 32000),
+    Size(2, 128, 512, 32000),
+    Size(2, 128, 256, 32000),
+    Size(2, 128, 128, 32000),
+    Size(2, 64, 128, 32000),
+    Size(2, 64, 128, 16000),
+    Size(2, 32, 128, 8000),
+    Size(2, 32, 64, 4000),
+)
+PRODUCTS = {"trainable": 3.5, "frozen": 2.5, "forward": 1.0}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A case without its size: its share of the budget in seconds, and how many methods run; a slow
+    one counts for several.
+    """
+
+    share: float
+    methods: int
+    dtype: torch.dtype | None  # None: the faster one
+    mode: str = "trainable"
+    softcap: float | None = None
+    ignored: float = 0.0
+
+
+KINDS = {
+    "fp32-trainable": Kind(28, 12, torch.float32),
+    "bf16-trainable": Kind(24, 9, torch.bfloat16),
+    "frozen": Kind(10, 4, None, "frozen"),
+    "forward": Kind(5, 3, None, "forward"),
+    "softcap": Kind(9, 3, None, softcap=30.0),
+    "half-ignored": Kind(10, 4, None, ignored=0.5),
+}
+
+
+class Work(NamedTuple):
+    flop: float  # float32
+    logits: float
+
+
+class Part(NamedTuple):
+    """Of the benchmarks that are not cases: imports, in those of torch, and work at each size."""
+
+    share: float
+    starts: float
+    sizes: tuple[tuple, ...]
+    work: tuple[Work, ...]
+
+    def seconds(self, speed: Speed, start: float) -> list[float]:
+        fixed = self.starts * start
+        return [fixed + x.flop / speed.fp32 + x.logits * speed.logit for x in self.work]
+
+
+def _kl_work(rows: int, hidden: int, vocab: int) -> Work:
+    """Seven calls of four products and two heads' logits, once and a half."""
+    return Work(1.5 * 7 * 8 * rows * hidden * vocab, 1.5 * 7 * 2 * rows * vocab)
+
+
+def _memory_work(over: int) -> Work:
+    """Two steps at N = 2048 / over: D 256, V 64000."""
+    logits = 2 * 2048 / over * 64000
+    return Work(6 * 256 * logits, 1.5 * logits)
+
+
+def _trl_work(pairs: int, vocab: int) -> Work:
+    """576 positions a pair, D 256; four steps of 12 products in all, warm and once."""
+    logits = 576 * pairs * vocab
+    return Work(2 * 2 * 12 * 256 * logits, 15 * logits)
+
+
+_KL = (
+    *((rows, 512, 32000) for rows in (2048, 1024, 512, 256)),
+    *((rows, 128, 32000) for rows in (256, 128)),
+    (64, 128, 16000),
+)
+_TRL = ((4, 32000), (4, 16000), (4, 8000), (2, 8000), (2, 4000))  # pairs, vocabulary
+_OVER = (1, 2, 4, 8)
+PARTS = {
+    "memory": Part(24, 2, tuple((x,) for x in _OVER), tuple(map(_memory_work, _OVER))),
+    "linear_kl": Part(10, 0, _KL, tuple(_kl_work(*x) for x in _KL)),
+    "trl": Part(20, 1.5, _TRL, tuple(_trl_work(*x) for x in _TRL)),
+    "annotate": Part(10, 1, ((),), (Work(0.0, 0.0),)),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """What was chosen: the sizes, or None and why."""
+
+    name: str
+    share: float  # seconds
+    seconds: float  # expected, at the size chosen; 0 where left out
+    size: tuple | None
+    case: Case | None = None
+    reason: str | None = None
+
+
+def case_of(name: str, size: Size, speed: Speed) -> Case:
+    kind = KINDS[name]
+    dtype = kind.dtype or speed.faster
+    base = Case(name, *size, dtype, kind.mode, kind.softcap)
+    return replace(base, ignored=kind.ignored)
+
+
+def call_seconds(case: Case, speed: Speed) -> float:
+    each = 2 * PRODUCTS[case.mode] * case.hidden / speed.of(case.dtype) + 1.5 * speed.logit
+    return case.rows * case.vocab * each
+
+
+def case_seconds(name: str, size: Size, speed: Speed) -> float:
+    calls = (KINDS[name].methods + 1) * (1 + LEAST_ROUNDS)
+    return calls * call_seconds(case_of(name, size, speed), speed)
+
+
+def plan(speed: Speed, budget: float = BUDGET, start: float = START) -> dict[str, Item]:
+    """What is run, by name; the expected seconds of all are at most the budget. start: seconds of a
+    process until torch is imported.
+    """
+    total = sum(x.share for x in (*KINDS.values(), *PARTS.values()))
+    found = {}
+    for name, kind in KINDS.items():
+        share = kind.share * budget / total
+        sizes = [(size, case_seconds(name, size, speed)) for size in LADDER]
+        found[name] = _item(name, share, sizes)
+        if found[name].size is not None:
+            case = case_of(name, Size(*found[name].size), speed)
+            found[name] = replace(found[name], case=case)
+    for name, part in PARTS.items():
+        share = part.share * budget / total
+        seconds = part.seconds(speed, start)
+        found[name] = _item(name, share, list(zip(part.sizes, seconds, strict=True)))
+    return found
+
+
+def _item(name: str, share: float, sizes: list[tuple[tuple, float]]) -> Item:
+    for size, seconds in sizes:
+        if seconds <= share:
+            return Item(name, share, seconds, size)
+    least = sizes[-1][1]
+    reason = f"its smallest size would take {least:.0f} s here, its share is {share:.0f} s"
+    return Item(name, share, 0.0, None, reason=reason)
+
+
+# -- calibration
+
+_MEDIUM, _SMALL = (128, 512, 4000), (32, 128, 2000)
+
+
+def calibrate(seconds: float = 0.25) -> Speed:
+    """Of this machine as it is now, other work on it included; some four times so many seconds.
+
+    Leaves torch with one thread where all together are hardly faster: where others use the cores
+    too, threads wait for each other. A CPU without instructions for bfloat16 emulates it, up to a
+    hundred times slower: small matrices tell that; where they are fast, larger ones are taken.
+    """
+    threads = torch.get_num_threads()
+    fp32 = _rate(torch.float32, _MEDIUM, seconds)
+    if threads > 1:
+        torch.set_num_threads(1)
+        alone = _rate(torch.float32, _MEDIUM, seconds)
+        if fp32 > WORTH_THREADS * alone:
+            torch.set_num_threads(threads)
+        else:
+            fp32 = alone
+    bf16 = _rate(torch.bfloat16, _SMALL, seconds / 2)
+    if bf16 > fp32 / 8:
+        bf16 = _rate(torch.bfloat16, _MEDIUM, seconds)
+    return Speed(fp32, bf16, _logit(seconds))
+
+
+def _logit(seconds: float) -> float:
+    """Seconds for each of the logits of a log_softmax and its gradient, more than a cache holds."""
+    logits, target = torch.zeros(128, 32000, requires_grad=True), torch.zeros(128, 1).long()
+
+    def run() -> None:
+        torch.autograd.grad(logits.log_softmax(-1).gather(-1, target).sum(), logits)
+
+    return _median(run, seconds) / logits.numel()
+
+
+def _rate(dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
+    """FLOP/s of the products of a step."""
+    n, d, v = shape
+    hidden, weight = torch.ones(n, d, dtype=dtype), torch.ones(v, d, dtype=dtype)
+    tile = torch.zeros(n, v, dtype=dtype)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=tile)
+        torch.mm(tile, weight)
+        torch.mm(tile.T, hidden)
+
+    return 3 * 2 * n * d * v / _median(run, seconds)
+
+
+def _median(run: Callable[[], None], seconds: float) -> float:
+    """Seconds of a call, of as many as there is time for; the first warms up where it can."""
+    took, end = [], time.perf_counter() + seconds
+    while not took or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[len(took) > 1 :])
+
+
+@functools.cache
+def machine() -> Speed:
+    """`calibrate`, once in a process."""
+    return calibrate()
