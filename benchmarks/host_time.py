@@ -4,7 +4,8 @@
 
 No GPU is needed. Triton compiles the real kernels for sm90, and its real launcher launches them
 into a stand-in for libcuda whose functions only return. Tensors are of the CPU and tiny, so that an
-operator of torch costs its dispatch and little else. Checks of values are off, as on a GPU.
+operator of torch costs its dispatch and little else. Checks of values are off, as on a GPU. The time
+is that of the CPU, so that what else the machine does counts little.
 
     counted       checks, operators, autograd, plans, launches through Triton, operators of torch
     not counted   matrix products (three in a step); what cudaLaunchKernel adds to an operator of
@@ -190,7 +191,7 @@ class Parts:
 
     def wrap(self, part: str, owner, name: str) -> None:
         import functools
-        from time import perf_counter
+        from time import thread_time
 
         function = getattr(owner, name, None)
         if function is None:  # of another checkout
@@ -199,11 +200,11 @@ class Parts:
         @functools.wraps(function)
         def timed(*args, **kwargs):
             self.inner.append(0.0)
-            start = perf_counter()
+            start = thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                took = perf_counter() - start
+                took = thread_time() - start
                 within = self.inner.pop()
                 self.inner[-1] += took
                 self.spent[part] = self.spent.get(part, 0.0) + took - within
@@ -212,14 +213,14 @@ class Parts:
 
     def of(self, step, repeats: int) -> dict[str, float]:
         """Microseconds of each part, medians; "others" is what no part has."""
-        from time import perf_counter
+        from time import thread_time
 
         found = []
         for _ in range(repeats):
             self.spent = {}
-            start = perf_counter()
+            start = thread_time()
             step()
-            took = perf_counter() - start
+            took = thread_time() - start
             found.append(self.spent | {"others": took - sum(self.spent.values())})
         return {
             part: round(1e6 * statistics.median(x.get(part, 0.0) for x in found), 1)
@@ -265,7 +266,7 @@ def wrap_parts(parts: Parts) -> None:
 
 
 def work(repeats: int, with_parts: bool) -> dict:
-    from time import perf_counter
+    from time import thread_time
 
     pretend_device()
     steps = make_steps() | make_launches()
@@ -275,9 +276,9 @@ def work(repeats: int, with_parts: bool) -> dict:
     found: dict = {}
     for _ in range(repeats):
         for (name, what), step in steps.items():
-            start = perf_counter()
+            start = thread_time()
             step()
-            took = 1e6 * (perf_counter() - start)
+            took = 1e6 * (thread_time() - start)
             found.setdefault(name, {}).setdefault(what, []).append(took)
     if with_parts:
         parts = Parts()

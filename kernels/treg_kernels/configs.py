@@ -146,7 +146,9 @@ def tiles_for(
     do not fit into registers: where not, the tiles are those of the architecture without a copy
     engine.
     """
-    found = _measured().get((_device_name(), kind, str(dtype)[6:], int(V), int(D)))
+    found, measured = None, _measured()
+    if measured:  # the name of a device takes microseconds
+        found = measured.get((_device_name(), kind, str(dtype)[6:], int(V), int(D)))
     if found is not None and addressable:
         return found
     if dtype == torch.float32:

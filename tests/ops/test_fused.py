@@ -473,9 +473,8 @@ def test_without_looking_at_the_targets(impl, padded, rows, monkeypatch):
 def test_offsets_on_the_device(impl, fits, monkeypatch, modes):
     """cu_seqlens that only the device can read: all at once where it fits, else log-probs first."""
     monkeypatch.setattr(treg.ops.plans.pair_groups, "scored_lengths", lambda *args: None)
-    for name in ("treg.ops.call", "treg.ops.linear_logprobs"):
-        everything = lambda y, _: RowSelection.all(y.shape[0])  # noqa: E731
-        monkeypatch.setattr(sys.modules[name], "scored_rows", everything)
+    everything = lambda y, _: RowSelection.all(y.shape[0])  # noqa: E731
+    monkeypatch.setattr(sys.modules["treg.ops.call"], "scored_rows", everything)
     case = make_case()
     check(
         case,

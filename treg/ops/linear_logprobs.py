@@ -48,8 +48,8 @@ def linear_logprobs(
         target: [...] int64, already aligned: target[i] is the token predicted from hidden[i].
         bias: [V] floating, or None. logit_scale: any finite number. softcap, temperature: > 0.
         ignore_index: targets that are not scored: log-prob 0, gradient 0. They cost nothing: a GPU
-            is waited for, in the forward and in the backward, to leave them out (while a CUDA graph
-            is captured it is not, and they are computed).
+            is waited for once, in the forward, to leave them out. Of 512 rows or fewer, and while a
+            CUDA graph is captured, it is not, and they are computed.
         outputs: any of "lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; see
             `LinearLogprobs`.
         impl: "triton" (a GPU), "torch" (any device), None: "triton" on a GPU. A name never falls

@@ -229,6 +229,8 @@ def _check_reference(
     """Raise ValueError where the reference's hidden states and the objective do not go together."""
     name = f"loss_type={loss_options.loss_type!r}"
     if not loss_options.with_kl:
+        if given.kl_weights is None and all(x is None for x in reference.values()):
+            return
         others = {f"ref_{k}": x for k, x in reference.items()} | {"kl_weights": given.kl_weights}
         for argument, x in others.items():
             if x is not None:
