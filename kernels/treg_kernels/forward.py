@@ -138,8 +138,11 @@ def _full_epilogue(
     mask_n = offs_n < N
     mask_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V) < V
     at = offs_n * stride_part + tile_v
-    # z2 = x * unit is made anew where it is used: x alone is kept in registers
+    # z2 = x * unit. With a softcap it is made anew where it is used, beside the slope: x alone is
+    # kept in registers
     unit = multiple(scale2, cap_scale, cap2)
+    if cap_scale is None:
+        x, unit = x * unit, 1.0
     if z_ptr is not None:
         z = tl.sum(tl.where(mask_v[None, :], x, 0.0), axis=1) * unit
         tl.store(z_ptr + at, z, mask=mask_n)
