@@ -58,6 +58,24 @@ tile's shape costs anything; how much of the copies the products hide; clock and
 caches keep.
 """
 
+CHANGED = """## What changed
+
+The wide tile of sm90, 128x256x64, since four changes: rows of the stash begin at 128 bytes, hidden
+states are copied where they do not begin at 16, tanh takes 12 instructions a logit, and its slope
+is computed where it is used. Before was measured once, with Triton 3.7.1; after is in the tables.
+Instructions of a thread: of one step over D, and of a plain tile's epilogue in all.
+"""
+# spilled bytes, instructions of a step and of a plain epilogue, before
+BEFORE = {
+    "stash, bfloat16, V = 128257": (320, 93, 2344),
+    "stash, bfloat16, hidden at an odd offset": (136, 277, 881),
+    "gradient, bfloat16, V = 128257": (184, 92, 630),
+    "gradient, bfloat16, hidden at an odd offset": (128, 274, 479),
+    "forward, bfloat16, softcap, Gemma-2": (0, 75, 3169),
+    "stash, bfloat16, softcap, Gemma-2": (376, 79, 3641),
+    "gradient, bfloat16, softcap, Gemma-2": (96, 78, 3201),
+}
+
 LOOPS = """One step of the loop over D, in instructions of a thread. Then what follows it, in all
 and for each element of the thread's share of a tile: what every tile goes through, a softcap's tanh
 among it; then plain, where all rows are scored and have their target elsewhere, or full, in other
@@ -83,8 +101,7 @@ def said_of(arch: str, worker: str):
 
 def compiled(arch: str) -> dict:
     """The report of an architecture."""
-    rows = said_of(arch, "aot_worker.py")
-    return {"arch": arch, "triton": triton.__version__, "rows": rows}
+    return {"arch": arch, "triton": triton.__version__, **said_of(arch, "aot_worker.py")}
 
 
 def recorded(arch: str) -> dict:
@@ -94,8 +111,9 @@ def recorded(arch: str) -> dict:
 def to_text(report: dict) -> str:
     """A row a line."""
     rows = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
-    head = f' "arch": "{report["arch"]}",\n "triton": "{report["triton"]}",\n "rows": [\n'
-    return "{\n" + head + rows + "\n ]\n}\n"
+    names = ("arch", "triton", "again")
+    head = "".join(f' "{name}": {json.dumps(report[name])},\n' for name in names)
+    return "{\n" + head + ' "rows": [\n' + rows + "\n ]\n}\n"
 
 
 def elements(row: dict) -> float:
@@ -155,6 +173,17 @@ def loops_table(rows: list[dict]) -> str:
     return table([*header, *EPILOGUES.values()], cells)
 
 
+def changed_table(report: dict) -> str:
+    cells = []
+    for case, before in BEFORE.items():
+        same = report["again"].get(case, case)
+        row = next(row for row in report["rows"] if row["case"] == same and "source" in row)
+        epilogue = row["every_epilogue"] + row["plain_epilogue"]
+        after = row["spill_bytes"], row["loop"]["instructions"], epilogue
+        cells.append([case, *(f"{a} -> {b}" for a, b in zip(before, after, strict=True))])
+    return table(["case", "spilled", "step over D", "plain epilogue"], cells)
+
+
 def remarks(report: dict) -> list[str]:
     """What stands out: spills, long loops, kernels compiled more than once, full register files."""
     rows, found = report["rows"], []
@@ -186,6 +215,9 @@ def remarks(report: dict) -> list[str]:
                 f"{case}: `{kernel.strip('_')}` is compiled {times} times, "
                 "by how its pointers are aligned."
             )
+    if again := report["again"]:
+        same = ", ".join(f"{case} (`{first}`)" for case, first in again.items())
+        found.append(f"Cases that take the tile kernel of another: {same}.")
     full = sum(row["registers"] >= 255 for row in rows)
     found.append(f"Kernels with 255 registers or more: {full} of {len(rows)}.")
     return found
@@ -193,6 +225,7 @@ def remarks(report: dict) -> list[str]:
 
 def readme(reports: list[dict]) -> str:
     parts = [HEAD.format(version=reports[0]["triton"])]
+    parts += [CHANGED, changed_table(next(x for x in reports if x["arch"] == "sm90")) + "\n"]
     for report in reports:
         parts += [f"## {report['arch']}\n", "\n".join(f"- {x}" for x in remarks(report)) + "\n"]
         parts.append(resources_table(report["rows"]) + "\n")

@@ -2,8 +2,8 @@
 
 A tile is a row of TILES, or what `measured.json` holds for this device and head, written by
 `benchmarks/tune_tiles.py`. Nothing is timed at run time: the same inputs give the same bits in
-every process, the first call is as fast as the second, and a CUDA graph can be captured without a
-rehearsal.
+every process. The first call of a head compiles its kernels, for few rows and for many; where a
+later batch starts and how long it is compiles none.
 """
 
 import functools

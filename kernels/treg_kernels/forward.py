@@ -141,20 +141,25 @@ def _full_epilogue(
     mask_n = offs_n < N
     mask_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V) < V
     at = offs_n * stride_part + tile_v
-    z2 = x * multiple(scale2, cap_scale, cap2)
+    # z2 = x * unit. With a softcap it is made anew where it is used, beside the slope: x alone is
+    # kept in registers
+    unit = multiple(scale2, cap_scale, cap2)
+    if cap_scale is None:
+        x, unit = x * unit, 1.0
     if z_ptr is not None:
-        tl.store(z_ptr + at, tl.sum(tl.where(mask_v[None, :], z2, 0.0), axis=1), mask=mask_n)
+        z = tl.sum(tl.where(mask_v[None, :], x, 0.0), axis=1) * unit
+        tl.store(z_ptr + at, z, mask=mask_n)
     local = target - tile_v * BLOCK_V
     here = (local >= 0) & (local < BLOCK_V) & (target < V)
     is_target = tl.arange(0, BLOCK_V)[None, :] == local.to(tl.int32)[:, None]
     tl.store(
         target_z2_ptr + offs_n,
-        tl.sum(tl.where(is_target, z2, 0.0), axis=1),
+        tl.sum(tl.where(is_target, x, 0.0), axis=1) * unit,
         mask=mask_n & here & scored,
     )
 
     other = mask_v[None, :] & (is_target == 0)
-    z2_other = tl.where(other, z2, float("-inf"))
+    z2_other = tl.where(other, x * unit, float("-inf"))
     top = tl.max(z2_other, axis=1)
     k = _offset(top, offset)
     e = tl.exp2(z2_other - k[:, None])
@@ -164,7 +169,8 @@ def _full_epilogue(
     if top_ptr is not None:
         tl.store(top_ptr + at, top, mask=mask_n)
     if ez_ptr is not None:
-        tl.store(ez_ptr + at, tl.sum(e * tl.maximum(z2 - k[:, None], -1e30), axis=1), mask=mask_n)
+        above = tl.maximum(x * unit - k[:, None], -1e30)
+        tl.store(ez_ptr + at, tl.sum(e * above, axis=1), mask=mask_n)
     if ee_ptr is not None:
         tl.store(ee_ptr + at, tl.sum(e * e, axis=1), mask=mask_n)
     if stash is not None:

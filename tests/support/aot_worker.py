@@ -23,7 +23,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ROWS, VOCAB, HIDDEN = 4096, 128256, 4096  # Llama-3 8B
-ODD_VOCAB = 50257  # rows of [N, V] are not aligned
+ODD_VOCAB, ONE_MORE = 50257, 128257  # GPT-2, and Llama-3 with a token for padding
+GEMMA_2 = 256000, 3584  # 9B; its head has a softcap and nothing else
 TILED = ("_tile_kernel", "_gradient_kernel")
 
 
@@ -95,28 +96,34 @@ def run_head(
     kind: str,
     dtype: torch.dtype,
     rows=ROWS,
-    vocab=VOCAB,
+    shape=(VOCAB, HIDDEN),
     padding=0,
-    options=False,
+    begin=0,
+    options="",
     statistics=False,
     tile=None,
 ):
-    """One of configs.KINDS; options: bias, softcap and temperature; padding: elements between two
-    rows.
+    """One of configs.KINDS.
+
+    options: "all" for bias, softcap and temperature, "softcap" for that alone. padding: elements
+    between two rows. begin: of hidden in its storage.
     """
     import treg_kernels as K
     from treg_kernels.forward import STATISTICS
+    from treg_kernels.tiles import Scalars
 
-    hidden = torch.empty(rows, HIDDEN + padding, dtype=dtype)[:, :HIDDEN]
-    weight = torch.empty(vocab, HIDDEN + padding, dtype=dtype)[:, :HIDDEN]
+    V, D = shape
+    hidden = torch.empty(begin + rows * (D + padding), dtype=dtype)[begin:]
+    hidden = hidden.view(rows, D + padding)[:, :D]
+    weight = torch.empty(V, D + padding, dtype=dtype)[:, :D]
     target, row = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-    out = None if kind == "forward" else torch.empty(rows, vocab, dtype=dtype)
+    out = None if kind == "forward" else torch.empty(rows, V + -V % 64, dtype=dtype)[:, :V]
     head = (
         hidden,
         weight,
         target,
-        torch.empty(vocab, dtype=dtype) if options else None,
-        scalars_of(options),
+        torch.empty(V, dtype=dtype) if options == "all" else None,
+        Scalars.of(1.0, 30.0, 1.0) if options == "softcap" else scalars_of(options == "all"),
         -100,
     )
     rest = {"product": lambda *operands: None, "tile": tile}
@@ -133,11 +140,13 @@ def head_cases(arch: str) -> Iterator[tuple[str, Callable]]:
     from treg_kernels import configs
 
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    few, unaligned, options = {"rows": 64}, {"padding": 1, "vocab": ODD_VOCAB}, {"options": True}
+    few, options = {"rows": 64}, {"options": "all"}
+    odd, unaligned = {"shape": (ODD_VOCAB, HIDDEN)}, {"shape": (ODD_VOCAB, HIDDEN), "padding": 1}
     everything, vendor = {**options, "statistics": True}, {"tile": configs.ROWS}
     cases = [
         *((kind, bf16, "", {}) for kind in configs.KINDS),
         ("stash", bf16, "64 rows", few),
+        ("stash", bf16, "V = 50257", odd),
         ("stash", bf16, "unaligned", unaligned),
         ("forward", bf16, "all options and statistics", everything),
         ("stash", bf16, "all options", options),
@@ -155,6 +164,16 @@ def head_cases(arch: str) -> Iterator[tuple[str, Callable]]:
             ("gradient", bf16, "64 rows", few),
             ("forward", bf16, "all options", options),
             ("gradient", bf16, "unaligned", unaligned),
+            ("gradient", bf16, "V = 50257", odd),
+            *(
+                (kind, bf16, name, what)
+                for name, what in (
+                    ("V = 128257", {"shape": (ONE_MORE, HIDDEN)}),
+                    ("hidden at an odd offset", {"begin": 1}),
+                    ("softcap, Gemma-2", {"options": "softcap", "shape": GEMMA_2}),
+                )
+                for kind in configs.KINDS
+            ),
             ("stash", bf16, "vendor's product, all options and statistics", vendor | everything),
         ]
     for kind, dtype, name, what in cases:
@@ -287,8 +306,8 @@ def kl_cases() -> Iterator[tuple[str, Callable]]:
         yield f"kl, {name}", functools.partial(run_kl, *rest)
 
 
-def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, CompiledKernel]]:
-    """Launch everything; each kernel that no earlier case has compiled."""
+def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, CompiledKernel, str]]:
+    """Launch everything: each case's kernels, and the case that has compiled it first."""
     from treg_kernels import active, backward, filtered, forward, kl, objective
 
     found = [
@@ -297,7 +316,7 @@ def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Compi
         for f in vars(module).values()
     ]
     functions = list(dict.fromkeys(f for f in found if isinstance(f, JITFunction)))
-    seen = set()
+    seen: dict[str, str] = {}
     for case, launch in cases:
         for function in functions:
             function.device_caches.clear()
@@ -305,9 +324,7 @@ def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Compi
         for function in functions:
             for cache in function.device_caches.values():
                 for kernel in cache[0].values():
-                    if kernel.hash not in seen:
-                        seen.add(kernel.hash)
-                        yield case, kernel
+                    yield case, kernel, seen.setdefault(kernel.hash, case)
 
 
 def row_of(case: str, kernel: CompiledKernel, arch: str) -> dict:
@@ -343,11 +360,20 @@ def row_of(case: str, kernel: CompiledKernel, arch: str) -> dict:
     return row
 
 
-def rows_of(arch: str) -> list[dict]:
+def report_of(arch: str) -> dict:
+    """rows: of each kernel, by the case that compiles it first. again: of a case that takes a tile
+    kernel of an earlier one, that case.
+    """
+    rows, again = [], {}
     with fake_device(arch):
         cases = [*head_cases(arch), *filtered_cases(), *objective_cases(), *kl_cases()]
-        return [row_of(case, kernel, arch) for case, kernel in compiled(cases)]
+        for case, kernel, first in compiled(cases):
+            if first == case:
+                rows.append(row_of(case, kernel, arch))
+            elif kernel.src.fn.__name__ in TILED:
+                again[case] = first
+    return {"rows": rows, "again": again}
 
 
 if __name__ == "__main__":
-    json.dump(rows_of(sys.argv[1]), sys.stdout)
+    json.dump(report_of(sys.argv[1]), sys.stdout)

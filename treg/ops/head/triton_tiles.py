@@ -105,8 +105,8 @@ class TritonTiles:
         if not stash:
             return partial + gathered + 64
         # partial results are gone when hidden's copy is made
-        stash = row_width(V, self.row_multiple) * size
-        return max(partial, self.scaled_columns * size) + stash + gathered + 64
+        wide = row_width(V, self.row_multiple) * size
+        return max(partial, self.scaled_columns * size) + wide + gathered + 64
 
     def column_bytes(self, rows: int) -> int:
         return rows * self.stash_dtype.itemsize
