@@ -116,6 +116,18 @@ def test_16_bit_products_run_on_tensor_cores(arch):
     assert not without, f"no tensor-core instruction on {arch}: {without}"
 
 
+def test_one_loop_over_all_tiles_prefetches_across_epilogues():
+    """Of each step, both copies are issued before the epilogue, and products are not waited for."""
+    found = [r for r in rows("sm90") if "one loop" in r["case"] and r["kernel"] in GEMMS]
+    assert len(found) == 3
+    for r in found:
+        assert r["loads_before_epilogue"] == r["loop"]["tma_loads"] == 2, label(r)
+        assert r["loop"]["matrix"] == 4 and r["loop"]["local"] == 0, label(r)
+        assert r["every_epilogue"] + r["plain_epilogue"] > 3 * r["loop"]["instructions"], label(r)
+    others = [r for r in products("sm90") if "one loop" not in r["case"]]
+    assert others and not any("loads_before_epilogue" in r for r in others)
+
+
 @pytest.mark.parametrize("arch", DESCRIPTORS)
 def test_the_copy_engine_reads_what_it_can_address(arch):
     found = [r for r in products(arch) if "source" in r]
@@ -194,6 +206,31 @@ SASS = """
         /*00f0*/                   BRA 0xf0;
         /*0100*/                   NOP;
 """
+# a step that leaps over a tile's end
+FLAT_SASS = """
+        /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR24], R24 ;
+        /*0020*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0030*/               @P0 BRA 0xc0 ;
+        /*0040*/                   FADD R0, R1, R2 ;
+        /*0050*/               @P3 BRA 0x90 ;
+        /*0060*/                   FADD R0, R1, R2 ;
+        /*0070*/                   FADD R0, R1, R2 ;
+        /*0080*/                   BRA 0xb0 ;
+        /*0090*/                   STL [R1], R2 ;
+        /*00a0*/                   FADD R0, R1, R2 ;
+        /*00b0*/                   FADD R0, R1, R2 ;
+        /*00b4*/                   FADD R0, R1, R2 ;
+        /*00c0*/               @P5 BRA 0x10 ;
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_reading_a_loop_over_all_tiles():
+    found = contents_of(instructions(FLAT_SASS), sides=True)
+    loop = {"instructions": 4, "matrix": 1, "tma_loads": 1, "local": 0}
+    assert {key: found["loop"][key] for key in loop} == loop
+    assert found["loads_before_epilogue"] == 1
+    assert [found[f"{side}_epilogue"] for side in ("every", "plain", "full")] == [2, 2, 3]
 
 
 def test_reading_machine_code():

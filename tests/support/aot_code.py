@@ -107,14 +107,19 @@ def contents(cubin: bytes, *, sides: bool) -> dict:
 
 def contents_of(code: list[Instruction], *, sides: bool) -> dict:
     """What SASS counts, in all and in one turn of the loop over D; with `sides` also the epilogue:
-    what every tile goes through, and then either side.
+    what every tile goes through, and then either side. loads_before_epilogue: copies that a step of
+    a loop over all tiles issues before it leaps over the epilogue, or enters it.
     """
     found = {"instructions": len(code), **count(code)}
     if (loop := product_loop(code)) is not None:
         turn = shortest_turn(code, *loop)
         body = [code[i] for i in turn]
         found["loop"] = {"instructions": len(body), **count(body)}
-        if sides and (choice := longest_choice(code, end_of_product(code, turn))) is not None:
+        end = end_of_product(code, turn)
+        if end != turn[-1]:
+            before = [code[i] for i in turn if i < end]
+            found["loads_before_epilogue"] = count(before)["tma_loads"]
+        if sides and (choice := longest_choice(code, end)) is not None:
             found["every_epilogue"], *lengths = choice
             found["plain_epilogue"], found["full_epilogue"] = sorted(lengths)
     return found

@@ -142,6 +142,7 @@ def head_cases(arch: str) -> Iterator[tuple[str, Callable]]:
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     few, options = {"rows": 64}, {"options": "all"}
     odd, unaligned = {"shape": (ODD_VOCAB, HIDDEN)}, {"shape": (ODD_VOCAB, HIDDEN), "padding": 1}
+    flat = next((t for t in configs.CANDIDATES[configs.architecture()] if t.flat), None)
     everything, vendor = {**options, "statistics": True}, {"tile": configs.ROWS}
     cases = [
         *((kind, bf16, "", {}) for kind in configs.KINDS),
@@ -168,6 +169,7 @@ def head_cases(arch: str) -> Iterator[tuple[str, Callable]]:
             *(
                 (kind, bf16, name, what)
                 for name, what in (
+                    ("one loop over all tiles", {"tile": flat}),
                     ("V = 128257", {"shape": (ONE_MORE, HIDDEN)}),
                     ("hidden at an odd offset", {"begin": 1}),
                     ("softcap, Gemma-2", {"options": "softcap", "shape": GEMMA_2}),
