@@ -4,8 +4,8 @@
 
 No GPU is needed. Triton compiles the real kernels for sm90, and its real launcher launches them
 into a stand-in for libcuda whose functions only return. Tensors are of the CPU and tiny, so that an
-operator of torch costs its dispatch and little else. Checks of values are off, as on a GPU. The time
-is that of the CPU, so that what else the machine does counts little.
+operator of torch costs its dispatch and little else. Checks of values are off, as on a GPU. The
+time is that of the CPU, so that what else the machine does counts little.
 
     counted       checks, operators, autograd, plans, launches through Triton, operators of torch
     not counted   matrix products (three in a step); what cudaLaunchKernel adds to an operator of
