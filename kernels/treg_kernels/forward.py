@@ -65,11 +65,13 @@ STATISTIC_SUMS = ("ez_ptr", "z_ptr", "ee_ptr")
 # for the first column of a slab: those pointers and integers are not specialised.
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["target_ptr"])
 def _offset_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, offset_ptr, N, V, D,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, offset_ptr, target_z2_ptr, N, V, D,
     stride_hn, stride_hd, stride_wv, stride_wd, scale2, cap_scale, cap2,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """offset[t] = round(z2 of the target): any nearby integer would do."""
+    """offset[t] = round(z2 of the target): any nearby integer would do. target_z2[t] = NaN, which
+    an impossible target leaves.
+    """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_n, N - 1)
     target = tl.load(target_ptr + rows)
@@ -87,6 +89,7 @@ def _offset_kernel(
         acc += tl.load(bias_ptr + target).to(tl.float32)
     z2, _ = transform(acc, scale2, cap_scale, cap2)
     tl.store(offset_ptr + offs_n, tl.floor(z2 + 0.5), mask=offs_n < N)
+    tl.store(target_z2_ptr + offs_n, float("nan"), mask=offs_n < N)
 
 
 @triton.jit
@@ -462,13 +465,15 @@ def logprob_forward(
     def part(needed=True):
         return torch.empty(N, columns, dtype=torch.float32, device=dev) if needed else None
 
+    # an impossible target leaves NaN
+    target_z2 = row() if stash is not None else row().fill_(float("nan"))
     offset = None
     if stash is not None:
         offset = row()
         _offset_kernel[(ceil_div(N, 4),)](
-            hidden, weight, bias, target, offset, N, V, D, *hidden.stride(), *weight.stride(),
-            scalars.scale2, scalars.cap_scale, scalars.cap2, BLOCK_N=4,
-            BLOCK_D=min(1024, power_of_2(D)),
+            hidden, weight, bias, target, offset, target_z2, N, V, D,
+            *hidden.stride(), *weight.stride(), scalars.scale2, scalars.cap_scale, scalars.cap2,
+            BLOCK_N=4, BLOCK_D=min(1024, power_of_2(D)),
         )  # fmt: skip
     tops = part("is_top1" in outputs or "tops" in outputs)
     parts = (
@@ -479,8 +484,6 @@ def logprob_forward(
     )
     if "tops" in outputs:
         found["tops"] = tops
-    # an impossible target leaves NaN
-    target_z2 = torch.full((N,), float("nan"), dtype=torch.float32, device=dev)
     for slab in slabs(tile, hidden, weight, product):
         here = parts
         if slab.first:

@@ -59,7 +59,9 @@ def slabs(
 
 def target_matrix(tile: Tile, slab: Slab, out: torch.Tensor) -> tuple[object, str]:
     """A slab of the columns of out [N, V] as a kernel stores to it, and its STORE constant."""
-    here = out[:, slab.first : slab.first + slab.columns]
+    here = out
+    if slab.columns < out.shape[1]:
+        here = out[:, slab.first : slab.first + slab.columns]
     if tile.descriptors and at_16_bytes(here):
         return descriptor(here, tile.n, tile.v), "descriptors"
     return here, "pointers"

@@ -54,8 +54,13 @@ class Given(NamedTuple):
     def flat(self) -> "Given":
         """The same of flat log-probs, contiguous."""
         *of_tokens, pair_values = self
-        flat = [None if x is None else x.detach().reshape(-1).contiguous() for x in of_tokens]
+        flat = [None if x is None else constant(x).reshape(-1).contiguous() for x in of_tokens]
         return Given._make([*flat, pair_values])
+
+
+def constant(x: Tensor) -> Tensor:
+    """x without a gradient; itself where it has none."""
+    return x.detach() if x.requires_grad else x
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Batch:
             copy of them in call.dtype.
         """
         hidden_dtype, weight_dtype = hidden.dtype, weight.dtype
-        if cast:
+        if cast and not hidden_dtype == weight_dtype == call.dtype:
             hidden, weight = hidden.to(call.dtype), weight.to(call.dtype)
         head = call.head(weight, bias, numbers)
         return cls(

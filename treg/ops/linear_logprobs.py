@@ -10,6 +10,7 @@ from treg.ops.call import Batch, Call
 from treg.ops.head.selection import same_rows
 from treg.ops.options import HeadOptions, check_numbers, check_targets
 from treg.ops.plans import Plan, choose_plan, fake_note, note_of, read_note
+from treg.ops.plans.base import scored_coefficients
 from treg.ops.plans.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
 from treg.results import LinearLogprobs
 
@@ -177,7 +178,8 @@ def _differentiate(coef, saved, hidden, weight, bias, target, numbers, text) -> 
     *values, note = saved
     plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, note)
     kept = dict(zip(plan.saved_names, values, strict=True))
-    gradients = plan.backward(batch, coef.reshape(-1), kept)
+    coef = scored_coefficients(batch, coef.reshape(-1))
+    gradients = plan.backward(batch, coef, kept)
     return [x for x in gradients.like(hidden, weight, bias) if x is not None]
 
 

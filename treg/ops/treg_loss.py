@@ -20,6 +20,7 @@ from treg.losses.pairs import (
     Given,
     TokenInputs,
     check_pairs,
+    constant,
     pair_loss,
     row_starts,
 )
@@ -299,7 +300,7 @@ def _score_with_kl(
 
 
 def _constant(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+    return None if x is None else constant(x)
 
 
 def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str, count: int) -> TRegLoss:
@@ -307,7 +308,7 @@ def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str, count: in
     loss = pairs.loss if reduction == "none" else pairs.loss.sum()
     if reduction == "mean":
         loss = loss / count
-    detached = {name: x.detach() for name, x in found.items()}
+    detached = {name: constant(x) for name, x in found.items()}
     token_logps = detached.pop("logprobs")
     return TRegLoss(loss, *pairs[1:], token_logps, **detached)
 

@@ -52,7 +52,8 @@ class Gradients(NamedTuple):
             if gradient is None or operand is None:
                 found.append(None)
             else:
-                found.append(gradient.to(operand.dtype))
+                same = gradient.dtype == operand.dtype
+                found.append(gradient if same else gradient.to(operand.dtype))
         return found
 
 

@@ -87,7 +87,7 @@ def stash_rows(like: Tensor, rows: int, words: int, *, dtype: torch.dtype, multi
     """
     width = row_width(words, multiple)
     room = like.new_empty(rows, width, dtype=dtype)
-    return room if multiple == 1 else room[:, :words]
+    return room if width == words else room[:, :words]
 
 
 def held_bytes(rows: Tensor) -> int:

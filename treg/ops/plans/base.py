@@ -53,7 +53,7 @@ class Plan(Protocol):
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         """Gradients of sum_t coef_t lp_t.
 
-        coef: [N]; whatever a loss leaves at rows that are not scored (NaN even) counts as 0. The
+        coef: [N] in the dtype of sums, 0 at rows that are not scored (`scored_coefficients`). The
         gradients may have any floating dtype: the operator rounds them.
         """
         ...
@@ -115,11 +115,13 @@ def score_rows(
         took all rows, "factor" too, in place of the given one.
     """
     tiles, rows = batch.tiles, batch.rows
+    count = len(rows)
+    kept = 0 if stash is None else stash.shape[0]
     reserved = 0 if stash is None else held_bytes(stash)
-    step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
-    at_once = step if stash is None else tiles.max_rows
-    whole = rows.complete and 0 < len(rows) <= at_once
-    if whole and (stash is None or len(rows) == stash.shape[0]):
+    step = tiles.max_rows
+    if kept < count:
+        step = tile_step(tiles, batch.call.budget, stash=False, outputs=outputs, reserved=reserved)
+    if rows.complete and 0 < count <= step and kept in (0, count):
         found = tiles.forward(batch.hidden, batch.target, outputs, stash)
         tiles.release()
         return found
@@ -132,14 +134,13 @@ def score_rows(
             selection.write(x, got[name])
         return got
 
-    kept = 0
     if stash is not None and factor is not None:
-        kept, at = stash.shape[0], 0
+        at = 0
         for selection in rows.section(0, kept).chunks(tiles.max_rows):
             place = slice(at, at + len(selection))
             factor[place] = score(selection, stash[place])["factor"]
             at = place.stop
-    for selection in rows.section(kept, len(rows)).chunks(step):
+    for selection in rows.section(kept, count).chunks(step):
         score(selection)
     tiles.release()
     return found
@@ -148,7 +149,8 @@ def score_rows(
 def scored_coefficients(batch: Batch, coef: Tensor) -> Tensor:
     """coef in the dtype of sums, 0 where nothing is scored, whatever a loss leaves there."""
     scored = batch.target != batch.head.ignore_index
-    return torch.where(scored, coef, 0.0).to(batch.tiles.compute)
+    kept = torch.where(scored, coef, 0.0)
+    return kept if kept.dtype == batch.tiles.compute else kept.to(batch.tiles.compute)
 
 
 def row_factors(batch: Batch, rows: RowSelection, target: Tensor) -> Tensor | None:

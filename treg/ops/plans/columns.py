@@ -14,7 +14,7 @@ from treg.ops.head.gemm import add_transposed
 from treg.ops.head.gradients import Gradients
 from treg.ops.head.head import local_target, without_autocast
 from treg.ops.head.memory import check_budget, row_width
-from treg.ops.plans.base import Saved, ScoredFirst, Scores, score_rows, scored_coefficients
+from treg.ops.plans.base import Saved, ScoredFirst, Scores, score_rows
 
 WORDS = 128  # a part has a multiple of so many words
 
@@ -36,7 +36,7 @@ class Columns(ScoredFirst):
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         tiles, head, rows = batch.tiles, batch.head, batch.rows
         hidden, target = rows.read(batch.hidden), rows.read(batch.target)
-        norm, coef = rows.read(saved["norm"]), rows.read(scored_coefficients(batch, coef))
+        norm, coef = rows.read(saved["norm"]), rows.read(coef)
         if not rows.looked:
             hidden = torch.where((target != head.ignore_index).unsqueeze(-1), hidden, 0.0)
         needs, (words, columns) = batch.call.needs, head.weight.shape

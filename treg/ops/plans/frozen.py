@@ -12,7 +12,7 @@ from treg.ops.call import Batch
 from treg.ops.head.gemm import scaled_to
 from treg.ops.head.gradients import Gradients, GradientSums, Needs
 from treg.ops.head.memory import check_budget, empty_rows, stash_rows, tile_step
-from treg.ops.plans.base import Saved, ScoredFirst, Scores, scored_coefficients
+from treg.ops.plans.base import Saved, ScoredFirst, Scores
 
 
 class Frozen(ScoredFirst):
@@ -54,6 +54,6 @@ class Frozen(ScoredFirst):
         return scores, {"dhidden": sums.dhidden, "factor": sums.row_scale}
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
-        scale = scored_coefficients(batch, coef) * saved["factor"]
+        scale = coef * saved["factor"]
         dhidden = scaled_to(saved["dhidden"], scale.unsqueeze(-1), batch.hidden_dtype)
         return Gradients(dhidden, None, None)

@@ -29,7 +29,6 @@ from treg.ops.plans.base import (
     Scores,
     row_factors,
     score_rows,
-    scored_coefficients,
 )
 
 
@@ -59,7 +58,6 @@ class Kept(ScoredFirst):
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         stash, factor = self._of_kept_rows(batch, saved)
-        coef = scored_coefficients(batch, coef)
         sums = differentiate_rows(batch, saved["norm"], coef, stash, factor)
         dhidden = sums.dhidden  # of complete gradients, if no row was kept
         if stash is not None or batch.hidden_dtype != batch.call.dtype:
@@ -73,10 +71,11 @@ class Kept(ScoredFirst):
 
     def _of_kept_rows(self, batch: Batch, saved: Saved) -> tuple[Tensor | None, Tensor | None]:
         """Stash and factor of the rows that are kept of those that are scored; None without any."""
-        kept = min(saved["stash"].shape[0], self._kept(batch, len(batch.rows)))
+        room, count = saved["stash"].shape[0], len(batch.rows)
+        kept = room if room == count else min(room, self._kept(batch, count))
         if not kept:
             return None, None
-        if kept == saved["stash"].shape[0]:
+        if kept == room:
             return saved["stash"], saved["factor"]
         return saved["stash"][:kept], saved["factor"][:kept]
 
@@ -109,8 +108,10 @@ def differentiate_rows(
     """
     tiles, rows, count = batch.tiles, batch.rows, len(batch.rows)
     kept = 0 if stash is None else stash.shape[0]
-    reserved = 0 if stash is None else held_bytes(stash)
-    step = tile_step(tiles, batch.call.budget, stash=True, reserved=reserved)
+    step = 0  # rows of a tile of those whose logits are computed again
+    if kept < count:
+        reserved = 0 if stash is None else held_bytes(stash)
+        step = tile_step(tiles, batch.call.budget, stash=True, reserved=reserved)
     one_tile = kept == count or (kept == 0 and count <= step)
     sums = GradientSums(
         batch.hidden,

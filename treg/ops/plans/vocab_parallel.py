@@ -43,7 +43,7 @@ from treg.ops.head.gradients import Gradients
 from treg.ops.head.head import ABSENT, IGNORED, local_target
 from treg.ops.head.memory import check_budget
 from treg.ops.head.selection import RowSelection, same_rows
-from treg.ops.plans.base import Saved, Scores, score_rows
+from treg.ops.plans.base import Saved, Scores, score_rows, scored_coefficients
 from treg.ops.plans.kept import Kept
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ class _Sharded(torch.autograd.Function):
         rows = same_rows(local, ctx.call.ignore_index, ctx.note)
         batch = Batch.of_shapes(ctx.call, hidden, weight, bias, local, ctx.numbers, rows=rows)
         saved = dict(zip(ctx.plan.saved_names, values, strict=True))
+        coef = scored_coefficients(batch, coef)
         gradients = ctx.plan.backward(batch, coef, saved)
         return *gradients.like(hidden, weight, bias), *nothing
 
