@@ -24,6 +24,7 @@ from loss_head_cases import DEVICE, HEADS
 from loss_head_measure import environment
 
 from treg.ops.head.gemm import logits_into
+from treg.ops.head.memory import ROW_MULTIPLE, stash_rows
 from treg_kernels import configs, logits_gradient, logprob_forward
 from treg_kernels.configs import Tile
 from treg_kernels.tiles import Scalars
@@ -59,7 +60,7 @@ def inputs(
         "weight": weight,
         "target": target,
         "coef": torch.randn(N, generator=g, device=DEVICE),
-        "out": torch.empty(N, V, dtype=DTYPE, device=DEVICE),
+        "out": stash_rows(weight, N, V, dtype=DTYPE, multiple=ROW_MULTIPLE),  # as the plans do
     }
     scalars = Scalars.of(1.0, softcap, 1.0)
     x["norm"] = logprob_forward(x["hidden"], weight, target, None, scalars, -100)["norm"]
