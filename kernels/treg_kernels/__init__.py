@@ -1,10 +1,11 @@
 """Triton kernels of the loss head: torch tensors in and out, no autograd.
 
-tiles.py      device helpers: tile order, one logits tile, the logit transform
+tiles.py      device helpers: tile order, the products of one tile, the logit transform
 configs.py    the tile shape of each GPU, dtype and size, from measured.json
 launch.py     a weight in slabs, pointers or descriptors: what a launch needs
 forward.py    log-prob, norm and statistics; optionally the stash, the unscaled gradient of the
               logits
+combine.py    the tiles of the forward added up
 backward.py   the gradient of the logits for a known coefficient per token
 active.py     which tiles a filtered backward computes
 filtered.py   the gradients from those tiles

@@ -310,11 +310,11 @@ def kl_cases() -> Iterator[tuple[str, Callable]]:
 
 def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, CompiledKernel, str]]:
     """Launch everything: each case's kernels, and the case that has compiled it first."""
-    from treg_kernels import active, backward, filtered, forward, kl, objective
+    from treg_kernels import active, backward, combine, filtered, forward, kl, objective
 
     found = [
         f
-        for module in (forward, backward, objective, active, filtered, kl)
+        for module in (forward, combine, backward, objective, active, filtered, kl)
         for f in vars(module).values()
     ]
     functions = list(dict.fromkeys(f for f in found if isinstance(f, JITFunction)))
