@@ -81,30 +81,34 @@ class Operator:
             self.qualified_name, backward, setup_context=save, lib=LIBRARY
         )
         if save is not None:
-            self._function = _function_of(self.implementation, save, backward)
-            self._function.__name__ = self.qualified_name.partition("::")[2]
+            name = self.qualified_name.partition("::")[2]
+            self._function = _function_of(name, self.implementation, save, backward)
 
     def first_derivatives_only(self) -> None:
         """Of an operator that is itself a gradient: its own derivative raises."""
         self.differentiable(None, _refuse_second_derivative)
 
 
-def _function_of(implementation: Callable, save: Callable, backward: Callable) -> type:
-    """The autograd function of an operator."""
+def _function_of(
+    name: str, implementation: Callable, save: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    """The autograd function of an operator, whose backward is called `name`Backward.
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            with torch._C._AutoDispatchBelowAutograd():
-                found = implementation(*args)
-            save(ctx, args, found)
-            return tuple(found)
+    It saves what the operator saves: a forward that is computed again, for a checkpoint, may go the
+    other way.
+    """
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return backward(ctx, grads)
+    def run(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = implementation(*args)
+        save(ctx, [scalars(*x) if isinstance(x, tuple) else x for x in args], found)
+        return tuple(found)
 
-    return Function
+    def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
+        return backward(ctx, grads)
+
+    methods = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -122,13 +126,18 @@ def _plain(args: Iterable[Any]) -> bool:
     ):
         return False
     for x in args:
-        if x is None or type(x) in PLAIN:
+        if x is None or _is_plain(x):
             continue
         if isinstance(x, Tensor):
             return False
-        if isinstance(x, list) and not all(type(one) in PLAIN for one in x):
+        if isinstance(x, list) and not all(map(_is_plain, x)):
             return False
     return True
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x is a tensor whose memory holds its numbers, and no subclass of tensors."""
+    return type(x) in PLAIN and not x.is_neg()
 
 
 def _packed(x: Any) -> Any:
@@ -141,19 +150,6 @@ def _packed(x: Any) -> Any:
 def values_of(numbers: Tensor | Sequence[float]) -> tuple[float, ...]:
     """Numbers as an implementation gets them, a tuple or their tensor."""
     return tuple(map(float, numbers.tolist() if isinstance(numbers, Tensor) else numbers))
-
-
-def save_for_backward(ctx: Any, *values: Any) -> None:
-    """Tensors are saved by autograd alone, so that it can free, check and move them."""
-    tensors = [x if isinstance(x, Tensor) else None for x in values]
-    ctx.others = [x if one is None else None for x, one in zip(values, tensors, strict=True)]
-    ctx.save_for_backward(*tensors)
-
-
-def saved_values(ctx: Any) -> list[Any]:
-    """What `save_for_backward` was given."""
-    pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
-    return [other if x is None else x for x, other in pairs]
 
 
 def scalars(*values: float) -> Tensor:

@@ -33,7 +33,6 @@ from treg_kernels import configs
 from treg_kernels.combine import combine
 from treg_kernels.launch import (
     Product,
-    addressable,
     at_16_byte_rows,
     ceil_div,
     power_of_2,
@@ -302,14 +301,6 @@ def _tile_kernel(
 STATISTICS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
-def part_columns(weight: torch.Tensor) -> int:
-    """Partial results per row and statistic, at most: one a tile."""
-    V, D = weight.shape
-    shape = weight.dtype, V, D, addressable(weight)
-    tiles = (tile for kind in ("forward", "stash") for _, tile in configs.tiles_for(kind, *shape))
-    return ceil_div(V, min(tile.v for tile in tiles))
-
-
 def logprob_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -337,7 +328,7 @@ def logprob_forward(
         {"logprobs", "norm", *outputs} and "factor" beside a stash, each [N] float32 (is_top1:
         bool); norm, which `logits_gradient` takes, is [N, 2]: lse / ln 2, and what its rounding
         lost; tops: [N, ceil(V / tile.v)], the largest z2 of each tile without the target's.
-        Temporaries: 4 * N * part_columns(weight) bytes for each of k and s and for each statistic
+        Temporaries: 4 * N * ceil(V / tile.v) bytes for each of k and s and for each statistic
         but lse, a copy of hidden where its rows do not begin at 16 bytes, and configs.SLAB_BYTES
         where the tile takes the vendor's product.
     """

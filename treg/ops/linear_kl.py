@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treg import checks
-from treg.operators import Operator, save_for_backward, saved_values, values_of
+from treg.operators import Operator, values_of
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
 from treg.ops.head import Head
 from treg.ops.head.gradients import Gradients, GradientSums
@@ -436,7 +436,7 @@ def _save(ctx, inputs, output) -> None:
     *operands, text = inputs
     ctx.call = KlCall.of(text)
     ctx.scores = _outputs(operands[6])
-    save_for_backward(ctx, *operands, *output[ctx.scores :])
+    ctx.save_for_backward(*operands, *output[ctx.scores :])
     ctx.mark_non_differentiable(*output[min(2, ctx.scores) :])
     ctx.set_materialize_grads(False)
 
@@ -445,7 +445,7 @@ def _backward(ctx, grads):
     kl_grad, lp_grad = grads[0], grads[1] if ctx.scores > 1 else None
     if kl_grad is None and lp_grad is None:
         return (None,) * 9
-    saved = saved_values(ctx)
+    saved = ctx.saved_tensors
     count = len(Operands._fields)
     note, *stashes = saved[count:]
     found = _gradient(kl_grad, lp_grad, note, stashes, *saved[:count], ctx.call)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from treg.operators import Operator, save_for_backward, saved_values, values_of
+from treg.operators import Operator, values_of
 from treg.ops.call import Batch, Call
 from treg.ops.head.selection import same_rows
 from treg.ops.options import HeadOptions, check_numbers, check_targets
@@ -225,7 +225,7 @@ def _save(ctx, inputs, output) -> None:
     *operands, text = inputs
     ctx.call = Call.of(text)
     scores = 1 + len(ctx.call.outputs)
-    save_for_backward(ctx, *operands, *output[scores:])
+    ctx.save_for_backward(*operands, *output[scores:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -234,7 +234,7 @@ def _backward(ctx, grads):
     coef = grads[0]
     if coef is None:
         return None, None, None, None, None, None
-    hidden, weight, bias, target, numbers, *saved = saved_values(ctx)
+    hidden, weight, bias, target, numbers, *saved = ctx.saved_tensors
     found = _gradient(coef, saved, hidden, weight, bias, target, numbers, ctx.call)
     return *ctx.call.needs.spread(found), None, None, None
 

@@ -25,7 +25,7 @@ from treg.losses.pairs import (
     row_starts,
 )
 from treg.losses.tokens import sequence_of_row
-from treg.operators import Operator, save_for_backward, saved_values, values_of
+from treg.operators import Operator, values_of
 from treg.ops.call import HEAD_NUMBERS, Batch, Call
 from treg.ops.head.selection import sees_values
 from treg.ops.linear_kl import linear_kl
@@ -419,7 +419,7 @@ def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, target, _, _, _, _, cu_seqlens, numbers, text = inputs
     ctx.call = Call.of(text)
     scores = 3 + len(ctx.call.outputs)  # loss, stats, log-probs, outputs
-    save_for_backward(ctx, hidden, weight, bias, target, cu_seqlens, numbers, *output[scores:])
+    ctx.save_for_backward(hidden, weight, bias, target, cu_seqlens, numbers, *output[scores:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -429,7 +429,7 @@ def _backward(ctx, grads):
     others = (None,) * 8
     if upstream is None:
         return None, None, None, *others
-    hidden, weight, bias, target, cu_seqlens, numbers, *saved = saved_values(ctx)
+    hidden, weight, bias, target, cu_seqlens, numbers, *saved = ctx.saved_tensors
     found = _gradient(upstream, saved, hidden, weight, bias, target, cu_seqlens, numbers, ctx.call)
     return *ctx.call.needs.spread(found), *others
 

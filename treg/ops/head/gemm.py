@@ -55,7 +55,7 @@ def times_weight(tile: Tensor, weight: Tensor, out: Tensor) -> None:
     setting is one of the whole process, which other threads read at any time, so it is left alone.
     The parts are made and added up here in float32, or the library's product is float32 and is
     rounded once: 8 n D bytes more to move, beside 2 n D V operations about 2 % of the time for V =
-    32000 and less for more words, and a temporary of at most 128 KiB for each multiprocessor. More
+    32000 and less for more words, and temporaries of some 200 KiB for each multiprocessor. More
     rows than that go straight into out: then no multiprocessor is idle that the library would split
     for.
     """

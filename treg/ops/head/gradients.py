@@ -107,6 +107,8 @@ class GradientSums:
         Where values were not looked at, rows that are not scored could not be left out: their scale
         is 0, and they add nothing, whatever hidden holds there (NaN even).
         """
+        if not tile.shape[0]:  # a group of pairs in which nothing is scored
+            return
         if rows.complete and scale is not None and self._row_scale is None:
             self._row_scale = scale
             if self.dhidden is not None:

@@ -161,6 +161,12 @@ class Tiles(Protocol):
         """
         ...
 
+    def readable(self, hidden: Tensor) -> Tensor:
+        """hidden [n, D] as `forward` and `gradient` read it without a copy of their own: itself, or
+        a copy.
+        """
+        ...
+
     def release(self) -> None:
         """Free the buffers kept between tiles."""
         ...

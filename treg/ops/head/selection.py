@@ -102,8 +102,8 @@ def rows_where(used: Tensor) -> RowSelection:
 def sees_values(x: Tensor) -> bool:
     """Whether a tensor's values may be looked at: not while a CUDA graph is captured.
 
-    Elsewhere a GPU is waited for, in the forward alone. What that costs is far less than the
-    products of prompts and padding.
+    Elsewhere a GPU is waited for, in the forward of log-probs and losses and in the backward of
+    entropies. What that costs is far less than the products of prompts and padding.
     """
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -162,6 +162,9 @@ class TorchTiles:
             if p.data_ptr() != out[rows].data_ptr():
                 out[rows] = p
 
+    def readable(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def release(self) -> None:
         self._logits = None
 

@@ -102,6 +102,8 @@ class TritonTiles:
         # Rows that are listed by number are copied. On a GPU these few D beside V are not counted,
         # so that whole batches without ignored rows fill the budget.
         gathered = 0 if self.head.weight.is_cuda else 3 * D * size
+        if D * size % 16:  # no row but the first begins where the copy engine can read
+            gathered += (D * size + 15) // 16 * 16
         if not stash:
             return partial + gathered + 64
         # partial results are gone when hidden's copy is made
@@ -152,6 +154,11 @@ class TritonTiles:
                 out,
                 logits_into,
             )
+
+    def readable(self, hidden: Tensor) -> Tensor:
+        from treg_kernels.launch import at_16_byte_rows
+
+        return at_16_byte_rows(hidden)
 
     def release(self) -> None:
         """Nothing is kept."""

@@ -39,6 +39,7 @@ class Columns(ScoredFirst):
         norm, coef = rows.read(saved["norm"]), rows.read(coef)
         if not rows.looked:
             hidden = torch.where((target != head.ignore_index).unsqueeze(-1), hidden, 0.0)
+        hidden = tiles.readable(hidden)  # once for all parts
         needs, (words, columns) = batch.call.needs, head.weight.shape
         total = dweight = dbias = None
         if needs.hidden:
