@@ -6,7 +6,7 @@ that nothing is left.
     python benchmarks/gpu_run.py --tiny --out FOLDER
 
 The second says what the minutes should hold, without a GPU; the third does all of it on small
-sizes, also on a CPU. --commit NAME, where git cannot tell.
+sizes, also on a CPU. --commit NAME, where git cannot tell: on a GPU nothing is measured without.
 
 environment    what the GPU is, its clocks and its ceilings: products at real shapes, a copy
 compile        the kernels of the steps up to the bars, in as many processes as there are cores
@@ -35,6 +35,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # this tree, whether or not one is installed
+
 import gpu_plan
 import gpu_steps
 import gpu_summary
@@ -46,6 +49,7 @@ from loss_head_measure import OURS, environment
 from loss_head_peers import METHODS
 
 MOST_COMPILING = 12  # each has a head and its gradients in the GPU's memory: 9 GB
+MOST_TESTING = 14
 
 
 def stop_at_signals() -> None:
@@ -65,6 +69,11 @@ def since_start() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return time.process_time()
+
+
+def processes() -> int:
+    """How many to run at a time: of the cores that this process may use, two are left free."""
+    return min(MOST_TESTING, max(1, len(os.sched_getaffinity(0)) - 2))
 
 
 def announce(events: Iterator[gpu_plan.Event], began: float) -> None:
@@ -99,6 +108,11 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     if args.out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", str(environment()["device"]).lower()).strip("-")
         args.out = HERE / "results" / ("tiny" if args.tiny else slug)
+    if DEVICE == "cuda" and not (args.commit or args.dry_run):
+        parser.error(
+            "--commit: expected the name of the commit that is measured, got none, and git knows "
+            "none here; give --commit NAME"
+        )
     return args
 
 
@@ -106,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
     before = since_start() if argv is None else 0.0
     began = time.monotonic() - before
-    cores = 16 if args.dry_run else os.cpu_count() or 1
-    most = max(1, cores - 2)
+    most = MOST_TESTING if args.dry_run else processes()
     setting = gpu_steps.Setting(args.out.resolve(), args.tiny, min(MOST_COMPILING, most), most)
     only = {*args.only, "compile"} if {*args.only} & {*gpu_steps.COMPILED} else args.only
     steps = [step for step in gpu_steps.steps(setting) if step.name in only]

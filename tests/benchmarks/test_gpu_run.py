@@ -415,6 +415,47 @@ def test_worker_that_ended_between_two_jobs_is_started_again():
     worker.stop()
 
 
+ELSEWHERE = """
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise SystemExit(0 if {wanted!r} == sys.path[:2] else 1)
+sys.meta_path.insert(0, Missing)
+sys.path.insert(0, {benchmarks!r})
+import gpu_run
+"""
+
+
+def test_plan_needs_no_installed_package(tmp_path):
+    """By the time torch, the first import that is no module of the plan, is asked for, this tree is
+    where treg is looked for first.
+    """
+    root = gpu_process.ROOT
+    wanted = [str(root), str(root / "kernels")]
+    script = ELSEWHERE.format(benchmarks=str(gpu_process.HERE), wanted=wanted)
+    env = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", script]
+    assert subprocess.run(command, env=env, cwd=tmp_path, check=False).returncode == 0
+
+
+def test_commit_must_be_known_on_a_gpu(monkeypatch, capsys):
+    """A record without one could not be gone on with. The dry run measures nothing."""
+    monkeypatch.setattr(gpu_run, "DEVICE", "cuda")
+    monkeypatch.setattr(gpu_run, "environment", lambda: {"commit": None, "device": "H200"})
+    with pytest.raises(SystemExit) as stopped:
+        gpu_run.parsed(["--minutes", "8"])
+    assert stopped.value.code == 2 and "give --commit NAME" in capsys.readouterr().err
+    assert gpu_run.parsed(["--dry-run"]).commit is None
+    assert gpu_run.parsed(["--commit", "a"]).commit == "a"
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 1), (2, 1), (6, 4), (64, 14)])
+def test_two_of_the_cores_that_may_be_used_are_left_free(monkeypatch, cores, most):
+    monkeypatch.setattr(gpu_run.os, "sched_getaffinity", lambda pid: range(cores))
+    assert gpu_run.processes() == most
+
+
 def test_summary_is_printed_at_a_signal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         gpu_run.Runner, "do", lambda self, job, deadline: os.kill(os.getpid(), signal.SIGTERM)
