@@ -102,7 +102,7 @@ def _rates(found: dict[str, dict]) -> str:
     rows = []
     for head, rates in found.items():
         for kind, rate in rates.get("kinds", {}).items():
-            forms = ", ".join(f"{name} {x['ratio']:.3f}" for name, x in rate["forms"].items())
+            forms = ", ".join(f"{name} {_form(x)}" for name, x in rate["forms"].items())
             rows.append(
                 (head, kind, rate["ms"], rate["tflops"], rate["mm_tflops"], rate["ratio"], forms)
             )
@@ -110,6 +110,12 @@ def _rates(found: dict[str, dict]) -> str:
             rows.append((head, rates["failed"], "", "", "", "", ""))
     header = ("head", "kernel", "ms", "TFLOP/s", "torch.mm", "ratio", "other forms' ratios")
     return _table(header, rows) if rows else ""
+
+
+def _form(rate: dict) -> str:
+    if "failed" in rate:
+        return f"failed ({rate['failed'][:80].replace('|', '/')})"
+    return f"{rate['ratio']:.3f}" + (f" (off: {rate['off']})" if "off" in rate else "")
 
 
 def _host(found: dict[str, dict]) -> str:

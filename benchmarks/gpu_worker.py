@@ -110,9 +110,11 @@ def do_truth(work: dict, desk: Desk) -> dict:
 
 
 def do_rates(work: dict, desk: Desk) -> dict:
-    from gpu_rates import kernel_rates
+    import gpu_rates
 
-    return kernel_rates(work["name"], desk.tiny, desk.launch, desk.at)
+    if desk.launch:
+        return gpu_rates.launch(work["name"], desk.tiny)
+    return gpu_rates.kernel_rates(work["name"], desk.tiny, desk.at, desk.part)
 
 
 def do_tiles(work: dict, desk: Desk) -> dict:
@@ -122,7 +124,10 @@ def do_tiles(work: dict, desk: Desk) -> dict:
         D, V, softcap = tune_tiles.heads(desk.tiny)[work["name"]]
         N = 200 if desk.tiny else 512  # enough for every tile
         return tune_tiles.launch(work["kind"], N, D, V, softcap)
-    lines = tune_tiles.tune(Path(work["folder"]), work["name"], work["kind"], desk.tiny, desk.left)
+    lines = tune_tiles.tune(
+        *(Path(work["folder"]), work["name"], work["kind"], desk.tiny, desk.left),
+        commit=work.get("commit"),
+    )
     late = {"late": "rows"} if desk.left() <= 0 else {}
     return {"fastest": lines, **late}
 

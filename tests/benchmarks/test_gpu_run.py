@@ -704,25 +704,93 @@ def test_measured_tiles_go_into_the_folder_and_are_not_timed_again(tmp_path, mon
     assert tune_tiles.SHIPPED.read_bytes() == shipped
 
 
-def test_every_form_of_a_tile_is_timed_beside_the_first(monkeypatch):
-    """A candidate that differs in a field other than its shape is another form of the kernel."""
+def fake_call(kind, tile, x, scalars):
+    """Results of ones; a tile of 100 registers raises, one of 50 gives another second result."""
+
+    def run():
+        if tile.registers == 100:
+            raise RuntimeError("no such form")
+        x["out"].fill_(2.0 if tile.registers == 50 else 1.0)
+        if kind == "gradient":
+            return {"gradient": x["out"]}
+        found = {"logprobs": torch.ones(4), "norm": torch.ones(4, 2)}
+        return found | ({"factor": torch.ones(4), "stash": x["out"]} if kind == "stash" else {})
+
+    return run
+
+
+@pytest.fixture
+def three_tiles(monkeypatch):
+    """The launch's own, and forms that raise, that are off and that are right."""
     first = gpu_rates.configs.tile_for("stash", tune_tiles.DTYPE, 40, 264, 64)
-    other = first._replace(registers=100)
+    others = tuple(first._replace(registers=n) for n in (100, 50, 25))
     wider = first._replace(v=2 * first.v)
-    candidates = {gpu_rates.configs.architecture(): (wider, other, first)}
+    candidates = {gpu_rates.configs.architecture(): (wider, *others, first)}
     monkeypatch.setattr(gpu_rates.configs, "CANDIDATES", candidates)
-    assert gpu_rates.forms("stash", 40, 264, 64) == {"": first, "registers=100": other}
-    monkeypatch.setattr(tune_tiles, "inputs", lambda *shape: ({}, None))
-    monkeypatch.setattr(tune_tiles, "call", lambda *operands: None)
-    monkeypatch.setattr(gpu_rates, "seconds", lambda calls, *rounds: SECONDS)
-    found = gpu_rates.kernel_rates("llama-3-8b", True, False, lambda name: None)["kinds"]
+    x = {"out": torch.zeros(4, 6), "hidden": torch.zeros(4, 2), "weight": torch.zeros(6, 2)}
+    monkeypatch.setattr(tune_tiles, "inputs", lambda *shape: (x, None))
+    monkeypatch.setattr(tune_tiles, "call", fake_call)
+    return first
+
+
+def test_every_form_of_a_tile_is_timed_beside_the_first(three_tiles, monkeypatch):
+    """A candidate that differs in a field other than its shape is another form of the kernel. One
+    that raises or whose stash or gradient is off hides no other's times.
+    """
+    forms = gpu_rates.forms("stash", 40, 264, 64)
+    assert list(forms) == ["", "registers=100", "registers=50", "registers=25"]
+    monkeypatch.setattr(gpu_rates, "seconds", lambda calls, *rounds: {"run": 4.0, "mm": 3.0})
+    parts = []
+    keep = lambda found: parts.append(json.loads(json.dumps(found)))  # noqa: E731
+    found = gpu_rates.kernel_rates("llama-3-8b", True, lambda name: None, keep)["kinds"]
+    assert parts[0]["kinds"].keys() == {"forward"} and parts[0]["kinds"]["forward"]["forms"] == {}
     assert found.keys() == {"forward", "stash", "gradient"}
     flops = 2 * 40 * 264 * 64
-    for rate in found.values():
+    for kind, rate in found.items():
         assert rate["tflops"] == pytest.approx(flops / 4 / 1e12, rel=1e-3)
         assert rate["mm_tflops"] == pytest.approx(flops / 3 / 1e12, rel=1e-3)
-        assert (rate["ms"], rate["ratio"]) == (4000.0, 0.75)
-        assert rate["forms"]["registers=100"]["ratio"] == 1.5
+        assert (rate["ms"], rate["ratio"], rate["tile"]) == (4000.0, 0.75, three_tiles._asdict())
+        raised, off, right = rate["forms"].values()
+        assert raised == {"failed": "RuntimeError: no such form"}
+        assert off.get("off") == (
+            None if kind == "forward" else f"{kind}: relative difference 1.0e+00"
+        )
+        assert right["ratio"] == 0.75 and "off" not in right
+    record = {"stages": {"rates: x": {"kinds": found}}, "cells": {}, "excluded": {}}
+    assert "registers=100 failed (RuntimeError" in gpu_summary.page(record, [], None)
+    wrong = gpu_rates.launch("llama-3-8b", True)
+    assert list(wrong) == [f"{kind} registers=100" for kind in found]
 
 
-SECONDS = {"": 4.0, "mm": 3.0, "registers=100": 2.0}
+def test_tile_whose_stash_is_off_is_left_out(three_tiles):
+    """Its log-probs alone are right."""
+    rows = {row["tile"]["registers"]: row for row in tune_tiles.cell("stash", 40, 64, 264, None)}
+    assert rows[100]["out"] == "RuntimeError: no such form"
+    assert rows[50]["out"] == "stash: relative difference 1.0e+00"
+    assert "ms" in rows[25] and "ms" in rows[None]
+
+
+def test_results_left_by_another_tile_are_none_of_a_tile_that_writes_nothing():
+    x = {"out": torch.ones(3)}
+    found = tune_tiles.results(lambda: {"gradient": x["out"]}, x)
+    assert tune_tiles.off(found, {"gradient": torch.ones(3)}) == (
+        "gradient: relative difference nan"
+    )
+
+
+@pytest.mark.parametrize("job", [tune_tiles.cell, tune_tiles.launch])
+def test_unusable_gpu_is_no_property_of_a_tile(three_tiles, monkeypatch, job):
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune_tiles, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        job("stash", 40, 64, 264, None)
+
+
+def test_tiles_of_another_commit_are_timed_again(tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(tune_tiles, "cell", lambda *shape: timed.append(shape) or [])
+    for commit in ("a", "a", "b"):
+        tune_tiles.tune(tmp_path, "llama-3-8b", "gradient", True, lambda: 1.0, commit)
+    assert len(timed) == 2
