@@ -23,7 +23,8 @@ sanitizer      compute-sanitizer's memcheck on a small step, if it is there
 FOLDER/loss_head.json, is replaced as a whole after every job and every method of a cell, so that
 nothing is lost but what was interrupted; that is marked "unfinished" and done again. What is in the
 record is not; with --renew, unless another commit made it. A peer that brings its process down or
-hangs is named in "excluded" and left out from then on. However it ends, a summary is printed.
+hangs is named in "excluded" and left out from then on. However it ends, a summary is printed. What
+commands print and what workers say of errors is appended to FOLDER/log.txt.
 """
 
 import argparse
@@ -67,7 +68,8 @@ def since_start() -> float:
     """Seconds since this process began: its imports count too."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return min(120.0, max(0.0, age))  # in a container the two clocks may be apart
     except (OSError, AttributeError):
         return time.process_time()
 
@@ -134,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     stop_at_signals()
     steps = gpu_steps.ready(steps, record, args.renew)
     gpu = DEVICE == "cuda"
-    worker = Worker(surroundings(not gpu), *["--tiny"] * args.tiny)
+    log = record.path.with_name("log.txt")
+    worker = Worker(surroundings(not gpu), *["--tiny"] * args.tiny, log=log)
     seconds = 60 * args.minutes - before
     peers = [name for name in METHODS if not name.startswith(OURS)]
     runner = Runner(record, worker, peers, gpu)
@@ -146,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         worker.stop()
         print(gpu_summary.page(record.data, steps, lambda step: step.left(record, args.renew)))
-        print(f"record: {record.path}", flush=True)
+        print(f"record: {record.path}; what the processes said: {log}", flush=True)
     return 3 if any(step.left(record, args.renew) for step in steps) else 0
 
 

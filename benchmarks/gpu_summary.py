@@ -53,8 +53,11 @@ def _about(stages: dict) -> str:
     if "compiled" in compiled:
         lines.append(
             f"compiled {compiled['compiled']} of {compiled['kernels']} kernels in "
-            f"{compiled['seconds']} s; wrong: {compiled['wrong'] or 'none'}"
+            f"{compiled['seconds']} s; wrong: {compiled['wrong'] or 'none'}; processes that died: "
+            f"{compiled.get('died') or 'none'}; late: {compiled.get('late') or 'none'}"
         )
+    if compiled.get("end"):
+        lines.append(f"the end of the first that died: {compiled['end']}")
     return "\n".join(lines)
 
 
@@ -82,7 +85,7 @@ def _truth(found: dict[str, dict]) -> str:
 
 
 def _verdict(case: dict) -> str:
-    if "skipped" in case or "unfinished" in case:
+    if "skipped" in case or ("unfinished" in case and "broken" not in case):
         return "not run"
     return "pass" if case.get("passed") else "FAIL"
 

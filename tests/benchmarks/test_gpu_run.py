@@ -132,9 +132,16 @@ PLAN = {step.name: step for step in gpu_steps.steps(SETTING)}
 def test_steps_come_in_the_order_of_their_worth():
     assert tuple(PLAN) == gpu_steps.NAMES
     cells = [job.name for job in PLAN["bars"].jobs]
-    assert cells == list(dict.fromkeys(bar.cell for bar in gpu_bars.BARS)) and len(cells) == 8
+    barred = list(dict.fromkeys(bar.cell for bar in gpu_bars.BARS))
+    [real] = [cell for cell in barred if "realistic" in cell]
+    assert cells == [cell for cell in barred if cell != real] + [real] and len(cells) == 8
     others = [job.name for job in PLAN["cells"].jobs]
     assert not set(cells) & set(others) and len(others) == 142
+
+
+def test_time_that_is_kept_for_a_step_is_enough_to_begin_one_of_its_jobs():
+    for step in PLAN.values():
+        assert step.least == 0 or step.least >= min(job.least for job in step.jobs), step.name
 
 
 def test_tests_of_the_plan_are_there():
@@ -226,6 +233,26 @@ def test_launches_of_the_plan_are_listed_without_a_gpu():
 # -- a share of the kernels
 
 
+def test_kernel_that_does_not_compile_is_tried_once(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    tried = []
+
+    def fails(kernel, key):
+        tried.append(key)
+        raise RuntimeError("out of registers")
+
+    def kernel():
+        pass
+
+    kernel.__module__, kernel.fn = "treg_kernels.x", kernel
+    monkeypatch.setattr(JITFunction, "_do_compile", fails)
+    share = gpu_worker.Share(0, 1)
+    with share.installed():
+        assert [JITFunction._do_compile(kernel, key) for key in "aab"] == [None] * 3
+    assert tried == ["a", "b"] and list(share.wrong.values()) == ["RuntimeError: out of registers"]
+
+
 def test_each_kernel_is_one_process_s():
     shares = [gpu_worker.Share(k, 3) for k in range(3)]
     keys = [f"key{i % 7}" for i in range(20)]
@@ -245,7 +272,8 @@ import json, sys, time
 works, k = json.load(sys.stdin), int(sys.argv[2])
 print("a library says something", file=sys.stderr)
 if k == 1:
-    raise SystemExit(3)
+    raise SystemExit("no room on the disk")
+print(json.dumps({"result": {"kernels": 5, "compiled": 1, "wrong": {}}}), flush=True)
 if k == 2:
     time.sleep(60)
 print(json.dumps({"result": {"kernels": 9, "compiled": len(works), "wrong": {str(k): "off"}}}))
@@ -261,9 +289,14 @@ def test_compiling_goes_on_without_a_process_that_dies_or_is_late(tmp_path, monk
     runner = gpu_runner.Runner(record, Scripted(), [])
     runner.do(Job("compile", 60, work=work), time.monotonic() + 5)
     found = record.data["stages"]["compile"]
-    assert (found["kernels"], found["compiled"], found["processes"]) == (9, 8, 4)
+    assert (found["kernels"], found["compiled"], found["processes"]) == (9, 9, 4)
     assert found["died"] == [1] and found["late"] == [2] and found["unfinished"] == "late"
     assert found["wrong"] == {"0": "off", "3": "off"}
+    assert found["end"] == "a library says something\nno room on the disk\n"
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("a library says something") == 4 and log.count("no room on the disk") == 1
+    page = gpu_summary.page(record.data, [], None)
+    assert "died: [1]" in page and "late: [2]" in page and "no room on the disk" in page
 
 
 # -- interruptions
@@ -358,6 +391,27 @@ def test_worker_dies_with_its_parent():
         time.sleep(0.02)
 
 
+def test_worker_s_errors_are_in_the_log(tmp_path):
+    answer = "import sys; print('oh', file=sys.stderr); print('{\"ready\": 1}', flush=True)"
+    worker = gpu_process.Worker(dict(os.environ), log=tmp_path / "new" / "log.txt")
+    for _ in range(2):
+        worker.command = [sys.executable, "-S", "-c", answer]
+        assert worker.start(time.monotonic() + 20) == ""
+        worker.process.wait()
+    worker.stop()
+    assert worker.log.read_text() == "oh\noh\n"
+
+
+def test_process_that_no_signal_ends_is_not_waited_for():
+    class Stuck:
+        kill = pid = None
+
+        def wait(self, seconds):
+            raise subprocess.TimeoutExpired("x", seconds)
+
+    assert gpu_process.ended(Stuck()) is None
+
+
 class Scripted:
     """A worker that tells a part and then gives an answer: a result, or what it was at and why it
     gave none.
@@ -396,6 +450,49 @@ def test_failed_job_keeps_its_part_and_is_done(tmp_path):
         found = do(record, Scripted(answer))
         assert found["failed"] == why and "treg_fused" in found["methods"]
         assert record.has("cells", "x", False) and "unfinished" not in found
+
+
+def answering(*messages):
+    """A worker that says these after any job."""
+    said = "; ".join(f"print({json.dumps(x)!r}, flush=True)" for x in messages)
+    script = f"import sys; print('{{\"ready\": 1}}', flush=True); sys.stdin.readline(); {said}"
+    worker = gpu_process.Worker(dict(os.environ))
+    worker.command = [sys.executable, "-S", "-c", script]
+    return worker
+
+
+BROKEN = {"result": {"failed": "off"}, "bye": True, "broken": "illegal access"}
+
+
+def test_job_after_which_the_gpu_is_unusable_is_unfinished_once(tmp_path):
+    record = Record(tmp_path / "r.json", "a")
+    worker = answering({"at": "treg_fused"}, {"part": {"methods": {}}}, BROKEN)
+    found = do(record, worker)
+    assert found["unfinished"] == "treg_fused: left the GPU unusable: illegal access"
+    assert found["methods"] == {} and worker.process is None
+    found = do(record, worker)
+    assert found["failed"] == "treg_fused: left the GPU unusable: illegal access"
+    assert record.has("cells", "x", False)
+
+
+def test_peer_that_leaves_the_gpu_unusable_is_left_out(tmp_path):
+    record = Record(tmp_path / "r.json", "a")
+    worker = answering({"at": "cce"}, BROKEN)
+    gpu_runner.Runner(record, worker, ["cce"]).do(
+        Job("x", 30.0, 29.9, kind="cells"), time.monotonic() + 30
+    )
+    assert record.data["excluded"] == {"cce": "left the GPU unusable: illegal access in x"}
+
+
+def test_worker_ends_after_the_host_s_times(tmp_path):
+    """Its profiler may stay in the process."""
+    stops = []
+    worker = Scripted()
+    worker.stop, worker.start = lambda: stops.append(1), lambda until: ""
+    runner = gpu_runner.Runner(Record(tmp_path / "r.json", None), worker, [])
+    for name, wanted in (("rates", 0), ("host", 0), ("host", 0), ("cell", 1), ("cell", 1)):
+        runner.prepare(Job("x", 1.0, work={"do": name}), 0.0)
+        assert len(stops) == wanted
 
 
 def test_job_has_less_time_than_its_deadline(tmp_path):
@@ -531,6 +628,20 @@ def test_case_fails_where_the_op_is_wrong(monkeypatch, wrong):
     assert "truth: 0 of 1 pass" in page and "| N = 1 | FAIL |" in page
 
 
+def test_error_names_all_that_led_to_it(monkeypatch):
+    def breaks(s):
+        try:
+            raise ValueError("no  room")
+        except ValueError:
+            raise RuntimeError("capture failed")  # noqa: B904
+
+    for name in (gpu_truth.ALONE, "N = 1"):
+        monkeypatch.setitem(gpu_truth.CASES, name, breaks)
+        found = gpu_worker.do_truth({"name": name}, gpu_worker.Desk(True, print, lambda: 1.0))
+        assert found["error"] == "RuntimeError: capture failed <- ValueError: no room"
+        assert found["ends"] == (name == gpu_truth.ALONE)
+
+
 def test_errors_are_those_of_the_gap():
     found = gpu_truth.errors({"x": torch.tensor([3.0, 4.0])}, {"x": torch.tensor([3.0, 1.0])})
     assert found["x"]["max"] == 3.0 and found["x"]["rms"] == pytest.approx(3 / 2**0.5)
@@ -585,6 +696,24 @@ def test_cell_without_time_says_what_it_left_out():
     assert found["late"] == "methods" and "hot" not in found["methods"]["treg_logprobs"]
     assert found["methods"]["dense_log_softmax"] == {"reason": "no time was left"}
     assert found["methods"]["treg_logprobs"]["errors"]
+
+
+def test_cell_with_fewer_cool_rounds_is_late(monkeypatch):
+    """There is time for one, of three."""
+    monkeypatch.setattr(loss_head_cell, "DEVICE", "cuda")
+    monkeypatch.setattr(loss_head_cell, "_free", lambda: None)
+    left = iter([100.0, 100.0])  # for the method, and for its hot rounds
+    timing = loss_head_cell.Timing(
+        methods=("treg_logprobs",),
+        cool=("treg_logprobs",),
+        pause=1e-3,
+        left=lambda: next(left, 1.5e-3),
+    )
+    said = []
+    found = loss_head_cell.measure_cell(CASE, {}, said.append, timing)
+    assert len(found["methods"]["treg_logprobs"]["cool"]) == 1
+    assert found["late"] == "cool rounds"
+    assert said == ["treg_logprobs", "treg_logprobs", "hot", "cool", "cool"]  # after the oracle too
 
 
 def test_launching_a_cell_runs_ours_and_a_share_of_the_peers(monkeypatch):
@@ -656,7 +785,11 @@ def test_bar_of_a_cell_that_did_not_end():
     for cell, text in (
         ({"unfinished": "late"}, "not measured: unfinished"),
         ({"failed": "hot: died"}, "failed: hot: died"),
-        ({"unfinished": "late", "methods": {}}, "not measured: quack did not run"),
+        ({"unfinished": "late", "methods": {}}, "not measured: quack did not run, unfinished"),
+        (
+            {"unfinished": "late", **cells(treg_fused=(7, 7), quack=(10, 10))["cell"]},
+            "met, unfinished",
+        ),
     ):
         assert gpu_bars.judge(ONE, {"cell": cell}).text == text
 
