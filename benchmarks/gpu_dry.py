@@ -115,7 +115,8 @@ class Costs:
 
     def _rates(self, work: dict) -> float:
         D, V, _ = HEADS[work["name"]]
-        return 1.0 + 3 * (ROUNDS + 2) * 3 * 2 * ROWS * D * V / TRITON
+        calls = 2 * 3  # a kernel in three forms, each beside a product
+        return 1.0 + 3 * (ROUNDS + 2) * calls * 2 * ROWS * D * V / TRITON
 
     def _tiles(self, work: dict) -> float:
         D, V, _ = HEADS[work["name"]]
