@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import cpu_look
 import gpu_bars
 import gpu_dry
 import gpu_process
@@ -927,3 +928,31 @@ def test_tiles_of_another_commit_are_timed_again(tmp_path, monkeypatch):
     for commit in ("a", "a", "b"):
         tune_tiles.tune(tmp_path, "llama-3-8b", "gradient", True, lambda: 1.0, commit)
     assert len(timed) == 2
+
+
+def test_events_of_a_tile_begin_while_the_gpu_is_at_work(monkeypatch):
+    """Otherwise the time in which the host queues a launch is between them."""
+    said = []
+
+    class Event:
+        def record(self):
+            said.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 2.5
+
+    monkeypatch.setattr(tune_tiles, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    monkeypatch.setattr(tune_tiles, "_square", lambda: torch.zeros(2, 2))
+    monkeypatch.setattr(torch, "mm", lambda a, b: said.append("product"))
+    assert tune_tiles.milliseconds(lambda: said.append("run")) == 2.5
+    assert said == ["product"] * 8 + ["event", "run", "event"]
+
+
+@pytest.mark.parametrize(("clock", "age"), [(1e12, 120.0), (-1e12, 0.0)])
+def test_a_clock_that_is_off_takes_no_more_than_two_minutes(monkeypatch, clock, age):
+    monkeypatch.setattr(time, "clock_gettime", lambda which: clock)
+    assert gpu_run.since_start() == cpu_look.process_age() == age
