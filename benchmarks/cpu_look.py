@@ -103,14 +103,15 @@ def session() -> Session:
 
 
 def process_age() -> float:
-    """Seconds since this process was started: to import torch takes a good part of a minute on a
-    busy machine. 0 where the system does not say.
+    """Seconds since this process was started, 120 at the most: to import torch takes a good part
+    of a minute on a busy machine. 0 where the system does not say.
     """
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return 0.0
     started = int(stat.read_text().rpartition(")")[2].split()[19])  # clock ticks since boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    return min(120.0, max(0.0, age))  # in a container the two clocks may be apart
 
 
 def header(s: Session) -> list[str]:

@@ -8,7 +8,7 @@ says of which it is.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loss_head_cases import HEADS
 from loss_head_peers import FOUR_PRODUCTS
@@ -103,7 +103,8 @@ BARS = [
 ]
 
 
-# of "the fastest of", those worth a minute of a GPU; the others run with the rest of the matrix
+# of "the fastest of", those worth a minute of a GPU; no step of the plan runs the others in a cell
+# that bars are set on, and the verdict names them
 QUICK = ("trl_chunked", "liger_scaled_ce", "cce_exact", "verl")
 
 
@@ -131,14 +132,20 @@ def cool_methods_of(cell: str, bars: Iterable[Bar] = BARS) -> tuple[str, ...]:
 
 
 def judge(bar: Bar, cells: dict[str, dict]) -> Verdict:
-    """What a result file's cells say of a bar."""
+    """What a result file's cells say of a bar. A verdict on a cell that did not end says
+    "unfinished" at its end: another call may change it.
+    """
     cell = cells.get(bar.cell)
     if cell is None:
         return Verdict({}, "not measured")
     if "methods" not in cell:
         why = f"failed: {cell['failed']}" if "failed" in cell else "not measured: unfinished"
         return Verdict({}, why)
-    methods = cell["methods"]
+    verdict = _judged(bar, cell["methods"])
+    return replace(verdict, text=verdict.text + ", unfinished" * ("unfinished" in cell))
+
+
+def _judged(bar: Bar, methods: dict[str, dict]) -> Verdict:
     ours = methods.get(bar.ours, {})
     if "failed" in ours:
         return Verdict({}, f"failed: {ours['failed']}")

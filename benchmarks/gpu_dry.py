@@ -71,6 +71,7 @@ class Costs:
         self.predicted = json.loads(PREDICTED.read_text())
         self.cases = {case.name: case for case in gpu_cases()}
         self.warm = False  # whether a worker runs
+        self.before = ""  # what the last job did
         self.called: set[str] = set()  # peers of that worker
 
     def of(self, job: Job) -> float:
@@ -85,7 +86,9 @@ class Costs:
 
     def start(self, job: Job) -> float:
         """Of the worker, where a job needs a new one."""
-        if job.command or job.work["do"] == "compile" or (self.warm and not job.alone):
+        before, self.before = self.before, job.work.get("do", "")
+        fresh = job.alone or (before == "host" and self.before != "host")  # see `Runner.prepare`
+        if job.command or job.work["do"] == "compile" or (self.warm and not fresh):
             return 0.0
         self.warm, self.called = True, set()
         return START
@@ -112,7 +115,8 @@ class Costs:
 
     def _rates(self, work: dict) -> float:
         D, V, _ = HEADS[work["name"]]
-        return 1.0 + 3 * (ROUNDS + 2) * 3 * 2 * ROWS * D * V / TRITON
+        calls = 2 * 3  # a kernel in three forms, each beside a product
+        return 1.0 + 3 * (ROUNDS + 2) * calls * 2 * ROWS * D * V / TRITON
 
     def _tiles(self, work: dict) -> float:
         D, V, _ = HEADS[work["name"]]

@@ -18,14 +18,18 @@ ROOT = HERE.parent
 SILENCE = 40.0  # seconds without a word after which a worker hangs
 STARTING = 90.0  # seconds in which one must have started
 START = "start"  # what a worker is at that has said nothing
+UNUSABLE = "left the GPU unusable"  # what is said of a job after which it answers no more
 Keep = Callable[[dict], object]
 
 
 class Worker:
     """A `gpu_worker.py`, started when first asked."""
 
-    def __init__(self, env: dict[str, str], *options: str):
-        self.env = env
+    def __init__(self, env: dict[str, str], *options: str, log: Path | None = None):
+        """log: a file to which its standard error is appended; None: it goes where this one's
+        does.
+        """
+        self.env, self.log = env, log
         self.command = [sys.executable, str(HERE / "gpu_worker.py"), *options]
         self.process: subprocess.Popen | None = None
 
@@ -40,11 +44,14 @@ class Worker:
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=(log := None if self.log is None else opened(self.log)),
             text=True,
             cwd=ROOT,
             env=self.env,
             preexec_fn=die_with_parent,  # at once: its imports take seconds
         )
+        if log is not None:
+            log.close()  # the process has its own
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(
             target=self._listen, args=(self.process.stdout, self.lines), daemon=True
@@ -56,13 +63,14 @@ class Worker:
         self, job: dict, deadline: float, keep: Keep = lambda part: None
     ) -> tuple[dict | None, str, str]:
         """The result, or None, what the worker was at and why nothing came ("late": the
-        deadline). keep is given what is known before the result is.
+        deadline). keep is given what is known before the result is; a result after which the GPU is
+        unusable is such a part, and none.
         """
         if why := self.start(deadline):
             return None, START, why
         with suppress(BrokenPipeError):  # it has ended: the queue says so
             print(json.dumps(job), file=self.process.stdin, flush=True)
-        at = START
+        at, known = START, {}
         while True:
             line, why = self._line(deadline, SILENCE)
             if why:
@@ -71,9 +79,12 @@ class Worker:
             if "result" in message:
                 if message.get("bye"):
                     self.stop()
+                if message.get("broken"):
+                    keep({**known, **message["result"]})
+                    return None, at, f"{UNUSABLE}: {message['broken']}"
                 return message["result"], at, ""
             if "part" in message:
-                keep(message["part"])
+                keep(known := message["part"])
             at = message.get("at", at)
 
     def _line(self, deadline: float, silence: float) -> tuple[str, str]:
@@ -86,14 +97,14 @@ class Worker:
             return "", "late" if left < silence else f"no sign of life for {silence:.0f} s"
         if line:
             return line, ""
-        code = self.process.wait()
+        code = ended(self.process)
         self.stop()
         return "", f"brought its process down (exit code {code})"
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            ended(self.process)
             self.process = None
 
     @staticmethod
@@ -101,6 +112,19 @@ class Worker:
         for line in stream:
             lines.put(line)
         lines.put("")
+
+
+def ended(process: subprocess.Popen, seconds: float = 5.0) -> int | None:
+    """The exit code; None of a process that waits for a driver, which no signal ends."""
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
+
+
+def opened(log: Path):
+    """To append lines to, of several processes at a time."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log.open("a", buffering=1, errors="replace")
 
 
 def surroundings(interpreted: bool) -> dict[str, str]:
@@ -115,9 +139,14 @@ def surroundings(interpreted: bool) -> dict[str, str]:
 
 
 class Command:
-    """A process with all that it starts, whose output is read line by line."""
+    """A process with all that it starts, whose output is read line by line, and appended to a log
+    where one is given.
+    """
 
-    def __init__(self, command: list[str], env: dict[str, str], given: str = ""):
+    def __init__(
+        self, command: list[str], env: dict[str, str], given: str = "", log: Path | None = None
+    ):
+        self.log = None if log is None else opened(log)
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -143,6 +172,8 @@ class Command:
     def _read(self) -> None:
         for line in self.process.stdout:
             self.lines.append(line)
+            if self.log is not None:
+                self.log.write(line)
 
     def wait(self, deadline: float) -> int | str:
         """The exit code, or "late"."""
@@ -158,7 +189,7 @@ class Command:
     def stop(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        ended(self.process)
 
 
 try:

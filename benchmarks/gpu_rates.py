@@ -4,9 +4,10 @@ kernel beside the bare product of its shape, and where a step of few rows spends
     rate       2 N D V / time, TFLOP/s: of a kernel's whole launch sequence, epilogue included
     ratio      the bare product's median over the kernel's, timed in turns, hot
 
-A kernel is timed with the tile that `configs` gives, and in every other form that is a candidate
-with the same shape: tiles are data, so a form that a field of `configs.Tile` selects is timed like
-any other.
+A kernel is timed with the tile that `configs` gives, and then in every other form that is a
+candidate with the same shape: tiles are data, so a form that a field of `configs.Tile` selects is
+timed like any other. A form's results are compared with those of the first ("off" says by how much
+they differ); one that raises is recorded as failed, and the others go on.
 """
 
 import statistics
@@ -87,41 +88,67 @@ def forms(kind: str, N: int, D: int, V: int) -> dict[str, Tile]:
     return found
 
 
-def kernel_rates(name: str, tiny: bool, launch_only: bool, at: Callable[[str], None]) -> dict:
-    """{kind: {"mm_ms", "ms", "tflops", "ratio", "forms": {...}}} of a head."""
+def kernel_rates(
+    name: str,
+    tiny: bool,
+    at: Callable[[str], None],
+    part: Callable[[dict], None] = lambda found: None,
+) -> dict:
+    """{"kinds": {kind: {"mm_tflops", "ms", "tflops", "ratio", "tile", "forms": {...}}}, ...} of a
+    head.
+
+    part: is given what is known after every form. Raises where the GPU is unusable after one.
+    """
     D, V, cap = head_of(name, tiny)
     N = 40 if tiny else ROWS
     x, scalars = tune_tiles.inputs(N, D, V, cap)
-    found = {}
+    found = {"rows": N, "hidden": D, "vocab": V, "softcap": cap, "kinds": {}}
+
+    def timed(run: Callable) -> dict[str, float]:
+        product = lambda: torch.mm(x["hidden"], x["weight"].T, out=x["out"])  # noqa: E731
+        times = seconds({"run": run, "mm": product}, *(1, 1) if tiny else ())
+        return {
+            "ms": float(f"{1e3 * times['run']:.4g}"),
+            "tflops": _rate(N, D, V, times["run"]),
+            "ratio": float(f"{times['mm'] / times['run']:.4g}"),
+            "mm_tflops": _rate(N, D, V, times["mm"]),
+        }
+
     for kind in configs.KINDS:
         at(f"{name} {kind}")
-        calls = {
-            form: tune_tiles.call(kind, tile, x, scalars)
-            for form, tile in forms(kind, N, D, V).items()
-        }
-        if launch_only:
-            for call in calls.values():
-                call()
-            continue
-        calls["mm"] = lambda: torch.mm(x["hidden"], x["weight"].T, out=x["out"])
-        times = seconds(calls, *(1, 1) if tiny else ())
-        rows = {
-            form: {
-                "ms": float(f"{1e3 * times[form]:.4g}"),
-                "tflops": _rate(N, D, V, times[form]),
-                "ratio": float(f"{times['mm'] / times[form]:.4g}"),
-            }
-            for form in times
-        }
-        found[kind] = {
-            **rows.pop(""),
-            "mm_tflops": rows.pop("mm")["tflops"],
-            "tile": forms(kind, N, D, V)[""]._asdict(),
-            "forms": rows,
-        }
-    if launch_only:
-        return {}
-    return {"rows": N, "hidden": D, "vocab": V, "softcap": cap, "kinds": found}
+        tiles = forms(kind, N, D, V)
+        run = tune_tiles.call(kind, tiles[""], x, scalars)
+        rate = {**timed(run), "tile": tiles.pop("")._asdict(), "forms": {}}
+        found["kinds"][kind] = rate
+        part(found)
+        exact = tune_tiles.results(run, x) if tiles else {}
+        for form, tile in tiles.items():
+            at(f"{name} {kind} {form}")
+            run = tune_tiles.call(kind, tile, x, scalars)
+            try:
+                off = tune_tiles.off(tune_tiles.results(run, x), exact)
+                rate["forms"][form] = {**timed(run), **({"off": off} if off else {})}
+            except Exception as e:
+                rate["forms"][form] = {"failed": f"{type(e).__name__}: {e}"[:300]}
+                synchronize()
+            part(found)
+    return found
+
+
+def launch(name: str, tiny: bool) -> dict[str, str]:
+    """One launch of every form of a head's kernels, and what did not compile or run."""
+    D, V, cap = head_of(name, tiny)
+    N = 40 if tiny else ROWS
+    x, scalars = tune_tiles.inputs(N, D, V, cap)
+    wrong = {}
+    for kind in configs.KINDS:
+        for form, tile in forms(kind, N, D, V).items():
+            try:
+                tune_tiles.call(kind, tile, x, scalars)()
+            except Exception as e:
+                wrong[f"{kind} {form}"] = f"{type(e).__name__}: {e}"[:300]
+                synchronize()
+    return wrong
 
 
 # -- the host
@@ -166,12 +193,14 @@ def host(
             returns.append(time.perf_counter() - began)
             synchronize()
             walls.append(time.perf_counter() - began)
-        found[name] = {"wall": _ms(walls), "returns": _ms(returns), "busy": _busy(call)}
+        found[name] = {"wall": _ms(walls), "returns": _ms(returns)}
     events = Alternation(calls)
     for _ in range(2 if tiny else rounds):
         events.round()
     for name, times in events.seconds.items():
         found[name]["events"] = _ms(times)
+    for name, call in calls.items():  # after all times: a profiler may leave launches slower
+        found[name]["busy"] = _busy(call)
     return found
 
 

@@ -6,7 +6,7 @@ that nothing is left.
     python benchmarks/gpu_run.py --tiny --out FOLDER
 
 The second says what the minutes should hold, without a GPU; the third does all of it on small
-sizes, also on a CPU. --commit NAME, where git cannot tell.
+sizes, also on a CPU. --commit NAME, where git cannot tell: on a GPU nothing is measured without.
 
 environment    what the GPU is, its clocks and its ceilings: products at real shapes, a copy
 compile        the kernels of the steps up to the bars, in as many processes as there are cores
@@ -23,7 +23,8 @@ sanitizer      compute-sanitizer's memcheck on a small step, if it is there
 FOLDER/loss_head.json, is replaced as a whole after every job and every method of a cell, so that
 nothing is lost but what was interrupted; that is marked "unfinished" and done again. What is in the
 record is not; with --renew, unless another commit made it. A peer that brings its process down or
-hangs is named in "excluded" and left out from then on. However it ends, a summary is printed.
+hangs is named in "excluded" and left out from then on. However it ends, a summary is printed. What
+commands print and what workers say of errors is appended to FOLDER/log.txt.
 """
 
 import argparse
@@ -34,6 +35,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# this tree, whether or not one is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_plan
 import gpu_steps
@@ -46,6 +51,7 @@ from loss_head_measure import OURS, environment
 from loss_head_peers import METHODS
 
 MOST_COMPILING = 12  # each has a head and its gradients in the GPU's memory: 9 GB
+MOST_TESTING = 14
 
 
 def stop_at_signals() -> None:
@@ -62,9 +68,15 @@ def since_start() -> float:
     """Seconds since this process began: its imports count too."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return min(120.0, max(0.0, age))  # in a container the two clocks may be apart
     except (OSError, AttributeError):
         return time.process_time()
+
+
+def processes() -> int:
+    """How many to run at a time: of the cores that this process may use, two are left free."""
+    return min(MOST_TESTING, max(1, len(os.sched_getaffinity(0)) - 2))
 
 
 def announce(events: Iterator[gpu_plan.Event], began: float) -> None:
@@ -99,6 +111,11 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     if args.out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", str(environment()["device"]).lower()).strip("-")
         args.out = HERE / "results" / ("tiny" if args.tiny else slug)
+    if DEVICE == "cuda" and not (args.commit or args.dry_run):
+        parser.error(
+            "--commit: expected the name of the commit that is measured, got none, and git knows "
+            "none here; give --commit NAME"
+        )
     return args
 
 
@@ -106,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
     before = since_start() if argv is None else 0.0
     began = time.monotonic() - before
-    cores = 16 if args.dry_run else os.cpu_count() or 1
-    most = max(1, cores - 2)
+    most = MOST_TESTING if args.dry_run else processes()
     setting = gpu_steps.Setting(args.out.resolve(), args.tiny, min(MOST_COMPILING, most), most)
     only = {*args.only, "compile"} if {*args.only} & {*gpu_steps.COMPILED} else args.only
     steps = [step for step in gpu_steps.steps(setting) if step.name in only]
@@ -120,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     stop_at_signals()
     steps = gpu_steps.ready(steps, record, args.renew)
     gpu = DEVICE == "cuda"
-    worker = Worker(surroundings(not gpu), *["--tiny"] * args.tiny)
+    log = record.path.with_name("log.txt")
+    worker = Worker(surroundings(not gpu), *["--tiny"] * args.tiny, log=log)
     seconds = 60 * args.minutes - before
     peers = [name for name in METHODS if not name.startswith(OURS)]
     runner = Runner(record, worker, peers, gpu)
@@ -132,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         worker.stop()
         print(gpu_summary.page(record.data, steps, lambda step: step.left(record, args.renew)))
-        print(f"record: {record.path}", flush=True)
+        print(f"record: {record.path}; what the processes said: {log}", flush=True)
     return 3 if any(step.left(record, args.renew) for step in steps) else 0
 
 

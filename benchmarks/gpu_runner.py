@@ -9,7 +9,7 @@ from collections.abc import Container
 from contextlib import suppress
 
 from gpu_plan import Job
-from gpu_process import HERE, START, Command, Worker, surroundings
+from gpu_process import HERE, START, UNUSABLE, Command, Worker, surroundings
 from gpu_record import Record
 
 SPARE = 3.0  # seconds before its deadline by which a job should have ended by itself
@@ -23,12 +23,15 @@ class Runner:
         or hangs.
         """
         self.record, self.worker, self.peers, self.gpu = record, worker, peers, gpu
+        self.log = record.path.with_name("log.txt")  # what all commands say
+        self._before = ""  # what the last job did
 
     def prepare(self, job: Job, until: float) -> None:
         """Start the worker, whose imports take no time of the job's; fresh where the job wants it
-        alone.
+        alone, and after the host's times, whose profiler may stay in its process.
         """
-        if job.alone:
+        before, self._before = self._before, job.work.get("do", "")
+        if job.alone or (before == "host" and self._before != "host"):
             self.worker.stop()
         if not self._by_command(job):
             self.worker.start(until)
@@ -52,8 +55,13 @@ class Runner:
             self.record.put(job.kind, job.name, value)
 
     def _work(self, job: Job, deadline: float) -> None:
-        """By the worker; again without a method of another project that ended it."""
+        """By the worker; again without a method of another project that ended it.
+
+        A job after which the GPU is unusable is unfinished once, for it may not be its fault; where
+        it is so again it has failed.
+        """
         known: dict = {}
+        again = "broken" in self.record.data[job.kind].get(job.name, {})
 
         def keep(part: dict) -> None:
             known.clear()
@@ -63,7 +71,7 @@ class Runner:
         while True:
             left = deadline - time.monotonic()
             asked = {**job.work, "seconds": left - min(SPARE, 0.2 * left)}
-            asked["excluded"] = self.record.data["excluded"]
+            asked |= {"excluded": self.record.data["excluded"], "commit": self.record.commit}
             found, at, why = self.worker.ask(asked, deadline, keep)
             if found is not None:
                 self._put(job, {**known, **found} if "failed" in found else found)
@@ -74,6 +82,9 @@ class Runner:
                 self.record.save()
                 if deadline - time.monotonic() > job.least:
                     continue
+            elif why.startswith(UNUSABLE) and not again:
+                known["broken"] = at
+                self.record.put_part(job.kind, job.name, known, f"{at}: {why}")
             else:
                 self._put(job, {**known, "failed": f"{at}: {why}"})
             return
@@ -84,7 +95,8 @@ class Runner:
             return {"skipped": f"{job.command[0]} is not on the PATH"}
         self.worker.stop()  # its memory is needed
         began = time.monotonic()
-        running = Command(list(job.command), surroundings(not self.gpu) | job.environment)
+        env = surroundings(not self.gpu) | job.environment
+        running = Command(list(job.command), env, log=self.log)
         try:
             code = running.wait(deadline - 1.0)
         finally:
@@ -105,7 +117,7 @@ class Runner:
         script = [sys.executable, str(HERE / "gpu_worker.py"), "--compile"]
         given = json.dumps(work["works"])
         env = surroundings(False) | {"OMP_NUM_THREADS": "1"}
-        running = [Command([*script, str(k), str(n)], env, given) for k in range(n)]
+        running = [Command([*script, str(k), str(n)], env, given, self.log) for k in range(n)]
         try:
             codes = [one.wait(deadline - 1.0) for one in running]
         finally:
@@ -116,12 +128,14 @@ class Runner:
         for one in found:
             wrong |= one.get("wrong", {})
         late = {"late": [k for k, code in enumerate(codes) if code == "late"]}
+        died = [k for k, code in enumerate(codes) if code not in (0, "late")]
         return {
             "kernels": max(one.get("kernels", 0) for one in found),
             "compiled": sum(one.get("compiled", 0) for one in found),
             "processes": n,
             "seconds": round(time.monotonic() - began, 1),
-            "died": [k for k, code in enumerate(codes) if code not in (0, "late")],
+            "died": died,
+            **({"end": "".join(running[died[0]].lines)[-800:]} if died else {}),
             "wrong": wrong,
             **(late if late["late"] else {}),
         }

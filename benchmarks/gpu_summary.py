@@ -53,8 +53,11 @@ def _about(stages: dict) -> str:
     if "compiled" in compiled:
         lines.append(
             f"compiled {compiled['compiled']} of {compiled['kernels']} kernels in "
-            f"{compiled['seconds']} s; wrong: {compiled['wrong'] or 'none'}"
+            f"{compiled['seconds']} s; wrong: {compiled['wrong'] or 'none'}; processes that died: "
+            f"{compiled.get('died') or 'none'}; late: {compiled.get('late') or 'none'}"
         )
+    if compiled.get("end"):
+        lines.append(f"the end of the first that died: {compiled['end']}")
     return "\n".join(lines)
 
 
@@ -82,7 +85,7 @@ def _truth(found: dict[str, dict]) -> str:
 
 
 def _verdict(case: dict) -> str:
-    if "skipped" in case or "unfinished" in case:
+    if "skipped" in case or ("unfinished" in case and "broken" not in case):
         return "not run"
     return "pass" if case.get("passed") else "FAIL"
 
@@ -102,7 +105,7 @@ def _rates(found: dict[str, dict]) -> str:
     rows = []
     for head, rates in found.items():
         for kind, rate in rates.get("kinds", {}).items():
-            forms = ", ".join(f"{name} {x['ratio']:.3f}" for name, x in rate["forms"].items())
+            forms = ", ".join(f"{name} {_form(x)}" for name, x in rate["forms"].items())
             rows.append(
                 (head, kind, rate["ms"], rate["tflops"], rate["mm_tflops"], rate["ratio"], forms)
             )
@@ -110,6 +113,12 @@ def _rates(found: dict[str, dict]) -> str:
             rows.append((head, rates["failed"], "", "", "", "", ""))
     header = ("head", "kernel", "ms", "TFLOP/s", "torch.mm", "ratio", "other forms' ratios")
     return _table(header, rows) if rows else ""
+
+
+def _form(rate: dict) -> str:
+    if "failed" in rate:
+        return f"failed ({rate['failed'][:80].replace('|', '/')})"
+    return f"{rate['ratio']:.3f}" + (f" (off: {rate['off']})" if "off" in rate else "")
 
 
 def _host(found: dict[str, dict]) -> str:

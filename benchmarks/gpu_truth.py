@@ -204,7 +204,8 @@ def _graph(s: Sizes, rehearse: bool) -> Trial:
         torch.cuda.synchronize()
         return found
 
-    return Trial(run, of_rows(other).exact, launch=here.run)
+    there = of_rows(other)
+    return Trial(run, there.exact, there.vendor, launch=here.run)
 
 
 def vocabulary_50257(s: Sizes) -> Trial:
@@ -388,9 +389,10 @@ def _together(steps: list[Callable[[], Results]]) -> list[Results]:
 
 
 ALONE = "CUDA graph, cold kernel"  # in a process that has run no kernel before
+GRAPHS = (ALONE, "CUDA graph, after a rehearsal")
 CASES: dict[str, Callable[[Sizes], Trial]] = {
     ALONE: graph_cold,
-    "CUDA graph, after a rehearsal": graph_rehearsed,
+    GRAPHS[1]: graph_rehearsed,
     "V = 50257": vocabulary_50257,
     "V = 128257": vocabulary_128257,
     "N = 1": one_row,
@@ -473,7 +475,18 @@ def run(name: str, s: Sizes) -> dict:
     except Skipped as e:
         return {"skipped": str(e)}
     except Exception as e:
-        return {"passed": False, "error": " ".join(f"{type(e).__name__}: {e}".split())[:500]}
+        return {"passed": False, "error": chain(e)}
+
+
+def chain(error: BaseException | None) -> str:
+    """An error and all in whose handling it was raised, the first cause last: a capture that breaks
+    raises another error at its end.
+    """
+    parts = []
+    while error is not None and len(parts) < 8:
+        parts.append(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        error = error.__cause__ or error.__context__
+    return " <- ".join(parts)
 
 
 def launch(name: str, s: Sizes) -> None:

@@ -4,15 +4,15 @@
                                         output
         {"ready": true}                                                                 out
         {"do": "truth", "name": ..., "seconds": ...}                                    in
-        {"at": what} ... {"part": {...}} ... {"result": {...}, "bye": false}            out
+        {"at": what} ... {"part": {...}} ... {"result": {...}, "bye": false, "broken": ""}  out
     gpu_worker.py --compile K N         all jobs on its input; it launches what they launch, but
                                         compiles each N-th kernel alone
     gpu_worker.py --list                the same without a GPU; compiles nothing, and says how many
                                         kernels there are
     gpu_worker.py --small-step          for tools that watch memory accesses
 
-A worker ends when its input does, with its parent, or where the GPU has become unusable for what
-comes next: "bye" says so.
+A worker ends when its input does, with its parent, or where it has become unusable for what comes
+next: "bye" says so. "broken" says why, where it is the GPU that answers no more.
 """
 
 import contextlib
@@ -106,13 +106,17 @@ def do_truth(work: dict, desk: Desk) -> dict:
     if desk.launch:
         gpu_truth.launch(work["name"], sizes)
         return {}
-    return gpu_truth.run(work["name"], sizes)
+    found = gpu_truth.run(work["name"], sizes)
+    # after a capture that broke the thread's stream may still be the capture's
+    return {**found, "ends": work["name"] in gpu_truth.GRAPHS and "error" in found}
 
 
 def do_rates(work: dict, desk: Desk) -> dict:
-    from gpu_rates import kernel_rates
+    import gpu_rates
 
-    return kernel_rates(work["name"], desk.tiny, desk.launch, desk.at)
+    if desk.launch:
+        return gpu_rates.launch(work["name"], desk.tiny)
+    return gpu_rates.kernel_rates(work["name"], desk.tiny, desk.at, desk.part)
 
 
 def do_tiles(work: dict, desk: Desk) -> dict:
@@ -122,7 +126,10 @@ def do_tiles(work: dict, desk: Desk) -> dict:
         D, V, softcap = tune_tiles.heads(desk.tiny)[work["name"]]
         N = 200 if desk.tiny else 512  # enough for every tile
         return tune_tiles.launch(work["kind"], N, D, V, softcap)
-    lines = tune_tiles.tune(Path(work["folder"]), work["name"], work["kind"], desk.tiny, desk.left)
+    lines = tune_tiles.tune(
+        *(Path(work["folder"]), work["name"], work["kind"], desk.tiny, desk.left),
+        commit=work.get("commit"),
+    )
     late = {"late": "rows"} if desk.left() <= 0 else {}
     return {"fastest": lines, **late}
 
@@ -183,9 +190,9 @@ def serve(small: bool) -> None:
         except Exception as e:
             traceback.print_exc()
             result = {"failed": _short(e)}
-        usable = tidy()
-        say(result=result, bye=not usable)
-        if not usable:
+        ends, broken = result.pop("ends", False), tidy()
+        say(result=result, bye=bool(ends or broken), broken=broken)
+        if ends or broken:
             return
 
 
@@ -196,16 +203,16 @@ def own_output():
     return out
 
 
-def tidy() -> bool:
-    """Give memory back; whether the GPU still answers."""
+def tidy() -> str:
+    """Give memory back; why the GPU answers no more, or ""."""
     try:
         gc.collect()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
+    except RuntimeError as e:
+        return _short(e)
+    return ""
 
 
 # -- compiling
@@ -223,6 +230,7 @@ class Share:
         self.k, self.n = k, n
         self.met: dict[tuple, bool] = {}  # key: whether it is this process's
         self.wrong: dict[str, str] = {}  # of kernels that did not compile
+        self.failed: set[tuple] = set()  # their keys: each is tried once
         self.units = itertools.count()
 
     def ours(self, module: str, name: str, key: object) -> bool:
@@ -246,11 +254,13 @@ class Share:
 
         def do_compile(kernel, key, *rest, **more):
             module, name = kernel.fn.__module__, kernel.fn.__qualname__
-            if not self.ours(module, name, key):
+            this = (module, name, str(key))
+            if this in self.failed or not self.ours(*this):
                 return None  # Triton then launches nothing
             try:
                 return compile_kernel(kernel, key, *rest, **more)
             except Exception as e:  # the others do not see it: here, too, what follows goes on
+                self.failed.add(this)
                 self.wrong[name] = _short(e)
                 return None
 
@@ -262,15 +272,20 @@ class Share:
 
 
 def compile_share(small: bool, k: int, n: int) -> None:
-    """Launch what the jobs on the input launch; say what was compiled and what went wrong."""
+    """Launch what the jobs on the input launch; say after each what was compiled so far and what
+    went wrong. Ends with an error where the GPU answers no more.
+    """
     out = own_output()
     share, wrong = Share(k, n), {}
     with share.installed():
         for work in json.load(sys.stdin):
             print(json.dumps({"at": work_name(work)}), file=out)
             wrong |= launched(work, small, share)
-            tidy()
-    print(json.dumps({"result": told(share, wrong)}), file=out)
+            if broken := tidy():
+                wrong[f"GPU, after {work_name(work)}"] = broken
+            print(json.dumps({"result": told(share, wrong)}), file=out)
+            if broken:
+                raise SystemExit(f"the GPU answers no more after {work_name(work)}: {broken}")
 
 
 def launched(work: dict, small: bool, share: Share) -> dict[str, str]:

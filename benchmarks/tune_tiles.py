@@ -3,25 +3,32 @@ fastest.
 
     python benchmarks/tune_tiles.py [--out FOLDER] [--seconds 540] [--tiny]
 
-A tile whose log-probs (or gradients) are off is left out. All tiles of a cell take turns, every
-other round in reverse. FOLDER, benchmarks/results/<gpu> by default, gets two files: tiles.json has
-every time; measured.json the tile of each cell that beats the table of `treg_kernels.configs` by
-2 %. Copied over kernels/treg_kernels/measured.json, it is what the kernels read. Both are replaced
-as a whole after every cell; what tiles.json holds is not timed again.
+A tile whose results are off is left out: log-probs, the stash and its factors, or gradients, beside
+those of the first tile that runs. All tiles of a cell take turns, every other round in reverse.
+FOLDER, benchmarks/results/<gpu> by default, gets two files: tiles.json has every time;
+measured.json the tile of each cell that beats the table of `treg_kernels.configs` by 2 %. Copied
+over kernels/treg_kernels/measured.json, it is what the kernels read. Both are replaced as a whole
+after every cell; what tiles.json holds of the same commit is not timed again.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+# this tree, whether or not one is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 import triton
 from loss_head_cases import DEVICE, HEADS
-from loss_head_measure import environment
+from loss_head_measure import environment, synchronize
 
 from treg.ops.head.gemm import logits_into
 from treg.ops.head.memory import ROW_MULTIPLE, stash_rows
@@ -33,20 +40,42 @@ ROWS = {"forward": (64, 512, 2048, 8192), "stash": (64, 512, 2048, 4096), "gradi
 ROUNDS, GAIN = (7 if DEVICE == "cuda" else 2), 0.98
 SHIPPED = Path(configs.__file__).with_name(configs.MEASURED)
 DTYPE = torch.bfloat16 if not configs.INTERPRET else torch.float32  # it cannot add up 16 bits
+# relative 2-norms of the difference of two tiles' results, beyond which one of them is wrong: they
+# add up in another order, and the last two are rounded to DTYPE
+LIMITS = {"logprobs": 1e-5, "factor": 1e-4, "stash": 1e-2, "gradient": 1e-2}
+Results = dict[str, torch.Tensor]
 
 
 def call(
     kind: str, tile: Tile, x: dict[str, torch.Tensor], scalars: Scalars
-) -> Callable[[], torch.Tensor]:
-    """One launch of a kernel, and what is compared: log-probs, or the gradient."""
+) -> Callable[[], Results]:
+    """One launch of a kernel, and all that it gives: keys of LIMITS, and "norm"."""
     head = (x["hidden"], x["weight"], x["target"], None, scalars, -100)
     if kind == "gradient":
         return lambda: (
             logits_gradient(*head, x["norm"], x["coef"], x["out"], logits_into, tile),
-            x["out"],
+            {"gradient": x["out"]},
         )[1]
-    stash = x["out"] if kind == "stash" else None
-    return lambda: logprob_forward(*head, (), stash, logits_into, tile)["logprobs"]
+    if kind == "forward":
+        return lambda: logprob_forward(*head, (), None, logits_into, tile)
+    return lambda: logprob_forward(*head, (), x["out"], logits_into, tile) | {"stash": x["out"]}
+
+
+def results(run: Callable[[], Results], x: dict[str, torch.Tensor]) -> Results:
+    """What a call gives that finds nothing of the one before."""
+    x["out"].fill_(float("nan"))
+    found = run()
+    return {name: found[name].clone() for name in LIMITS if name in found}
+
+
+def off(found: Results, exact: Results) -> str:
+    """Which results are apart by more than their limit, and by how much; "" where none is."""
+    apart = {
+        name: ((x - exact[name]).float().norm() / exact[name].float().norm()).item()
+        for name, x in found.items()
+    }
+    wrong = [name for name, gap in apart.items() if not gap <= LIMITS[name]]  # also of NaN
+    return ", ".join(f"{name}: relative difference {apart[name]:.1e}" for name in wrong)
 
 
 def inputs(
@@ -81,7 +110,9 @@ def unfit(tile: Tile, N: int, own: bool) -> bool:
 
 
 def launch(kind: str, N: int, D: int, V: int, softcap: float | None) -> dict[str, str]:
-    """One launch of every tile, and what did not compile or run."""
+    """One launch of every tile, and what did not compile or run. Raises where the GPU is unusable
+    after one of them.
+    """
     x, scalars = inputs(N, D, V, softcap)
     wrong = {}
     for tile, own in tiles_of(kind, N).items():
@@ -90,11 +121,15 @@ def launch(kind: str, N: int, D: int, V: int, softcap: float | None) -> dict[str
                 call(kind, tile, x, scalars)()
             except Exception as e:
                 wrong[str(tile)] = f"{type(e).__name__}: {e}"[:200]
+                synchronize()
     return wrong
 
 
 def cell(kind: str, N: int, D: int, V: int, softcap: float | None) -> list[dict]:
-    """Every tile, its median milliseconds or why it is out; the table's own tile first."""
+    """Every tile, its median milliseconds or why it is out; the table's own tile first.
+
+    Raises where the GPU is unusable after a tile: of those that follow nothing would be known.
+    """
     x, scalars = inputs(N, D, V, softcap)
     rows, runs, exact = [], {}, None
     for tile, own in tiles_of(kind, N).items():
@@ -105,15 +140,15 @@ def cell(kind: str, N: int, D: int, V: int, softcap: float | None) -> list[dict]
             continue
         try:
             run = call(kind, tile, x, scalars)
-            # of the first tile that runs: the table's, if it does
-            exact = run().clone() if exact is None else exact
-            apart = (run() - exact).float().norm() / exact.float().norm()
-            if not apart < (1e-2 if kind == "gradient" else 1e-5):
-                row["out"] = f"relative difference {apart:.1e}"
+            found = results(run, x)
+            exact = found if exact is None else exact  # of the table's tile, if it runs
+            if why := off(found, exact):
+                row["out"] = why
                 continue
             runs[tile] = (run, row)
         except Exception as e:  # one that does not compile or fit here is out, whatever the reason
             row["out"] = f"{type(e).__name__}: {e}"[:200]
+            synchronize()
     times: dict[Tile, list[float]] = {tile: [] for tile in runs}
     order = list(runs)
     for _ in range(ROUNDS):
@@ -131,11 +166,25 @@ def milliseconds(run: Callable[[], object]) -> float:
         run()
         return 1e3 * (time.perf_counter() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    keep_busy()
     start.record()
     run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+@functools.cache
+def _square() -> torch.Tensor:
+    return torch.zeros(4096, 4096, dtype=torch.bfloat16, device=DEVICE)
+
+
+def keep_busy(products: int = 8) -> None:
+    """Queue work for about a millisecond: 8 * 2 * 4096**3 = 1.1 TFLOP. The host then queues what
+    is timed while the GPU is at work, and the events hold no time of the host.
+    """
+    for _ in range(products):
+        torch.mm(_square(), _square())
 
 
 def chosen(cells: dict[str, dict], device: str) -> list[dict]:
@@ -181,8 +230,16 @@ def todo(name: str, kind: str, tiny: bool) -> list[tuple[str, int]]:
     return [(f"{name} {kind} N={N}", N) for N in rows]
 
 
-def tune(folder: Path, name: str, kind: str, tiny: bool, left: Callable[[], float]) -> list[str]:
-    """Time a head's kernel at all numbers of rows that are not in the folder, and say what won.
+def tune(
+    folder: Path,
+    name: str,
+    kind: str,
+    tiny: bool,
+    left: Callable[[], float],
+    commit: str | None = None,
+) -> list[str]:
+    """Time a head's kernel at all numbers of rows that the folder does not hold of this commit, and
+    say what won.
 
     Returns a line each; those for which no time is left are not begun.
     """
@@ -192,9 +249,11 @@ def tune(folder: Path, name: str, kind: str, tiny: bool, left: Callable[[], floa
     D, V, softcap = heads(tiny)[name]
     lines = []
     for label, N in todo(name, kind, tiny):
-        if label in data["cells"] or left() <= 0:
+        held = data["cells"].get(label)
+        if (held is not None and held.get("commit") == commit) or left() <= 0:
             continue
         data["cells"][label] = {
+            "commit": commit,
             "kind": kind,
             "rows": N,
             "hidden": D,
@@ -222,9 +281,10 @@ def main() -> None:
     end = time.monotonic() + args.seconds
     slug = environment()["device"].lower().replace(" ", "-")
     out = args.out or Path(__file__).parent / "results" / slug
+    commit = environment()["commit"]
     for name in heads(args.tiny):
         for kind in ROWS:
-            for line in tune(out, name, kind, args.tiny, lambda: end - time.monotonic()):
+            for line in tune(out, name, kind, args.tiny, lambda: end - time.monotonic(), commit):
                 print(line, flush=True)
 
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import cpu_look
 import gpu_bars
 import gpu_dry
 import gpu_process
@@ -132,9 +133,16 @@ PLAN = {step.name: step for step in gpu_steps.steps(SETTING)}
 def test_steps_come_in_the_order_of_their_worth():
     assert tuple(PLAN) == gpu_steps.NAMES
     cells = [job.name for job in PLAN["bars"].jobs]
-    assert cells == list(dict.fromkeys(bar.cell for bar in gpu_bars.BARS)) and len(cells) == 8
+    barred = list(dict.fromkeys(bar.cell for bar in gpu_bars.BARS))
+    [real] = [cell for cell in barred if "realistic" in cell]
+    assert cells == [cell for cell in barred if cell != real] + [real] and len(cells) == 8
     others = [job.name for job in PLAN["cells"].jobs]
     assert not set(cells) & set(others) and len(others) == 142
+
+
+def test_time_that_is_kept_for_a_step_is_enough_to_begin_one_of_its_jobs():
+    for step in PLAN.values():
+        assert step.least == 0 or step.least >= min(job.least for job in step.jobs), step.name
 
 
 def test_tests_of_the_plan_are_there():
@@ -226,6 +234,26 @@ def test_launches_of_the_plan_are_listed_without_a_gpu():
 # -- a share of the kernels
 
 
+def test_kernel_that_does_not_compile_is_tried_once(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    tried = []
+
+    def fails(kernel, key):
+        tried.append(key)
+        raise RuntimeError("out of registers")
+
+    def kernel():
+        pass
+
+    kernel.__module__, kernel.fn = "treg_kernels.x", kernel
+    monkeypatch.setattr(JITFunction, "_do_compile", fails)
+    share = gpu_worker.Share(0, 1)
+    with share.installed():
+        assert [JITFunction._do_compile(kernel, key) for key in "aab"] == [None] * 3
+    assert tried == ["a", "b"] and list(share.wrong.values()) == ["RuntimeError: out of registers"]
+
+
 def test_each_kernel_is_one_process_s():
     shares = [gpu_worker.Share(k, 3) for k in range(3)]
     keys = [f"key{i % 7}" for i in range(20)]
@@ -245,7 +273,8 @@ import json, sys, time
 works, k = json.load(sys.stdin), int(sys.argv[2])
 print("a library says something", file=sys.stderr)
 if k == 1:
-    raise SystemExit(3)
+    raise SystemExit("no room on the disk")
+print(json.dumps({"result": {"kernels": 5, "compiled": 1, "wrong": {}}}), flush=True)
 if k == 2:
     time.sleep(60)
 print(json.dumps({"result": {"kernels": 9, "compiled": len(works), "wrong": {str(k): "off"}}}))
@@ -261,9 +290,14 @@ def test_compiling_goes_on_without_a_process_that_dies_or_is_late(tmp_path, monk
     runner = gpu_runner.Runner(record, Scripted(), [])
     runner.do(Job("compile", 60, work=work), time.monotonic() + 5)
     found = record.data["stages"]["compile"]
-    assert (found["kernels"], found["compiled"], found["processes"]) == (9, 8, 4)
+    assert (found["kernels"], found["compiled"], found["processes"]) == (9, 9, 4)
     assert found["died"] == [1] and found["late"] == [2] and found["unfinished"] == "late"
     assert found["wrong"] == {"0": "off", "3": "off"}
+    assert found["end"] == "a library says something\nno room on the disk\n"
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("a library says something") == 4 and log.count("no room on the disk") == 1
+    page = gpu_summary.page(record.data, [], None)
+    assert "died: [1]" in page and "late: [2]" in page and "no room on the disk" in page
 
 
 # -- interruptions
@@ -358,6 +392,27 @@ def test_worker_dies_with_its_parent():
         time.sleep(0.02)
 
 
+def test_worker_s_errors_are_in_the_log(tmp_path):
+    answer = "import sys; print('oh', file=sys.stderr); print('{\"ready\": 1}', flush=True)"
+    worker = gpu_process.Worker(dict(os.environ), log=tmp_path / "new" / "log.txt")
+    for _ in range(2):
+        worker.command = [sys.executable, "-S", "-c", answer]
+        assert worker.start(time.monotonic() + 20) == ""
+        worker.process.wait()
+    worker.stop()
+    assert worker.log.read_text() == "oh\noh\n"
+
+
+def test_process_that_no_signal_ends_is_not_waited_for():
+    class Stuck:
+        kill = pid = None
+
+        def wait(self, seconds):
+            raise subprocess.TimeoutExpired("x", seconds)
+
+    assert gpu_process.ended(Stuck()) is None
+
+
 class Scripted:
     """A worker that tells a part and then gives an answer: a result, or what it was at and why it
     gave none.
@@ -398,6 +453,49 @@ def test_failed_job_keeps_its_part_and_is_done(tmp_path):
         assert record.has("cells", "x", False) and "unfinished" not in found
 
 
+def answering(*messages):
+    """A worker that says these after any job."""
+    said = "; ".join(f"print({json.dumps(x)!r}, flush=True)" for x in messages)
+    script = f"import sys; print('{{\"ready\": 1}}', flush=True); sys.stdin.readline(); {said}"
+    worker = gpu_process.Worker(dict(os.environ))
+    worker.command = [sys.executable, "-S", "-c", script]
+    return worker
+
+
+BROKEN = {"result": {"failed": "off"}, "bye": True, "broken": "illegal access"}
+
+
+def test_job_after_which_the_gpu_is_unusable_is_unfinished_once(tmp_path):
+    record = Record(tmp_path / "r.json", "a")
+    worker = answering({"at": "treg_fused"}, {"part": {"methods": {}}}, BROKEN)
+    found = do(record, worker)
+    assert found["unfinished"] == "treg_fused: left the GPU unusable: illegal access"
+    assert found["methods"] == {} and worker.process is None
+    found = do(record, worker)
+    assert found["failed"] == "treg_fused: left the GPU unusable: illegal access"
+    assert record.has("cells", "x", False)
+
+
+def test_peer_that_leaves_the_gpu_unusable_is_left_out(tmp_path):
+    record = Record(tmp_path / "r.json", "a")
+    worker = answering({"at": "cce"}, BROKEN)
+    gpu_runner.Runner(record, worker, ["cce"]).do(
+        Job("x", 30.0, 29.9, kind="cells"), time.monotonic() + 30
+    )
+    assert record.data["excluded"] == {"cce": "left the GPU unusable: illegal access in x"}
+
+
+def test_worker_ends_after_the_host_s_times(tmp_path):
+    """Its profiler may stay in the process."""
+    stops = []
+    worker = Scripted()
+    worker.stop, worker.start = lambda: stops.append(1), lambda until: ""
+    runner = gpu_runner.Runner(Record(tmp_path / "r.json", None), worker, [])
+    for name, wanted in (("rates", 0), ("host", 0), ("host", 0), ("cell", 1), ("cell", 1)):
+        runner.prepare(Job("x", 1.0, work={"do": name}), 0.0)
+        assert len(stops) == wanted
+
+
 def test_job_has_less_time_than_its_deadline(tmp_path):
     worker = Scripted({})
     do(Record(tmp_path / "r.json", None), worker)
@@ -413,6 +511,47 @@ def test_worker_that_ended_between_two_jobs_is_started_again():
         assert worker.ask({}, time.monotonic() + 20) == ({}, "start", "")
         worker.process.wait()
     worker.stop()
+
+
+ELSEWHERE = """
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise SystemExit(0 if {wanted!r} == sys.path[:2] else 1)
+sys.meta_path.insert(0, Missing)
+sys.path.insert(0, {benchmarks!r})
+import gpu_run
+"""
+
+
+def test_plan_needs_no_installed_package(tmp_path):
+    """By the time torch, the first import that is no module of the plan, is asked for, this tree is
+    where treg is looked for first.
+    """
+    root = gpu_process.ROOT
+    wanted = [str(root), str(root / "kernels")]
+    script = ELSEWHERE.format(benchmarks=str(gpu_process.HERE), wanted=wanted)
+    env = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", script]
+    assert subprocess.run(command, env=env, cwd=tmp_path, check=False).returncode == 0
+
+
+def test_commit_must_be_known_on_a_gpu(monkeypatch, capsys):
+    """A record without one could not be gone on with. The dry run measures nothing."""
+    monkeypatch.setattr(gpu_run, "DEVICE", "cuda")
+    monkeypatch.setattr(gpu_run, "environment", lambda: {"commit": None, "device": "H200"})
+    with pytest.raises(SystemExit) as stopped:
+        gpu_run.parsed(["--minutes", "8"])
+    assert stopped.value.code == 2 and "give --commit NAME" in capsys.readouterr().err
+    assert gpu_run.parsed(["--dry-run"]).commit is None
+    assert gpu_run.parsed(["--commit", "a"]).commit == "a"
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 1), (2, 1), (6, 4), (64, 14)])
+def test_two_of_the_cores_that_may_be_used_are_left_free(monkeypatch, cores, most):
+    monkeypatch.setattr(gpu_run.os, "sched_getaffinity", lambda pid: range(cores))
+    assert gpu_run.processes() == most
 
 
 def test_summary_is_printed_at_a_signal(tmp_path, monkeypatch, capsys):
@@ -490,6 +629,20 @@ def test_case_fails_where_the_op_is_wrong(monkeypatch, wrong):
     assert "truth: 0 of 1 pass" in page and "| N = 1 | FAIL |" in page
 
 
+def test_error_names_all_that_led_to_it(monkeypatch):
+    def breaks(s):
+        try:
+            raise ValueError("no  room")
+        except ValueError:
+            raise RuntimeError("capture failed")  # noqa: B904
+
+    for name in (gpu_truth.ALONE, "N = 1"):
+        monkeypatch.setitem(gpu_truth.CASES, name, breaks)
+        found = gpu_worker.do_truth({"name": name}, gpu_worker.Desk(True, print, lambda: 1.0))
+        assert found["error"] == "RuntimeError: capture failed <- ValueError: no room"
+        assert found["ends"] == (name == gpu_truth.ALONE)
+
+
 def test_errors_are_those_of_the_gap():
     found = gpu_truth.errors({"x": torch.tensor([3.0, 4.0])}, {"x": torch.tensor([3.0, 1.0])})
     assert found["x"]["max"] == 3.0 and found["x"]["rms"] == pytest.approx(3 / 2**0.5)
@@ -544,6 +697,24 @@ def test_cell_without_time_says_what_it_left_out():
     assert found["late"] == "methods" and "hot" not in found["methods"]["treg_logprobs"]
     assert found["methods"]["dense_log_softmax"] == {"reason": "no time was left"}
     assert found["methods"]["treg_logprobs"]["errors"]
+
+
+def test_cell_with_fewer_cool_rounds_is_late(monkeypatch):
+    """There is time for one, of three."""
+    monkeypatch.setattr(loss_head_cell, "DEVICE", "cuda")
+    monkeypatch.setattr(loss_head_cell, "_free", lambda: None)
+    left = iter([100.0, 100.0])  # for the method, and for its hot rounds
+    timing = loss_head_cell.Timing(
+        methods=("treg_logprobs",),
+        cool=("treg_logprobs",),
+        pause=1e-3,
+        left=lambda: next(left, 1.5e-3),
+    )
+    said = []
+    found = loss_head_cell.measure_cell(CASE, {}, said.append, timing)
+    assert len(found["methods"]["treg_logprobs"]["cool"]) == 1
+    assert found["late"] == "cool rounds"
+    assert said == ["treg_logprobs", "treg_logprobs", "hot", "cool", "cool"]  # after the oracle too
 
 
 def test_launching_a_cell_runs_ours_and_a_share_of_the_peers(monkeypatch):
@@ -615,7 +786,11 @@ def test_bar_of_a_cell_that_did_not_end():
     for cell, text in (
         ({"unfinished": "late"}, "not measured: unfinished"),
         ({"failed": "hot: died"}, "failed: hot: died"),
-        ({"unfinished": "late", "methods": {}}, "not measured: quack did not run"),
+        ({"unfinished": "late", "methods": {}}, "not measured: quack did not run, unfinished"),
+        (
+            {"unfinished": "late", **cells(treg_fused=(7, 7), quack=(10, 10))["cell"]},
+            "met, unfinished",
+        ),
     ):
         assert gpu_bars.judge(ONE, {"cell": cell}).text == text
 
@@ -663,25 +838,121 @@ def test_measured_tiles_go_into_the_folder_and_are_not_timed_again(tmp_path, mon
     assert tune_tiles.SHIPPED.read_bytes() == shipped
 
 
-def test_every_form_of_a_tile_is_timed_beside_the_first(monkeypatch):
-    """A candidate that differs in a field other than its shape is another form of the kernel."""
+def fake_call(kind, tile, x, scalars):
+    """Results of ones; a tile of 100 registers raises, one of 50 gives another second result."""
+
+    def run():
+        if tile.registers == 100:
+            raise RuntimeError("no such form")
+        x["out"].fill_(2.0 if tile.registers == 50 else 1.0)
+        if kind == "gradient":
+            return {"gradient": x["out"]}
+        found = {"logprobs": torch.ones(4), "norm": torch.ones(4, 2)}
+        return found | ({"factor": torch.ones(4), "stash": x["out"]} if kind == "stash" else {})
+
+    return run
+
+
+@pytest.fixture
+def three_tiles(monkeypatch):
+    """The launch's own, and forms that raise, that are off and that are right."""
     first = gpu_rates.configs.tile_for("stash", tune_tiles.DTYPE, 40, 264, 64)
-    other = first._replace(registers=100)
+    others = tuple(first._replace(registers=n) for n in (100, 50, 25))
     wider = first._replace(v=2 * first.v)
-    candidates = {gpu_rates.configs.architecture(): (wider, other, first)}
+    candidates = {gpu_rates.configs.architecture(): (wider, *others, first)}
     monkeypatch.setattr(gpu_rates.configs, "CANDIDATES", candidates)
-    assert gpu_rates.forms("stash", 40, 264, 64) == {"": first, "registers=100": other}
-    monkeypatch.setattr(tune_tiles, "inputs", lambda *shape: ({}, None))
-    monkeypatch.setattr(tune_tiles, "call", lambda *operands: None)
-    monkeypatch.setattr(gpu_rates, "seconds", lambda calls, *rounds: SECONDS)
-    found = gpu_rates.kernel_rates("llama-3-8b", True, False, lambda name: None)["kinds"]
+    x = {"out": torch.zeros(4, 6), "hidden": torch.zeros(4, 2), "weight": torch.zeros(6, 2)}
+    monkeypatch.setattr(tune_tiles, "inputs", lambda *shape: (x, None))
+    monkeypatch.setattr(tune_tiles, "call", fake_call)
+    return first
+
+
+def test_every_form_of_a_tile_is_timed_beside_the_first(three_tiles, monkeypatch):
+    """A candidate that differs in a field other than its shape is another form of the kernel. One
+    that raises or whose stash or gradient is off hides no other's times.
+    """
+    forms = gpu_rates.forms("stash", 40, 264, 64)
+    assert list(forms) == ["", "registers=100", "registers=50", "registers=25"]
+    monkeypatch.setattr(gpu_rates, "seconds", lambda calls, *rounds: {"run": 4.0, "mm": 3.0})
+    parts = []
+    keep = lambda found: parts.append(json.loads(json.dumps(found)))  # noqa: E731
+    found = gpu_rates.kernel_rates("llama-3-8b", True, lambda name: None, keep)["kinds"]
+    assert parts[0]["kinds"].keys() == {"forward"} and parts[0]["kinds"]["forward"]["forms"] == {}
     assert found.keys() == {"forward", "stash", "gradient"}
     flops = 2 * 40 * 264 * 64
-    for rate in found.values():
+    for kind, rate in found.items():
         assert rate["tflops"] == pytest.approx(flops / 4 / 1e12, rel=1e-3)
         assert rate["mm_tflops"] == pytest.approx(flops / 3 / 1e12, rel=1e-3)
-        assert (rate["ms"], rate["ratio"]) == (4000.0, 0.75)
-        assert rate["forms"]["registers=100"]["ratio"] == 1.5
+        assert (rate["ms"], rate["ratio"], rate["tile"]) == (4000.0, 0.75, three_tiles._asdict())
+        raised, off, right = rate["forms"].values()
+        assert raised == {"failed": "RuntimeError: no such form"}
+        assert off.get("off") == (
+            None if kind == "forward" else f"{kind}: relative difference 1.0e+00"
+        )
+        assert right["ratio"] == 0.75 and "off" not in right
+    record = {"stages": {"rates: x": {"kinds": found}}, "cells": {}, "excluded": {}}
+    assert "registers=100 failed (RuntimeError" in gpu_summary.page(record, [], None)
+    wrong = gpu_rates.launch("llama-3-8b", True)
+    assert list(wrong) == [f"{kind} registers=100" for kind in found]
 
 
-SECONDS = {"": 4.0, "mm": 3.0, "registers=100": 2.0}
+def test_tile_whose_stash_is_off_is_left_out(three_tiles):
+    """Its log-probs alone are right."""
+    rows = {row["tile"]["registers"]: row for row in tune_tiles.cell("stash", 40, 64, 264, None)}
+    assert rows[100]["out"] == "RuntimeError: no such form"
+    assert rows[50]["out"] == "stash: relative difference 1.0e+00"
+    assert "ms" in rows[25] and "ms" in rows[None]
+
+
+def test_results_left_by_another_tile_are_none_of_a_tile_that_writes_nothing():
+    x = {"out": torch.ones(3)}
+    found = tune_tiles.results(lambda: {"gradient": x["out"]}, x)
+    assert tune_tiles.off(found, {"gradient": torch.ones(3)}) == (
+        "gradient: relative difference nan"
+    )
+
+
+@pytest.mark.parametrize("job", [tune_tiles.cell, tune_tiles.launch])
+def test_unusable_gpu_is_no_property_of_a_tile(three_tiles, monkeypatch, job):
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune_tiles, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        job("stash", 40, 64, 264, None)
+
+
+def test_tiles_of_another_commit_are_timed_again(tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(tune_tiles, "cell", lambda *shape: timed.append(shape) or [])
+    for commit in ("a", "a", "b"):
+        tune_tiles.tune(tmp_path, "llama-3-8b", "gradient", True, lambda: 1.0, commit)
+    assert len(timed) == 2
+
+
+def test_events_of_a_tile_begin_while_the_gpu_is_at_work(monkeypatch):
+    """Otherwise the time in which the host queues a launch is between them."""
+    said = []
+
+    class Event:
+        def record(self):
+            said.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 2.5
+
+    monkeypatch.setattr(tune_tiles, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    monkeypatch.setattr(tune_tiles, "_square", lambda: torch.zeros(2, 2))
+    monkeypatch.setattr(torch, "mm", lambda a, b: said.append("product"))
+    assert tune_tiles.milliseconds(lambda: said.append("run")) == 2.5
+    assert said == ["product"] * 8 + ["event", "run", "event"]
+
+
+@pytest.mark.parametrize(("clock", "age"), [(1e12, 120.0), (-1e12, 0.0)])
+def test_a_clock_that_is_off_takes_no_more_than_two_minutes(monkeypatch, clock, age):
+    monkeypatch.setattr(time, "clock_gettime", lambda which: clock)
+    assert gpu_run.since_start() == cpu_look.process_age() == age
