@@ -184,8 +184,9 @@ def _rows_of(
     tile_n, tile_v, target_ptr, offset_ptr, N, V, ignore_index, first_v,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile's rows, before its product, which hides the latency: target among these columns,
-    whether it is scored, offset (0 without a stash), and whether the tile is `uniform`.
+    """Of a tile's rows, before its product, which hides the latency: target among these columns
+    (ignore_index - first_v where not scored), offset (0 without a stash), and whether the tile is
+    `uniform`.
     """
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + offs_n, mask=offs_n < N, other=ignore_index)
@@ -194,17 +195,19 @@ def _rows_of(
     offset = tl.zeros([BLOCK_N], tl.float32)
     if offset_ptr is not None:
         offset = tl.load(offset_ptr + offs_n, mask=offs_n < N, other=0.0)
-    return target, scored, offset, uniform(tile_v, target, scored, V, BLOCK_V)
+    return target, offset, uniform(tile_v, target, scored, V, BLOCK_V)
 
 
 @triton.jit
 def _finish(
-    a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
+    a, target, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
     k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
-    N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
+    N, V, ignored, stride_part, stride_stash, scale2, cap_scale, cap2,
     RISING: tl.constexpr, STORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """From the products a [BLOCK_N, BLOCK_V] of a tile to what `_tile_kernel` leaves of it."""
+    """From the products a [BLOCK_N, BLOCK_V] of a tile to what `_tile_kernel` leaves of it; a
+    target of `ignored` is not scored.
+    """
     nothing_else: tl.constexpr = ez_ptr is None and z_ptr is None and ee_ptr is None
     # the slope is computed again where it is used: registers are fewer than operations
     x = bounded(with_bias(a, bias_ptr, tile_v, V, BLOCK_V), cap_scale)
@@ -216,9 +219,9 @@ def _finish(
         )  # fmt: skip
     else:
         _full_epilogue(
-            x, scale2, cap_scale, cap2, target, scored, own, stash, target_z2_ptr, k_ptr, s_ptr,
-            top_ptr, ez_ptr, z_ptr, ee_ptr, tile_n, tile_v, N, V, stride_part, stride_stash,
-            STORE, BLOCK_N, BLOCK_V,
+            x, scale2, cap_scale, cap2, target, target != ignored, own, stash, target_z2_ptr,
+            k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr, tile_n, tile_v, N, V, stride_part,
+            stride_stash, STORE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
 
 
@@ -253,15 +256,14 @@ def _tile_kernel(
         steps = tl.cdiv(D, BLOCK_D)
         step, index = -1, tl.program_id(0) - tl.num_programs(0)
         tile_n, tile_v, plain = 0, 0, False
-        target, scored = tl.zeros([BLOCK_N], tl.int64), tl.zeros([BLOCK_N], tl.int1)
-        offset = tl.zeros([BLOCK_N], tl.float32)
+        target, offset = tl.zeros([BLOCK_N], tl.int64), tl.zeros([BLOCK_N], tl.float32)
         a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
         for _ in tl.range(0, tiles_of_program(tiles) * steps):
             step = tl.where(step == steps - 1, 0, step + 1)
             if step == 0:
                 index += tl.num_programs(0)
                 tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-                target, scored, offset, plain = _rows_of(
+                target, offset, plain = _rows_of(
                     tile_n, tile_v, target_ptr, offset_ptr, N, V, ignore_index, first_v,
                     BLOCK_N, BLOCK_V,
                 )  # fmt: skip
@@ -270,20 +272,21 @@ def _tile_kernel(
             a = tl.dot(h, w.T, a, input_precision=PRECISION)
             if step == steps - 1:
                 _finish(
-                    a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr,
+                    a, target, offset, plain, tile_n, tile_v, stash, target_z2_ptr,
                     bias_ptr, k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
-                    N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
-                    RISING, STORE, BLOCK_N, BLOCK_V,
+                    N, V, ignore_index - first_v, stride_part, stride_stash, scale2, cap_scale,
+                    cap2, RISING, STORE, BLOCK_N, BLOCK_V,
                 )  # fmt: skip
                 a = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     else:
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             tile_n, tile_v = tile_of(index, N, V, BLOCK_N, BLOCK_V, GROUP_N)
-            target, scored, offset, plain = _rows_of(
+            target, offset, plain = _rows_of(
                 tile_n, tile_v, target_ptr, offset_ptr, N, V, ignore_index, first_v,
                 BLOCK_N, BLOCK_V,
             )  # fmt: skip
             # prompts and padding come in runs: a tile without a scored row costs no matmul
+            scored = target != ignore_index - first_v
             depth = tl.where(tl.max(scored.to(tl.int32), axis=0) > 0, D, 0)
             a = product_tile(
                 hidden, weight, tile_n, tile_v, N, V, D, depth,
@@ -291,10 +294,10 @@ def _tile_kernel(
                 SOURCE,
             )  # fmt: skip
             _finish(
-                a, target, scored, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
+                a, target, offset, plain, tile_n, tile_v, stash, target_z2_ptr, bias_ptr,
                 k_ptr, s_ptr, top_ptr, ez_ptr, z_ptr, ee_ptr,
-                N, V, stride_part, stride_stash, scale2, cap_scale, cap2,
-                RISING, STORE, BLOCK_N, BLOCK_V,
+                N, V, ignore_index - first_v, stride_part, stride_stash, scale2, cap_scale,
+                cap2, RISING, STORE, BLOCK_N, BLOCK_V,
             )  # fmt: skip
 
 
