@@ -64,7 +64,7 @@ def open_operators(monkeypatch):
     """The project's operators as plain autograd functions: dispatch modes, which count, see what
     happens inside.
     """
-    from treg.operators import Operator
+    from treg.operators import Operator, scalars
 
     def opened(op, *args):
         if op.save is None:  # a gradient's operator has no gradient, and saves nothing
@@ -77,7 +77,8 @@ def open_operators(monkeypatch):
 
             @staticmethod
             def setup_context(ctx, inputs, output):
-                op.save(ctx, inputs, list(output))
+                saved = [scalars(*x) if isinstance(x, tuple) else x for x in inputs]
+                op.save(ctx, saved, list(output))
 
             @staticmethod
             def backward(ctx, *grads):
