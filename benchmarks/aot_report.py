@@ -60,9 +60,11 @@ caches keep.
 
 CHANGED = """## What changed
 
-The wide tile of sm90, 128x256x64, since four changes: rows of the stash begin at 128 bytes, hidden
-states are copied where they do not begin at 16, tanh takes 12 instructions a logit, and its slope
-is computed where it is used. Before was measured once, with Triton 3.7.1; after is in the tables.
+The wide tile of sm90, 128x256x64, since these changes: rows of the stash begin at 128 bytes;
+hidden states are copied where they do not begin at 16; tanh takes 12 instructions a logit, and its
+slope is computed where it is used; the scale and the offset of a logit are one instruction; what a
+tile reads of its rows is read before its product. Before was measured once, with Triton 3.7.1;
+after is in the tables.
 Instructions of a thread: of one step over D, and of a plain tile's epilogue in all.
 """
 # spilled bytes, instructions of a step and of a plain epilogue, before
