@@ -102,16 +102,20 @@ def session() -> Session:
     return Session(age=process_age())
 
 
-def process_age() -> float:
-    """Seconds since this process was started, 120 at the most: to import torch takes a good part
-    of a minute on a busy machine. 0 where the system does not say.
-    """
+def since_start() -> float:
+    """Seconds since this process was started, by the system's clocks. 0 where it does not say."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return 0.0
     started = int(stat.read_text().rpartition(")")[2].split()[19])  # clock ticks since boot
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    return min(120.0, max(0.0, age))  # in a container the two clocks may be apart
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def process_age() -> float:
+    """The same, 0 to 120: to import torch takes a good part of a minute on a busy machine, and in a
+    container the two clocks may be apart.
+    """
+    return min(120.0, max(0.0, since_start()))
 
 
 def header(s: Session) -> list[str]:

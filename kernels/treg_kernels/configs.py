@@ -63,7 +63,7 @@ TILES = {
         Tile(128, 256, 64, 8, 3, descriptors=True, programs=1),
     ),
     "sm100": (
-        Tile(64, 128, 64, 4, 4, descriptors=True),
+        Tile(64, 128, 64, 8, 4, descriptors=True),
         Tile(256, 128, 64, 8, 3, descriptors=True, programs=1),
     ),
     "amd": (Tile(64, 128, 32, 4, 2), Tile(128, 128, 32, 8, 2)),
