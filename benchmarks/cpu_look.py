@@ -8,7 +8,6 @@ and not in the cases after; nothing is begun that would not end within LIMIT sec
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from cpu_plan import (
 from loss_head_cases import Case, batch_of
 from loss_head_measure import Alternation, checked_errors, environment, peak_bytes
 from loss_head_peers import METHODS, step
+from process_age import process_age
 
 RECORD = Path(__file__).parent / "results" / "cpu" / "bars.json"
 DENSE = "dense_log_softmax"
@@ -100,22 +100,6 @@ def _row(label: str, mine: str, cells: list[str], note: str) -> str:
 @functools.cache
 def session() -> Session:
     return Session(age=process_age())
-
-
-def since_start() -> float:
-    """Seconds since this process was started, by the system's clocks. 0 where it does not say."""
-    stat = Path("/proc/self/stat")
-    if not stat.exists():
-        return 0.0
-    started = int(stat.read_text().rpartition(")")[2].split()[19])  # clock ticks since boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-
-
-def process_age() -> float:
-    """The same, 0 to 120: to import torch takes a good part of a minute on a busy machine, and in a
-    container the two clocks may be apart.
-    """
-    return min(120.0, max(0.0, since_start()))
 
 
 def header(s: Session) -> list[str]:

@@ -49,6 +49,7 @@ from gpu_runner import Runner
 from loss_head_cases import DEVICE
 from loss_head_measure import OURS, environment
 from loss_head_peers import METHODS
+from process_age import process_age
 
 MOST_COMPILING = 12  # each has a head and its gradients in the GPU's memory: 9 GB
 MOST_TESTING = 14
@@ -62,16 +63,6 @@ def stop_at_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
-
-
-def since_start() -> float:
-    """Seconds since this process began: its imports count too."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        return min(120.0, max(0.0, age))  # in a container the two clocks may be apart
-    except (OSError, AttributeError):
-        return time.process_time()
 
 
 def processes() -> int:
@@ -121,7 +112,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
-    before = since_start() if argv is None else 0.0
+    before = process_age() if argv is None else 0.0
     began = time.monotonic() - before
     most = MOST_TESTING if args.dry_run else processes()
     setting = gpu_steps.Setting(args.out.resolve(), args.tiny, min(MOST_COMPILING, most), most)

@@ -955,4 +955,4 @@ def test_events_of_a_tile_begin_while_the_gpu_is_at_work(monkeypatch):
 @pytest.mark.parametrize(("clock", "age"), [(1e12, 120.0), (-1e12, 0.0)])
 def test_a_clock_that_is_off_takes_no_more_than_two_minutes(monkeypatch, clock, age):
     monkeypatch.setattr(time, "clock_gettime", lambda which: clock)
-    assert gpu_run.since_start() == cpu_look.process_age() == age
+    assert gpu_run.process_age() == cpu_look.process_age() == age
