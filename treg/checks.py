@@ -85,11 +85,8 @@ def check_transforms(**tensors: Tensor | None) -> None:
 
 
 def check_number(name: str, x, *, positive: bool = False, optional: bool = False) -> None:
-    """A finite real number.
-
-    A graph that is being traced does not know it: its operator checks it when it runs.
-    """
-    if torch.compiler.is_compiling() or (optional and x is None):
+    """A finite real number. Not for one that may be an input of a graph that is being traced."""
+    if optional and x is None:
         return
     if type(x) is float and math.isfinite(x) and (x > 0 or not positive):  # the others take longer
         return
@@ -167,6 +164,8 @@ def check_memory_budget(memory_budget) -> None:
 
 
 def check_outputs(outputs) -> tuple[str, ...]:
+    if outputs == ():
+        return ()
     if (
         isinstance(outputs, str)
         or not isinstance(outputs, Collection)

@@ -14,6 +14,7 @@ as all kernels of a small batch. Then a tuple of numbers stands for their tensor
 a method `text` for its string.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Operator:
         self.implementation = implementation
         self.save: Callable[..., None] | None = None
         self.backward: Callable[..., Any] | None = None
-        self._function: type[torch.autograd.Function] | None = None
+        self._apply: Callable[..., tuple[Tensor, ...]] | None = None
         name = schema.partition("(")[0]
         self.qualified_name = f"{NAMESPACE}::{name}"
         LIBRARY.define(schema, tags=READS_VALUES)
@@ -63,8 +64,8 @@ class Operator:
             if self.save is None:  # a second derivative, which the operator refuses
                 return self._call(*(_packed(x) for x in args))
             if any(type(x) in PLAIN and x.requires_grad for x in args):
-                assert self._function is not None
-                return list(self._function.apply(*args))
+                assert self._apply is not None
+                return list(self._apply(*args))
         # as the dispatcher does it: results are no views, and nothing is recorded
         with torch._C._AutoDispatchBelowAutograd():
             return self.implementation(*args)
@@ -82,7 +83,11 @@ class Operator:
         )
         if save is not None:
             name = self.qualified_name.partition("::")[2]
-            self._function = _function_of(name, self.implementation, save, backward)
+            function = _function_of(name, self.implementation, save, backward)
+            # What Function.apply does beside is for transforms, under which `_plain` is False, and
+            # costs as much as two operations of PyTorch.
+            plain: Any = super(torch.autograd.Function, function)
+            self._apply = plain.apply
 
     def first_derivatives_only(self) -> None:
         """Of an operator that is itself a gradient: its own derivative raises."""
@@ -101,7 +106,7 @@ def _function_of(
     def run(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             found = implementation(*args)
-        save(ctx, [scalars(*x) if isinstance(x, tuple) else x for x in args], found)
+        save(ctx, [_tensor_of(x) if isinstance(x, tuple) else x for x in args], found)
         return tuple(found)
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
@@ -150,6 +155,12 @@ def _packed(x: Any) -> Any:
 def values_of(numbers: Tensor | Sequence[float]) -> tuple[float, ...]:
     """Numbers as an implementation gets them, a tuple or their tensor."""
     return tuple(map(float, numbers.tolist() if isinstance(numbers, Tensor) else numbers))
+
+
+@functools.lru_cache(maxsize=64)
+def _tensor_of(values: tuple[float, ...]) -> Tensor:
+    """`scalars` of numbers that a run seldom changes, for a backward, which only reads them."""
+    return scalars(*values)
 
 
 def scalars(*values: float) -> Tensor:

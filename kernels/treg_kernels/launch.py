@@ -116,18 +116,22 @@ def addressable(x: torch.Tensor) -> bool:
     """Whether the copy engine can address a matrix: rows contiguous and aligned to 16 bytes in
     their storage.
     """
-    size = x.element_size()
-    aligned = x.stride(0) * size % 16 == 0 and x.storage_offset() * size % 16 == 0
-    return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return _rows_at_16_bytes(x) and x.storage_offset() * x.element_size() % 16 == 0
 
 
 def at_16_bytes(x: torch.Tensor) -> bool:
     """`addressable`, and storage of whatever origin begins where it must."""
-    return addressable(x) and x.data_ptr() % 16 == 0
+    return _rows_at_16_bytes(x) and x.data_ptr() % 16 == 0
+
+
+def _rows_at_16_bytes(x: torch.Tensor) -> bool:
+    """Whether the rows of a matrix are contiguous, and 16 bytes or a multiple apart."""
+    row, column = x.stride()
+    return column == 1 and row >= x.shape[1] and row * x.element_size() % 16 == 0
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Made on the host, so that no launch needs memory of its own (Triton's allocator differs
     between threads).
     """
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    return TensorDescriptor(x, x.shape, x.stride(), [rows, columns])

@@ -44,14 +44,16 @@ def _rows(target_ptr, at, end, ignore_index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _span(starts_ptr, sequence, N):
+def _span(starts_ptr, length, sequence, N):
     """First row of a sequence and the one after its last, within the N rows whatever starts
     holds.
     """
-    start, end = (
-        tl.load(starts_ptr + sequence).to(tl.int64),
-        tl.load(starts_ptr + sequence + 1).to(tl.int64),
-    )
+    if starts_ptr is None:
+        start = sequence * length
+        end = start + length
+    else:
+        start = tl.load(starts_ptr + sequence).to(tl.int64)
+        end = tl.load(starts_ptr + sequence + 1).to(tl.int64)
     return tl.minimum(tl.maximum(start, 0), N), tl.minimum(end, N)
 
 
@@ -113,20 +115,22 @@ def _store_coefficients(
 
 
 # `first` differs from group to group, and sequences start anywhere: no kernel of its own for that
-@triton.jit(do_not_specialize=["B", "N", "first"], do_not_specialize_on_alignment=POINTERS)
+@triton.jit(
+    do_not_specialize=["B", "N", "first", "length"], do_not_specialize_on_alignment=POINTERS
+)
 def _pair_kernel(
     logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr, starts_ptr,
     loss_ptr, stats_ptr, coef_ptr,
-    B, N, first, ignore_index, beta: tl.float64, alpha: tl.float64, first_option: tl.float64,
-    second_option: tl.float64,
+    B, N, first, length, ignore_index, beta: tl.float64, alpha: tl.float64,
+    first_option: tl.float64, second_option: tl.float64,
     BASE: tl.constexpr, REF_PER_TOKEN: tl.constexpr, LENGTH_NORMALISED: tl.constexpr,
     NLL: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pair: its sums, its loss and statistics, the coefficient of each of its tokens."""
     chosen = first + tl.program_id(0).to(tl.int64)
     rejected = B + chosen
-    start_w, end_w = _span(starts_ptr, chosen, N)
-    start_l, end_l = _span(starts_ptr, rejected, N)
+    start_w, end_w = _span(starts_ptr, length, chosen, N)
+    start_l, end_l = _span(starts_ptr, length, rejected, N)
     count_w, kept_w, total_w, ratio_w, rewarded_w = _sums(
         logps_ptr, target_ptr, rewards_ptr, ref_ptr, weights_ptr,
         chosen, start_w, end_w, ignore_index, REF_PER_TOKEN, BLOCK,
@@ -191,7 +195,7 @@ def pair_objective(
     token_rewards: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
     token_weights: torch.Tensor | None,
-    starts: torch.Tensor,
+    spans: torch.Tensor | int,
     first: int,
     count: int,
     loss: torch.Tensor,
@@ -217,7 +221,8 @@ def pair_objective(
         target: [N] integer, a row is scored where it is not ignore_index; or bool, scored where
             True; None: all are. Nothing is read of a row that is not scored.
         ref_logps: [N], or [2B] sums, floating; None: 0.
-        starts: [2B+1] int32 or int64; sequence i has rows starts[i]..starts[i+1]-1.
+        spans: [2B+1] int32 or int64; sequence i has rows spans[i]..spans[i+1]-1. Or the length of
+            every sequence.
         loss: [B], stats: [11, B], of one floating dtype; the columns of the pairs are written. Rows
             of stats: sum_t lp_t of chosen and of rejected, rho_w, rho_l, reg_w + reg_l, w_w, w_l,
                 slope_w, slope_l, tokens with u_t != 0 of chosen and of rejected.
@@ -225,6 +230,7 @@ def pair_objective(
         base: a function of `treg_kernels.bases`. options: at most two numbers that it takes.
         static: w_s = 1. length_normalised, nll: what `treg.losses.OBJECTIVES` says of it.
     """
+    starts, length = (None, spans) if isinstance(spans, int) else (spans, 0)
     tensors = (logps, target, token_rewards, ref_logps, token_weights, starts, loss, stats, coef)
     assert all(x is None or x.is_contiguous() for x in tensors)
     assert loss.dtype == stats.dtype and stats.shape == (11, loss.shape[0])
@@ -236,7 +242,7 @@ def pair_objective(
     unscored = 0 if masked else ignore_index  # what target is where a token is not scored
     _pair_kernel[(count,)](
         logps, target, token_rewards, ref_logps, token_weights, starts, loss, stats, coef,
-        loss.shape[0], logps.shape[0], first, unscored,
+        loss.shape[0], logps.shape[0], first, length, unscored,
         float(beta), float(alpha), float(first_option), float(second_option), BASE=base,
         REF_PER_TOKEN=ref_logps is not None and ref_logps.shape == logps.shape,
         LENGTH_NORMALISED=length_normalised, NLL=nll, STATIC=static, BLOCK=BLOCK, num_warps=8,

@@ -21,7 +21,7 @@ from treg.losses.pairs import (
     TokenInputs,
     evaluate_pairs,
     pair_loss,
-    row_starts,
+    spans_of,
 )
 from treg.operators import scalars
 from treg.results import PairLoss
@@ -49,11 +49,11 @@ def pair_objective(
     inputs = TokenInputs(
         None if target is None else target.reshape(-1).contiguous(),
         Given(token_rewards, ref_logps, token_weights).flat(),
-        row_starts(logps, cu_seqlens).contiguous(),
+        spans_of(logps, cu_seqlens),
         ignore_index,
     )
     rows = logps.reshape(-1).contiguous()
-    outputs = PairOutputs.empty((inputs.starts.shape[0] - 1) // 2, rows)
+    outputs = PairOutputs.empty(inputs.pairs, rows)
     evaluate_pairs(impl, rows, inputs, options, outputs)
     return pair_loss(outputs.loss, outputs.stats, options), outputs.coef.view(logps.shape)
 
@@ -408,7 +408,7 @@ def test_some_of_the_pairs(loss_type, first, count, impl):
     for out in (loss, stats, coef):
         out.fill_(123.0)
     given = Given(x["token_rewards"], x["ref_logps"])
-    inputs = TokenInputs(x["mask"], given, row_starts(logps, x["cu_seqlens"]))
+    inputs = TokenInputs(x["mask"], given, spans_of(logps, x["cu_seqlens"]))
     evaluate_pairs(impl, logps, inputs, options, outputs, first, count)
     here = torch.arange(B).sub(first).ge(0) & torch.arange(B).lt(first + count)
     assert torch.equal(coef.cpu(), torch.where(inside, exact_coef, 123.0))

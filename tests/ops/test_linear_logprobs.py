@@ -56,9 +56,9 @@ def kept(monkeypatch):
     seen = []
     score = treg.ops.plans.kept.score_rows
 
-    def spy(batch, outputs, stash, factor):
+    def spy(batch, outputs, stash):
         seen.append((0 if stash is None else stash.shape[0], len(batch.rows)))
-        return score(batch, outputs, stash, factor)
+        return score(batch, outputs, stash)
 
     monkeypatch.setattr(treg.ops.plans.kept, "score_rows", spy)
     return seen

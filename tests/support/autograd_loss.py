@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treg.losses import Credit, LossOptions
-from treg.losses.pairs import Given, TokenInputs, _tokens, row_starts
+from treg.losses.pairs import Given, TokenInputs, _tokens, spans_of
 from treg.losses.segments import segment_sum
 from treg.results import PairLoss
 
@@ -37,7 +37,7 @@ def pair_loss(
     objective = options.objective
     given = Given(token_rewards, ref_logps, token_weights).flat()
     flat_mask = None if mask is None else mask.reshape(-1)
-    inputs = TokenInputs(flat_mask, given, row_starts(logps, cu_seqlens))
+    inputs = TokenInputs(flat_mask, given, spans_of(logps, cu_seqlens))
     credit = Credit()
     if objective.credit is not None:
         credit = options.credit(_tokens(logps.detach().reshape(-1), inputs))

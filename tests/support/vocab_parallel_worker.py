@@ -190,7 +190,7 @@ class Watch:
         return self
 
     def _note_kept(self, _, args):
-        batch, _, stash, _ = args
+        batch, _, stash = args
         self.kept.append((0 if stash is None else stash.shape[0], len(batch.rows)))
 
     def __exit__(self, *_):

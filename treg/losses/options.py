@@ -48,21 +48,22 @@ class LossOptions:
     scalars: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        self._check_names()
+        objective = self._check_names()
         if self.alpha is None:
-            object.__setattr__(self, "alpha", self.objective.alpha)
+            object.__setattr__(self, "alpha", objective.alpha)
         scalars = {}
-        for name in self.objective.options:
+        for name, default in objective.options.items():
             if name not in ARGUMENTS:
-                scalars[name] = self.scalars.get(name, self.objective.options[name])
+                scalars[name] = self.scalars.get(name, default)
         object.__setattr__(self, "scalars", scalars)
         # Under torch.compile a number may be symbolic, and a comparison would make it a constant
         # of the graph. The operators call `of` with the true numbers, so that they are checked.
-        if not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if eager:
             self._check_numbers()
-        self._check_undeclared()
-        if not torch.compiler.is_compiling():
-            self._check_ranges()
+        self._check_undeclared(objective)
+        if eager:
+            self._check_ranges(objective)
 
     @property
     def objective(self) -> Objective:
@@ -162,8 +163,8 @@ class LossOptions:
 
     # -- checks
 
-    def _check_names(self) -> None:
-        find_objective(self.loss_type)
+    def _check_names(self) -> Objective:
+        objective = find_objective(self.loss_type)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
                 f"weighting: expected 'gradient' or 'static' (w = 1), got {self.weighting!r}"
@@ -176,11 +177,12 @@ class LossOptions:
         for name in self.scalars:
             if name in ARGUMENTS:
                 raise ValueError(f"scalars: expected {name} as an argument of its own, got it here")
-            if name not in self.objective.options:
+            if name not in objective.options:
                 raise ValueError(
                     f"scalars: expected options of loss_type={self.loss_type!r}, "
                     f"which takes {self._taken()}, got {name!r}; they are loss_scalars of a trainer"
                 )
+        return objective
 
     def _check_numbers(self) -> None:
         for name in ("beta", "alpha", "gamma", "label_smoothing"):
@@ -188,10 +190,10 @@ class LossOptions:
         for name, value in self.scalars.items():
             check_number(name, value)
 
-    def _check_undeclared(self) -> None:
+    def _check_undeclared(self, objective: Objective) -> None:
         """An option that the formula would ignore is refused."""
         # A lookup in the mapping itself would make torch.compile 2.11 take its values for inputs.
-        taken = tuple(self.objective.options)
+        taken = tuple(objective.options)
         for name in ARGUMENTS:
             if name not in taken and getattr(self, name) != 0:
                 raise ValueError(
@@ -199,12 +201,12 @@ class LossOptions:
                     f"which takes {self._taken()}, got {getattr(self, name)}"
                 )
 
-    def _check_ranges(self) -> None:
+    def _check_ranges(self, objective: Objective) -> None:
         if self.alpha < 0:
             raise ValueError(
                 f"alpha: expected a number >= 0, got {self.alpha}; 0 turns the regularizer off"
             )
-        if self.alpha > 0 and not self.objective.regularized:
+        if self.alpha > 0 and not objective.regularized:
             raise ValueError(
                 f"alpha: expected 0 for loss_type={self.loss_type!r}, on which T-REG cannot stand, "
                 f"got {self.alpha}"
@@ -214,14 +216,14 @@ class LossOptions:
                 f"label_smoothing: expected 0 <= value < 0.5, got {self.label_smoothing}"
             )
         declared = self.declared()
-        for name in self.objective.positive:
+        for name in objective.positive:
             if not declared[name] > 0:
                 raise ValueError(
                     f"{name}: expected a number > 0 for loss_type={self.loss_type!r}, "
                     f"got {declared[name]}"
                 )
-        if self.objective.check is not None:
-            self.objective.check(declared)
+        if objective.check is not None:
+            objective.check(declared)
 
     def _taken(self) -> str:
         return ", ".join(self.objective.options) or "no options"

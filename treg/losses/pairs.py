@@ -63,6 +63,13 @@ def constant(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
+class Even(NamedTuple):
+    """Sequences of the same length, one after the other."""
+
+    count: int
+    length: int
+
+
 @dataclass(frozen=True)
 class TokenInputs:
     """What a loss takes beside the log-probs of N tokens of 2B sequences, chosen sequences first.
@@ -72,13 +79,19 @@ class TokenInputs:
         target: [N] integer, scored where it is not ignore_index; or bool, scored where True; None:
             all tokens are scored. Nothing is read of a token that is not scored.
         given: of N tokens.
-        starts: [2B+1] integer on the device of the log-probs; see `row_starts`.
+        spans: which rows each sequence has: `Even`, or the first row of each and N, [2B+1] integer
+            on the device of the log-probs; see `spans_of`.
     """
 
     target: Tensor | None
     given: Given
-    starts: Tensor
+    spans: Tensor | Even
     ignore_index: int = -100
+
+    @property
+    def pairs(self) -> int:
+        spans = self.spans
+        return (spans.count if isinstance(spans, Even) else spans.shape[0] - 1) // 2
 
     def scored(self, logps: Tensor) -> Tensor:
         """[N] bool."""
@@ -114,24 +127,11 @@ class PairOutputs:
 
 def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
     """From the fields of `PairOutputs`; w of both sequences where the objective has two."""
-    rows = dict(zip(STATS, stats.unbind(), strict=True))
-    weights = rows["chosen_weight"] if options.objective.margin_only else _both(stats, "weight")
-    return PairLoss(
-        loss=loss,
-        chosen_logps=rows["chosen_logps"],
-        rejected_logps=rows["rejected_logps"],
-        chosen_rewards=rows["chosen_rewards"],
-        rejected_rewards=rows["rejected_rewards"],
-        reg_loss=rows["reg_loss"],
-        weights=weights,
-        kept=_both(stats, "kept"),
-    )
-
-
-def _both(stats: Tensor, name: str) -> Tensor:
-    """[2B]: a statistic of the chosen sequences, then of the rejected ones."""
-    first = STATS.index(f"chosen_{name}")
-    return stats[first : first + 2].flatten()
+    # rows 0 to 4, and three statistics of the chosen sequences, then of the rejected ones
+    one, both = stats.shape[1], 2 * stats.shape[1]
+    weights = [one, one] if options.objective.margin_only else [both]
+    parts = stats.view(-1).split_with_sizes([one] * 5 + [*weights, both, both])
+    return PairLoss(loss, *parts[:5], weights=parts[5], kept=parts[-1])
 
 
 def check_pairs(
@@ -201,6 +201,15 @@ def evaluate_pairs(
     _evaluate_in_torch(logps, inputs, options, outputs, first, count)
 
 
+def spans_of(logps: Tensor, cu_seqlens: Tensor | None) -> Tensor | Even:
+    """Which rows of logps.reshape(-1) each sequence has; logps: [2B, T] where cu_seqlens is None,
+    else [N].
+    """
+    if cu_seqlens is None:
+        return Even(*logps.shape)
+    return row_starts(logps, cu_seqlens).contiguous()
+
+
 def row_starts(logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[2B+1] on logps' device: the first row of each sequence of logps.reshape(-1).
 
@@ -208,10 +217,15 @@ def row_starts(logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """
     if cu_seqlens is not None:
         return cu_seqlens.to(logps.device, non_blocking=True)
-    sequences, length = logps.shape
+    return _even_starts(Even(*logps.shape), logps.device)
+
+
+def _even_starts(spans: Even, device: torch.device) -> Tensor:
+    """[count+1]: the first row of each sequence, and the number of rows."""
+    count, length = spans
     if not length:
-        return torch.zeros(sequences + 1, dtype=torch.int64, device=logps.device)
-    return torch.arange(0, sequences * length + 1, length, device=logps.device)
+        return torch.zeros(count + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, count * length + 1, length, device=device)
 
 
 def _launch(
@@ -233,7 +247,7 @@ def _launch(
             inputs.given.token_rewards,
             inputs.given.ref_logps,
             inputs.given.token_weights,
-            inputs.starts,
+            inputs.spans.length if isinstance(inputs.spans, Even) else inputs.spans,
             first,
             count,
             outputs.loss,
@@ -252,7 +266,9 @@ def _launch(
 
 def _tokens(logps: Tensor, inputs: TokenInputs) -> Tokens:
     """Each token in float64."""
-    given, scored = inputs.given, inputs.scored(logps)
+    given, scored, starts = inputs.given, inputs.scored(logps), inputs.spans
+    if isinstance(starts, Even):
+        starts = _even_starts(starts, logps.device)
 
     def clean(x: Tensor) -> Tensor:
         return torch.where(scored, x.double(), 0.0)
@@ -270,7 +286,7 @@ def _tokens(logps: Tensor, inputs: TokenInputs) -> Tokens:
         weights=weights,
         kl=None if given.kl is None else clean(given.kl),
         kl_weights=weights if given.kl_weights is None else clean_or(given.kl_weights, 0.0),
-        starts=inputs.starts,
+        starts=starts,
     )
 
 

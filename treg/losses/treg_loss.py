@@ -30,6 +30,7 @@ from treg.losses.pairs import (
     evaluate_pairs,
     pair_loss,
     row_starts,
+    spans_of,
 )
 from treg.losses.tokens import sequence_of_row
 from treg.operators import Operator, scalars
@@ -156,7 +157,7 @@ def _losses(logps: Tensor, *others: Any) -> list[Tensor]:
     inputs = TokenInputs(
         target=None if mask is None else mask.reshape(-1).contiguous(),
         given=given.flat(),
-        starts=row_starts(logps, cu_seqlens).contiguous(),
+        spans=spans_of(logps, cu_seqlens),
     )
     outputs = PairOutputs.empty(_pairs_of(logps, cu_seqlens), rows, asked)
     evaluate_pairs(impl, rows, inputs, options, outputs)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,15 +45,6 @@ class Call:
     # The options of that loss where they need not be made again from text and numbers.
     loss_options: LossOptions | None = field(default=None, compare=False)
 
-    def with_loss(self, options: LossOptions, *, summed: bool) -> "Call":
-        """The call of pairs whose loss is known."""
-        loss = options.text()
-        if "|" in loss:
-            raise ValueError(f"loss_type: expected a name without '|', got {loss!r}")
-        # other kinds of numbers become floats where the operator runs
-        known = options if all(type(x) is float for x in options.numbers()) else None
-        return replace(self, loss=loss, summed=summed, loss_options=known)
-
     def text(self) -> str:
         fields = (
             self.impl,
@@ -81,6 +72,18 @@ class Call:
         logit_scale, softcap, temperature = numbers[:HEAD_NUMBERS]
         cap = softcap if self.softcapped else None
         return Head(weight, bias, logit_scale, cap, temperature, self.ignore_index)
+
+
+def loss_of_call(options: LossOptions | None) -> tuple[str, LossOptions | None]:
+    """`loss` and `loss_options` of a call; options: None where the loss is not known."""
+    if options is None:
+        return "", None
+    loss = options.text()
+    if "|" in loss:
+        raise ValueError(f"loss_type: expected a name without '|', got {loss!r}")
+    # other kinds of numbers become floats where the operator runs
+    floats = all([type(x) is float for x in options.numbers()])
+    return loss, options if floats else None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -113,15 +113,20 @@ def score(
     target: Tensor,
 ) -> dict[str, Tensor]:
     """Log-probs and the outputs asked for by name, like target; of checked arguments."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
     if options.shard is not None:
+        rows = hidden.reshape(-1, hidden.shape[-1])
         check_targets(target, math.inf, call.ignore_index)
         flat = target.reshape(-1).contiguous()
         numbers = list(options.numbers())
         found = run_vocab_parallel(call, rows, weight, bias, flat, numbers, options.shard)
         return {name: x.reshape(target.shape) for name, x in found.items()}
-    results = _forward(rows, weight, bias, target, options.numbers(), call)
+    results = _forward(hidden, weight, bias, target, options.numbers(), call)
     return dict(zip(("logprobs", *call.outputs), results, strict=False))
+
+
+def rows_of(hidden: Tensor) -> Tensor:
+    """[N, D] from hidden [..., D]."""
+    return hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
 
 
 def batch_of(
@@ -135,21 +140,21 @@ def batch_of(
     """The rows of an operator's arguments, whose values are known here and are checked.
 
     Args:
-        hidden: [N, D]. target: [...] of N elements. numbers: the head's come first.
+        hidden: [..., D]. target: [...]. numbers: the head's come first.
     """
     known = values_of(numbers)
     head = call.head(weight, bias, known)
     check_numbers(head.logit_scale, head.softcap, head.temperature)
     check_targets(target, weight.shape[0], call.ignore_index)
-    flat = target.reshape(-1).contiguous()
-    return Batch.of(call, hidden, weight, bias, flat, known)
+    rows, flat = rows_of(hidden), target.reshape(-1).contiguous()
+    return Batch.of(call, rows, weight, bias, flat, known)
 
 
 def _score(hidden, weight, bias, target, numbers, text) -> list[Tensor]:
     """Log-probs and the outputs, like target; what the plan saved; the note."""
     call = Call.of(text)
     batch = batch_of(hidden, weight, bias, target, numbers, call)
-    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    plan = choose_plan(call, batch.tiles, batch.hidden.shape[0])
     scores, saved = plan.forward(batch)
     found = [scores[name].view(target.shape) for name in ("logprobs", *call.outputs)]
     return [*found, *saved.values(), note_of(plan, batch)]
@@ -157,8 +162,8 @@ def _score(hidden, weight, bias, target, numbers, text) -> list[Tensor]:
 
 def _score_fake(hidden, weight, bias, target, numbers, text) -> list[Tensor]:
     call = Call.of(text)
-    batch = Batch.of_shapes(call, hidden, weight, bias, target.reshape(-1))
-    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    batch = Batch.of_shapes(call, rows_of(hidden), weight, bias, target.reshape(-1))
+    plan = choose_plan(call, batch.tiles, batch.hidden.shape[0])
     saved = plan.saved(batch)
     return [*fake_scores(batch, target), *saved.values(), fake_note()]
 
@@ -200,7 +205,8 @@ def plan_of_backward(
     reads = plan.backward_reads_rows
     flat, known = target.reshape(-1).contiguous(), values_of(numbers)
     rows = same_rows(flat, call.ignore_index, noted) if reads else None
-    return plan, Batch.of_shapes(call, hidden, weight, bias, flat, known, rows=rows, cast=reads)
+    states = rows_of(hidden)
+    return plan, Batch.of_shapes(call, states, weight, bias, flat, known, rows=rows, cast=reads)
 
 
 def _differentiate_fake(coef, saved, hidden, weight, bias, target, numbers, text) -> list[Tensor]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from treg import checks
-from treg.ops.call import Call
+from treg.losses import LossOptions
+from treg.ops.call import Call, loss_of_call
 from treg.ops.head.gradients import Needs
 from treg.ops.head.head import autocast_dtype
 from treg.ops.head.memory import budget_of
@@ -36,20 +37,38 @@ class HeadOptions:
             return self.logit_scale, cap, self.temperature
         return float(self.logit_scale), float(cap), float(self.temperature)
 
-    def call(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Call:
+    def call(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        loss: LossOptions | None = None,
+        *,
+        summed: bool = False,
+    ) -> Call:
         """What is fixed in the call, once every argument is checked.
 
+        loss: of pairs whose loss is known. summed: whether all of them get the same upstream
+            gradient.
         Raises:
             TypeError: an argument that must be a tensor is none. ValueError: any other bad input,
                 by name.
         """
-        checks.resolve_impl(self.impl, hidden)
+        checks.check_tensor("hidden", hidden)
         checks.check_tensor("target", target)
-        found = self.call_of_rows(hidden, weight, bias)
+        found = self.call_of_rows(hidden, weight, bias, loss, summed)
         check_target(target, hidden)
         return found
 
-    def call_of_rows(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Call:
+    def call_of_rows(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: LossOptions | None = None,
+        summed: bool = False,
+    ) -> Call:
         """The same where rows have no targets."""
         impl = checks.resolve_impl(self.impl, hidden)
         outputs = checks.check_outputs(self.outputs)
@@ -69,6 +88,7 @@ class HeadOptions:
         self._check_choices(hidden, impl, dtype)
         grad = torch.is_grad_enabled()  # within an operator it is always off
         needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        text, loss_options = loss_of_call(loss)
         return Call(
             impl=impl,
             dtype=dtype,
@@ -80,6 +100,9 @@ class HeadOptions:
             least=self.memory_budget == "least",
             filter_eps=self.filter_eps,
             softcapped=self.softcap is not None,
+            loss=text,
+            summed=summed,
+            loss_options=loss_options,
         )
 
     def _check_dtypes(self, hidden: Tensor, impl: str, dtype: torch.dtype) -> None:
@@ -104,9 +127,9 @@ class HeadOptions:
         if isinstance(ignored, bool) or not isinstance(ignored, int) or abs(ignored) >= 2**63:
             raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignored!r}")
         checks.check_memory_budget(self.memory_budget)
-        checks.check_number("filter_eps", self.filter_eps, optional=True)
         if self.filter_eps is None:
             return
+        checks.check_number("filter_eps", self.filter_eps, optional=True)
         if self.shard is not None:
             raise ValueError(f"filter_eps: expected None beside a shard, got {self.filter_eps}")
         if not 0.0 <= self.filter_eps < 1.0:

@@ -23,6 +23,7 @@ from treg.losses.pairs import (
     constant,
     pair_loss,
     row_starts,
+    spans_of,
 )
 from treg.losses.tokens import sequence_of_row
 from treg.operators import Operator, values_of
@@ -34,6 +35,7 @@ from treg.ops.linear_logprobs import (
     fake_scores,
     linear_logprobs,
     plan_of_backward,
+    rows_of,
     score,
 )
 from treg.ops.options import HeadOptions
@@ -156,11 +158,15 @@ def fused_treg_loss(
     )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    call = options.call(hidden, weight, target, bias)
-    count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
     given = Given(token_rewards, ref_logps, token_weights, kl_weights=kl_weights)
-    for name, x in given._asdict().items():
+    for name, x in zip(Given._fields, given, strict=True):
         checks.check_tensor(name, x, optional=True)
+    with_kl = loss_options.with_kl
+    learned = any([x is not None and x.requires_grad for x in (token_weights, kl_weights)])
+    at_once = shard is None and not with_kl and not learned  # head and loss in one operator
+    known, summed = loss_options if at_once else None, at_once and reduction != "none"
+    call = options.call(hidden, weight, target, bias, known, summed=summed)
+    count = checks.check_sequences("hidden", hidden, 3, cu_seqlens)
     reference = {
         "hidden": ref_hidden,
         "weight": ref_weight,
@@ -170,21 +176,18 @@ def fused_treg_loss(
     }
     _check_reference(reference, options, loss_options, given)
     pairs = pair_table(loss_options, pair_values, hidden, count // 2)
-    with_kl = loss_options.with_kl
-    learned = [x for x in (token_weights, kl_weights) if x is not None and x.requires_grad]
-    if shard is None and not with_kl and not learned:
+    if at_once:
         given = given._replace(
             token_rewards=_constant(token_rewards),
             ref_logps=_constant(ref_logps),
             token_weights=_constant(token_weights),
             pair_values=pairs,
         )
-        call = call.with_loss(loss_options, summed=reduction != "none")
         numbers = (*options.numbers(), *loss_options.numbers())
-        operands = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target)
-        loss, stats, *scores = _forward(*operands, *_of_operator(given), cu_seqlens, numbers, call)
+        operands = (hidden, weight, bias, target, *_of_operator(given))
+        loss, stats, *scores = _forward(*operands, cu_seqlens, numbers, call)
         found = dict(zip(("logprobs", *call.outputs), scores, strict=False))
-        return _result(pair_loss(loss, stats, loss_options), found, reduction, count // 2)
+        return _result(pair_loss(loss, stats, loss_options), found, reduction)
     _check_early(target, given._replace(pair_values=pairs), cu_seqlens, call, loss_options)
     if with_kl:
         reference["softcap"] = ref_softcap
@@ -201,7 +204,7 @@ def fused_treg_loss(
         impl=call.impl,
         **tensors,
     )
-    return _result(result, found, reduction, count // 2)
+    return _result(result, found, reduction)
 
 
 def _check_early(
@@ -230,13 +233,12 @@ def _check_reference(
     """Raise ValueError where the reference's hidden states and the objective do not go together."""
     name = f"loss_type={loss_options.loss_type!r}"
     if not loss_options.with_kl:
-        if given.kl_weights is None and all(x is None for x in reference.values()):
-            return
-        others = {f"ref_{k}": x for k, x in reference.items()} | {"kl_weights": given.kl_weights}
-        for argument, x in others.items():
+        if given.kl_weights is not None:
+            raise ValueError(f"kl_weights: expected None for {name}, which has no KL term, got one")
+        for argument, x in reference.items():
             if x is not None:
                 raise ValueError(
-                    f"{argument}: expected None for {name}, which has no KL term, got one"
+                    f"ref_{argument}: expected None for {name}, which has no KL term, got one"
                 )
         return
     if reference["hidden"] is None:
@@ -303,11 +305,11 @@ def _constant(x: Tensor | None) -> Tensor | None:
     return None if x is None else constant(x)
 
 
-def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str, count: int) -> TRegLoss:
+def _result(pairs: PairLoss, found: dict[str, Tensor], reduction: str) -> TRegLoss:
     """The pairs' losses reduced, and everything else detached."""
-    loss = pairs.loss if reduction == "none" else pairs.loss.sum()
-    if reduction == "mean":
-        loss = loss / count
+    loss = pairs.loss
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
     detached = {name: constant(x) for name, x in found.items()}
     token_logps = detached.pop("logprobs")
     return TRegLoss(loss, *pairs[1:], token_logps, **detached)
@@ -335,11 +337,11 @@ def _score(hidden, weight, bias, target, *others) -> list[Tensor]:
     scored = target != call.ignore_index if checks.values_visible(target) else None
     check_pairs("target", target, scored, given, cu_seqlens, options)
     batch = batch_of(hidden, weight, bias, target, numbers, call)
-    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    plan = choose_plan(call, batch.tiles, batch.hidden.shape[0])
     pairs = TokenInputs(
         target=batch.target,
         given=given.flat(),
-        starts=row_starts(target, cu_seqlens).contiguous(),
+        spans=spans_of(target, cu_seqlens),
         ignore_index=call.ignore_index,
     )
     ends = functools.partial(known_ends, target, cu_seqlens)
@@ -352,8 +354,8 @@ def _score(hidden, weight, bias, target, *others) -> list[Tensor]:
 def _score_fake(hidden, weight, bias, target, *others) -> list[Tensor]:
     *_, cu_seqlens, _, text = others
     call = Call.of(text)
-    batch = Batch.of_shapes(call, hidden, weight, bias, target.reshape(-1))
-    plan = choose_plan(call, batch.tiles, hidden.shape[0])
+    batch = Batch.of_shapes(call, rows_of(hidden), weight, bias, target.reshape(-1))
+    plan = choose_plan(call, batch.tiles, batch.hidden.shape[0])
     sequences = target.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     coef = hidden.new_empty(target.numel(), dtype=batch.tiles.compute)
     loss = coef.new_empty(sequences // 2)

@@ -46,14 +46,17 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [V]
 
     def like(self, *operands: Tensor | None) -> "list[Tensor | None]":
-        """The same in the dtypes of hidden, weight and bias."""
+        """The same in the shapes and dtypes of hidden [..., D], weight and bias."""
         found = []
         for gradient, operand in zip(self, operands, strict=True):
             if gradient is None or operand is None:
                 found.append(None)
             else:
-                same = gradient.dtype == operand.dtype
-                found.append(gradient if same else gradient.to(operand.dtype))
+                if gradient.dtype != operand.dtype:
+                    gradient = gradient.to(operand.dtype)
+                found.append(
+                    gradient.view(operand.shape) if gradient.ndim < operand.ndim else gradient
+                )
         return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class RowSelection:
     def all(cls, total: int) -> "RowSelection":
         return cls(total, (slice(0, total),))
 
-    @property
+    @cached_property
     def complete(self) -> bool:
         """Whether it was made by `all`: every row, in order."""
         part = self.parts[0]
@@ -44,7 +45,11 @@ class RowSelection:
         return len(self) if self.looked else BLIND
 
     def __len__(self) -> int:
-        return sum(_length(part) for part in self.parts)
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        return sum([_length(part) for part in self.parts])
 
     def read(self, x: Tensor) -> Tensor:
         """x's rows of the selection, [len(self), ...]; a view where it is one range."""

@@ -13,6 +13,10 @@ from torch import Tensor
 from treg.ops.head.gemm import logits_into, slab_bytes
 from treg.ops.head.head import Head, on_device
 from treg.ops.head.memory import ROW_MULTIPLE, row_width
+from treg_kernels import configs, logits_gradient, logprob_forward
+from treg_kernels.configs import KINDS, SLAB_BYTES
+from treg_kernels.launch import addressable, at_16_byte_rows
+from treg_kernels.tiles import Scalars
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,6 @@ def _tables(
     """find: `treg_kernels.configs.tiles_for`. copied: whether the copy engine can read the
     weight.
     """
-    from treg_kernels.configs import KINDS, SLAB_BYTES
-
     tiles = {kind: [tile for _, tile in find(kind, dtype, V, D, copied)] for kind in KINDS}
     every = [tile for found in tiles.values() for tile in found]
     narrowest = min(tile.v for kind in ("forward", "stash") for tile in tiles[kind])
@@ -63,10 +65,6 @@ class TritonTiles:
     logits_dtype = None
 
     def __init__(self, head: Head):
-        from treg_kernels.configs import tiles_for
-        from treg_kernels.launch import addressable
-        from treg_kernels.tiles import Scalars
-
         self.head = head
         self.compute = torch.float32
         self.stash_dtype = head.weight.dtype
@@ -77,7 +75,7 @@ class TritonTiles:
         V, D = map(int, weight.shape)
         with on_device(weight):
             copied = addressable(weight)
-            self._tables = _tables(tiles_for, weight.dtype, V, D, copied, weight.device)
+            self._tables = _tables(configs.tiles_for, weight.dtype, V, D, copied, weight.device)
 
     @property
     def max_rows(self) -> int:
@@ -120,8 +118,6 @@ class TritonTiles:
         outputs: tuple[str, ...] = (),
         stash: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        from treg_kernels import logprob_forward
-
         with on_device(self.head.weight):
             return logprob_forward(
                 hidden,
@@ -139,8 +135,6 @@ class TritonTiles:
     def gradient(
         self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor
     ) -> None:
-        from treg_kernels import logits_gradient
-
         with on_device(self.head.weight):
             logits_gradient(
                 hidden,
@@ -156,8 +150,6 @@ class TritonTiles:
             )
 
     def readable(self, hidden: Tensor) -> Tensor:
-        from treg_kernels.launch import at_16_byte_rows
-
         return at_16_byte_rows(hidden)
 
     def release(self) -> None:

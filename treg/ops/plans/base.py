@@ -89,7 +89,7 @@ class ScoredFirst:
     ) -> tuple[Scores, Saved, PairOutputs]:
         scores, saved = self.forward(batch)
         logps = scores["logprobs"]
-        outputs = PairOutputs.empty((pairs.starts.shape[0] - 1) // 2, logps)
+        outputs = PairOutputs.empty(pairs.pairs, logps)
         evaluate_pairs(batch.call.impl, logps, pairs, options, outputs)
         return scores, saved, outputs
 
@@ -103,16 +103,15 @@ def score_rows(
     batch: Batch,
     outputs: tuple[str, ...],
     stash: Tensor | None = None,
-    factor: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Score the rows of a batch tile by tile.
 
     Args:
         outputs: statistics, "tops" perhaps.
-        stash, factor: [kept, V] and [kept], filled with those of the first rows; or None.
+        stash: [kept, V], filled with that of the first rows; or None.
     Returns:
-        "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored. Where one launch
-        took all rows, "factor" too, in place of the given one.
+        "logprobs" and the outputs [N], "norm" [N, 2]; 0 where nothing is scored. Beside a stash
+        "factor" [kept].
     """
     tiles, rows = batch.tiles, batch.rows
     count = len(rows)
@@ -134,7 +133,8 @@ def score_rows(
             selection.write(x, got[name])
         return got
 
-    if stash is not None and factor is not None:
+    factor = batch.hidden.new_empty(kept, dtype=tiles.compute)
+    if stash is not None:
         at = 0
         for selection in rows.section(0, kept).chunks(tiles.max_rows):
             place = slice(at, at + len(selection))
@@ -143,7 +143,7 @@ def score_rows(
     for selection in rows.section(kept, count).chunks(step):
         score(selection)
     tiles.release()
-    return found
+    return found if stash is None else found | {"factor": factor}
 
 
 def scored_coefficients(batch: Batch, coef: Tensor) -> Tensor:

@@ -37,27 +37,25 @@ class Kept(ScoredFirst):
     saved_names = ("norm", "stash", "factor")
 
     def saved(self, batch: Batch) -> Saved:
-        tiles, rows = batch.tiles, batch.hidden.shape[0]
-        kept = self._kept(batch, rows)
-        words = batch.head.weight.shape[0]
+        stash, dtype = self._room(batch), batch.tiles.compute
         return {
-            "norm": batch.hidden.new_empty(rows, 2, dtype=tiles.compute),
-            "stash": stash_rows(
-                batch.hidden, kept, words, dtype=tiles.stash_dtype, multiple=tiles.row_multiple
-            ),
-            "factor": batch.hidden.new_empty(kept, dtype=tiles.compute),
+            "norm": batch.hidden.new_empty(batch.hidden.shape[0], 2, dtype=dtype),
+            "stash": stash,
+            "factor": batch.hidden.new_empty(stash.shape[0], dtype=dtype),
         }
 
     def forward(self, batch: Batch) -> tuple[Scores, Saved]:
         outputs = batch.call.outputs
         check_budget(batch.tiles, batch.call.budget, stash=True, outputs=outputs)
-        saved = self.saved(batch)
-        stash, factor = self._of_kept_rows(batch, saved)
-        scores = score_rows(batch, outputs, stash, factor)
-        return scores, saved | {k: scores.pop(k) for k in ("norm", "factor") if k in scores}
+        room = self._room(batch)
+        stash = self._of_kept_rows(batch, room)
+        scores = score_rows(batch, outputs, stash)
+        factor = factors_of(room, scores.pop("factor", None), batch.tiles.compute)
+        return scores, {"norm": scores.pop("norm"), "stash": room, "factor": factor}
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
-        stash, factor = self._of_kept_rows(batch, saved)
+        stash = self._of_kept_rows(batch, saved["stash"])
+        factor = None if stash is None else saved["factor"][: stash.shape[0]]
         sums = differentiate_rows(batch, saved["norm"], coef, stash, factor)
         dhidden = sums.dhidden  # of complete gradients, if no row was kept
         if stash is not None or batch.hidden_dtype != batch.call.dtype:
@@ -69,15 +67,33 @@ class Kept(ScoredFirst):
             return 0
         return kept_rows(batch.tiles, batch.call.budget, rows, batch.call.outputs)
 
-    def _of_kept_rows(self, batch: Batch, saved: Saved) -> tuple[Tensor | None, Tensor | None]:
-        """Stash and factor of the rows that are kept of those that are scored; None without any."""
-        room, count = saved["stash"].shape[0], len(batch.rows)
-        kept = room if room == count else min(room, self._kept(batch, count))
+    def _room(self, batch: Batch) -> Tensor:
+        """Room for the stash of as many rows as are kept where all of a batch are scored."""
+        tiles, hidden = batch.tiles, batch.hidden
+        rows, words = self._kept(batch, hidden.shape[0]), batch.head.weight.shape[0]
+        like = {"dtype": tiles.stash_dtype, "multiple": tiles.row_multiple}
+        return stash_rows(hidden, rows, words, **like)
+
+    def _of_kept_rows(self, batch: Batch, room: Tensor) -> Tensor | None:
+        """The stash of the rows that are kept of those that are scored; None without any."""
+        most, count = room.shape[0], len(batch.rows)
+        kept = most if most == count else min(most, self._kept(batch, count))
         if not kept:
-            return None, None
-        if kept == room:
-            return saved["stash"], saved["factor"]
-        return saved["stash"][:kept], saved["factor"][:kept]
+            return None
+        return room if kept == most else room[:kept]
+
+
+def factors_of(room: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """factor [kept] with a place for each row of room [kept or more, V]; the others are not filled.
+
+    factor: None where no row is kept.
+    """
+    if factor is not None and factor.shape[0] == room.shape[0]:
+        return factor
+    found = room.new_empty(room.shape[0], dtype=dtype)
+    if factor is not None:
+        found[: factor.shape[0]] = factor
+    return found
 
 
 def kept_rows(tiles: Tiles, budget: int, count: int, outputs: tuple[str, ...]) -> int:

@@ -166,7 +166,7 @@ class GroupWork:
     ) -> "GroupWork":
         scores = empty_rows(batch.hidden, batch.tiles, ("logprobs", *batch.call.outputs))
         logps = scores["logprobs"]
-        count = (pairs.starts.shape[0] - 1) // 2
+        count = pairs.pairs
         lengths = scored_lengths(batch, ends)
         return cls(
             batch=batch,

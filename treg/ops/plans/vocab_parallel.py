@@ -44,7 +44,7 @@ from treg.ops.head.head import ABSENT, IGNORED, local_target
 from treg.ops.head.memory import check_budget
 from treg.ops.head.selection import RowSelection, same_rows
 from treg.ops.plans.base import Saved, Scores, score_rows, scored_coefficients
-from treg.ops.plans.kept import Kept
+from treg.ops.plans.kept import Kept, factors_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -221,17 +221,16 @@ class VocabParallel(Kept):
         # "lse" comes of the norm: it is no output of a rank's own tiles
         own = replace(batch, call=replace(call, outputs=outputs))
         check_budget(tiles, call.budget, stash=any(call.needs), outputs=outputs)
-        saved = self.saved(own)
-        stash, factor = self._of_kept_rows(own, saved)
+        room = self._room(own)
+        stash = self._of_kept_rows(own, room)
         # a rank without the target asks for its first word's log-prob
         asked = replace(own, target=torch.where(target == ABSENT, 0, target))
-        found = score_rows(asked, outputs, stash, factor)
-        if "factor" in found:
-            factor = saved["factor"] = found.pop("factor")
+        found = score_rows(asked, outputs, stash)
+        factor = found.pop("factor", None)
         merged = self._merge(batch, found)
         if stash is not None and factor is not None:
             first = batch.rows.section(0, stash.shape[0])
-            factor.copy_(_widen(batch, first, found, merged, stash, factor))
+            factor = _widen(batch, first, found, merged, stash, factor)
         unscored = target == IGNORED
         values = {"logprobs": merged.logprobs, "lse": merged.lse, **merged.outputs}
         scores = {}
@@ -239,8 +238,9 @@ class VocabParallel(Kept):
             scores[name] = values[name].to(tiles.compute).masked_fill_(unscored, 0.0)
         lse = merged.lse * tiles.norm_per_nat
         norm = lse.to(tiles.compute)
-        saved["norm"] = torch.stack([norm, (lse - norm.double()).to(tiles.compute)], 1)
-        return scores, saved
+        factor = factors_of(room, factor, tiles.compute)
+        norm = torch.stack([norm, (lse - norm.double()).to(tiles.compute)], 1)
+        return scores, {"norm": norm, "stash": room, "factor": factor}
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         outputs = tuple(name for name in batch.call.outputs if name != "lse")
