@@ -87,8 +87,10 @@ def pretend_device() -> None:
     driver.set_active(Driver())
     resolve = checks.resolve_impl
 
-    def scaled(x, factor, dtype):
-        return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+    def scaled(x, factor, dtype, in_place=False):
+        same = in_place and x.dtype == dtype
+        out = x if same else torch.empty(x.shape, dtype=dtype, device=x.device)
+        return torch.mul(x, factor, out=out)
 
     def on_gpu(impl, hidden):
         resolve(impl, hidden)

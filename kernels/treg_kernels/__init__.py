@@ -7,6 +7,7 @@ forward.py    log-prob, norm and statistics; optionally the stash, the unscaled 
               logits
 combine.py    the tiles of the forward added up
 backward.py   the gradient of the logits for a known coefficient per token
+rows.py       hidden states times a number for each row
 active.py     which tiles a filtered backward computes
 filtered.py   the gradients from those tiles
 kl.py         KL divergence of two heads from finished products, and its gradient

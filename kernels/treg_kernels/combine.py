@@ -10,9 +10,6 @@ import triton.language as tl
 
 from treg_kernels.launch import ceil_div, power_of_2, row_stride
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit(do_not_specialize=["N", "ignore_index"], do_not_specialize_on_alignment=["target_ptr"])
 def _combine_kernel(
@@ -25,6 +22,9 @@ def _combine_kernel(
     """Add up the tiles of BLOCK_R rows; finish the stash: the target's entry, and one offset per
     row.
     """
+    # of the module they would be compared in every launch
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
@@ -137,7 +137,7 @@ def combine(
     block_r = max(1, min(16, 2048 // block_j))
     _combine_kernel[(ceil_div(N, block_r),)](
         *parts, target, target_z2, stash, found["logprobs"], found["norm"],
-        *(found.get(n) for n in rest),
+        *[found.get(n) for n in rest],
         N, V, columns, 0 if stash is None else row_stride(stash), ignore_index, scale, cap2,
         WIDTH=width, BLOCK_R=block_r, BLOCK_J=block_j, BLOCK_V=2048 // block_r,
     )  # fmt: skip

@@ -338,7 +338,7 @@ def logprob_forward(
     N, D = hidden.shape
     V = weight.shape[0]
     dev = hidden.device
-    assert all(x is None or x.is_contiguous() for x in (target, bias))
+    assert all([x is None or x.is_contiguous() for x in (target, bias)])
     stride_stash = 0 if stash is None else row_stride(stash)
 
     def row(dtype=torch.float32):
@@ -363,21 +363,16 @@ def logprob_forward(
 
     # an impossible target leaves NaN
     target_z2 = row() if stash is not None else row().fill_(float("nan"))
-    offset = None
+    offset = found.get("factor")  # `combine` does not read it: factors are written in its place
     if stash is not None:
-        offset = row()
         _offset_kernel[(ceil_div(N, 4),)](
             hidden, weight, bias, target, offset, target_z2, N, V, D,
             *hidden.stride(), *weight.stride(), scalars.scale2, scalars.cap_scale, scalars.cap2,
             BLOCK_N=4, BLOCK_D=min(1024, power_of_2(D)),
         )  # fmt: skip
     tops = part("is_top1" in outputs or "tops" in outputs)
-    parts = (
-        part(),
-        part(),
-        tops,
-        *(part(n in outputs) for n in ("entropy", "mean_logit", "log_sum_sq_probs")),
-    )
+    sums = [part(n in outputs) for n in ("entropy", "mean_logit", "log_sum_sq_probs")]
+    parts = (part(), part(), tops, *sums)
     if "tops" in outputs:
         found["tops"] = tops
     for slab in slabs(tile, hidden, weight, product):

@@ -34,6 +34,7 @@ def slabs(
     before the next.
     """
     (N, D), V = hidden.shape, weight.shape[0]
+    direct = tile.descriptors and at_16_bytes(weight) and at_16_bytes(hidden)
     constants = {
         "BLOCK_N": tile.n, "BLOCK_V": tile.v, "BLOCK_D": tile.d, "PRECISION": "ieee",
         "GROUP_N": configs.shared_tiles(tile, D, hidden.element_size()),
@@ -46,7 +47,7 @@ def slabs(
             logits = buffer[: N * columns].view(N, columns)
             product(hidden, weight[first : first + columns], logits)
             operands, source = (logits, None, columns, 1, 0, 0), "logits"
-        elif tile.descriptors and at_16_bytes(weight) and at_16_bytes(hidden):
+        elif direct:
             pair = (descriptor(hidden, tile.n, tile.d), descriptor(weight, tile.v, tile.d))
             operands, source = (*pair, *hidden.stride(), *weight.stride()), "descriptors"
         else:

@@ -232,7 +232,7 @@ def pair_objective(
     """
     starts, length = (None, spans) if isinstance(spans, int) else (spans, 0)
     tensors = (logps, target, token_rewards, ref_logps, token_weights, starts, loss, stats, coef)
-    assert all(x is None or x.is_contiguous() for x in tensors)
+    assert all([x is None or x.is_contiguous() for x in tensors])
     assert loss.dtype == stats.dtype and stats.shape == (11, loss.shape[0])
     assert len(options) <= 2
     first_option, second_option = (*options, 0.0, 0.0)[:2]

@@ -18,7 +18,6 @@ import triton.language as tl
 from triton.language.target_info import is_cuda
 
 APPROXIMATE = tl.constexpr(not triton.knobs.runtime.interpret)
-TWO_LOG2E = tl.constexpr(2.8853900817779268)
 # tanh(x) / v for |v| < EDGE, |x| < 0.4, in powers of v^2
 EDGE = tl.constexpr(1.1541560327111708)
 C0 = tl.constexpr(0.34657359027997264)
@@ -155,6 +154,9 @@ def tanh(v):
 @triton.jit
 def bounded(a, cap_scale):
     """What z2 is a multiple of: tanh(a * cap_scale) with a softcap, else a."""
+    TWO_LOG2E: tl.constexpr = (
+        2.8853900817779268  # of the module it would be compared in each launch
+    )
     return a if cap_scale is None else tanh(a * (cap_scale * TWO_LOG2E))
 
 

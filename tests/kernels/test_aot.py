@@ -21,6 +21,7 @@ KERNELS = GEMMS | {
     "_pair_kernel",
     "_kl_kernel",
     "_stash_sum_kernel",
+    "_scale_kernel",
 }
 DESCRIPTORS = ("sm90", "sm100")  # architectures with a copy engine
 # Bytes that a thread may spill; 0 where nothing is said. The largest tiles' sums take half of its

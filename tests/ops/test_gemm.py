@@ -33,6 +33,21 @@ def test_scaled_to_makes_no_wide_copy(per_row, wide):
     assert largest_allocation(lambda: gemm.scaled_to(x, factor, torch.bfloat16)) <= found.nbytes
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_row", [True, False], ids=["a row", "all"])
+def test_scaled_in_place(per_row, wide):
+    """Where the dtype stays, no other memory is taken than a slab's."""
+    x = torch.randn(N, D).to(wide)
+    factor = torch.rand(N, 1) if per_row else torch.rand(())
+    before, expected = x.clone(), gemm.scaled_to(x, factor, torch.bfloat16)
+    found = gemm.scaled_to(x, factor, torch.bfloat16, in_place=True)
+    assert torch.equal(found, expected)
+    assert (found is x) == (wide == torch.bfloat16)
+    assert torch.equal(x, expected if found is x else before)
+    again = largest_allocation(lambda: gemm.scaled_to(found, factor, wide, in_place=True))
+    assert again <= max(4 * gemm.SLAB, 0 if wide == torch.bfloat16 else x.nbytes)
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("rows", [N, V], ids=["rows of hidden", "rows of the weight"])
 def test_float16_is_widened_slab_by_slab(rows, first):

@@ -7,6 +7,7 @@ A process of its own, as aot_worker.py is. A batch is some rows of longer tensor
 takes them: they start anywhere, and there are any number.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -98,20 +99,35 @@ def objective_launches() -> Iterator[Callable]:
     options |= {"static": False, "length_normalised": True, "nll": True}
     starts, stats = torch.zeros(2 * TALL + 4, dtype=torch.int64), torch.zeros(11 * TALL)
 
-    def launch(at: slice) -> None:
+    def launch(at: slice, *, even: bool) -> None:
         rows, pairs = row[at], at.stop - at.start
-        ends = starts[at.start : at.start + 2 * pairs + 1]
-        given = rows, target[at], rows, rows, rows, ends, at.start, pairs
+        spans = at.start if even else starts[at.start : at.start + 2 * pairs + 1]
+        given = rows, target[at], rows, rows, rows, spans, at.start, pairs
         out = stats[at.start : at.start + 11 * pairs].view(11, pairs)
         pair_objective(*given, row[at], out, rows, **options)
 
-    yield launch
+    yield functools.partial(launch, even=False)
+    yield functools.partial(launch, even=True)
+
+
+def rows_launches() -> Iterator[Callable]:
+    from treg_kernels.rows import scale_rows
+
+    hidden, out = rows_of(64), rows_of(64)
+    row, numbers, one = torch.zeros(TALL), torch.zeros(TALL, dtype=torch.int64), torch.zeros(1)
+
+    def launch(at: slice, *, listed: bool) -> None:
+        rows = numbers[at] if listed else None
+        scale_rows(hidden[at], rows, [row[at], one, row[at]], out[: at.stop - at.start])
+
+    yield functools.partial(launch, listed=False)
+    yield functools.partial(launch, listed=True)
 
 
 def cases() -> dict[str, Iterator[Callable]]:
     from treg_kernels import configs
 
-    found = {"kl": kl_launches(50257), "objective": objective_launches()}
+    found = {"kl": kl_launches(50257), "objective": objective_launches(), "rows": rows_launches()}
     for name, V, D in (("even", 1024, 64), ("odd V", 50257, 64), ("odd D", 1001, 63)):
         for dtype in (BF16, F32):
             words = f"{name}, {str(dtype)[6:]}"

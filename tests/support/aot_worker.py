@@ -243,7 +243,7 @@ def run_objective(name: str, dtype: torch.dtype, everything: bool):
             None,
             None,
             None,
-            torch.zeros(9, dtype=torch.int64),
+            9,
         )
     pair_objective(
         *tokens,
@@ -273,6 +273,21 @@ def objective_cases() -> Iterator[tuple[str, Callable]]:
         "objective dpo, float64, no options",
         functools.partial(run_objective, "dpo", torch.float64, False),
     )
+
+
+def run_rows(dtype: torch.dtype, listed: bool):
+    """Hidden states times their scale: every factor and listed rows, or one factor and all rows."""
+    from treg_kernels.rows import scale_rows
+
+    hidden, row = torch.empty(ROWS, HIDDEN, dtype=dtype), torch.empty(ROWS)
+    rows = torch.empty(ROWS, dtype=torch.int64) if listed else None
+    factors = [row, torch.empty(1), row] if listed else [row]
+    scale_rows(hidden, rows, factors, torch.empty_like(hidden))
+
+
+def rows_cases() -> Iterator[tuple[str, Callable]]:
+    yield "rows, bfloat16", functools.partial(run_rows, torch.bfloat16, False)
+    yield "rows, float32, listed", functools.partial(run_rows, torch.float32, True)
 
 
 def run_kl(dtype: torch.dtype, what: str, reverse: bool, options: bool):
@@ -310,11 +325,11 @@ def kl_cases() -> Iterator[tuple[str, Callable]]:
 
 def compiled(cases: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, CompiledKernel, str]]:
     """Launch everything: each case's kernels, and the case that has compiled it first."""
-    from treg_kernels import active, backward, combine, filtered, forward, kl, objective
+    from treg_kernels import active, backward, combine, filtered, forward, kl, objective, rows
 
     found = [
         f
-        for module in (forward, combine, backward, objective, active, filtered, kl)
+        for module in (forward, combine, backward, objective, active, filtered, kl, rows)
         for f in vars(module).values()
     ]
     functions = list(dict.fromkeys(f for f in found if isinstance(f, JITFunction)))
@@ -369,6 +384,7 @@ def report_of(arch: str) -> dict:
     rows, again = [], {}
     with fake_device(arch):
         cases = [*head_cases(arch), *filtered_cases(), *objective_cases(), *kl_cases()]
+        cases += rows_cases()
         for case, kernel, first in compiled(cases):
             if first == case:
                 rows.append(row_of(case, kernel, arch))

@@ -156,9 +156,13 @@ def _add_transposed_widened(acc: Tensor, tile: Tensor, rows: Tensor, beta: float
             torch.addmm(total, part.T, wide, beta=1.0 if b else beta, out=total)
 
 
-def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor (a scalar or one number a row), rounded once to dtype; x is [n] or [n, D]."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool = False) -> Tensor:
+    """x * factor (a scalar or one number a row), rounded once to dtype; x is [n] or [n, D].
+
+    in_place: x itself becomes the result, if it has that dtype.
+    """
+    same = in_place and x.dtype == dtype
+    out = x if same else torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.device.type != "cpu" or {x.dtype, torch.result_type(x, factor)} == {dtype}:
         return torch.mul(x, factor, out=out)
     step = slab_rows(max(1, x[:1].numel()))  # a CPU would make wide copies of all of it

@@ -1,7 +1,8 @@
 """dhidden, dweight and dbias of a head, added up tile by tile."""
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,10 +80,7 @@ class GradientSums:
         """complete: every row of hidden [N, D] will be added; else the others stay 0.
         dweight_dtype: None for that of sums; `Batch.dweight_dtype` where one tile makes all of it.
         """
-        self.hidden = hidden
-        self.weight = tiles.head.weight
-        self.columns = tiles.scaled_columns
-        self.compute = tiles.compute
+        self.hidden, self.tiles = hidden, tiles
         self.empty = True
         self._row_scale: Tensor | None = None
         self.dhidden: Tensor | None = None
@@ -93,7 +91,7 @@ class GradientSums:
             self.dhidden = make(hidden.shape)
         if needs.weight:
             dtype = dweight_dtype or tiles.compute
-            self.dweight = hidden.new_empty(self.weight.shape, dtype=dtype)
+            self.dweight = hidden.new_empty(tiles.head.weight.shape, dtype=dtype)
         if needs.bias and tiles.head.bias is not None:
             self.dbias = hidden.new_empty(tiles.head.bias.shape, dtype=tiles.compute)
 
@@ -101,27 +99,33 @@ class GradientSums:
     def row_scale(self) -> Tensor:
         """[N], 0 where nothing was added."""
         if self._row_scale is None:
-            self._row_scale = self.hidden.new_zeros(self.hidden.shape[0], dtype=self.compute)
+            rows, dtype = self.hidden.shape[0], self.tiles.compute
+            self._row_scale = self.hidden.new_zeros(rows, dtype=dtype)
         return self._row_scale
 
-    def add(self, tile: Tensor, rows: RowSelection, scale: Tensor | None = None) -> None:
-        """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows (scale None: 1).
+    def add(self, tile: Tensor, rows: RowSelection, *factors: Tensor | None) -> None:
+        """Add a tile G [n, V] of d L / d a = scale[:, None] * G at these rows.
+
+        factors: scale is their product; each [n], [1] for a number of all rows, or None for 1.
 
         Where values were not looked at, rows that are not scored could not be left out: their scale
         is 0, and they add nothing, whatever hidden holds there (NaN even).
         """
         if not tile.shape[0]:  # a group of pairs in which nothing is scored
             return
+        known = [x for x in factors if x is not None]
+        if self.dweight is not None:
+            for hidden, total in self._columns(self.dweight):
+                scaled, known = self._scaled(hidden, rows, known)
+                add_transposed(total, tile, scaled, first=self.empty)
+                del scaled  # before its successor
+        scale = product_of(known)
         if rows.complete and scale is not None and self._row_scale is None:
             self._row_scale = scale
             if self.dhidden is not None:
-                times_weight(tile, self.weight, self.dhidden)
+                times_weight(tile, self.tiles.head.weight, self.dhidden)
         else:
             self._add_rows(tile, rows, scale)
-        if self.dweight is not None:
-            for hidden, total in self._columns(self.dweight):
-                scaled = _scaled(hidden, rows, scale)
-                add_transposed(total, tile, scaled, first=self.empty)
         if self.dbias is not None:
             ones = tile.new_ones(tile.shape[0]) if scale is None else scale.to(tile.dtype)
             total = self.dbias.unsqueeze(-1)
@@ -146,10 +150,11 @@ class GradientSums:
                 total.zero_()
 
     def scaled_hidden_gradient(self, dtype: torch.dtype) -> Tensor | None:
-        """dhidden with its row factors, rounded once to dtype."""
-        if self.dhidden is None:
+        """dhidden with its row factors, rounded once to dtype. The sums are done with then."""
+        dhidden, self.dhidden = self.dhidden, None
+        if dhidden is None:
             return None
-        return scaled_to(self.dhidden, self.row_scale.unsqueeze(-1), dtype)
+        return scaled_to(dhidden, self.row_scale.unsqueeze(-1), dtype, in_place=True)
 
     def _add_rows(self, tile: Tensor, rows: RowSelection, scale: Tensor | None) -> None:
         """dhidden, and the factors that it lacks."""
@@ -161,33 +166,42 @@ class GradientSums:
     def _add_hidden(self, tile: Tensor, part: slice | Tensor) -> None:
         assert self.dhidden is not None
         if isinstance(part, slice):
-            times_weight(tile, self.weight, self.dhidden[part])
+            times_weight(tile, self.tiles.head.weight, self.dhidden[part])
             return
         out = self.dhidden.new_empty(tile.shape[0], self.dhidden.shape[1])
-        times_weight(tile, self.weight, out)
+        times_weight(tile, self.tiles.head.weight, out)
         self.dhidden[part] = out
 
     def _columns(self, dweight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """hidden and dweight, some columns at a time."""
-        columns = self.hidden.shape[1]
-        if columns <= self.columns:
+        columns, step = self.hidden.shape[1], self.tiles.scaled_columns
+        if columns <= step:
             yield self.hidden, dweight
             return
-        for first in range(0, columns, self.columns):
-            part = slice(first, first + self.columns)
+        for first in range(0, columns, step):
+            part = slice(first, first + step)
             yield self.hidden[:, part], dweight[:, part]
 
-
-def _scaled(hidden: Tensor, rows: RowSelection, scale: Tensor | None) -> Tensor:
-    """scale[:, None] * hidden[rows] in hidden's dtype, and 0 where scale is 0."""
-    if scale is None:
-        return rows.read(hidden)
-    out = hidden.new_empty(len(rows), hidden.shape[1])
-    if rows.complete:
-        torch.mul(hidden, scale.unsqueeze(-1), out=out)
-    else:
+    def _scaled(
+        self, hidden: Tensor, rows: RowSelection, factors: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """scale[:, None] * hidden[rows] in hidden's dtype, where values were not looked at 0 where
+        scale is 0; and [scale]. Without factors hidden[rows], and none.
+        """
+        if not factors:
+            return rows.read(hidden), factors
+        out = hidden.new_empty(len(rows), hidden.shape[1])
+        clean = not rows.looked
+        if len(rows.parts) == 1:
+            part = None if rows.complete else rows.parts[0]
+            return out, [self.tiles.scale_rows(hidden, part, factors, out, clean=clean)]
+        scale = product_of(factors)
+        assert scale is not None
         for place, part in rows.places():
-            torch.mul(hidden[part], scale[place].unsqueeze(-1), out=out[place])
-    if not rows.looked:
-        out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)
-    return out
+            self.tiles.scale_rows(hidden, part, [scale[place]], out[place], clean=clean)
+        return out, [scale]
+
+
+def product_of(factors: Sequence[Tensor]) -> Tensor | None:
+    """None, which stands for 1, of no factors."""
+    return functools.reduce(torch.mul, factors) if factors else None

@@ -1,6 +1,7 @@
 """A language-model head, and what an implementation offers on a tile of its rows."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -158,6 +159,24 @@ class Tiles(Protocol):
 
         A target that is negative and not ignore_index is in none of these columns: the row is
         -coef * scale * slope * p alone.
+        """
+        ...
+
+    def scale_rows(
+        self,
+        hidden: Tensor,
+        rows: slice | Tensor | None,
+        factors: Sequence[Tensor],
+        out: Tensor,
+        *,
+        clean: bool,
+    ) -> Tensor:
+        """Fill out [n, D] with scale[:, None] * hidden[rows], rounded to its dtype; returns scale
+        [n].
+
+        rows: a range, a list of row numbers, or None for all rows of hidden. factors: scale is the
+        product of these, each [n], or [1] for a number of all rows. clean: rows whose scale is 0
+        are 0, whatever hidden holds there.
         """
         ...
 

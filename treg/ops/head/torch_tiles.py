@@ -6,7 +6,9 @@ float32, so that it stays in cache. Exact float32 logits are the rule; `logits_d
 they are not.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -161,6 +163,21 @@ class TorchTiles:
             p.mul_(factor[rows] if slope is None else slope.mul_(factor[rows]))
             if p.data_ptr() != out[rows].data_ptr():
                 out[rows] = p
+
+    def scale_rows(
+        self,
+        hidden: Tensor,
+        rows: slice | Tensor | None,
+        factors: Sequence[Tensor],
+        out: Tensor,
+        *,
+        clean: bool,
+    ) -> Tensor:
+        scale = functools.reduce(torch.mul, factors)
+        torch.mul(hidden if rows is None else hidden[rows], scale.unsqueeze(-1), out=out)
+        if clean:
+            out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)
+        return scale
 
     def readable(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -3,7 +3,7 @@ in registers.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from treg.ops.head.memory import ROW_MULTIPLE, row_width
 from treg_kernels import configs, logits_gradient, logprob_forward
 from treg_kernels.configs import KINDS, SLAB_BYTES
 from treg_kernels.launch import addressable, at_16_byte_rows
+from treg_kernels.rows import scale_rows
 from treg_kernels.tiles import Scalars
 
 
@@ -148,6 +149,21 @@ class TritonTiles:
                 out,
                 logits_into,
             )
+
+    def scale_rows(
+        self,
+        hidden: Tensor,
+        rows: slice | Tensor | None,
+        factors: Sequence[Tensor],
+        out: Tensor,
+        *,
+        clean: bool,
+    ) -> Tensor:
+        """Rows whose scale is 0 are always 0."""
+        if isinstance(rows, slice):
+            hidden, rows = hidden[rows], None
+        with on_device(hidden):
+            return scale_rows(hidden, rows, factors, out)
 
     def readable(self, hidden: Tensor) -> Tensor:
         return at_16_byte_rows(hidden)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treg.ops.call import Batch
 from treg.ops.head import Tiles
-from treg.ops.head.gradients import Gradients, GradientSums
+from treg.ops.head.gradients import Gradients, GradientSums, product_of
 from treg.ops.head.head import without_autocast
 from treg.ops.head.memory import (
     check_budget,
@@ -54,9 +54,19 @@ class Kept(ScoredFirst):
         return scores, {"norm": scores.pop("norm"), "stash": room, "factor": factor}
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+        return self._gradients(batch, (coef,), saved)
+
+    def backward_pairs(
+        self, batch: Batch, upstream: Tensor, coef: Tensor, saved: Saved
+    ) -> Gradients:
+        return self._gradients(batch, (coef, upstream), saved)
+
+    def _gradients(self, batch: Batch, coefs: tuple[Tensor, ...], saved: Saved) -> Gradients:
         stash = self._of_kept_rows(batch, saved["stash"])
-        factor = None if stash is None else saved["factor"][: stash.shape[0]]
-        sums = differentiate_rows(batch, saved["norm"], coef, stash, factor)
+        factor = saved["factor"]
+        if stash is not None and stash.shape[0] < factor.shape[0]:
+            factor = factor[: stash.shape[0]]
+        sums = differentiate_rows(batch, saved["norm"], coefs, stash, factor)
         dhidden = sums.dhidden  # of complete gradients, if no row was kept
         if stash is not None or batch.hidden_dtype != batch.call.dtype:
             dhidden = sums.scaled_hidden_gradient(batch.hidden_dtype)
@@ -114,13 +124,14 @@ def kept_rows(tiles: Tiles, budget: int, count: int, outputs: tuple[str, ...]) -
 
 
 def differentiate_rows(
-    batch: Batch, norm: Tensor, coef: Tensor, stash: Tensor | None, factor: Tensor | None
+    batch: Batch, norm: Tensor, coefs: tuple[Tensor, ...], stash: Tensor | None, factor: Tensor
 ) -> GradientSums:
     """Gradients of sum_t coef_t lp_t.
 
     Args:
-        norm: [N, 2], coef: [N], 0 where nothing is scored. stash [kept, V] and factor [kept]: as of
-            `score_rows`, for the first rows; the logits of the others are computed again.
+        norm: [N, 2]. coefs: coef is their product; [N], 0 where nothing is scored, and others
+            perhaps, [N] or [1]. stash [kept, V] and factor [kept]: as of `score_rows`, for the
+            first rows; the logits of the others are computed again. factor without a stash: any.
     """
     tiles, rows, count = batch.tiles, batch.rows, len(batch.rows)
     kept = 0 if stash is None else stash.shape[0]
@@ -137,11 +148,16 @@ def differentiate_rows(
         dweight_dtype=batch.dweight_dtype if one_tile else None,
     )
     with without_autocast(batch.hidden):
-        if stash is not None and factor is not None:
-            first = rows if kept == count else rows.section(0, kept)
-            sums.add(stash, first, first.read(coef) * factor)
-        if kept < count:
-            _differentiate_again(batch, norm, coef, sums, rows.section(kept, count), step)
+        if stash is not None and rows.complete and kept == count:
+            sums.add(stash, rows, *coefs, factor)
+        else:
+            coef = product_of(coefs)
+            assert coef is not None
+            if stash is not None:
+                first = rows if kept == count else rows.section(0, kept)
+                sums.add(stash, first, first.read(coef), factor)
+            if kept < count:
+                _differentiate_again(batch, norm, coef, sums, rows.section(kept, count), step)
     sums.finish()
     tiles.release()
     return sums

@@ -200,7 +200,7 @@ class GroupWork:
             factor[place] = self._score(selection, stash[place])["factor"]
             at = place.stop
         self._evaluate(group)
-        self.sums.add(stash, rows, rows.read(self.outputs.coef) * factor)
+        self.sums.add(stash, rows, rows.read(self.outputs.coef), factor)
 
     def _scale(self, group: Group, rows: RowSelection) -> None:
         # The first pair's sums are scaled in place; a later one's are kept apart until its w is
@@ -217,7 +217,7 @@ class GroupWork:
         for selection in rows.chunks(step):
             n = len(selection)
             factor = self._score(selection, tile[:n])["factor"]
-            sums.add(tile[:n], selection, known[at : at + n] * factor)
+            sums.add(tile[:n], selection, known[at : at + n], factor)
             at += n
         self._evaluate(group)
         w = -self.outputs.stats[STATS.index("chosen_slope"), group.first]

@@ -1,0 +1,86 @@
+"""Hidden states times a number for each row, as the product for dweight reads them, in one launch.
+
+    scale_t = first_t * second_t * third_t        out[t] = scale_t * hidden[t], and 0 where it is 0
+
+PyTorch takes two operations for each factor and three for rows without one. N rows, D columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from treg_kernels.launch import ceil_div, power_of_2
+
+MOST_FACTORS = 3
+BLOCK_N = 4
+
+
+@triton.jit
+def _times(scale, ptr, stride, offs_n, mask_n):
+    if ptr is not None:
+        scale *= tl.load(ptr + offs_n * stride, mask=mask_n, other=0.0)
+    return scale
+
+
+@triton.jit(
+    do_not_specialize=["N", "stride_first", "stride_second", "stride_third"],
+    do_not_specialize_on_alignment=[
+        "hidden_ptr", "rows_ptr", "first_ptr", "second_ptr", "third_ptr"
+    ],
+)  # fmt: skip
+def _scale_kernel(
+    hidden_ptr, rows_ptr, first_ptr, second_ptr, third_ptr, scale_ptr, out_ptr,
+    N, D, stride_hn, stride_hd, stride_out, stride_first, stride_second, stride_third,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    rows = offs_n
+    if rows_ptr is not None:
+        rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+    scale = tl.load(first_ptr + offs_n * stride_first, mask=mask_n, other=0.0)
+    scale = _times(scale, second_ptr, stride_second, offs_n, mask_n)
+    scale = _times(scale, third_ptr, stride_third, offs_n, mask_n)
+    tl.store(scale_ptr + offs_n, scale, mask=mask_n & (tl.program_id(1) == 0))
+    # nothing is read of a row whose scale is 0: it may hold NaN
+    used = (mask_n & (scale != 0.0))[:, None] & (offs_d < D)[None, :]
+    at = rows[:, None] * stride_hn + offs_d.to(tl.int64)[None, :] * stride_hd
+    value = tl.load(hidden_ptr + at, mask=used, other=0.0).to(tl.float32) * scale[:, None]
+    tl.store(
+        out_ptr + offs_n[:, None] * stride_out + offs_d[None, :],
+        value.to(out_ptr.dtype.element_ty),
+        mask=mask_n[:, None] & (offs_d < D)[None, :],
+    )
+
+
+def scale_rows(
+    hidden: torch.Tensor,
+    rows: torch.Tensor | None,
+    factors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Fill out and return scale, [n] float32.
+
+    Args:
+        hidden: [N, D] float32, bfloat16 or float16, any strides. rows: [n] int64, rows of hidden;
+            None: all, n = N.
+        factors: one to MOST_FACTORS of [n] float32, or [1] for a number of all rows; contiguous.
+        out: [n, D] of hidden's dtype, contiguous.
+    """
+    n, D = out.shape
+    assert 0 < len(factors) <= MOST_FACTORS
+    assert all([x.is_contiguous() for x in (out, *factors)])
+    scale = torch.empty(n, dtype=torch.float32, device=out.device)
+    if n == 0:
+        return scale
+    missing = [None] * (MOST_FACTORS - len(factors))
+    strides = [0 if x is None or x.shape[0] == 1 else 1 for x in (*factors, *missing)]
+    block_d = min(1024, power_of_2(D))
+    _scale_kernel[(ceil_div(n, BLOCK_N), ceil_div(D, block_d))](
+        hidden, rows, *factors, *missing, scale, out, n, D, *hidden.stride(), D, *strides,
+        BLOCK_N=BLOCK_N, BLOCK_D=block_d,
+    )  # fmt: skip
+    return scale
