@@ -259,21 +259,20 @@ def check_pair_inputs(
     everywhere).
     """
     check_tensor("token_rewards", token_rewards, optional=alpha == 0)
-    per_token = {
-        "token_rewards": token_rewards,
-        "token_weights": token_weights,
-        "kl": kl,
-        "kl_weights": kl_weights,
-    }
-    for name, x in per_token.items():
-        check_tensor(name, x, optional=True)
+    per_token = (
+        ("token_rewards", token_rewards),
+        ("token_weights", token_weights),
+        ("kl", kl),
+        ("kl_weights", kl_weights),
+    )
+    for name, x in per_token:
         if x is not None:
+            check_tensor(name, x)
             check_shape(name, x, like.shape, "one per token")
             check_floating(name, x)
             check_device(name, x, like)
             check_finite(name, x, scored)
-    for name in ("token_weights", "kl_weights"):
-        x = per_token[name]
+    for name, x in (("token_weights", token_weights), ("kl_weights", kl_weights)):
         if x is None or not values_visible(x):
             continue
         bad = x < 0 if scored is None else (x < 0) & scored

@@ -130,19 +130,20 @@ def _plain(args: Iterable[Any]) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return False
+    return _plain_tensors(args)
+
+
+def _plain_tensors(args: Iterable[Any]) -> bool:
+    """Whether the tensors among these, and in their lists, are of no subclass, and their memory
+    holds their numbers.
+    """
     for x in args:
-        if x is None or _is_plain(x):
-            continue
-        if isinstance(x, Tensor):
-            return False
-        if isinstance(x, list) and not all(map(_is_plain, x)):
+        if type(x) in PLAIN:
+            if x.is_neg():
+                return False
+        elif isinstance(x, Tensor) or (isinstance(x, list) and not _plain_tensors(x)):
             return False
     return True
-
-
-def _is_plain(x: Any) -> bool:
-    """Whether x is a tensor whose memory holds its numbers, and no subclass of tensors."""
-    return type(x) in PLAIN and not x.is_neg()
 
 
 def _packed(x: Any) -> Any:

@@ -233,13 +233,12 @@ def check_reference(
     options: LossOptions, ref_logps: Tensor | None, *, per_token: bool, weighted: bool
 ) -> None:
     """Raise ValueError where ref_logps and the objective do not go together."""
-    objective, name = options.objective, f"loss_type={options.loss_type!r}"
-    if objective.reference_free:
-        if ref_logps is not None:
-            raise ValueError(
-                f"ref_logps: expected None for the reference-free {name}, got a tensor"
-            )
+    objective = options.objective
+    if objective.reference_free and ref_logps is None:
         return
+    name = f"loss_type={options.loss_type!r}"
+    if objective.reference_free:
+        raise ValueError(f"ref_logps: expected None for the reference-free {name}, got a tensor")
     if ref_logps is None:
         raise ValueError(f"ref_logps: expected a tensor for {name}, got None")
     if (weighted or objective.reference_per_token) and not per_token:
@@ -247,21 +246,25 @@ def check_reference(
         raise ValueError(f"ref_logps: expected per-token log-probs {beside}, got per-sequence sums")
 
 
-def check_needs(options: LossOptions, given: Mapping[str, object | None]) -> None:
+def check_needs(options: LossOptions, given: object) -> None:
     """Raise ValueError where the objective needs something of its tokens or pairs that is not
     given, or does not take what is.
 
-    given: token_rewards, token_weights, kl, kl_weights, and pair_values (its names), None where
+    given: has token_rewards, token_weights, kl, kl_weights, and pair_values (its names), None where
     there is none.
     """
-    objective, name = options.objective, f"loss_type={options.loss_type!r}"
-    for what in objective.needs:
-        if given.get(what) is None:
-            raise ValueError(f"{what}: expected a tensor for {name}, got None")
+    for what in options.objective.needs:
+        if getattr(given, what) is None:
+            raise ValueError(
+                f"{what}: expected a tensor for loss_type={options.loss_type!r}, got None"
+            )
     if not options.with_kl:
         for what in ("kl", "kl_weights"):
-            if given.get(what) is not None:
-                raise ValueError(f"{what}: expected None for {name}, which takes none, got one")
+            if getattr(given, what) is not None:
+                raise ValueError(
+                    f"{what}: expected None for loss_type={options.loss_type!r}, which takes none, "
+                    "got one"
+                )
 
 
 def pair_table(

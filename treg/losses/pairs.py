@@ -118,11 +118,9 @@ class PairOutputs:
 
         coef is 0: a token that belongs to no pair has no coefficient.
         """
-        loss = like.new_empty(pairs)
-        stats = like.new_empty(len(STATS), pairs)
-        return cls(
-            loss, stats, torch.zeros_like(like), {name: torch.zeros_like(like) for name in others}
-        )
+        loss, stats = like.new_empty(pairs), like.new_empty(len(STATS), pairs)
+        more = {name: torch.zeros_like(like) for name in others} if others else {}
+        return cls(loss, stats, torch.zeros_like(like), more)
 
 
 def pair_loss(loss: Tensor, stats: Tensor, options: LossOptions) -> PairLoss:
@@ -160,7 +158,7 @@ def check_pairs(
         given.kl,
         given.kl_weights,
     )
-    check_needs(options, given._asdict())
+    check_needs(options, given)
     check_pair_table(options, given.pair_values)
     ref_logps, weighted = given.ref_logps, given.token_weights is not None
     per_token = ref_logps is not None and ref_logps.shape == like.shape
