@@ -1,6 +1,7 @@
 """Host time of a step: what the CPU does before and between the launches of a GPU, in microseconds.
 
     python benchmarks/host_time.py [--before TREE] [--rounds 6] [--repeats 100] [--out F]
+    python benchmarks/host_time.py --instructions ...
 
 No GPU is needed. Triton compiles the real kernels for sm90, and its real launcher launches them
 into a stand-in for libcuda whose functions only return. Tensors are of the CPU and tiny, so that an
@@ -14,6 +15,10 @@ time is that of the CPU, so that what else the machine does counts little.
 
 --before: another checkout, measured in turns with this one, so that both see the same machine.
 Every round is a process of its own. The record has the least and the median of all repeats.
+
+--instructions: those of each step with gradients besides, counted by valgrind, which must be
+installed. They do not depend on what else the machine does. Counted are also the loops of PyTorch
+over the tiny tensors, which a GPU would run. Takes about a minute a step and tree.
 """
 
 import argparse
@@ -289,25 +294,48 @@ def work(repeats: int, with_parts: bool) -> dict:
     return found
 
 
+def only(name: str, repeats: int) -> None:
+    """One step with gradients, so many times, for whoever counts."""
+    pretend_device()
+    step = make_steps()[name, "fwd_bwd_us"]
+    for _ in range(repeats):
+        step()
+
+
 # -- the driver
 
 
-def run_worker(tree: Path, folder: Path, repeats: int, with_parts: bool) -> dict:
+def run_worker(tree: Path, folder: Path, *arguments: str, under: tuple[str, ...] = ()) -> str:
+    """What a worker prints, on both streams. under: a program that runs it."""
     env = os.environ | {
         "PYTHONPATH": f"{tree}:{tree / 'kernels'}",
         "LD_LIBRARY_PATH": str(folder),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
     }
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, "--worker", "--repeats", str(repeats)]
-    if with_parts:
-        command.append("--parts")
+    command = [*under, sys.executable, __file__, "--worker", *arguments]
     made = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if made.returncode:
         raise RuntimeError(f"the measurement of {tree} failed:\n{made.stderr[-4000:]}")
-    return json.loads(made.stdout.splitlines()[-1])
+    return made.stderr + made.stdout
+
+
+def instructions_of(tree: Path, folder: Path, name: str, repeats: int) -> int:
+    """Of a step: what so many more of them add to a process."""
+    count = ("valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
+    run_worker(tree, folder, "--only", name, "--repeats", "3")  # compiles
+
+    def instructions(steps: int) -> int:
+        arguments = ("--only", name, "--repeats", str(steps))
+        said = run_worker(tree, folder, *arguments, under=count)
+        line = next(line for line in said.splitlines() if line.split()[1:3] == ["I", "refs:"])
+        return int(line.split()[-1].replace(",", ""))
+
+    # the first ten fill caches of Python and PyTorch
+    return (instructions(10 + repeats) - instructions(10)) // repeats
 
 
 def summary(runs: list[dict]) -> dict:
@@ -333,7 +361,7 @@ def environment() -> dict:
     return versions | {"triton": triton.__version__, "cpu": cpu}
 
 
-def measure(trees: dict[str, Path], rounds: int, repeats: int) -> dict:
+def measure(trees: dict[str, Path], rounds: int, repeats: int, instructions: bool) -> dict:
     runs: dict[str, list] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -342,8 +370,16 @@ def measure(trees: dict[str, Path], rounds: int, repeats: int) -> dict:
         subprocess.run([*shared, "-o", folder / "libcuda.so.1", folder / "stub.c"], check=True)
         for number in range(rounds):
             for name, tree in trees.items():
-                runs[name].append(run_worker(tree, folder, repeats, number == rounds - 1))
-    return {name: summary(found) for name, found in runs.items()}
+                parts = ["--parts"] if number == rounds - 1 else []
+                said = run_worker(tree, folder, "--repeats", str(repeats), *parts)
+                runs[name].append(json.loads(said.splitlines()[-1]))
+        found = {name: summary(run) for name, run in runs.items()}
+        for name, tree in trees.items() if instructions else ():
+            for step in ("treg_fused", "treg_logprobs"):
+                found[name][step]["fwd_bwd_instructions"] = instructions_of(
+                    tree, folder, step, repeats
+                )
+    return found
 
 
 def main() -> None:
@@ -351,16 +387,21 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, to compare with")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=100, help="of every step in a round")
+    parser.add_argument("--instructions", action="store_true", help="count them with valgrind")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.only:
+        only(args.only, args.repeats)
+        return
     if args.worker:
         print(json.dumps(work(args.repeats, args.parts)))
         return
     trees = {"before": args.before.resolve()} if args.before else {}
     found = environment() | {"rows": 2 * PAIRS * LENGTH, "repeats": args.rounds * args.repeats}
-    found |= measure(trees | {"after": ROOT}, args.rounds, args.repeats)
+    found |= measure(trees | {"after": ROOT}, args.rounds, args.repeats, args.instructions)
     text = json.dumps(found, indent=1) + "\n"
     if args.out:
         args.out.write_text(text)

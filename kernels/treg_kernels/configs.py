@@ -180,8 +180,12 @@ def programs(tile: Tile, tiles: int) -> int:
     if INTERPRET:
         return min(tiles, 3)
     driver = triton.runtime.driver.active
-    found = driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]
-    return min(tiles, tile.programs * found)
+    return min(tiles, tile.programs * _multiprocessors(driver, driver.get_current_device()))
+
+
+@functools.cache
+def _multiprocessors(driver, device: int) -> int:
+    return driver.utils.get_device_properties(device)["multiprocessor_count"]
 
 
 def options(tile: Tile) -> dict[str, int]:

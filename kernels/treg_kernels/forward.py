@@ -358,8 +358,8 @@ def logprob_forward(
     hidden = at_16_byte_rows(hidden)
     columns = ceil_div(V, tile.v)
 
-    def part(needed=True):
-        return torch.empty(N, columns, dtype=torch.float32, device=dev) if needed else None
+    def part():
+        return torch.empty(N, columns, dtype=torch.float32, device=dev)
 
     # an impossible target leaves NaN
     target_z2 = row() if stash is not None else row().fill_(float("nan"))
@@ -370,8 +370,9 @@ def logprob_forward(
             *hidden.stride(), *weight.stride(), scalars.scale2, scalars.cap_scale, scalars.cap2,
             BLOCK_N=4, BLOCK_D=min(1024, power_of_2(D)),
         )  # fmt: skip
-    tops = part("is_top1" in outputs or "tops" in outputs)
-    sums = [part(n in outputs) for n in ("entropy", "mean_logit", "log_sum_sq_probs")]
+    tops = part() if "is_top1" in outputs or "tops" in outputs else None
+    statistics = ("entropy", "mean_logit", "log_sum_sq_probs")
+    sums = [part() if name in outputs else None for name in statistics]
     parts = (part(), part(), tops, *sums)
     if "tops" in outputs:
         found["tops"] = tops

@@ -1,6 +1,8 @@
 """Hidden states times a number for each row, as the product for dweight reads them, in one launch.
 
-    scale_t = first_t * second_t * third_t        out[t] = scale_t * hidden[t], and 0 where it is 0
+    scale_t = first_t * second_t * third_t        out[t] = scale_t * hidden[t]
+
+clean: both 0 where the last factor is 0, whatever the others and hidden hold, NaN even.
 
 PyTorch takes two operations for each factor and three for rows without one. N rows, D columns.
 """
@@ -18,10 +20,12 @@ BLOCK_N = 4
 
 
 @triton.jit
-def _times(scale, ptr, stride, offs_n, mask_n):
+def _times(scale, last, ptr, stride, offs_n, mask_n):
+    """scale times one factor more, and the last factor."""
     if ptr is not None:
-        scale *= tl.load(ptr + offs_n * stride, mask=mask_n, other=0.0)
-    return scale
+        last = tl.load(ptr + offs_n * stride, mask=mask_n, other=0.0)
+        scale *= last
+    return scale, last
 
 
 @triton.jit(
@@ -33,7 +37,7 @@ def _times(scale, ptr, stride, offs_n, mask_n):
 def _scale_kernel(
     hidden_ptr, rows_ptr, first_ptr, second_ptr, third_ptr, scale_ptr, out_ptr,
     N, D, stride_hn, stride_hd, stride_out, stride_first, stride_second, stride_third,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -42,17 +46,23 @@ def _scale_kernel(
     if rows_ptr is not None:
         rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     scale = tl.load(first_ptr + offs_n * stride_first, mask=mask_n, other=0.0)
-    scale = _times(scale, second_ptr, stride_second, offs_n, mask_n)
-    scale = _times(scale, third_ptr, stride_third, offs_n, mask_n)
+    scale, last = _times(scale, scale, second_ptr, stride_second, offs_n, mask_n)
+    scale, last = _times(scale, last, third_ptr, stride_third, offs_n, mask_n)
+    read = mask_n
+    if CLEAN:
+        scale = tl.where(last == 0.0, 0.0, scale)
+        read &= last != 0.0
     tl.store(scale_ptr + offs_n, scale, mask=mask_n & (tl.program_id(1) == 0))
-    # nothing is read of a row whose scale is 0: it may hold NaN
-    used = (mask_n & (scale != 0.0))[:, None] & (offs_d < D)[None, :]
+    inside = (offs_d < D)[None, :]
     at = rows[:, None] * stride_hn + offs_d.to(tl.int64)[None, :] * stride_hd
-    value = tl.load(hidden_ptr + at, mask=used, other=0.0).to(tl.float32) * scale[:, None]
+    value = (
+        tl.load(hidden_ptr + at, mask=read[:, None] & inside, other=0.0).to(tl.float32)
+        * scale[:, None]
+    )
     tl.store(
         out_ptr + offs_n[:, None] * stride_out + offs_d[None, :],
         value.to(out_ptr.dtype.element_ty),
-        mask=mask_n[:, None] & (offs_d < D)[None, :],
+        mask=mask_n[:, None] & inside,
     )
 
 
@@ -61,6 +71,8 @@ def scale_rows(
     rows: torch.Tensor | None,
     factors: Sequence[torch.Tensor],
     out: torch.Tensor,
+    *,
+    clean: bool,
 ) -> torch.Tensor:
     """Fill out and return scale, [n] float32.
 
@@ -81,6 +93,6 @@ def scale_rows(
     block_d = min(1024, power_of_2(D))
     _scale_kernel[(ceil_div(n, BLOCK_N), ceil_div(D, block_d))](
         hidden, rows, *factors, *missing, scale, out, n, D, *hidden.stride(), D, *strides,
-        BLOCK_N=BLOCK_N, BLOCK_D=block_d,
+        CLEAN=clean, BLOCK_N=BLOCK_N, BLOCK_D=block_d,
     )  # fmt: skip
     return scale

@@ -74,17 +74,25 @@ def test_any_number_of_columns(columns, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["all", "list"])
-def test_what_a_row_without_a_scale_holds_does_not_matter(kind, bad, impl):
+def test_what_a_row_without_a_last_factor_holds_does_not_matter(kind, bad, number, impl):
+    """Neither its hidden state nor its other factors; elsewhere both are seen."""
     hidden, rows = torch.randn(N, D), rows_of_kind(kind)
     hidden[7] = bad
     chosen = torch.arange(N) if rows is None else rows
-    factors = [torch.where(chosen == 7, 0.0, 1.5), torch.randn(1), torch.randn(len(chosen))]
-    out, scale = scaled(impl, hidden, rows, factors, clean=True)
     unused = chosen == 7
+    factors = factors_of(len(chosen), number)
+    factors[0][unused] = bad
+    factors[-1] = torch.where(unused, 0.0, torch.rand(len(chosen)) + 0.5)
+    out, scale = scaled(impl, hidden, rows, factors, clean=True)
     assert torch.equal(scale == 0, unused) and not out[unused].any()
     assert torch.equal(out[~unused], (hidden[chosen] * scale.unsqueeze(-1))[~unused])
+    assert scaled(impl, hidden, rows, factors)[0][unused].isnan().all()
+    factors[0][-1], factors[-1][-1] = 0.0, float("nan")
+    out, scale = scaled(impl, hidden, rows, factors, clean=True)
+    assert scale[-1].isnan() and out[-1].isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

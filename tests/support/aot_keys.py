@@ -118,7 +118,8 @@ def rows_launches() -> Iterator[Callable]:
 
     def launch(at: slice, *, listed: bool) -> None:
         rows = numbers[at] if listed else None
-        scale_rows(hidden[at], rows, [row[at], one, row[at]], out[: at.stop - at.start])
+        factors = [row[at], one, row[at]]
+        scale_rows(hidden[at], rows, factors, out[: at.stop - at.start], clean=listed)
 
     yield functools.partial(launch, listed=False)
     yield functools.partial(launch, listed=True)

@@ -282,7 +282,7 @@ def run_rows(dtype: torch.dtype, listed: bool):
     hidden, row = torch.empty(ROWS, HIDDEN, dtype=dtype), torch.empty(ROWS)
     rows = torch.empty(ROWS, dtype=torch.int64) if listed else None
     factors = [row, torch.empty(1), row] if listed else [row]
-    scale_rows(hidden, rows, factors, torch.empty_like(hidden))
+    scale_rows(hidden, rows, factors, torch.empty_like(hidden), clean=listed)
 
 
 def rows_cases() -> Iterator[tuple[str, Callable]]:

@@ -10,7 +10,6 @@ from treg.ops.call import Batch, Call
 from treg.ops.head.selection import same_rows
 from treg.ops.options import HeadOptions, check_numbers, check_targets
 from treg.ops.plans import Plan, choose_plan, fake_note, note_of, read_note
-from treg.ops.plans.base import scored_coefficients
 from treg.ops.plans.vocab_parallel import VocabShard, local_operands, run_vocab_parallel
 from treg.results import LinearLogprobs
 
@@ -144,7 +143,8 @@ def batch_of(
     """
     known = values_of(numbers)
     head = call.head(weight, bias, known)
-    check_numbers(head.logit_scale, head.softcap, head.temperature)
+    if isinstance(numbers, Tensor):  # a graph's, which nobody has seen; others are checked already
+        check_numbers(head.logit_scale, head.softcap, head.temperature)
     check_targets(target, weight.shape[0], call.ignore_index)
     rows, flat = rows_of(hidden), target.reshape(-1).contiguous()
     return Batch.of(call, rows, weight, bias, flat, known)
@@ -183,8 +183,7 @@ def _differentiate(coef, saved, hidden, weight, bias, target, numbers, text) -> 
     *values, note = saved
     plan, batch = plan_of_backward(call, hidden, weight, bias, target, numbers, note)
     kept = dict(zip(plan.saved_names, values, strict=True))
-    coef = scored_coefficients(batch, coef.reshape(-1))
-    gradients = plan.backward(batch, coef, kept)
+    gradients = plan.backward(batch, coef.reshape(-1).contiguous(), kept)
     return [x for x in gradients.like(hidden, weight, bias) if x is not None]
 
 

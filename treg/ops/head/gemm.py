@@ -4,6 +4,9 @@ Plain matrix products of the vendor's library. What differs is where they round:
 in float32.
 """
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -154,6 +157,16 @@ def _add_transposed_widened(acc: Tensor, tile: Tensor, rows: Tensor, beta: float
             part = tile[b : b + step, a : a + step].float()
             total = acc[a : a + step]
             torch.addmm(total, part.T, wide, beta=1.0 if b else beta, out=total)
+
+
+def product_of(factors: Sequence[Tensor], *, clean: bool) -> Tensor:
+    """Of one factor or more, each [n], or [1] for a number of all rows. clean: 0 where the last one
+    is 0, whatever the others are.
+    """
+    found = functools.reduce(torch.mul, factors)
+    if clean and len(factors) > 1:
+        found = torch.where(factors[-1] == 0.0, 0.0, found)
+    return found
 
 
 def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool = False) -> Tensor:

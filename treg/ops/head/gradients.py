@@ -1,14 +1,13 @@
 """dhidden, dweight and dbias of a head, added up tile by tile."""
 
 import copy
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from treg.ops.head.gemm import add_transposed, scaled_to, times_weight
+from treg.ops.head.gemm import add_transposed, product_of, scaled_to, times_weight
 from treg.ops.head.head import Tiles
 from treg.ops.head.selection import RowSelection
 
@@ -108,8 +107,8 @@ class GradientSums:
 
         factors: scale is their product; each [n], [1] for a number of all rows, or None for 1.
 
-        Where values were not looked at, rows that are not scored could not be left out: their scale
-        is 0, and they add nothing, whatever hidden holds there (NaN even).
+        Where values were not looked at, rows that are not scored could not be left out: their last
+        factor is 0, and they add nothing, whatever the others and hidden hold there (NaN even).
         """
         if not tile.shape[0]:  # a group of pairs in which nothing is scored
             return
@@ -119,7 +118,7 @@ class GradientSums:
                 scaled, known = self._scaled(hidden, rows, known)
                 add_transposed(total, tile, scaled, first=self.empty)
                 del scaled  # before its successor
-        scale = product_of(known)
+        scale = product_of(known, clean=not rows.looked) if known else None
         if rows.complete and scale is not None and self._row_scale is None:
             self._row_scale = scale
             if self.dhidden is not None:
@@ -185,8 +184,8 @@ class GradientSums:
     def _scaled(
         self, hidden: Tensor, rows: RowSelection, factors: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """scale[:, None] * hidden[rows] in hidden's dtype, where values were not looked at 0 where
-        scale is 0; and [scale]. Without factors hidden[rows], and none.
+        """scale[:, None] * hidden[rows] in hidden's dtype, and [scale]. Without factors
+        hidden[rows], and none.
         """
         if not factors:
             return rows.read(hidden), factors
@@ -195,13 +194,7 @@ class GradientSums:
         if len(rows.parts) == 1:
             part = None if rows.complete else rows.parts[0]
             return out, [self.tiles.scale_rows(hidden, part, factors, out, clean=clean)]
-        scale = product_of(factors)
-        assert scale is not None
+        scale = product_of(factors, clean=clean)
         for place, part in rows.places():
             self.tiles.scale_rows(hidden, part, [scale[place]], out[place], clean=clean)
         return out, [scale]
-
-
-def product_of(factors: Sequence[Tensor]) -> Tensor | None:
-    """None, which stands for 1, of no factors."""
-    return functools.reduce(torch.mul, factors) if factors else None

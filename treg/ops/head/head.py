@@ -13,6 +13,7 @@ from treg.checks import HEAD_DTYPES
 # Targets as a part of the vocabulary sees them (`local_target`).
 IGNORED = -1  # not scored
 ABSENT = -2  # scored, and held by another part
+NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def without_autocast(x: Tensor):
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return NOTHING
 
 
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -69,7 +70,7 @@ def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
 
 def on_device(x: Tensor):
     """A context for Triton, which launches on the current device and not on the tensors' one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda else NOTHING
 
 
 class Tiles(Protocol):
@@ -175,8 +176,8 @@ class Tiles(Protocol):
         [n].
 
         rows: a range, a list of row numbers, or None for all rows of hidden. factors: scale is the
-        product of these, each [n], or [1] for a number of all rows. clean: rows whose scale is 0
-        are 0, whatever hidden holds there.
+        product of these, each [n], or [1] for a number of all rows. clean: where the last one is
+        0, scale and out are 0, whatever the others and hidden hold.
         """
         ...
 

@@ -6,14 +6,13 @@ float32, so that it stays in cache. Exact float32 logits are the rule; `logits_d
 they are not.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from treg.ops.head.gemm import logits_into, slab_bytes, slab_rows
+from treg.ops.head.gemm import logits_into, product_of, slab_bytes, slab_rows
 from treg.ops.head.head import Head
 from treg.ops.head.memory import empty_rows
 from treg.ops.head.selection import looks
@@ -173,7 +172,7 @@ class TorchTiles:
         *,
         clean: bool,
     ) -> Tensor:
-        scale = functools.reduce(torch.mul, factors)
+        scale = product_of(factors, clean=clean)
         torch.mul(hidden if rows is None else hidden[rows], scale.unsqueeze(-1), out=out)
         if clean:
             out.masked_fill_((scale == 0.0).unsqueeze(-1), 0.0)

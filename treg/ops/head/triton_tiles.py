@@ -159,11 +159,10 @@ class TritonTiles:
         *,
         clean: bool,
     ) -> Tensor:
-        """Rows whose scale is 0 are always 0."""
         if isinstance(rows, slice):
             hidden, rows = hidden[rows], None
         with on_device(hidden):
-            return scale_rows(hidden, rows, factors, out)
+            return scale_rows(hidden, rows, factors, out, clean=clean)
 
     def readable(self, hidden: Tensor) -> Tensor:
         return at_16_byte_rows(hidden)

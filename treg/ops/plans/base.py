@@ -53,7 +53,7 @@ class Plan(Protocol):
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         """Gradients of sum_t coef_t lp_t.
 
-        coef: [N] in the dtype of sums, 0 at rows that are not scored (`scored_coefficients`). The
+        coef: [N] in the dtype of sums, contiguous; anything at rows that are not scored. The
         gradients may have any floating dtype: the operator rounds them.
         """
         ...
@@ -80,6 +80,13 @@ class ScoredFirst:
 
     backward_reads_rows = True
 
+    def gradients(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+        """`backward` for coef [N] that is 0 at rows that are not scored."""
+        raise NotImplementedError
+
+    def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+        return self.gradients(batch, scored_coefficients(batch, coef), saved)
+
     def forward_pairs(
         self: Plan,
         batch: Batch,
@@ -94,9 +101,9 @@ class ScoredFirst:
         return scores, saved, outputs
 
     def backward_pairs(
-        self: Plan, batch: Batch, upstream: Tensor, coef: Tensor, saved: Saved
+        self, batch: Batch, upstream: Tensor, coef: Tensor, saved: Saved
     ) -> Gradients:
-        return self.backward(batch, coef * upstream, saved)
+        return self.gradients(batch, coef * upstream, saved)
 
 
 def score_rows(

@@ -33,7 +33,7 @@ class Columns(ScoredFirst):
         scores = score_rows(batch, outputs)
         return scores, {"norm": scores.pop("norm")}
 
-    def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+    def gradients(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         tiles, head, rows = batch.tiles, batch.head, batch.rows
         hidden, target = rows.read(batch.hidden), rows.read(batch.target)
         norm, coef = rows.read(saved["norm"]), rows.read(coef)

@@ -44,7 +44,7 @@ class Filtered(ScoredFirst):
         scores = score_rows(batch, (*outputs, "tops"))
         return scores, {name: scores.pop(name) for name in self.saved_names}
 
-    def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+    def gradients(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         gradients, _ = filtered_gradients(batch, coef, saved["norm"], saved["tops"])
         return gradients
 
@@ -66,8 +66,9 @@ def filtered_gradients(
     """Gradients of sum_t coef_t lp_t from the active tiles, and their share rho, 0-dim float32.
 
     Args:
-        coef: [N]. norm: [N, 2], as `Tiles.forward` gives it; tops: [N, ceil(V / top_width)] in the
-            same unit. Rows make tiles in the order of the selection.
+        coef: [N], anything where nothing is scored. norm: [N, 2], as `Tiles.forward` gives it;
+            tops: [N, ceil(V / top_width)] in the same unit. Rows make tiles in the order of the
+            selection.
     """
     coef = scored_coefficients(batch, coef)
     eps = batch.call.filter_eps or 0.0

@@ -22,5 +22,5 @@ class ForwardOnly(ScoredFirst):
         del scores["norm"]
         return scores, {}
 
-    def backward(self, batch, coef, saved) -> Gradients:
+    def gradients(self, batch, coef, saved) -> Gradients:
         return Gradients(None, None, None)

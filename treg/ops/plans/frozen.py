@@ -53,7 +53,7 @@ class Frozen(ScoredFirst):
         assert sums.dhidden is not None
         return scores, {"dhidden": sums.dhidden, "factor": sums.row_scale}
 
-    def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+    def gradients(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         scale = coef * saved["factor"]
         dhidden = scaled_to(saved["dhidden"], scale.unsqueeze(-1), batch.hidden_dtype)
         return Gradients(dhidden, None, None)

@@ -5,6 +5,7 @@ other rows    4 products   their logits are computed again when coef is known
 float16       4 products   no row is kept: a loss scaler's factor must reach the 16-bit products
 """
 
+import functools
 from math import isqrt
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from treg.ops.call import Batch
 from treg.ops.head import Tiles
-from treg.ops.head.gradients import Gradients, GradientSums, product_of
+from treg.ops.head.gradients import Gradients, GradientSums
 from treg.ops.head.head import without_autocast
 from treg.ops.head.memory import (
     check_budget,
@@ -29,6 +30,7 @@ from treg.ops.plans.base import (
     Scores,
     row_factors,
     score_rows,
+    scored_coefficients,
 )
 
 
@@ -129,9 +131,10 @@ def differentiate_rows(
     """Gradients of sum_t coef_t lp_t.
 
     Args:
-        norm: [N, 2]. coefs: coef is their product; [N], 0 where nothing is scored, and others
-            perhaps, [N] or [1]. stash [kept, V] and factor [kept]: as of `score_rows`, for the
-            first rows; the logits of the others are computed again. factor without a stash: any.
+        norm: [N, 2]. coefs: coef is their product; [N], anything where nothing is scored, and
+            others perhaps, [N] or [1]. stash [kept, V] and factor [kept]: as of `score_rows`, for
+            the first rows; the logits of the others are computed again. factor without a stash:
+            any.
     """
     tiles, rows, count = batch.tiles, batch.rows, len(batch.rows)
     kept = 0 if stash is None else stash.shape[0]
@@ -151,8 +154,9 @@ def differentiate_rows(
         if stash is not None and rows.complete and kept == count:
             sums.add(stash, rows, *coefs, factor)
         else:
-            coef = product_of(coefs)
-            assert coef is not None
+            coef = functools.reduce(torch.mul, coefs)
+            if not rows.looked:
+                coef = scored_coefficients(batch, coef)
             if stash is not None:
                 first = rows if kept == count else rows.section(0, kept)
                 sums.add(stash, first, first.read(coef), factor)
