@@ -52,9 +52,10 @@ def _span(starts_ptr, length, sequence, N):
         start = sequence * length
         end = start + length
     else:
-        start = tl.load(starts_ptr + sequence).to(tl.int64)
+        start = tl.maximum(tl.load(starts_ptr + sequence).to(tl.int64), 0)
         end = tl.load(starts_ptr + sequence + 1).to(tl.int64)
-    return tl.minimum(tl.maximum(start, 0), N), tl.minimum(end, N)
+        start, end = tl.minimum(start, N), tl.minimum(end, N)
+    return start, end
 
 
 @triton.jit
