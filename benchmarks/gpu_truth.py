@@ -121,8 +121,8 @@ def of_rows(p: Problem, **options) -> Trial:
 
 
 def of_pairs(p: Problem, lengths: list[int], budget: int | None = None, **options) -> Trial:
-    """`fused_treg_loss` of packed pairs and its gradients; lengths: of all chosen sequences, then
-    of the rejected ones.
+    """`fused_treg_loss` of pairs and its gradients; lengths: of all chosen sequences, then of the
+    rejected ones. Packed, but where all have the same length.
 
     The references put every margin near -8: there its weight hardly moves with the log-probs'
     rounding, and errors are those of the products.
@@ -130,19 +130,22 @@ def of_pairs(p: Problem, lengths: list[int], budget: int | None = None, **option
     V = p.weight.shape[0]
     likely = LOGIT_STD**2 / 2 - torch.tensor(float(V)).log().item()  # a token's mean log-prob
     shift = [40.0] * (len(lengths) // 2) + [-40.0] * (len(lengths) // 2)
+    rewards, even = torch.tanh(p.upstream) / 2, len(set(lengths)) == 1
+    shape = (len(lengths), lengths[0]) if even else (-1,)
     rest = {
-        "token_rewards": torch.tanh(p.upstream) / 2,
+        "token_rewards": rewards.view(shape),
         "ref_logps": torch.tensor(
             [n * likely + x for n, x in zip(lengths, shift, strict=True)], device=DEVICE
         ),
-        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "cu_seqlens": None if even else torch.tensor([0, *lengths]).cumsum(0).int(),
         **options,
     }
 
     def step(fn: Callable, dtype: torch.dtype | None, **more) -> Results:
         leaves = p.leaves(dtype)
-        out = fn(*leaves, p.target, **rest, **more)
-        return {"logprobs": out.token_logps.detach()} | gradients(out.loss, leaves)
+        hidden, weight = leaves
+        out = fn(hidden.view(*shape, hidden.shape[1]), weight, p.target.view(shape), **rest, **more)
+        return {"logprobs": out.token_logps.detach().view(-1)} | gradients(out.loss, leaves)
 
     return Trial(
         lambda: step(fused_treg_loss, None, impl="triton", memory_budget=budget),
@@ -162,14 +165,6 @@ def stash_bytes(p: Problem, rows: int) -> int:
 
 def llama(s: Sizes, N: int, small: int, V: int = 128256, few: int = 520) -> Problem:
     return Problem.of(s, s.of(N, small), s.of(V, few), s.of(4096, 40))
-
-
-def graph_cold(s: Sizes) -> Trial:
-    return _graph(s, rehearse=False)
-
-
-def graph_rehearsed(s: Sizes) -> Trial:
-    return _graph(s, rehearse=True)
 
 
 def _graph(s: Sizes, rehearse: bool) -> Trial:
@@ -216,18 +211,6 @@ def vocabulary_128257(s: Sizes) -> Trial:
     return of_pairs(llama(s, 257, 20, 128257, 257), _lengths(s.of(257, 20), 2))
 
 
-def one_row(s: Sizes) -> Trial:
-    return of_rows(llama(s, 1, 1))
-
-
-def five_rows(s: Sizes) -> Trial:
-    return of_rows(llama(s, 5, 5))
-
-
-def many_rows(s: Sizes) -> Trial:
-    return of_rows(llama(s, 2048, 70))
-
-
 def tails(s: Sizes) -> Trial:
     """Neither N, V nor D is a multiple of a tile; rows are of 16 bytes all the same."""
     return of_rows(Problem.of(s, s.of(393, 33), s.of(128200, 264), s.of(1032, 40)))
@@ -265,11 +248,22 @@ def ignored_rows(s: Sizes) -> Trial:
     p = llama(s, 700, 60)
     N = len(p.target)
     at = torch.arange(N, device=DEVICE)
-    ignored = (at < N // 2) | (at % 5 == 0)
+    return _poisoned(p, (at < N // 2) | (at % 5 == 0), of_rows)
+
+
+def padded_pairs(s: Sizes) -> Trial:
+    """So few rows that all are computed, those of the prompts too."""
+    length = s.of(100, 10)
+    p = llama(s, 4 * length, 4 * length)
+    at = torch.arange(4 * length, device=DEVICE) % length
+    return _poisoned(p, at < length // 3, lambda p: of_pairs(p, [length] * 4))
+
+
+def _poisoned(p: Problem, ignored: Tensor, trial: Callable[[Problem], Trial]) -> Trial:
     p = replace(p, target=p.target.masked_fill(ignored, IGNORE))
-    clean = of_rows(replace(p, hidden=p.hidden.masked_fill(ignored[:, None], 0.0)))
+    clean = trial(replace(p, hidden=p.hidden.masked_fill(ignored[:, None], 0.0)))
     poisoned = p.hidden.masked_fill(ignored[:, None], float("nan"))
-    return replace(clean, run=of_rows(replace(p, hidden=poisoned)).run)
+    return replace(clean, run=trial(replace(p, hidden=poisoned)).run)
 
 
 def odd_offset(s: Sizes) -> Trial:
@@ -391,19 +385,20 @@ def _together(steps: list[Callable[[], Results]]) -> list[Results]:
 ALONE = "CUDA graph, cold kernel"  # in a process that has run no kernel before
 GRAPHS = (ALONE, "CUDA graph, after a rehearsal")
 CASES: dict[str, Callable[[Sizes], Trial]] = {
-    ALONE: graph_cold,
-    GRAPHS[1]: graph_rehearsed,
+    ALONE: lambda s: _graph(s, rehearse=False),
+    GRAPHS[1]: lambda s: _graph(s, rehearse=True),
     "V = 50257": vocabulary_50257,
     "V = 128257": vocabulary_128257,
-    "N = 1": one_row,
-    "N = 5": five_rows,
-    "N = 2048": many_rows,
+    "N = 1": lambda s: of_rows(llama(s, 1, 1)),
+    "N = 5": lambda s: of_rows(llama(s, 5, 5)),
+    "N = 2048": lambda s: of_rows(llama(s, 2048, 70)),
     "tails of N, V and D": tails,
     "several groups": several_groups,
     "one long pair": one_long_pair,
     "one long pair, computed again": pair_computed_again,
     "softcap": softcap,
     "ignored rows, NaN in them": ignored_rows,
+    "padded pairs, NaN in prompts": padded_pairs,
     "products with out_dtype": products,
     "two threads": two_threads,
     "hidden at an odd offset": odd_offset,

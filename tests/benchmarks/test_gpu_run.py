@@ -194,7 +194,7 @@ def test_eight_minutes_hold_truth_rates_and_the_bars(tmp_path, monkeypatch, kern
     assert left["truth"] == left["rates"] == left["bars"] == 0
     assert events[-1].ended <= 480.0 and not list(tmp_path.iterdir())
     table = gpu_dry.by_step(events, steps, memory)
-    assert "| 8 of 8 | 0 | 0 |" in table and "| 18 of 18 | 0 | 0 |" in table
+    assert "| 8 of 8 | 0 | 0 |" in table and "| 19 of 19 | 0 | 0 |" in table
     minutes = gpu_dry.by_minute(events).splitlines()[2:]
     assert len(minutes) == 8 and minutes[0].startswith("| 0 - 1 | environment, compile")
 
@@ -566,7 +566,7 @@ def test_summary_is_printed_at_a_signal(tmp_path, monkeypatch, capsys):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "truth: 18 of 18" in capsys.readouterr().out
+    assert "truth: 19 of 19" in capsys.readouterr().out
 
 
 # -- tests as a job
