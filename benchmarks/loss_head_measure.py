@@ -253,9 +253,13 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "tran
 GPU_PACKAGES = ("quack-kernels", "verl", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 
 
-@functools.cache
 def environment() -> dict[str, object]:
-    """Device, threads, versions and commit."""
+    """Device, threads as they are now, versions and commit."""
+    return {**_environment(), "threads": torch.get_num_threads()}
+
+
+@functools.cache
+def _environment() -> dict[str, object]:
     packages = PACKAGES + GPU_PACKAGES * (DEVICE == "cuda")
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu_model(),
@@ -269,7 +273,6 @@ def environment() -> dict[str, object]:
             if DEVICE == "cuda"
             else {}
         ),
-        "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
