@@ -35,8 +35,8 @@ playback = Playback()
 def rows() -> list[tuple[Case, str]]:
     """Cases and the methods that apply."""
     if DEVICE == "cpu":
-        items = cpu_look.session().plan.values()
-        return [(x.case, name) for x in items if x.case for name in cpu_look.methods_of(x.case)]
+        cases = cpu_look.cases(cpu_look.session())
+        return [(case, name) for case in cases for name in cpu_look.methods_of(case)]
     return [(case, name) for case in gpu_cases() for name in METHODS if applies(name, case)]
 
 
@@ -61,7 +61,7 @@ def on_gpu(case: Case) -> dict:
 def on_cpu(name: str) -> cpu_look.Found:
     session = cpu_look.session()
     print()
-    found = cpu_look.measure(session.plan[name], session)
+    found = cpu_look.measure(name, session)
     cpu_look.show(found, session)
     return found
 

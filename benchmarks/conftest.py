@@ -7,8 +7,12 @@ import pytest
 from loss_head_cases import DEVICE
 
 COLUMNS = ["median", "iqr", "rounds"]
-# the most telling first: what time is too short for is at the end
-ORDER = ("bench_loss_head", "bench_cpu_bars", "bench_linear_kl", "bench_trl", "bench_annotate")
+PARTS = {  # of cpu_plan, by module
+    "bench_cpu_bars": "memory",
+    "bench_linear_kl": "linear_kl",
+    "bench_trl": "trl",
+    "bench_annotate": "annotate",
+}
 
 
 def looked_at(config: pytest.Config) -> bool:
@@ -29,11 +33,22 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return cpu_look.header(cpu_look.session()) if looked_at(config) else []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        return next((i for i, name in enumerate(ORDER) if name in item.nodeid), -1)
+def name_of(item: pytest.Item) -> str:
+    """Of the plan's item that a test belongs to."""
+    return PARTS.get(item.path.stem) or item.callspec.params["case"].name
 
-    items.sort(key=place)  # stable
+
+@pytest.hookimpl(trylast=True)  # -k and -m have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if looked_at(config):
+        session = cpu_look.session()
+        session.run_only(map(name_of, items))
+        items.sort(key=lambda item: session.order.index(name_of(item)))  # stable
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    waiting = cpu_look.session().waiting if looked_at(config) else []
+    return [f"last, as too long for their share of the time: {', '.join(waiting)}"] * bool(waiting)
 
 
 @pytest.hookimpl(trylast=True)

@@ -3,13 +3,13 @@ and at the end a table of ratios.
 
 What is measured ends in time, see `cpu_plan`: a case that turns out slower or faster than expected
 goes on with another size; a method that takes SLOW times as long as dense PyTorch is called once,
-and not in the cases after; nothing is begun that would not end within LIMIT seconds.
+and not in the cases after.
 """
 
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,14 +19,21 @@ from bars import FLOOR, HELD, TIMED, bare_products, instructions, instructions_t
 from cpu_plan import (
     KINDS,
     LADDER,
-    LEAST_ROUNDS,
+    LIMIT,
     START,
+    SWING,
+    WEIGHTS,
     Item,
+    Machine,
     Speed,
+    calibrate,
     call_seconds,
     case_of,
-    machine,
-    plan,
+    case_seconds,
+    choose,
+    choose_threads,
+    order,
+    share_of,
 )
 from loss_head_cases import Case, batch_of
 from loss_head_measure import Alternation, checked_errors, environment, peak_bytes
@@ -36,7 +43,6 @@ from process_age import process_age
 RECORD = Path(__file__).parent / "results" / "cpu" / "bars.json"
 DENSE = "dense_log_softmax"
 OURS = "treg"
-LIMIT = 155.0  # seconds since the process was started
 # what the cases after the first two compare
 FEW = ("treg_fused", "treg_logprobs", "trl_chunked", "liger_dpo")
 MOST_ROUNDS, SLOW, CHECKED_ROWS = 15, 8.0, 64
@@ -49,34 +55,46 @@ COLUMNS = {
 
 
 class Session:
-    """Of one run: since when, what was planned, what came."""
+    """Of one run: until when, what was chosen, what came."""
 
     def __init__(
         self,
-        speed: Speed | None = None,
+        speed: Speed,
+        rate: Callable[[], float],  # in float32, as the machine is now
         clock: Callable[[], float] = time.monotonic,
         age: float = 0.0,  # seconds that are over already, of imports
     ):
-        self.clock, self.began = clock, clock() - age
-        self.speed = speed or machine()
-        self.plan = plan(self.speed, start=max(START, age))
+        self.rate, self.clock, self.end = rate, clock, clock() - age + LIMIT
+        self.machine = Machine(speed, speed.faster, max(START, age))
+        self.items: dict[str, Item] = {}  # those whose turn has come
+        self.rates = [speed.fp32]
         self.rows: list[str] = []
         self.notes: list[str] = []
-        self.late: list[str] = []
-        self.pace = 1.0  # what a dense step took over what was expected, in the last case
         self.slow: dict[str, str] = {}  # methods, and why they are not run again
+        self.run_only(WEIGHTS)
 
-    def until(self, name: str) -> float | None:
-        """When an item should end; None where there is no time to begin it."""
-        now, end = self.clock(), self.began + LIMIT
-        if now + max(1.0, self.pace) * self.plan[name].seconds > end:
-            self.late.append(name)
-            return None
-        return min(now + self.plan[name].share, end)
+    def run_only(self, names: Iterable[str]) -> None:
+        """Shares the time among these alone."""
+        first, self.waiting = order(names, self.machine, self.left())
+        self.order = first + self.waiting
+
+    def left(self) -> float:
+        return max(0.0, self.end - self.clock())
+
+    def begin(self, name: str) -> Item:
+        """Of an item whose turn has come: what it gets of the time left at the speed of now."""
+        if name not in self.items:
+            coming = [x for x in self.order if x not in self.items]
+            self.rates.append(self.rate())
+            speed = self.machine.speed.at(self.rates[-1])
+            self.machine = replace(self.machine, speed=speed)
+            left = self.left()
+            share = share_of(name, coming, left)
+            self.items[name] = choose(name, self.machine, share, left)
+        return self.items[name]
 
     def left_out(self) -> dict[str, str]:
-        reasons = {x.name: x.reason for x in self.plan.values() if x.reason is not None}
-        return reasons | dict.fromkeys(self.late, f"it would not end within {LIMIT:.0f} s")
+        return {x.name: x.reason for x in self.items.values() if x.reason is not None}
 
     def add(self, label: str, ours: str, seconds: dict[str, list[float]], note: str) -> None:
         """A row of the table: the least time of ours over those of others, which other work on the
@@ -88,7 +106,7 @@ class Session:
             found = [min(seconds[x]) for x in names if x in seconds]
             cells.append(f"{mine / found[0]:.2f}" if found else "")
         rounds = len(seconds[ours])
-        note += f", {rounds} round{'s' * (rounds > 1)}"
+        note += f", {rounds} round{'s' * (rounds > 1)}, {threads()}"
         self.rows.append(_row(label, f"{1e3 * mine:.0f} ms", cells, note))
 
 
@@ -99,7 +117,12 @@ def _row(label: str, mine: str, cells: list[str], note: str) -> str:
 
 @functools.cache
 def session() -> Session:
-    return Session(age=process_age())
+    return Session(calibrate(), choose_threads, age=process_age())
+
+
+def threads() -> str:
+    n = torch.get_num_threads()
+    return f"{n} thread{'s' * (n > 1)}"
 
 
 def header(s: Session) -> list[str]:
@@ -109,16 +132,14 @@ def header(s: Session) -> list[str]:
         for reason in (x.missing() for x in METHODS.values())
         if reason is not None
     }
-    lines = [
+    speed = s.machine.speed
+    return [
         f"on {cpu()}",
-        f"products here and now: {s.speed.fp32 / 1e9:.0f} GFLOP/s float32, "
-        f"{s.speed.bf16 / 1e9:.3g} bfloat16; {1e9 * s.speed.logit:.0f} ns a logit; "
-        f"sizes are chosen to end in "
-        f"{sum(x.seconds for x in s.plan.values()):.0f} s",
+        f"products here and now, {threads()}: {speed.fp32 / 1e9:.0f} GFLOP/s float32, "
+        f"{speed.bf16 / 1e9:.3g} bfloat16; {1e9 * speed.logit:.1f} ns a logit; "
+        f"sizes are chosen to end in {LIMIT:.0f} s",
         *(f"not installed, left out: {', '.join(x)} ({why})" for why, x in missing.items() if x),
-        *(f"left out: {name}: {why}" for name, why in s.left_out().items()),
     ]
-    return lines
 
 
 def applies(name: str) -> bool:
@@ -126,16 +147,14 @@ def applies(name: str) -> bool:
 
 
 def cpu() -> str:
-    threads = torch.get_num_threads()
-    has = instructions_text(instructions())
-    return f"{environment()['device']}, {threads} thread{'s' * (threads > 1)}: {has}"
+    return f"{environment()['device']}: {instructions_text(instructions())}"
 
 
 def size_or_skip(s: Session, name: str) -> tuple:
     """Of a part that is no case; pytest.skip with the reason where it is left out."""
-    item = s.plan[name]
-    if item.size is None or s.until(name) is None:
-        pytest.skip(f"{name}: {s.left_out()[name]}")
+    item = s.begin(name)
+    if item.size is None:
+        pytest.skip(f"{name}: {item.reason}")
     return item.size
 
 
@@ -148,7 +167,9 @@ def digest(s: Session) -> list[str]:
         lines += [_row("", "treg", [f"/ {x}" for x in COLUMNS], ""), *s.rows]
     lines += s.notes
     lines += [f"left out: {name}: {why}" for name, why in s.left_out().items()]
-    lines.append("A look: with few rows fixed costs show, and other work on the machine does.")
+    least, most = (f"{f(s.rates) / 1e9:.0f}" for f in (min, max))
+    lines.append("A look: with few rows fixed costs show, and other work on the machine does: ")
+    lines[-1] += f"its products in float32 ran at {least} to {most} GFLOP/s."
     return [*lines, record(json.loads(RECORD.read_text()))]
 
 
@@ -182,6 +203,11 @@ class Found:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+def cases(s: Session) -> list[Case]:
+    """Of every kind, at the smallest size: others have the same methods."""
+    return [case_of(name, LADDER[-1], s.machine.faster) for name in KINDS]
+
+
 def methods_of(case: Case) -> list[str]:
     """What runs, dense PyTorch first: the others are compared with it."""
     names = [n for n, x in METHODS.items() if x.applies_to(case, "cpu") and x.missing() is None]
@@ -195,23 +221,26 @@ def shape_of(case: Case) -> str:
     return f"N {case.rows} D {case.hidden} V {case.vocab} {str(case.dtype).partition('.')[2]}"
 
 
-def measure(item: Item, s: Session, say: Callable[[str], None] = print) -> Found:
+def measure(name: str, s: Session, say: Callable[[str], None] = print) -> Found:
     """The methods of a case: this project's own checked, each called once, then in turns until its
     share of the time is over.
     """
-    until = s.until(item.name)
+    item = s.begin(name)
+    if item.case is None:
+        found = Found(case_of(name, LADDER[-1], s.machine.faster))
+        found.reasons = dict.fromkeys(methods_of(found.case), item.reason or "")
+        say(f"{name}: left out: {item.reason}")
+        return found
     found = Found(item.case)
     names = methods_of(item.case)
-    if until is None:
-        found.reasons = dict.fromkeys(names, "no time was left")
-        return found
     say(f"{item.name}: {shape_of(found.case)}")
     _check(found, names)
     found.reasons = {name: s.slow[name] for name in names if name in s.slow}
     for name, why in found.reasons.items():
         say(f"  {name:<28} left out: {why}")
     names = [name for name in names if name not in found.failed | found.reasons]
-    _fit(found, until, s, say)
+    _fit(found, min(item.share, s.left()), s, say)
+    until = min(s.clock() + item.share, s.end)
     calls: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
     for name in (DENSE, FLOOR, *names[1:]):
@@ -230,10 +259,13 @@ def measure(item: Item, s: Session, say: Callable[[str], None] = print) -> Found
     again = {name: call for name, call in calls.items() if name in always or over[name] < SLOW}
     for name in calls.keys() - again.keys():
         s.slow[name] = f"{over[name]:.0f} times as long as {DENSE} in {item.name}"
-    rounds = int((until - s.clock()) / sum(first[name] for name in again))
-    run = Alternation(again)
-    for _ in range(max(1, min(MOST_ROUNDS, rounds))):
+    run, took = Alternation(again), sum(first[name] for name in again)
+    for i in range(MOST_ROUNDS):
+        if i and s.clock() + took > until:
+            break
+        began = s.clock()
         run.round()
+        took = s.clock() - began
     found.seconds = {name: [took] for name, took in first.items()}
     for name, seconds in run.seconds.items():
         # one round alone says little
@@ -258,30 +290,28 @@ def _check(found: Found, names: list[str]) -> None:
                 found.failed[name] = f"{type(e).__name__}: {e}"
 
 
-def _fit(found: Found, until: float, s: Session, say: Callable) -> None:
-    """Another size where a dense step says so: a smaller one where the planned one takes twice the
-    time left, the largest that takes two thirds of it where that is larger.
+def _fit(found: Found, share: float, s: Session, say: Callable) -> None:
+    """Another size where a dense step says so, once: a smaller one where there would be no time for
+    two of the four calls, a larger one where it has room for SWING too.
     """
-    calls = (KINDS[found.case.name].methods + 1) * (1 + LEAST_ROUNDS)
-    sizes = [case_of(found.case.name, size, s.speed) for size in LADDER]
-    while True:
-        call = _call_of(DENSE, found.case)
-        call()
-        began = s.clock()
-        call()
-        s.pace = (s.clock() - began) / call_seconds(found.case, s.speed)
-        left = max(0.0, until - s.clock())
-        needed = [s.pace * calls * call_seconds(case, s.speed) for case in sizes]
-        here = sizes.index(found.case)
-        fitting = [i for i in range(here) if needed[i] <= left / 1.5]
-        if fitting:
-            found.case = sizes[fitting[0]]
-            say(f"  faster than expected, larger: {shape_of(found.case)}")
-            return
-        if needed[here] <= 2 * left or here + 1 == len(sizes):
-            return
-        found.case = sizes[here + 1]
-        say(f"  slower than expected, smaller: {shape_of(found.case)}")
+    call = _call_of(DENSE, found.case)
+    call()
+    began = s.clock()
+    call()
+    speed = s.machine.speed
+    pace = (s.clock() - began) / call_seconds(found.case, speed)
+    sizes = [case_of(found.case.name, size, s.machine.faster) for size in LADDER]
+    needed = [pace * case_seconds(case, speed) for case in sizes]
+    here = sizes.index(found.case)
+    if needed[here] > 2 * share:
+        smaller = [i for i in range(here, len(sizes)) if needed[i] <= share]
+        chosen = smaller[0] if smaller else len(sizes) - 1
+    else:
+        chosen = next((i for i in range(here) if SWING * needed[i] <= share), here)
+    if chosen != here:
+        found.case = sizes[chosen]
+        how = "faster than expected, larger" if chosen < here else "slower than expected, smaller"
+        say(f"  {how}: {shape_of(found.case)}")
 
 
 def _first(name: str, call: Callable, found: Found, clock: Callable[[], float]) -> float | None:

@@ -1,29 +1,36 @@
-"""What `pytest benchmarks/` runs on a CPU: sizes that end in time, chosen from a second's
-calibration of the machine.
+"""What `pytest benchmarks/` runs on a CPU, in which order and at which sizes, so that it ends in
+time.
+
+There are ten items: six cases of the loss head and four other parts, in order of worth.
+An item's size is chosen when its turn comes, from the time left and the machine's speed then, and
+so is whether torch takes all threads or one.
+Its share is its part of the time left, beside the items still to come, by weight.
+It takes the largest size that fits its share; where none does, its smallest, if the rest has room.
+Otherwise it is left out, by name.
+Items too long for their share at the start come last: they get what the others have not used.
 
     calls of a case   each method once, warm, and three times in turns, the bare products too
     seconds           calls * N V (2 p D / rate(dtype) + 1.5 logit)
 
 p products a row, 3.5 on average over the methods with a trainable head, 2.5 with a frozen one, 1
 forward. logit: seconds of log_softmax and its gradient for each logit; methods take a third to
-three times that. A case takes the largest size of LADDER that fits its share of the budget. Where
-none does it is left out, by name.
+three times that.
 """
 
-import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from loss_head_cases import Case
 
-BUDGET = 150.0  # seconds, of all cases
+LIMIT = 170.0  # seconds since the process was started; tables and pytest's end fit in three minutes
+SWING = 1.5  # by so much a machine with other work on it may become slower than it was measured
 START = 4.0  # seconds in which a process imports torch, on a CPU with nothing else to do
 LEAST_ROUNDS = 3
-WORTH_THREADS = 1.2  # all threads must be so much faster than one
+WORTH_THREADS = 1.2  # all threads are taken where they are so much faster than one
 
 
 class Speed(NamedTuple):
@@ -31,7 +38,12 @@ class Speed(NamedTuple):
 
     fp32: float
     bf16: float
-    logit: float = 16e-9  # of two cores of an AMD EPYC with nothing else to do
+    logit: float
+
+    def at(self, fp32: float) -> "Speed":
+        """The same machine where other work has changed its rate in float32 to this."""
+        pace = fp32 / self.fp32
+        return Speed(fp32, pace * self.bf16, self.logit / pace)
 
     def of(self, dtype: torch.dtype) -> float:
         return self.bf16 if dtype == torch.bfloat16 else self.fp32
@@ -68,11 +80,11 @@ PRODUCTS = {"trainable": 3.5, "frozen": 2.5, "forward": 1.0}
 
 @dataclass(frozen=True)
 class Kind:
-    """A case without its size: its share of the budget in seconds, and how many methods run; a slow
+    """A case without its size: its weight in the sharing of time, and how many methods run; a slow
     one counts for several.
     """
 
-    share: float
+    weight: float
     methods: int
     dtype: torch.dtype | None  # None: the faster one
     mode: str = "trainable"
@@ -98,7 +110,7 @@ class Work(NamedTuple):
 class Part(NamedTuple):
     """Of the benchmarks that are not cases: imports, in those of torch, and work at each size."""
 
-    share: float
+    weight: float
     starts: float
     sizes: tuple[tuple, ...]
     work: tuple[Work, ...]
@@ -140,9 +152,12 @@ PARTS = {
 }
 
 
+WEIGHTS = {name: x.weight for name, x in (KINDS | PARTS).items()}  # in order of worth
+
+
 @dataclass(frozen=True)
 class Item:
-    """What was chosen: the sizes, or None and why."""
+    """What was chosen: the size, or None and why."""
 
     name: str
     share: float  # seconds
@@ -152,10 +167,9 @@ class Item:
     reason: str | None = None
 
 
-def case_of(name: str, size: Size, speed: Speed) -> Case:
+def case_of(name: str, size: Size, faster: torch.dtype) -> Case:
     kind = KINDS[name]
-    dtype = kind.dtype or speed.faster
-    base = Case(name, *size, dtype, kind.mode, kind.softcap)
+    base = Case(name, *size, kind.dtype or faster, kind.mode, kind.softcap)
     return replace(base, ignored=kind.ignored)
 
 
@@ -164,38 +178,56 @@ def call_seconds(case: Case, speed: Speed) -> float:
     return case.rows * case.vocab * each
 
 
-def case_seconds(name: str, size: Size, speed: Speed) -> float:
-    calls = (KINDS[name].methods + 1) * (1 + LEAST_ROUNDS)
-    return calls * call_seconds(case_of(name, size, speed), speed)
+def case_seconds(case: Case, speed: Speed) -> float:
+    calls = (KINDS[case.name].methods + 1) * (1 + LEAST_ROUNDS)
+    return calls * call_seconds(case, speed)
 
 
-def plan(speed: Speed, budget: float = BUDGET, start: float = START) -> dict[str, Item]:
-    """What is run, by name; the expected seconds of all are at most the budget. start: seconds of a
-    process until torch is imported.
+@dataclass(frozen=True)
+class Machine:
+    """What seconds hang on. faster: the dtype that a user would take, which stays for a run; start:
+    seconds of a process until torch is imported.
     """
-    total = sum(x.share for x in (*KINDS.values(), *PARTS.values()))
-    found = {}
-    for name, kind in KINDS.items():
-        share = kind.share * budget / total
-        sizes = [(size, case_seconds(name, size, speed)) for size in LADDER]
-        found[name] = _item(name, share, sizes)
-        if found[name].size is not None:
-            case = case_of(name, Size(*found[name].size), speed)
-            found[name] = replace(found[name], case=case)
-    for name, part in PARTS.items():
-        share = part.share * budget / total
-        seconds = part.seconds(speed, start)
-        found[name] = _item(name, share, list(zip(part.sizes, seconds, strict=True)))
-    return found
+
+    speed: Speed
+    faster: torch.dtype
+    start: float = START
+
+    def sizes(self, name: str) -> list[tuple[tuple, float]]:
+        """Of an item, the largest first, each with the seconds it would take."""
+        if name in PARTS:
+            part = PARTS[name]
+            return list(zip(part.sizes, part.seconds(self.speed, self.start), strict=True))
+        cases = [(size, case_of(name, size, self.faster)) for size in LADDER]
+        return [(size, case_seconds(case, self.speed)) for size, case in cases]
 
 
-def _item(name: str, share: float, sizes: list[tuple[tuple, float]]) -> Item:
-    for size, seconds in sizes:
-        if seconds <= share:
-            return Item(name, share, seconds, size)
-    least = sizes[-1][1]
-    reason = f"its smallest size would take {least:.0f} s here, its share is {share:.0f} s"
-    return Item(name, share, 0.0, None, reason=reason)
+def share_of(name: str, coming: Iterable[str], left: float) -> float:
+    """Seconds of those left that fall to an item; coming: those not begun, itself among them."""
+    return left * WEIGHTS[name] / sum(WEIGHTS[x] for x in coming)
+
+
+def order(names: Iterable[str], machine: Machine, left: float) -> tuple[list[str], list[str]]:
+    """By worth, and those whose smallest size is longer than their share, which come last."""
+    wanted = set(names)
+    coming = [name for name in WEIGHTS if name in wanted]
+    waiting = [x for x in coming if machine.sizes(x)[-1][1] > share_of(x, coming, left)]
+    return [x for x in coming if x not in waiting], waiting
+
+
+def choose(name: str, machine: Machine, share: float, left: float) -> Item:
+    """The largest size that fits the share, else the smallest if it fits in the time left; both
+    must end in the time left even if the machine becomes SWING times slower.
+    """
+    sizes = machine.sizes(name)
+    fitting = [x for x in sizes if x[1] <= min(share, left / SWING)]
+    size, seconds = fitting[0] if fitting else sizes[-1]
+    if seconds > left / SWING:
+        reason = f"its smallest size takes {seconds:.0f} s here, up to {SWING * seconds:.0f} s"
+        reason += f" with other work on the machine; {left:.0f} s were left"
+        return Item(name, share, 0.0, None, reason=reason)
+    case = case_of(name, Size(*size), machine.faster) if name in KINDS else None
+    return Item(name, max(share, seconds), seconds, size, case)
 
 
 # -- calibration
@@ -203,22 +235,31 @@ def _item(name: str, share: float, sizes: list[tuple[tuple, float]]) -> Item:
 _MEDIUM, _SMALL = (128, 512, 4000), (32, 128, 2000)
 
 
-def calibrate(seconds: float = 0.25) -> Speed:
-    """Of this machine as it is now, other work on it included; some four times so many seconds.
+def choose_threads(seconds: float = 0.1) -> float:
+    """FLOP/s in float32 as the machine is now, other work on it included.
 
     Leaves torch with one thread where all together are hardly faster: where others use the cores
-    too, threads wait for each other. A CPU without instructions for bfloat16 emulates it, up to a
-    hundred times slower: small matrices tell that; where they are fast, larger ones are taken.
+    too, threads wait for each other. It stays with one, as others may come back.
     """
     threads = torch.get_num_threads()
-    fp32 = _rate(torch.float32, _MEDIUM, seconds)
-    if threads > 1:
-        torch.set_num_threads(1)
-        alone = _rate(torch.float32, _MEDIUM, seconds)
-        if fp32 > WORTH_THREADS * alone:
-            torch.set_num_threads(threads)
-        else:
-            fp32 = alone
+    together = _rate(torch.float32, _MEDIUM, seconds)
+    if threads == 1:
+        return together
+    torch.set_num_threads(1)
+    alone = _rate(torch.float32, _MEDIUM, seconds)
+    if together <= WORTH_THREADS * alone:
+        return alone
+    torch.set_num_threads(threads)
+    return together
+
+
+def calibrate(seconds: float = 0.25) -> Speed:
+    """Of this machine as it is now; some five times so many seconds. Chooses the threads too.
+
+    A CPU without instructions for bfloat16 emulates it, up to a hundred times slower: small
+    matrices tell that; where they are fast, larger ones are taken.
+    """
+    fp32 = choose_threads(seconds)
     bf16 = _rate(torch.bfloat16, _SMALL, seconds / 2)
     if bf16 > fp32 / 8:
         bf16 = _rate(torch.bfloat16, _MEDIUM, seconds)
@@ -226,8 +267,13 @@ def calibrate(seconds: float = 0.25) -> Speed:
 
 
 def _logit(seconds: float) -> float:
-    """Seconds for each of the logits of a log_softmax and its gradient, more than a cache holds."""
-    logits, target = torch.zeros(128, 32000, requires_grad=True), torch.zeros(128, 1).long()
+    """Seconds for each of the logits of a log_softmax and its gradient.
+
+    They take 40 MB: more than an allocator keeps for the next call (32 MiB in glibc), as those of a
+    real step do. Memory that the system hands out anew makes a logit several times slower.
+    """
+    rows = 320
+    logits, target = torch.zeros(rows, 32000, requires_grad=True), torch.zeros(rows, 1).long()
 
     def run() -> None:
         torch.autograd.grad(logits.log_softmax(-1).gather(-1, target).sum(), logits)
@@ -257,9 +303,3 @@ def _median(run: Callable[[], None], seconds: float) -> float:
         run()
         took.append(time.perf_counter() - start)
     return statistics.median(took[len(took) > 1 :])
-
-
-@functools.cache
-def machine() -> Speed:
-    """`calibrate`, once in a process."""
-    return calibrate()
