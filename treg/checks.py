@@ -164,7 +164,7 @@ def check_memory_budget(memory_budget) -> None:
 
 
 def check_outputs(outputs) -> tuple[str, ...]:
-    if outputs == ():
+    if isinstance(outputs, tuple) and not outputs:
         return ()
     if (
         isinstance(outputs, str)

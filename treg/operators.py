@@ -161,7 +161,8 @@ def values_of(numbers: Tensor | Sequence[float]) -> tuple[float, ...]:
 @functools.lru_cache(maxsize=64)
 def _tensor_of(values: tuple[float, ...]) -> Tensor:
     """`scalars` of numbers that a run seldom changes, for a backward, which only reads them."""
-    return scalars(*values)
+    with torch.inference_mode(False):  # what is made in that mode could never be saved
+        return scalars(*values)
 
 
 def scalars(*values: float) -> Tensor:

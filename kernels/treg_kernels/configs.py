@@ -134,7 +134,10 @@ def tile_for(
 ) -> Tile:
     """The tile of a launch of one of KINDS on N rows of a [V, D] head, on the current device."""
     found = tiles_for(kind, dtype, V, D, addressable)
-    return next((tile for rows, tile in found if rows >= N), found[-1][1])
+    for rows, tile in found:
+        if rows >= N:
+            return tile
+    return found[-1][1]
 
 
 def tiles_for(

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from treg_kernels.launch import ceil_div, power_of_2
+from treg_kernels.launch import at_16_bytes, ceil_div, power_of_2
 
 MOST_FACTORS = 3
 BLOCK_N = 4
@@ -28,12 +28,6 @@ def _times(scale, last, ptr, stride, offs_n, mask_n):
     return scale, last
 
 
-@triton.jit(
-    do_not_specialize=["N", "stride_first", "stride_second", "stride_third"],
-    do_not_specialize_on_alignment=[
-        "hidden_ptr", "rows_ptr", "first_ptr", "second_ptr", "third_ptr"
-    ],
-)  # fmt: skip
 def _scale_kernel(
     hidden_ptr, rows_ptr, first_ptr, second_ptr, third_ptr, scale_ptr, out_ptr,
     N, D, stride_hn, stride_hd, stride_out, stride_first, stride_second, stride_third,
@@ -66,6 +60,19 @@ def _scale_kernel(
     )
 
 
+# Where rows begin at 16 bytes, they are read and written so many at once. Elsewhere it would depend
+# on a batch's first row whether they do: that kernel is not compiled for it.
+NUMBERS = ["N", "stride_first", "stride_second", "stride_third"]
+OF_ROWS = ["rows_ptr", "first_ptr", "second_ptr", "third_ptr"]
+ANYWHERE = ["hidden_ptr", "scale_ptr", "out_ptr", *OF_ROWS]
+_of_aligned = triton.jit(
+    _scale_kernel, do_not_specialize=NUMBERS, do_not_specialize_on_alignment=OF_ROWS
+)
+_of_any = triton.jit(
+    _scale_kernel, do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ANYWHERE
+)
+
+
 def scale_rows(
     hidden: torch.Tensor,
     rows: torch.Tensor | None,
@@ -91,7 +98,8 @@ def scale_rows(
     missing = [None] * (MOST_FACTORS - len(factors))
     strides = [0 if x is None or x.shape[0] == 1 else 1 for x in (*factors, *missing)]
     block_d = min(1024, power_of_2(D))
-    _scale_kernel[(ceil_div(n, BLOCK_N), ceil_div(D, block_d))](
+    aligned = at_16_bytes(hidden) and D * out.element_size() % 16 == 0
+    (_of_aligned if aligned else _of_any)[(ceil_div(n, BLOCK_N), ceil_div(D, block_d))](
         hidden, rows, *factors, *missing, scale, out, n, D, *hidden.stride(), D, *strides,
         CLEAN=clean, BLOCK_N=BLOCK_N, BLOCK_D=block_d,
     )  # fmt: skip

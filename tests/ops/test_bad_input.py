@@ -713,7 +713,14 @@ def test_ignored_positions_may_hold_anything(name, garbage, frozen):
 
 
 @pytest.mark.parametrize(
-    "outputs", [["entropy", "lse"], ("lse", "entropy", "lse"), {"lse": 1, "entropy": 2}]
+    "outputs",
+    [
+        ["entropy", "lse"],
+        ("lse", "entropy", "lse"),
+        {"lse": 1, "entropy": 2},
+        numpy.array(["lse", "entropy"]),
+    ],
+    ids=str,
 )
 def test_names_of_outputs_in_any_container(outputs):
     out = linear_logprobs(**head(), outputs=outputs)

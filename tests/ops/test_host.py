@@ -2,6 +2,7 @@
 most, so many launches and operations.
 """
 
+import contextlib
 import copy
 import re
 from typing import ClassVar
@@ -138,6 +139,15 @@ def in_inference_mode(call, given):
         return tuple(x if x is None else x.clone() for x in call(**given)[1])
 
 
+def after_a_call_in_inference_mode(call, given):
+    """One that asks for gradients cannot save what it needs, and must leave nothing behind."""
+    with torch.inference_mode(), torch.enable_grad():
+        made = {name: x.clone().requires_grad_(x.requires_grad) for name, x in given.items()}
+        with contextlib.suppress(RuntimeError):
+            call(**made)
+    return plainly(call, given)
+
+
 def under_autocast(call, given):
     with torch.autocast("cpu", torch.bfloat16):
         out, found = call(**given)
@@ -212,6 +222,7 @@ WAYS = {
     "nothing": lambda call, given: of_a_subset(call, given, ()),
     "no_grad": without_gradients,
     "inference mode": in_inference_mode,
+    "after inference mode": after_a_call_in_inference_mode,
     "autocast": under_autocast,
     "twice": twice,
     "hooks": through_hooks,
@@ -292,6 +303,31 @@ def test_a_group_in_which_nothing_is_scored(monkeypatch):
     sums.add(hidden.new_empty(0, V), selection.RowSelection(len(hidden), (slice(0, 0),)), None)
     sums.finish()
     assert not sums.dhidden.any() and not sums.dweight.any()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 3), (2, 2, 3)], ids=str)
+def test_gradients_have_the_shapes_of_what_they_belong_to(shape):
+    """Those of the operator itself: autograd would sum a wrong one into place."""
+    x = {
+        "hidden": torch.randn(*shape, D, requires_grad=True),
+        "weight": torch.randn(V, D, requires_grad=True),
+        "target": torch.randint(0, V, shape),
+    }
+    with Gradients() as mode:
+        linear_logprobs(**x).logprobs.sum().backward()
+    assert mode.shapes == [[*shape, D], [V, D]]
+
+
+class Gradients(TorchDispatchMode):
+    """The shapes of what `linear_logprobs_grad` gives."""
+
+    shapes: ClassVar[list[list[int]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if "linear_logprobs_grad" in str(func):
+            self.shapes = [list(x.shape) for x in found]
+        return found
 
 
 class Names(TorchDispatchMode):

@@ -580,12 +580,13 @@ def test_backward_twice(impl, some, cheap_passes, kept):
         assert error(c, 2 * a) < 1e-6
 
 
-@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("room", [40, 100], ids=["some kept", "all kept"])
+@pytest.mark.parametrize("trained", ["hidden weight bias", "hidden", "bias", "hidden bias"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nan_upstream_at_ignored_rows(impl, trainable, monkeypatch, cheap_passes):
+def test_nan_upstream_at_ignored_rows(impl, trained, room, monkeypatch, cheap_passes):
     """As `0 * inf` in a loss leaves it: what is not scored takes no gradient, looked at or not."""
-    case = make_case(N=60, D=24, V=300, ignored=9, outputs=())
-    budget = budget_for(case, torch.float32, impl, 40)
+    case = make_case(N=60, D=24, V=300, ignored=9, outputs=(), bias=True)
+    budget = budget_for(case, torch.float32, impl, room)
 
     def upstream(out):
         fill = case.rest["target"].to(out.logprobs.device) == -100
@@ -600,10 +601,12 @@ def test_nan_upstream_at_ignored_rows(impl, trainable, monkeypatch, cheap_passes
         runs = []
         for loss in (upstream, finite):
             at = case.at(torch.float32, device_of(impl))
-            at.weight.requires_grad_(trainable)
+            for name in ("hidden", "weight", "bias"):
+                getattr(at, name).requires_grad_(name in trained)
             runs.append(at.run(linear_logprobs, loss, impl=impl, memory_budget=budget))
         for name in runs[0]:
             assert torch.equal(runs[0][name], runs[1][name]), name
+            assert runs[0][name].isfinite().all(), name
 
 
 UPSTREAMS = {

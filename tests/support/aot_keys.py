@@ -113,16 +113,16 @@ def objective_launches() -> Iterator[Callable]:
 def rows_launches() -> Iterator[Callable]:
     from treg_kernels.rows import scale_rows
 
-    hidden, out = rows_of(64), rows_of(64)
     row, numbers, one = torch.zeros(TALL), torch.zeros(TALL, dtype=torch.int64), torch.zeros(1)
 
-    def launch(at: slice, *, listed: bool) -> None:
+    def launch(at: slice, *, D: int, listed: bool) -> None:
         rows = numbers[at] if listed else None
         factors = [row[at], one, row[at]]
-        scale_rows(hidden[at], rows, factors, out[: at.stop - at.start], clean=listed)
+        scale_rows(rows_of(D)[at], rows, factors, rows_of(D)[at], clean=listed)
 
-    yield functools.partial(launch, listed=False)
-    yield functools.partial(launch, listed=True)
+    for D in (64, 63):
+        for listed in (False, True):
+            yield functools.partial(launch, D=D, listed=listed)
 
 
 def cases() -> dict[str, Iterator[Callable]]:

@@ -54,9 +54,8 @@ class Gradients(NamedTuple):
             else:
                 if gradient.dtype != operand.dtype:
                     gradient = gradient.to(operand.dtype)
-                found.append(
-                    gradient.view(operand.shape) if gradient.ndim < operand.ndim else gradient
-                )
+                same = gradient.shape == operand.shape
+                found.append(gradient if same else gradient.view(operand.shape))
         return found
 
 

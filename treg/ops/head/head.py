@@ -156,7 +156,8 @@ class Tiles(Protocol):
     def gradient(
         self, hidden: Tensor, target: Tensor, norm: Tensor, coef: Tensor, out: Tensor
     ) -> None:
-        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and norm [n, 2] from `forward`.
+        """Fill out [n, V] with d L / d a for coef [n] = d L / d lp and norm [n, 2] from `forward`;
+        0 in rows that are not scored, whatever coef and hidden hold there.
 
         A target that is negative and not ignore_index is in none of these columns: the row is
         -coef * scale * slope * p alone.

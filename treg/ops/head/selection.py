@@ -49,7 +49,7 @@ class RowSelection:
 
     @cached_property
     def _count(self) -> int:
-        return sum([_length(part) for part in self.parts])
+        return self.total if self.complete else sum([_length(part) for part in self.parts])
 
     def read(self, x: Tensor) -> Tensor:
         """x's rows of the selection, [len(self), ...]; a view where it is one range."""

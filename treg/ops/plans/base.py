@@ -81,7 +81,9 @@ class ScoredFirst:
     backward_reads_rows = True
 
     def gradients(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
-        """`backward` for coef [N] that is 0 at rows that are not scored."""
+        """`backward` for coef [N] that is 0 at rows that are not scored, or NaN where upstream is
+        not finite.
+        """
         raise NotImplementedError
 
     def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
@@ -131,7 +133,7 @@ def score_rows(
         found = tiles.forward(batch.hidden, batch.target, outputs, stash)
         tiles.release()
         return found
-    found = empty_rows(batch.hidden, tiles, ("logprobs", "norm", *outputs))
+    found, more = empty_rows(batch.hidden, tiles, ("logprobs", "norm", *outputs)), {}
 
     def score(selection, tile_stash=None):
         hidden, target = selection.read(batch.hidden), selection.read(batch.target)
@@ -140,17 +142,17 @@ def score_rows(
             selection.write(x, got[name])
         return got
 
-    factor = batch.hidden.new_empty(kept, dtype=tiles.compute)
     if stash is not None:
-        at = 0
+        factor, at = batch.hidden.new_empty(kept, dtype=tiles.compute), 0
         for selection in rows.section(0, kept).chunks(tiles.max_rows):
             place = slice(at, at + len(selection))
             factor[place] = score(selection, stash[place])["factor"]
             at = place.stop
+        more["factor"] = factor
     for selection in rows.section(kept, count).chunks(step):
         score(selection)
     tiles.release()
-    return found if stash is None else found | {"factor": factor}
+    return found | more
 
 
 def scored_coefficients(batch: Batch, coef: Tensor) -> Tensor:

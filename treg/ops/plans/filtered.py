@@ -44,6 +44,9 @@ class Filtered(ScoredFirst):
         scores = score_rows(batch, (*outputs, "tops"))
         return scores, {name: scores.pop(name) for name in self.saved_names}
 
+    def backward(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
+        return self.gradients(batch, coef, saved)  # which cleans coef itself
+
     def gradients(self, batch: Batch, coef: Tensor, saved: Saved) -> Gradients:
         gradients, _ = filtered_gradients(batch, coef, saved["norm"], saved["tops"])
         return gradients

@@ -30,7 +30,6 @@ from treg.ops.plans.base import (
     Scores,
     row_factors,
     score_rows,
-    scored_coefficients,
 )
 
 
@@ -155,8 +154,6 @@ def differentiate_rows(
             sums.add(stash, rows, *coefs, factor)
         else:
             coef = functools.reduce(torch.mul, coefs)
-            if not rows.looked:
-                coef = scored_coefficients(batch, coef)
             if stash is not None:
                 first = rows if kept == count else rows.section(0, kept)
                 sums.add(stash, first, first.read(coef), factor)

@@ -101,7 +101,7 @@ def local_operands(hidden, weight, target, bias, shard: VocabShard | None):
     Anything that is no DTensor is left as it is. Gradients come back as DTensors of the same
     placements.
     """
-    if not isinstance(shard, VocabShard | None):
+    if shard is not None and not isinstance(shard, VocabShard):
         raise TypeError(f"shard: expected a VocabShard or None, got {type(shard).__name__}")
     hidden, _ = _local("hidden", hidden)
     target, _ = _local("target", target)
