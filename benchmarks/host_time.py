@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -393,6 +394,10 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.instructions and shutil.which("valgrind") is None:
+        parser.error("--instructions: expected valgrind on the PATH, found none; install it")
+    if args.before and not (args.before / "treg").is_dir():
+        parser.error(f"--before: expected a checkout of this project, got {args.before}")
     if args.only:
         only(args.only, args.repeats)
         return
