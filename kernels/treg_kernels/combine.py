@@ -22,7 +22,7 @@ def _combine_kernel(
     """Add up the tiles of BLOCK_R rows; finish the stash: the target's entry, and one offset per
     row.
     """
-    # of the module they would be compared in every launch
+    # constants of the module would be compared in every launch
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -39,9 +39,8 @@ def _combine_kernel(
     lift = tl.exp2(k - K[:, None])
     s = tl.load(s_ptr + at, mask=mask, other=0.0)
     S = tl.sum(s * lift, axis=1)
-    gap = (
-        K + tl.log2(S) - z2_y
-    )  # log2 of the odds against the target; -inf where nothing else has mass
+    # log2 of the odds against the target; -inf where nothing else has mass
+    gap = K + tl.log2(S) - z2_y
     # log2(1 + 2**-|gap|), exact also where 1 + x rounds: the classical correction by what was
     # really added
     x = tl.exp2(-tl.abs(gap))

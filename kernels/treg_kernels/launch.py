@@ -34,7 +34,6 @@ def slabs(
     before the next.
     """
     (N, D), V = hidden.shape, weight.shape[0]
-    direct = tile.descriptors and at_16_bytes(weight) and at_16_bytes(hidden)
     constants = {
         "BLOCK_N": tile.n, "BLOCK_V": tile.v, "BLOCK_D": tile.d, "PRECISION": "ieee",
         "GROUP_N": configs.shared_tiles(tile, D, hidden.element_size()),
@@ -47,7 +46,7 @@ def slabs(
             logits = buffer[: N * columns].view(N, columns)
             product(hidden, weight[first : first + columns], logits)
             operands, source = (logits, None, columns, 1, 0, 0), "logits"
-        elif direct:
+        elif tile.descriptors and at_16_bytes(weight) and at_16_bytes(hidden):
             pair = (descriptor(hidden, tile.n, tile.d), descriptor(weight, tile.v, tile.d))
             operands, source = (*pair, *hidden.stride(), *weight.stride()), "descriptors"
         else:

@@ -154,9 +154,8 @@ def tanh(v):
 @triton.jit
 def bounded(a, cap_scale):
     """What z2 is a multiple of: tanh(a * cap_scale) with a softcap, else a."""
-    TWO_LOG2E: tl.constexpr = (
-        2.8853900817779268  # of the module it would be compared in each launch
-    )
+    # a constant of the module would be compared in every launch
+    TWO_LOG2E: tl.constexpr = 2.8853900817779268
     return a if cap_scale is None else tanh(a * (cap_scale * TWO_LOG2E))
 
 

@@ -119,7 +119,7 @@ class PairOutputs:
         coef is 0: a token that belongs to no pair has no coefficient.
         """
         loss, stats = like.new_empty(pairs), like.new_empty(len(STATS), pairs)
-        more = {name: torch.zeros_like(like) for name in others} if others else {}
+        more = {name: torch.zeros_like(like) for name in others}
         return cls(loss, stats, torch.zeros_like(like), more)
 
 
