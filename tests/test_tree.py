@@ -45,7 +45,7 @@ MAY_IMPORT = {
         *("treg_kernels", "torch"),
     },
     "treg.ops.reference": {"treg.results", "torch"},
-    "treg.heads": {"treg.heads", "treg.ops", "treg.results", "torch", "transformers"},
+    "treg.heads": {"treg.heads", "treg.ops", "treg.data.tree", "torch", "numpy", "transformers"},
     "treg.data": {"treg.data", "treg.files", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
     "treg.rewards": {
         *("treg.rewards", "treg.data", "treg.files", "treg.heads", "treg.ops"),

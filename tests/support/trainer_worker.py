@@ -256,7 +256,7 @@ def killed(output_dir: Path, when: str) -> None:
 # what two processes do in halves: (model, reference, options); batches are of 4 items in all
 SHARED = {
     "padded": ("tied", "model", {"gradient_accumulation_steps": 2}),
-    "packs": ("llama", "sums", {"packing": True, "token_budget": 40}),
+    "packs": ("llama", "sums", {"packing": True, "token_budget": 32}),
     "lora": ("llama", "adapters", {"packing": True}),
 }
 

@@ -252,7 +252,7 @@ def steps(tmp_path, pairs, batch, accumulation=1, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"packing": True}, {"packing": True, "token_budget": 50}],
+    [{}, {"packing": True}, {"packing": True, "token_budget": 40}],
     ids=["padded", "packed", "packs"],
 )
 def test_one_by_eight_is_eight_by_one(tmp_path, options):
@@ -882,9 +882,10 @@ def test_options_are_checked_before_any_model(tmp_path, options, message):
 def test_token_budget_below_the_longest_pair(tmp_path):
     pairs = with_reference(make_pairs(4), make_model())
     longest = max(tokens([p]) for p in pairs)
-    make_trainer(tmp_path, make_model(), pairs, packing=True, token_budget=longest)
+    options = dict(packing=True, share_prompt=False)
+    make_trainer(tmp_path, make_model(), pairs, **options, token_budget=longest)
     with pytest.raises(ValueError, match=rf"token_budget: .* {longest} tokens, got {longest - 1}"):
-        make_trainer(tmp_path, make_model(), pairs, packing=True, token_budget=longest - 1)
+        make_trainer(tmp_path, make_model(), pairs, **options, token_budget=longest - 1)
 
 
 def test_models_that_cannot_serve(tmp_path):

@@ -54,7 +54,7 @@ from treg.rewards.made_with import planned
 from treg.rewards.parts import ROWS
 from treg.rewards.progress import counted_rows
 from treg.trainer import TRegConfig, TRegTrainer
-from treg.trainer.trainer import example_loader, reference_source
+from treg.trainer.data import example_loader, reference_source
 from treg.viz import plot_curves
 
 # options that may change between the parts of one run, by the beginning of their names: they do not

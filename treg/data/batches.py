@@ -2,7 +2,8 @@
 model's input.
 
 In both layouts the head sees the same rows: the completion tokens of all sequences, one sequence
-after the other, the B chosen ones first. Nothing after the collator masks, shifts or pads.
+after the other, the B chosen ones first. Nothing after the collator masks, shifts or pads. Beside
+either layout stands, where it is asked for, the one in which a pair's prompt is run once.
 """
 
 import bisect
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from treg.data.tree import model_inputs, shared_beginning, shared_pairs
+
 SIDES = ("chosen", "rejected")
 MASK_COLUMNS = ("chosen_scored", "rejected_scored")
 # per-token signals that the losses take
@@ -20,7 +23,7 @@ LOSS_STREAMS = ("token_rewards", "token_weights", "kl_weights")
 WEIGHT_STREAMS = ("token_weights", "kl_weights")  # those of them that are at least 0
 PER_TOKEN_OR_SEQUENCE = ("scored", "target", "lengths", "ref_logps", *LOSS_STREAMS)
 # of a batch; the others are the model's
-LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens", "pair_values")
+LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens", "pair_values", "shared")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class PairCollator:
     packing: False: input_ids and attention_mask [2B, T], padded on the right. True: input_ids and
         position_ids [1, L], one sequence after the other; attention starts anew where position_ids
         is 0.
+    share_prompt: whether the batch has, beside these, the rows in which what a pair begins with
+        stands once.
     pad_token_id, pad_to_multiple_of: of the padded layout.
     pair_columns: names of numbers that the examples have, one each, and the loss needs.
     Returns a dict: the model's input_ids and attention_mask or position_ids (the last token of a
@@ -44,12 +49,16 @@ class PairCollator:
         sums or, if all have ref_chosen_token_logps, [N] float32; with pair_columns pair_values,
         [columns, B] float64. Those from lengths on are numpy arrays, because trainers move the
         tensors of a batch, and some round them to the model's dtype.
+        With share_prompt also shared, a dict: the model's input_ids, position_ids and branches
+        (`treg.data.tree`) of rows of pairs, [B, T] or [1, L]; and places, int64 like the input_ids
+        above: where each of those tokens stands in the flattened rows of pairs.
     """
 
     pad_token_id: int = 0
     packing: bool = False
     pad_to_multiple_of: int | None = None
     pair_columns: tuple[str, ...] = ()
+    share_prompt: bool = False
 
     def __call__(
         self, examples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
@@ -79,6 +88,8 @@ class PairCollator:
             for start, (prompt, completion) in zip(starts, sequences, strict=True)
         ]
         batch = self._packed(inputs) if self.packing else self._padded(inputs, width)
+        if self.share_prompt:
+            batch["shared"] = self._shared(inputs, starts, batch["input_ids"].shape)
         batch["scored"] = torch.from_numpy(kept(scored))
         target = kept([completion for _, completion in sequences])
         batch["target"] = torch.from_numpy(target.astype(np.int64))
@@ -109,6 +120,23 @@ class PairCollator:
             ids[i, : len(x)] = torch.from_numpy(x)
             mask[i, : len(x)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+    def _shared(
+        self, inputs: list[np.ndarray], starts: np.ndarray, shape: torch.Size
+    ) -> dict[str, Any]:
+        """What the model takes of pairs that share rows, and where the tokens of inputs, which
+        begin at starts of rows of that shape, stand there.
+        """
+        tree = shared_pairs(
+            inputs,
+            packed=self.packing,
+            pad=self.pad_token_id,
+            multiple=self.pad_to_multiple_of or 1,
+        )
+        places = np.zeros(shape.numel(), dtype=np.int64)
+        for start, path in zip(starts, tree.paths, strict=True):
+            places[start : start + len(path)] = path
+        return model_inputs(tree) | {"places": torch.from_numpy(places).reshape(shape)}
 
 
 def pair_numbers(pairs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> np.ndarray:
@@ -177,18 +205,19 @@ def first_pairs(batch: Mapping[str, Any], n: int) -> dict[str, Any]:
     return kept
 
 
-def pair_tokens(example: Mapping[str, Any]) -> int:
-    """Tokens that a pair puts through the model: two sequences without their last tokens."""
-    return (
-        2 * len(example["prompt_ids"])
-        + len(example["chosen_ids"])
-        + len(example["rejected_ids"])
-        - 2
-    )
+def pair_tokens(example: Mapping[str, Any], *, share_prompt: bool = False) -> int:
+    """Tokens that a pair puts through the model: two sequences without their last tokens; with
+    share_prompt what they begin with counts once.
+    """
+    prompt, *completions = (example[f"{part}_ids"] for part in ("prompt", *SIDES))
+    tokens = 2 * len(prompt) + sum(map(len, completions)) - 2
+    if not share_prompt:
+        return tokens
+    return tokens - len(prompt) - shared_beginning(*(x[:-1] for x in completions))
 
 
 def pack_pairs(
-    examples: Sequence[Mapping[str, Any]], token_budget: int
+    examples: Sequence[Mapping[str, Any]], token_budget: int, *, share_prompt: bool = False
 ) -> list[list[Mapping[str, Any]]]:
     """Whole pairs in packs of at most token_budget tokens: longest first, each into the fullest
     pack that has room.
@@ -200,7 +229,7 @@ def pack_pairs(
         ValueError: a pair is longer than the budget.
     """
     examples = list(examples)  # rows that are read anew have an identity for as long as they live
-    sizes = [pair_tokens(x) for x in examples]
+    sizes = [pair_tokens(x, share_prompt=share_prompt) for x in examples]
     if sizes and max(sizes) > token_budget:
         raise ValueError(
             f"token_budget: expected at least the longest pair's {max(sizes)} tokens, got "

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,17 +88,65 @@ def check_sequences_of(spec: HeadSpec, *, packing: bool) -> None:
         _check_same(model, states[:, TOKENS:], alone, leaks, "use packing=False")
 
 
+def check_branches_of(spec: HeadSpec) -> None:
+    """Check on a few tokens that the hidden states of two sequences are the same in a row that they
+    share (`treg.data.tree`) and alone.
+
+    Raises:
+        ValueError: they differ, or the model cannot run such a row; says why.
+    """
+    model = spec.model
+    vocab = _input_vocab(model)
+    ids = _random_ids(model, 4 * TOKENS, lowest=1, highest=vocab)[0]
+    beginning, first, second, others = ids.split(TOKENS)
+    alone = [torch.cat([beginning, tail])[None] for tail in (first, second)]
+    positions = torch.arange(2 * TOKENS, device=model.device)
+    branches = np.array([(0, 0, 2 * TOKENS, -1, 0), (0, 2 * TOKENS, TOKENS, 0, TOKENS)])
+
+    def together(first: Tensor, padding: Tensor) -> Tensor:
+        places = torch.cat([positions, positions[TOKENS:], torch.zeros_like(padding)])
+        row = torch.cat([beginning, first, second, padding])
+        return spec.hidden(input_ids=row[None], position_ids=places[None], branches=branches)
+
+    with _inference(model):
+        with _own_forward(model, alone[0], "shared beginnings"):
+            expected = [spec.hidden(input_ids=x) for x in alone]
+        try:
+            found = together(first, first[:0])
+            of_others = together(others, first[:0])
+            padded = together(first, others)
+        except Exception as error:
+            raise ValueError(
+                f"{name_of(model)}: it cannot run two answers after one prompt: {error}"
+            ) from error
+    second_rows = slice(2 * TOKENS, 3 * TOKENS)
+    rest = found[:, second_rows]
+    # what padding changes is rounding: of products of other shapes
+    noise = (padded[:, second_rows] - rest).abs().max().item()
+    leak = (of_others[:, second_rows] - rest).abs().max().item()
+    if not leak <= 16 * noise + 8 * torch.finfo(rest.dtype).eps * rest.abs().max().item():
+        raise ValueError(
+            f"{name_of(model)}: an answer sees another one that stands before it in the row (by "
+            f"{leak:.2e}; padding changes it by {noise:.2e}): some layers are no attention with a "
+            "mask, but a state, a linear attention or a convolution"
+        )
+    differ = "hidden states after a shared beginning are not those of the sequences alone: its "
+    differ += "positions are not position_ids from 0 (ALiBi, a bias by distance, an offset)"
+    _check_same(model, found[:, : 2 * TOKENS], expected[0], differ)
+    _check_same(model, rest, expected[1][:, TOKENS:], differ)
+
+
 def _check_same(
-    model: PreTrainedModel, found: Tensor, expected: Tensor, leaks: str, fix: str
+    model: PreTrainedModel, found: Tensor, expected: Tensor, leaks: str, fix: str = ""
 ) -> None:
-    """ValueError unless hidden states are the same, up to rounding."""
+    """ValueError unless hidden states are the same, up to rounding. fix: what to do otherwise."""
     # what leaks changes states by a good part of their size; float32 may mean TF32
     allowed = max(8 * torch.finfo(found.dtype).eps, 3e-4) * expected.abs().max().item()
     difference = (found - expected).abs().max().item()
     if not difference <= allowed:
         raise ValueError(
-            f"{name_of(model)}: {leaks} (by {difference:.2e}, expected at most {allowed:.2e}); "
-            f"{fix}"
+            f"{name_of(model)}: {leaks} (by {difference:.2e}, expected at most {allowed:.2e})"
+            + (fix and f"; {fix}")
         )
 
 

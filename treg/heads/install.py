@@ -13,7 +13,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
-from treg.heads.checks import INSTEAD, check_head, check_sequences_of
+from treg.heads.checks import (
+    INSTEAD,
+    check_branches_of,
+    check_head,
+    check_sequences_of,
+)
 from treg.heads.spec import HeadFunction, HeadSpec, Operands, name_of, shape_of, why_unreadable
 from treg.heads.tables import logit_scale_of, softcap_of, steps_before, used_vocab
 
@@ -111,6 +116,13 @@ def check_sequences(spec: HeadSpec, *, packing: bool = False) -> None:
     read yet, the check waits for them, as that of `resolve_head` does.
     """
     _check_now_or_later(spec, functools.partial(check_sequences_of, packing=packing))
+
+
+def check_branches(spec: HeadSpec) -> None:
+    """ValueError unless hidden states of sequences that share their beginning (`treg.data.tree`)
+    are the same in one row and alone; says why. Waits for the weights as `check_sequences` does.
+    """
+    _check_now_or_later(spec, check_branches_of)
 
 
 def _has_floating_matrix(projection: Any) -> bool:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from treg.heads.install import run_head
 from treg.heads.spec import Operands
-from treg.ops import linear_logprobs
-from treg.results import LinearLogprobs
+from treg.ops import LinearLogprobs, linear_logprobs
 
 
 def token_logprobs(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treg.heads.adapters import has_adapter, read_adapted
+from treg.heads.attention import run_branching
 from treg.heads.tables import Steps
 
 # weight, bias, logit_scale and softcap: keyword arguments of the ops
@@ -57,10 +58,17 @@ class HeadSpec:
         where one packed sequence ends and the next begins.
 
         Args:
-            inputs: as for the model's forward; those that are None are left out.
+            inputs: as for the model's forward; those that are None are left out. And branches
+                [n, 5] int64, where sequences that begin alike share rows (`treg.data.tree`): then
+                input_ids and position_ids are those of the rows, and there is no attention_mask.
         """
         given = {name: x for name, x in inputs.items() if x is not None}
-        hidden = self.backbone(**given | without_cache(self.backbone))[0]
+        branches = given.pop("branches", None)
+        given |= without_cache(self.backbone)
+        if branches is None:
+            hidden = self.backbone(**given)[0]
+        else:
+            hidden = run_branching(self.model, self.backbone, branches, given)[0]
         for step in self.before:
             function = self.model.get_submodule(step) if isinstance(step, str) else step
             hidden = function(hidden)

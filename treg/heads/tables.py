@@ -30,6 +30,13 @@ EXCEPTIONS = {
     "mpt": {"logit_scale": 0},
 }
 
+# model types whose attention looks at places in a row where it should look at positions, which a
+# few tokens do not show
+BY_PLACE = {
+    "big_bird": "block-sparse attention by places in the row",
+    "gpt_neo": "local attention by places in the row",
+}
+
 # What is applied between backbone and projection, in order: a module by its name, or a function.
 Steps = tuple[str | Callable[[Tensor], Tensor], ...]
 # A model is read by the first row of whose modules it has every one.

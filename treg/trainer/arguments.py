@@ -24,6 +24,9 @@ class LossArguments:
     token_budget: with packing, each of the per_device_train_batch_size items of a batch is a pack
         of whole pairs of at most so many tokens, instead of one pair; set
         per_device_train_batch_size=1 for one pack a forward.
+    share_prompt: whether what the two sequences of a pair begin with is run once, for both; the
+        loss and its gradients are the same. None: where the model can, and the first batch shows
+        the same log-probs; else a warning is said. True: else it is an error.
     memory_budget: bytes of temporaries of the loss; None: see `treg.ops.linear_logprobs`.
     disable_dropout: of policy and reference.
     ignore_fingerprint: train also where the annotated data were made with another model or
@@ -64,6 +67,12 @@ class LossArguments:
     )
     token_budget: int | None = field(
         default=None, metadata={"help": "With packing: tokens of a pack of pairs."}
+    )
+    share_prompt: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run a pair's prompt once. Default: where the model is found to allow it."
+        },
     )
     memory_budget: int | None = field(
         default=None, metadata={"help": "Bytes of temporaries of the loss."}

@@ -4,7 +4,7 @@ model's forward.
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treg.data import LOSS_KEYS, ExampleLoader, PairCollator, first_pairs, pack_pairs
-from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS, stream_columns
+from treg.data import LOSS_KEYS, PairCollator, first_pairs, pack_pairs
 from treg.data.batches import LOSS_STREAMS
 from treg.data.mixture import sources_of
 from treg.heads import check_sequences, install_head, run_head
-from treg.losses import LossOptions
 from treg.ops import fused_treg_loss, linear_logprobs
 from treg.results import TRegLoss
 from treg.trainer.card import keep_from_hub, write_card
 from treg.trainer.checkpoints import SealedCheckpoints
 from treg.trainer.config import TRegConfig
+from treg.trainer.data import example_loader, reference_source
 from treg.trainer.metrics import PairMetrics
+from treg.trainer.sharing import in_shared_rows, sharing_of
 
 log = logging.getLogger(__name__)
 
-Examples = Sequence[Mapping[str, Any]]
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 
 
@@ -100,11 +99,15 @@ class TRegTrainer(SealedCheckpoints):
             eval_dataset = dict(zip(eval_dataset, rest, strict=True))
         else:
             eval_dataset = rest[0]
-        if args.token_budget is not None and train_dataset is not None:
-            train_dataset = pack_pairs(train_dataset, args.token_budget)
-        check_sequences(install_head(policy), packing=args.packing)
+        models = [policy]
         if ref_model is not None and self._source == "model":
-            check_sequences(install_head(ref_model), packing=args.packing)
+            models.append(ref_model)
+        for x in models:
+            check_sequences(install_head(x), packing=args.packing)
+        self._sharing = sharing_of(args, models, adapters)
+        share = self._sharing.on
+        if args.token_budget is not None and train_dataset is not None:
+            train_dataset = pack_pairs(train_dataset, args.token_budget, share_prompt=share)
         if getattr(policy.config, "output_router_logits", False):
             log.warning(
                 "output_router_logits: the router's auxiliary loss is not part of this trainer's "
@@ -114,6 +117,7 @@ class TRegTrainer(SealedCheckpoints):
             tokenizer.pad_token_id or 0,
             args.packing,
             pair_columns=options.objective.pair_columns,
+            share_prompt=share,
         )
         kwargs.setdefault("data_collator", collator)
         super().__init__(
@@ -172,6 +176,8 @@ class TRegTrainer(SealedCheckpoints):
         self, model: nn.Module, batch: dict, mode: str, reduction: str, outputs: tuple[str, ...]
     ) -> TRegLoss:
         """The loss of a batch, inside the model's forward; its metrics are added up under mode."""
+        models = [x for x in (model, self.ref_model) if x is not None]
+        in_shared_rows(batch, self._sharing, models, self._dtype, self.accelerator)
         reference = self._reference(model, batch)
         streams = {name: batch[name] for name in LOSS_STREAMS}
         objective = self.loss_options.objective
@@ -205,6 +211,14 @@ class TRegTrainer(SealedCheckpoints):
             length_normalised=objective.length_normalised,
         )
         return result
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        weight: Any = install_head(self.accelerator.unwrap_model(self.model)).projection.weight
+        return weight.dtype
 
     def _alpha_of_ratio(self) -> float:
         """alpha where T-REG's gradient is a factor of the objective's at each token, else 0."""
@@ -322,71 +336,6 @@ class TRegTrainer(SealedCheckpoints):
             write_card(self, **given)
 
 
-def example_loader(
-    args: TRegConfig, tokenizer: Any, reference: Any, adapters: bool
-) -> ExampleLoader:
-    """What reads and checks the data sets of a trainer with these arguments.
-
-    reference: the model that must have annotated them. adapters: whether with those that are on it.
-    """
-    options = args.loss_options
-    return ExampleLoader(
-        tokenizer,
-        reference,
-        max_length=args.max_length,
-        streams=_needed_streams(options),
-        refused=() if options.with_kl else ("kl_weights",),
-        pair_columns=options.objective.pair_columns,
-        adapters=adapters,
-        check_fingerprint=not args.ignore_fingerprint,
-        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-    )
-
-
-def reference_source(
-    options: LossOptions,
-    sets: Mapping[str, Examples | None],
-    ref_model: nn.Module | None,
-    adapters: bool,
-) -> str:
-    """Where the reference comes from: "none", the "data" where all have its log-probs, the
-    "model", the "adapters".
-
-    Raises:
-        ValueError: it comes from nowhere; sets are examples by the name of their argument.
-    """
-    objective = options.objective
-    if objective.reference_free:
-        return "none"
-    if options.with_kl:
-        if ref_model is None and not adapters:
-            raise ValueError(
-                f"ref_model: expected a model for loss_type={options.loss_type!r}, "
-                "whose KL divergence runs over the reference's whole vocabulary, got None; "
-                "give one, or train adapters"
-            )
-        return "adapters" if ref_model is None else "model"
-    lack, needed = "", REF_COLUMNS
-    for name, examples in sets.items():
-        if examples is None or lack:
-            continue
-        weighted = objective.reference_per_token
-        weighted |= stream_columns("token_weights")[0] in examples[0]
-        usable = {*REF_TOKEN_COLUMNS} if weighted else {*REF_COLUMNS, *REF_TOKEN_COLUMNS}
-        if not examples[0].keys() & usable:
-            lack, needed = name, REF_TOKEN_COLUMNS if weighted else REF_COLUMNS
-    if not lack:
-        return "data"
-    if ref_model is None and not adapters:
-        reason = "" if needed == REF_COLUMNS else " for losses that weigh tokens"
-        option = "" if needed == REF_COLUMNS else " --per_token"
-        raise ValueError(
-            f"{lack}: expected the columns {', '.join(needed)}{reason}, found none; run `treg "
-            f"annotate{option}`, give a ref_model, or train adapters"
-        )
-    return "adapters" if ref_model is None else "model"
-
-
 def _check_arguments(
     model: Any, ref_model: Any, args: TRegConfig, kwargs: Mapping[str, Any]
 ) -> None:
@@ -413,16 +362,6 @@ def _check_arguments(
         raise ValueError(
             f"expected one GPU a process, got {args.n_gpu}; start with `accelerate launch`"
         )
-
-
-def _needed_streams(options: LossOptions) -> dict[str, str]:
-    """The per-token signals that data must have, and what to set to do without."""
-    needed = {}
-    for stream in options.needed_streams:
-        needed[stream] = f"another loss_type than {options.loss_type!r}"
-        if stream not in options.objective.needs:
-            needed[stream] = "alpha=0 for the plain objective"
-    return needed
 
 
 def _check_adapters(model: Any, adapters: bool, packing: bool) -> None:

@@ -1,0 +1,338 @@
+"""Attention in rows whose tokens see their own branch alone (`treg.data.tree`).
+
+transformers' models ask for their attention masks in one place, by a function of two positions
+which says whether one sees the other: causal, sliding, chunked. Within `branching` that function is
+asked about positions in a token's own sequence, and answers no across branches. So each layer has
+the mask that it would have for every sequence alone.
+
+With sdpa no mask of a whole row is made: each branch is one call of the model's own attention
+function, its queries over the keys of its path. A beginning is then plain causal attention, with
+the kernel of that.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from treg.data.tree import LENGTH, PARENT, ROW, SHARED, START, IntArray
+from treg.heads.tables import BY_PLACE
+
+# attention implementations of transformers that take any mask
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+# types of layers that see by a mask of positions alone, in configs that name them
+LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+MaskFunction = Callable[[Any, Any, Any, Any], Any]  # (batch, head, query, key) -> may it see it
+
+_BRANCHES: ContextVar["Branches | None"] = ContextVar("branches", default=None)
+
+
+def run_branching(
+    model: PreTrainedModel, backbone: nn.Module, branches: IntArray, inputs: dict[str, Any]
+) -> Any:
+    """What a backbone gives of rows of branches.
+
+    Args:
+        model: what the backbone is part of, for errors.
+        branches: [n, 5] int64, see `treg.data.tree`.
+        inputs: of the backbone: input_ids and position_ids [rows, width], no attention_mask.
+    Raises:
+        ValueError: the model's attention takes no mask, or one that the model makes itself.
+    """
+    check_attention(model)
+    ids: Tensor = inputs["input_ids"]
+    # of ones: without any, transformers would take positions that start over for packed sequences
+    mask = torch.ones_like(ids)
+    with branching(branches, *ids.shape) as found:
+        result = backbone(**inputs, attention_mask=mask)
+    if not found.asked:
+        raise ValueError("the model makes its attention masks itself, or has none")
+    return result
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """ValueError for an attention implementation that takes no mask of branches, and for layers
+    that are known to look at more than a mask of positions.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation: expected {', '.join(IMPLEMENTATIONS)}, which take any mask, got "
+            f"{config._attn_implementation!r}; load the model with attn_implementation='sdpa'"
+        )
+    others = sorted({*(getattr(config, "layer_types", None) or ())} - LAYERS)
+    if others:
+        raise ValueError(f"it has layers of type {', '.join(others)}")
+    if config.model_type in BY_PLACE:
+        raise ValueError(f"it has {BY_PLACE[config.model_type]}")
+
+
+@contextlib.contextmanager
+def branching(branches: IntArray, rows: int, width: int) -> Iterator["Branches"]:
+    """Within it, the masks that models ask for are those of branches (`treg.data.tree`) in rows of
+    that width.
+    """
+    _register()
+    found = Branches(branches, rows, width)
+    token = _BRANCHES.set(found)
+    try:
+        yield found
+    finally:
+        _BRANCHES.reset(token)
+
+
+class Branches:
+    """The branches of a batch, as its attention needs them.
+
+    asked: how many masks were asked for.
+    """
+
+    def __init__(self, branches: IntArray, rows: int, width: int):
+        self.branches = branches
+        self.rows = rows
+        self.width = width
+        self.asked = 0
+
+    def seen_by(self, mask_function: MaskFunction, device: torch.device | str) -> MaskFunction:
+        """mask_function of positions, as one of places in the rows."""
+        branch, position, limit = (x.to(device) for x in self._places)
+
+        def seen(row: Any, head: Any, query: Any, key: Any) -> Any:
+            at = position[row, key]
+            own = at < limit[branch[row, query], branch[row, key]]
+            return own & mask_function(row, head, position[row, query], at)
+
+        return seen
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Branch [rows, width] and position [rows, width] of each place, and limit [n+1, n+1]: how
+        many positions of a branch (column) another one (row) sees. Padding is branch n.
+        """
+        n = len(self.branches)
+        branch = np.full((self.rows, self.width), n)
+        position = np.zeros_like(branch)
+        limit = np.zeros((n + 1, n + 1), dtype=np.int64)
+        limit[n, n] = 1
+        for b, (row, start, length, _, shared) in enumerate(self.branches):
+            branch[row, start : start + length] = b
+            position[row, start : start + length] = np.arange(shared, shared + length)
+            limit[b, b] = shared + length
+            for other, seen in self._ancestors(b):
+                limit[b, other] = seen
+        return torch.from_numpy(branch), torch.from_numpy(position), torch.from_numpy(limit)
+
+    def _ancestors(self, branch: int) -> Iterator[tuple[int, int]]:
+        """The branches that one goes on from, the nearest first, and how many positions of each it
+        sees.
+        """
+        seen = int(self.branches[branch, SHARED])
+        while (branch := int(self.branches[branch, PARENT])) >= 0:
+            yield branch, seen
+            seen = min(seen, int(self.branches[branch, SHARED]))
+
+    @cached_property
+    def pieces(self) -> tuple[list[list[int]], list[list[list[int]]], list[list[int]]]:
+        """How the rows are cut for attention branch by branch.
+
+        Returns:
+            Of each row, the lengths of its branches, and last of its padding; of each row, the
+            lengths of the pieces that its keys are cut into; of each branch, the numbers of the
+            pieces of its row that make its path.
+        """
+        cuts = [{0, self.width} for _ in range(self.rows)]
+        paths: list[list[tuple[int, int]]] = []  # of each branch: first and last place, cut out
+        for b, (row, start, length, _, _) in enumerate(self.branches):
+            spans = [(int(start), int(start + length))]
+            for other, seen in self._ancestors(b):
+                first = self.branches[other, START]
+                spans.append((int(first), int(first + seen - self.branches[other, SHARED])))
+            spans = [span for span in reversed(spans) if span[1] > span[0]]
+            cuts[row].update(place for span in spans for place in span)
+            paths.append(spans)
+        edges = [sorted(places) for places in cuts]
+        numbers = [{place: i for i, place in enumerate(places)} for places in edges]
+        lengths: list[list[int]] = [[] for _ in range(self.rows)]
+        for row, length in self.branches[:, [ROW, LENGTH]].tolist():
+            lengths[row].append(length)
+        for of_row in lengths:
+            of_row.append(self.width - sum(of_row))
+        of_branches = []
+        for (row, *_), spans in zip(self.branches.tolist(), paths, strict=True):
+            found: list[int] = []
+            for first, last in spans:
+                found += range(numbers[row][first], numbers[row][last])
+            of_branches.append(found)
+        return lengths, [np.diff(places).tolist() for places in edges], of_branches
+
+
+class BranchMask(Tensor):
+    """The boolean mask [rows, 1, width, width] of a layer, made only where something reads it.
+
+    `attend` does not: it takes the masks of single branches. To everything else this is the mask.
+    """
+
+    branches: Branches
+    make: Any  # transformers' sdpa_mask, with the layer's mask_function
+    of_branches: dict[int, Tensor | None]
+
+    @staticmethod
+    def __new__(cls, branches: Branches, make: Any, device: torch.device) -> "BranchMask":
+        shape = (branches.rows, 1, branches.width, branches.width)
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+
+    def __init__(self, branches: Branches, make: Any, device: torch.device):
+        self.branches = branches
+        self.make = make
+        self.of_branches = {}
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+        return f"BranchMask({list(self.shape)}, {len(self.branches.branches)} branches)"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(BranchMask, lambda mask: mask.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        branches = self.branches
+        seen = branches.seen_by(self.make.keywords["mask_function"], self.device)
+        mask = self.make(
+            batch_size=branches.rows,
+            q_length=branches.width,
+            kv_length=branches.width,
+            mask_function=seen,
+            allow_is_causal_skip=False,
+            device=self.device,
+        )
+        return mask.contiguous()
+
+    def of_branch(self, branch: int) -> Tensor | None:
+        """Of a branch's tokens over its whole path, [1, 1, own, whole]; None: plain causal."""
+        if branch not in self.of_branches:
+            shared, length = self.branches.branches[branch, [SHARED, LENGTH]].tolist()
+            self.of_branches[branch] = self.make(
+                batch_size=1,
+                q_length=length,
+                kv_length=shared + length,
+                q_offset=shared,
+                device=self.device,
+            )
+        return self.of_branches[branch]
+
+    def attend(self, function: Callable, module: Any, *states: Tensor, **kwargs: Any) -> Any:
+        """function(module, query, key, value, mask, **kwargs) of each branch, put together.
+
+        states: query, key, value [rows, heads, width, head size].
+        """
+        lengths, pieces, paths = self.branches.pieces
+        query, key, value = (x.unbind() for x in states)
+        outputs, branch = [], 0
+        for row in range(self.branches.rows):
+            *own, padding = query[row].split(lengths[row], dim=1)
+            keys, values = (x[row].split(pieces[row], dim=1) for x in (key, value))
+            found = []
+            for queries in own:
+                path = paths[branch]
+                out, _ = function(
+                    module,
+                    queries[None],
+                    torch.cat([keys[i] for i in path], dim=1)[None],
+                    torch.cat([values[i] for i in path], dim=1)[None],
+                    self.of_branch(branch),
+                    **kwargs,
+                )
+                found.append(out)  # [1, own, heads, head size]
+                branch += 1
+            if padding.shape[1]:
+                found.append(found[0].new_zeros(1, padding.shape[1], *found[0].shape[2:]))
+            outputs.append(torch.cat(found, dim=1))
+        return torch.cat(outputs), None
+
+
+def _register() -> None:
+    """Let transformers' masks and its sdpa heed branches; without any they are as they were."""
+    for name in IMPLEMENTATIONS:
+        original = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if not hasattr(original, "heeds_branches"):
+            mask = _sdpa_mask if name == "sdpa" else _mask
+            AttentionMaskInterface.register(name, _heeding(original, mask))
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if not hasattr(original, "heeds_branches"):
+        AttentionInterface.register("sdpa", _heeding(original, _attention))
+
+
+def _heeding(original: Callable, function: Callable) -> Callable:
+    wrapped: Any = functools.partial(function, original)
+    functools.update_wrapper(wrapped, original)
+    wrapped.heeds_branches = True
+    return wrapped
+
+
+def _mask(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A mask of transformers, by its mask_function."""
+    branches = _BRANCHES.get()
+    if branches is None:
+        return original(*args, **kwargs)
+    kwargs = _of_positions(branches, *args, **kwargs)
+    seen = branches.seen_by(kwargs["mask_function"], kwargs["device"])
+    return original(**kwargs | {"mask_function": seen})
+
+
+def _sdpa_mask(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    branches = _BRANCHES.get()
+    if branches is None:
+        return original(*args, **kwargs)
+    kwargs = _of_positions(branches, *args, **kwargs)
+    shape = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "device")
+    make = functools.partial(original, **{k: x for k, x in kwargs.items() if k not in shape})
+    return BranchMask(branches, make, torch.device(kwargs["device"]))
+
+
+def _of_positions(branches: Branches, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a mask that is asked for, if it can be one of branches.
+
+    Raises:
+        ValueError: it is one of other tokens, or not a function of positions.
+    """
+    branches.asked += 1
+    size = tuple(kwargs.get(name) for name in ("batch_size", "q_length", "kv_length"))
+    if args or size != (branches.rows, branches.width, branches.width):
+        raise ValueError(
+            f"the model asks for a mask of batch, queries and keys {size}, expected "
+            f"{(branches.rows, branches.width, branches.width)}"
+        )
+    if kwargs.get("use_vmap") or "mask_function" not in kwargs:
+        raise ValueError("the model has a mask of its own that is no function of positions")
+    return kwargs | {"attention_mask": None}
+
+
+def _attention(
+    original: Callable,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """transformers' sdpa, branch by branch where that is its mask."""
+    mask = attention_mask
+    if not isinstance(mask, BranchMask):
+        return original(module, query, key, value, mask, *args, **kwargs)
+    whole = all(len(x) == len(mask) and x.shape[2] == mask.shape[2] for x in (query, key, value))
+    if args or not whole or kwargs.get("position_bias") is not None:
+        return original(module, query, key, value, mask.dense, *args, **kwargs)
+    return mask.attend(original, module, query, key, value, **kwargs)

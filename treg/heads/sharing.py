@@ -1,0 +1,262 @@
+"""A pair's prompt run once: rows of pairs out of ordinary batches, and the check of a first batch
+that nothing changes but rounding.
+
+A batch of pairs has 2B sequences, the B chosen ones first, and i and B + i share what they begin
+with. In rows of pairs (`treg.data.tree`) that stands once: P + R_w + R_l tokens of the model where
+the sequences alone have 2P + R_w + R_l.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from treg.data.tree import IntArray, model_inputs, shared_pairs
+from treg.heads.install import check_branches, run_head
+from treg.heads.spec import HeadSpec, Operands
+from treg.ops import linear_logprobs
+
+log = logging.getLogger(__name__)
+
+# of the spread that padding makes, how much sharing may make: of the root of the mean square, and
+# of the largest difference
+TIMES_RMS, TIMES_MAX = 4, 8
+CHECKED = 4  # pairs of the first batch
+NOT_SHARED = "set share_prompt=False"
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """A batch of pairs in rows that they share.
+
+    inputs: what a model whose head is installed takes: input_ids and position_ids [rows, width],
+        and branches [n, 5].
+    places: int64, of the shape of the batch's input_ids: where each of its tokens stands in the
+        flattened rows; 0 where there is padding.
+    """
+
+    inputs: dict[str, Any]
+    places: Tensor
+
+    def apart(self, hidden: Tensor) -> Tensor:
+        """Hidden states [rows, width, D] of these rows as those of the batch, [2B, T, D]; of
+        padding what stands anywhere.
+        """
+        return hidden.flatten(0, 1)[self.places.to(hidden.device)]
+
+
+def share_prompts(
+    input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> SharedRows:
+    """A batch of pairs in rows that they share.
+
+    Args:
+        input_ids: [2B, T], the B chosen sequences first, padded on either side; or [1, L], all
+            sequences one after the other, then position_ids tell where they begin.
+        attention_mask: [2B, T], 0 where there is padding; None: there is none.
+        position_ids: of a row of several sequences, [1, L]: 0 where one begins. Of padded rows they
+            are not needed.
+    Returns:
+        Rows on the device of input_ids: [B, T'] or [1, L'].
+    Raises:
+        ValueError: another number of sequences than an even one, or an empty one.
+    """
+    sequences = _sequences(input_ids, attention_mask, position_ids)
+    ids = input_ids.cpu().numpy().reshape(-1)
+    tree = shared_pairs([ids[x] for x in sequences], packed=len(input_ids) == 1)
+    places = np.zeros(ids.shape, dtype=np.int64)
+    for sequence, path in zip(sequences, tree.paths, strict=True):
+        places[sequence] = path
+    device = input_ids.device
+    inputs = {
+        name: x.to(device) if isinstance(x, Tensor) else x for name, x in model_inputs(tree).items()
+    }
+    return SharedRows(inputs, torch.from_numpy(places).reshape(input_ids.shape).to(device))
+
+
+def _sequences(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> list[IntArray]:
+    """The places of each sequence's tokens in the flattened rows."""
+    rows, width = input_ids.shape
+    if rows == 1 and position_ids is not None:
+        starts = np.flatnonzero(position_ids[0].cpu().numpy() == 0)
+        sequences: list[IntArray] = [*np.split(np.arange(width), starts[1:])]
+    elif attention_mask is None:
+        sequences = list(np.arange(rows * width).reshape(rows, width))
+    else:
+        kept = attention_mask.cpu().numpy() != 0
+        sequences = [row * width + np.flatnonzero(mask) for row, mask in enumerate(kept)]
+    if len(sequences) % 2 or not all(map(len, sequences)):
+        raise ValueError(
+            "input_ids: expected an even number of sequences with tokens, the chosen ones first, "
+            f"got the lengths {list(map(len, sequences))}"
+        )
+    return sequences
+
+
+@dataclass
+class PromptSharing:
+    """Whether a trainer's batches share prompts, settled at the first of them.
+
+    asked: True: whatever speaks against it is an error. None: it is a warning, and prompts are not
+        shared.
+    on: whether they are shared.
+    """
+
+    asked: bool | None
+    on: bool = True
+    settled: bool = field(default=False, init=False)
+
+    def give_up(self, reason: Exception | str) -> None:
+        """Do without, unless it was asked for.
+
+        Raises:
+            ValueError: it was asked for.
+        """
+        if self.asked:
+            cause = reason if isinstance(reason, Exception) else None
+            raise ValueError(f"share_prompt: {reason}; {NOT_SHARED}") from cause
+        log.warning("the prompt of a pair is run once for each of its answers: %s", reason)
+        self.on = False
+
+    def try_on(self, spec: HeadSpec) -> None:
+        """Give up if a few tokens already show that a model cannot.
+
+        Raises:
+            ValueError: as `give_up`.
+        """
+        try:
+            check_branches(spec)
+        except ValueError as error:
+            self.give_up(error)
+
+    def settle(
+        self,
+        model: nn.Module,
+        apart: Mapping[str, Any],
+        shared: SharedRows,
+        dtype: torch.dtype,
+        agreed: Callable[[bool], bool] = bool,
+    ) -> None:
+        """Compare the log-probs of the first batch, some pairs of it, with those of its sequences
+        apart.
+
+        Args:
+            model: as it is trained, wrapped or not; its head is installed.
+            apart: input_ids and attention_mask or position_ids, as `share_prompts` takes them.
+            shared: the same in rows that pairs share.
+            dtype: what the model computes in.
+            agreed: whether all processes have found so, from whether this one has.
+        Raises:
+            ValueError: they differ by more than padding on one side from padding on the other, and
+                sharing was asked for.
+        """
+        self.settled = True
+        problem = ""
+        try:
+            found = compare(model, apart, shared)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if not found.same(dtype):
+                problem = f"the first batch's log-probs are not the same: {found}"
+        if not agreed(not problem):
+            self.give_up(problem or "another process found a difference")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How log-probs differ, in nats: rms and largest between shared and apart, and between padding
+    on the right and on the left; size: the largest log-prob.
+    """
+
+    rms: float
+    largest: float
+    padding_rms: float
+    padding_largest: float
+    size: float
+
+    def same(self, dtype: torch.dtype) -> bool:
+        """Whether sharing changes no more than roundings of dtype do."""
+        rounding = 4 * torch.finfo(dtype).eps * max(self.size, 1.0)
+        # not ">": a difference that is NaN is none
+        return (
+            self.rms <= TIMES_RMS * self.padding_rms + rounding
+            and self.largest <= TIMES_MAX * self.padding_largest + 2 * rounding
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"they differ by {self.rms:.2e} nats (at most {self.largest:.2e}), and padding on the "
+            f"left or right by {self.padding_rms:.2e} (at most {self.padding_largest:.2e})"
+        )
+
+
+@torch.no_grad()
+def compare(model: nn.Module, apart: Mapping[str, Any], shared: SharedRows) -> Comparison:
+    """The log-probs of some pairs of a batch in rows that they share, and apart with padding on the
+    right and on the left. The model runs in eval mode, three times, whatever the batch.
+    """
+    ids = apart["input_ids"]
+    sequences = _sequences(ids, apart.get("attention_mask"), apart.get("position_ids"))
+    pairs = len(sequences) // 2
+    by_length = sorted(range(pairs), key=lambda i: len(sequences[i]) + len(sequences[pairs + i]))
+    some = sorted({*by_length[: CHECKED // 2], *by_length[-(CHECKED // 2) :]})
+    chosen = [sequences[i] for i in (*some, *(pairs + i for i in some))]
+    flat, places = ids.reshape(-1), shared.places.reshape(-1)
+    tokens = [flat[torch.from_numpy(x).to(flat.device)] for x in chosen]
+    targets = torch.cat([x[1:] for x in tokens])
+    training = model.training
+    model.eval()
+    try:
+        found = [_padded_logprobs(model, tokens, targets, left=left) for left in (False, True)]
+        rows = torch.cat([places[torch.from_numpy(x[:-1]).to(places.device)] for x in chosen])
+        with_sharing = _logprobs(model, shared.inputs, rows, targets)
+    finally:
+        model.train(training)
+    right, left = found
+    differences, noise = with_sharing - right, left - right
+
+    def rms(x: Tensor) -> float:
+        return math.sqrt(x.square().mean().item())
+
+    return Comparison(
+        rms(differences),
+        differences.abs().max().item(),
+        rms(noise),
+        noise.abs().max().item(),
+        right.abs().max().item(),
+    )
+
+
+def _padded_logprobs(
+    model: nn.Module, tokens: list[Tensor], targets: Tensor, *, left: bool
+) -> Tensor:
+    """Log-probs of the tokens of sequences after their first ones, as padded rows."""
+    width = max(map(len, tokens))
+    ids = tokens[0].new_zeros(len(tokens), width)
+    mask = torch.zeros_like(ids)
+    rows = []
+    for i, x in enumerate(tokens):
+        start = width - len(x) if left else 0
+        ids[i, start : start + len(x)] = x
+        mask[i, start : start + len(x)] = 1
+        rows.append(torch.arange(len(x) - 1, device=ids.device) + i * width + start)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if left:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return _logprobs(model, inputs, torch.cat(rows), targets)
+
+
+def _logprobs(model: nn.Module, inputs: Mapping[str, Any], rows: Tensor, targets: Tensor) -> Tensor:
+    def head_fn(hidden: Tensor, operands: Operands) -> Tensor:
+        states = hidden.flatten(0, 1)[rows.to(hidden.device)]
+        return linear_logprobs(states, target=targets.to(states.device), **operands).logprobs
+
+    return run_head(model, head_fn, **inputs).double()

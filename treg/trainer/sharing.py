@@ -1,0 +1,74 @@
+"""Whether a trainer runs a pair's prompt once, and its batches in such rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from treg.heads import PromptSharing, SharedRows, install_head
+from treg.trainer.config import TRegConfig
+
+
+def sharing_of(args: TRegConfig, models: Sequence[nn.Module], adapters: bool) -> PromptSharing:
+    """Whether prompts are shared, as far as is known before the first batch.
+
+    models: the policy, and the reference if it runs; their heads are installed. adapters: whether
+        the policy has some.
+    Raises:
+        ValueError: args.share_prompt is True, and something speaks against it.
+    """
+    sharing = PromptSharing(args.share_prompt, on=args.share_prompt is not False)
+    policy: Any = models[0]
+    if sharing.on and adapters and policy.active_peft_config.is_prompt_learning:
+        kind = policy.active_peft_config.peft_type
+        sharing.give_up(f"expected no {kind} adapters, whose virtual tokens begin a row")
+    if sharing.on and args.torch_compile:
+        sharing.give_up("expected torch_compile=False, which would compile for each batch anew")
+    for model in models:
+        if sharing.on:
+            sharing.try_on(install_head(model))
+    if args.token_budget is not None:
+        # packs are made by what pairs share: without that they would be too long
+        sharing.asked = sharing.asked or sharing.on
+    return sharing
+
+
+def in_shared_rows(
+    batch: dict[str, Any],
+    sharing: PromptSharing,
+    models: Sequence[nn.Module],
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+) -> None:
+    """Let a batch be run in the rows that its pairs share, once the first batch has shown for each
+    of the models that it is the same.
+
+    batch: as the trainer unpacks it, `model` and `scored` are changed.
+    """
+    shared: Mapping[str, Any] | None = batch.get("shared")
+    if shared is None or not sharing.on:
+        return
+    inputs = {name: x for name, x in shared.items() if name != "places"}
+    rows = SharedRows(inputs, shared["places"])
+    if not sharing.settled:
+        agreed = agreement(accelerator)
+        for model in models:
+            if sharing.on:
+                sharing.settle(model, batch["model"], rows, dtype, agreed)
+    if sharing.on:
+        batch["model"] = rows.inputs
+        batch["scored"] = rows.places.reshape(-1)[batch["scored"]]
+
+
+def agreement(accelerator: Accelerator):
+    """Whether all processes have found so, from whether this one has."""
+
+    def agreed(found: bool) -> bool:
+        if accelerator.num_processes == 1:
+            return found
+        count: Any = accelerator.reduce(torch.tensor(int(found), device=accelerator.device), "sum")
+        return int(count) == accelerator.num_processes
+
+    return agreed
