@@ -252,7 +252,7 @@ def steps(tmp_path, pairs, batch, accumulation=1, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"packing": True}, {"packing": True, "token_budget": 40}],
+    [{}, {"packing": True}, {"packing": True, "token_budget": 36}],
     ids=["padded", "packed", "packs"],
 )
 def test_one_by_eight_is_eight_by_one(tmp_path, options):
