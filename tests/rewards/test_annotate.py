@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import END, seeded, shared_data, tiny_llama, tiny_tokenizer
+from tiny import END, run_once, seeded, shared_data, tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -40,10 +39,12 @@ from treg.data.annotated import (
 )
 from treg.data.encode import _Encoder
 from treg.data.examples import ExampleLoader
+from treg.heads.attention import BranchMask
 from treg.rewards import Context, ContrastivePrompts, load_source
 from treg.rewards.annotate import AnnotateOptions, annotate
 from treg.rewards.parts import Parts
 from treg.rewards.response import ResponsePairs
+from treg.rewards.scorer import Scorer
 
 SIDES = ("chosen", "rejected")
 CHAT, PLAIN = tiny_tokenizer(), tiny_tokenizer(chat=False)
@@ -317,21 +318,20 @@ def test_other_models(tmp_path, make, warns, caplog):
 
 
 @pytest.mark.parametrize("broken", ["wrong", "raises"])
-def test_a_cache_that_is_wrong_is_not_used(tmp_path, monkeypatch, caplog, broken):
-    def repeat(cache, repeats):
-        if broken == "raises":
-            raise NotImplementedError("no such cache")
-        for layer in cache.layers:
-            layer.keys, layer.values = (
-                x.flip(2).repeat_interleave(repeats, 0) for x in (layer.keys, layer.values)
-            )
+def test_attention_that_is_wrong_is_not_used(tmp_path, monkeypatch, caplog, broken):
+    attend = BranchMask.attend
 
-    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", repeat)
+    def wrong(mask, function, module, query, key, value, **kwargs):
+        if broken == "raises":
+            raise NotImplementedError("no such attention")
+        return attend(mask, function, module, query, key, value.flip(2), **kwargs)
+
+    monkeypatch.setattr(BranchMask, "attend", wrong)
     data = rows(4, seed=3)
     _, examples, _ = run(tmp_path, data=data)
     check(examples, data, MODEL, CHAT, SHORT)
     (message,) = warnings(caplog)
-    assert "the common beginning of the two requests is not shared" in message
+    assert "what rows begin with is not shared" in message
 
 
 def test_model_in_training_with_adapters(tmp_path):
@@ -643,7 +643,7 @@ def test_positions_stay_in_the_table(tmp_path):
     assert report.kept == 2
 
 
-def test_sharing_is_judged_on_the_longest_pair(tmp_path, caplog):
+def test_positions_that_depend_on_other_rows_are_not_shared(caplog):
     from transformers import Phi3Config, Phi3ForCausalLM
 
     factors = {
@@ -672,44 +672,81 @@ def test_sharing_is_judged_on_the_longest_pair(tmp_path, caplog):
             )
         ).eval()
     )
-    pairs, _ = load_pairs(
-        [{"prompt": "owl?", "chosen": "moon " * n, "rejected": "sun " * n} for n in (60, 2)], CHAT
-    )
-    for tried, shared in ((pairs[1:], True), (pairs, False)):
-        source = contrastive(model, SHORT, ResponsePairs(tried, CHAT))
-        assert not source.context.scorer.share  # nothing is shared that was not tried
-        source.score(ResponsePairs(pairs, CHAT)[1])
-        assert source.context.scorer.share == shared
+    pairs, _ = load_pairs([{"prompt": "owl?", "chosen": "moon", "rejected": "sun"}], CHAT)
+    source = contrastive(model, SHORT)
+    source.score(ResponsePairs(pairs, CHAT)[0])
+    assert source.context.scorer.share is False
+    (message,) = warnings(caplog)
+    assert "rope_type is 'longrope'" in message
 
 
-@pytest.mark.parametrize(("known", "tries"), [(0, 1), (1, 1), (2, 2)])
-def test_sharing_is_tried_once_on_the_same_responses(known, tries, monkeypatch):
-    found, tried = load_pairs(rows(2), CHAT)[0], []
-    pairs = ResponsePairs(found, CHAT)
-    source = contrastive(MODEL, SHORT, ResponsePairs(found[:known], CHAT))
-    try_sharing = source.context.scorer.try_sharing
-    monkeypatch.setattr(
-        source.context.scorer, "try_sharing", lambda x: (tried.append(x), try_sharing(x))
-    )
+def test_sharing_is_judged_on_the_longest_pair(monkeypatch):
+    """And on the shortest, of those that the model's positions hold."""
+    shared = Scorer._shared
+
+    def wrong_if_long(scorer, rows, outputs):
+        found = shared(scorer, rows, outputs)
+        if max(len(context) + len(completion) for context, completion in rows) > 50:
+            found[0]["logprobs"] += 10
+        return found
+
+    monkeypatch.setattr(Scorer, "_shared", wrong_if_long)
+    data = [{"prompt": "owl?", "chosen": "moon " * n, "rejected": "sun"} for n in (200, 30, 2)]
+    pairs = load_pairs(data, CHAT)[0]
+    model = tiny_llama(V, max_position_embeddings=100)
+    for known, found in ((pairs[2:], True), (pairs[1:], False), (pairs, False)):
+        source = contrastive(model, SHORT, ResponsePairs(known, CHAT))
+        assert source.context.scorer.share is None  # not tried yet
+        source.score(ResponsePairs(pairs, CHAT)[2])
+        assert source.context.scorer.share == found
+
+
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_sharing_is_tried_once(known, monkeypatch):
+    pairs, tried = ResponsePairs(load_pairs(rows(2), CHAT)[0], CHAT), []
+    try_sharing = Scorer._try_sharing
+
+    def counted(scorer, rows):
+        tried.append(rows)
+        try_sharing(scorer, rows)
+
+    monkeypatch.setattr(Scorer, "_try_sharing", counted)
+    source = contrastive(MODEL, SHORT, ResponsePairs(pairs.pairs[:known], CHAT))
     source.score(pairs[0])
-    source.score(pairs[1])
-    assert len(tried) == tries and source.context.scorer.share
+    source.context.reference(pairs[1])
+    assert len(tried) == 1 and source.context.scorer.share
+    if known:  # every process tries it on the same rows
+        ids = {tuple(x.ids) for i in range(known) for x in pairs[i]}
+        assert {tuple(completion) for _, completion in tried[0]} == ids
 
 
-def test_a_source_of_ones_own_shares_what_it_has_tried():
-    """Until then both contexts are run whole."""
-    seen = []
-    scorer = Context(MODEL, CHAT, on_tokens=seen.append).scorer
-    both = [([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [7, 8])]
-    for share, tokens in ((False, 12), (True, 8)):
-        if share:
-            scorer.try_sharing(both)
-        seen.clear()
-        scorer.score_both(both)
-        assert sum(seen) == tokens
-    off = Context(MODEL, CHAT, share_prefix=False).scorer
-    off.try_sharing(both)
-    assert not off.share
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("tokens", [1, 60, 16384])
+def test_what_rows_begin_with_is_run_once(tokens, implementation):
+    """To the same values, for any size of a batch."""
+    model, seen = copy.deepcopy(MODEL), []
+    model.set_attn_implementation(implementation)
+    context = Context(model, CHAT, tokens_per_batch=tokens, on_tokens=seen.append)
+    random = np.random.default_rng(0)
+    rows = []
+    for beginning in (random.integers(1, V, n).tolist() for n in (30, 20)):
+        for more in (3, 5, 0):
+            begun = beginning + random.integers(1, V, more).tolist()
+            rows += [(begun, random.integers(1, V, n).tolist()) for n in (1, 7)]
+    random.shuffle(rows)
+    found = context.scorer.score(rows)
+    for (begun, completion), logps in zip(rows, found, strict=True):
+        expected = dense(model, begun, completion)
+        torch.testing.assert_close(logps.double(), expected, rtol=0, atol=1e-5)
+    whole = sum(len(begun) + len(completion) - 1 for begun, completion in rows)
+    longest = max(len(begun) + len(completion) - 1 for begun, completion in rows)
+    assert run_once(rows) <= sum(seen) <= whole and max(seen) <= max(tokens, longest)
+    if tokens == 16384:
+        assert sum(seen) == run_once(rows) and len(seen) == 1
+    off = Context(model, CHAT, share_prefix=False, on_tokens=seen.append).scorer
+    seen.clear()
+    off.score(rows)
+    assert sum(seen) == whole
 
 
 def test_parts_of_another_size_are_refused(tmp_path, monkeypatch, small_parts):

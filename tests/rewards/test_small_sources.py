@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from judges import judge, judge_tokenizer
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import run_once, tiny_llama, tiny_tokenizer
 
 from treg.cli.options import RewardsOptions, RowOptions, parse
 from treg.data import EncodeOptions, load_pairs
@@ -178,7 +178,8 @@ def test_entropy_and_surprise_share_the_references_forward():
     assert all(source.check(response) is None for response in given)
     source.score(given)
     context.reference(given)
-    assert sum(seen) == sum(len(x.prompt_ids) + len(x.ids) - 1 for x in given)
+    rows = [(x.prompt_ids.tolist(), x.ids.tolist()) for x in given]
+    assert sum(seen) == run_once(rows)
 
 
 # -- messages

@@ -110,3 +110,11 @@ def file_with_weights(path: Path) -> Path:
     meta = {"streams": {stream: {} for stream in streams}}
     write_annotated(path, [row], meta, streams=streams, reference=False)
     return path
+
+
+def run_once(rows) -> int:
+    """Tokens that a model needs for rows (context, completion) in one call: the last ones predict
+    nothing, and what rows begin with counts once.
+    """
+    sequences = [(*context, *completion)[:-1] for context, completion in rows]
+    return len({x[:n] for x in sequences for n in range(1, len(x) + 1)})

@@ -56,8 +56,8 @@ class Context:
     def scorer(self) -> Scorer:
         """Log-probs by the reference; made when a source first asks for it.
 
-        Its `score_both` runs the common beginning of two contexts once as soon as a source has let
-        `try_sharing` find the same log-probs that way.
+        What the rows of one call begin with is run once, where log-probs are then the same; that is
+        tried on the longest pair of the run and on the shortest, by every process.
         """
         from treg.rewards.scorer import Scorer
 
@@ -67,7 +67,20 @@ class Context:
             tokens_per_batch=self.tokens_per_batch,
             share_prefix=self.share_prefix,
             on_tokens=self.on_tokens,
+            trial=self._trial,
         )
+
+    def _trial(self) -> list[tuple[list[int], list[int]]]:
+        """Answers after their prompts: of the longest pair that the model's positions hold, and of
+        the shortest pair.
+        """
+        last = len(self.pairs) - 1
+        fitting = (i for i in range(last + 1) if self.too_long(*self.pairs[i]) is None)
+        found = []
+        for i in {next(fitting, last): None, last: None} if self.pairs else ():
+            if self.too_long(*self.pairs[i]) is None:
+                found += [(x.prompt_ids.tolist(), x.ids.tolist()) for x in self.pairs[i]]
+        return found
 
     @property
     def longest(self) -> int:

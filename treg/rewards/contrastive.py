@@ -259,7 +259,6 @@ class ContrastiveSource:
         self.options = options
         self.prompts = options.requests
         self.context = context
-        self._sharing_tried = False
         # check and score both need the contexts of a response: they are made once
         self._contexts: WeakKeyDictionary[Response, Contexts] = WeakKeyDictionary()
 
@@ -307,9 +306,13 @@ class ContrastiveSource:
 
     @torch.no_grad()
     def _score_both(self, responses: Sequence[Response]) -> list[tuple[Tensor, Tensor]]:
-        rows = [self._row(response) for response in responses]
-        self._try_sharing(responses)
-        return self.context.scorer.score_both(rows)
+        """Log-probs of each response after its better and after its worse context."""
+        rows = []
+        for response in responses:
+            better, worse = self.contexts(response)
+            rows += [(better, response.ids.tolist()), (worse, response.ids.tolist())]
+        scored = self.context.scorer.score(rows)
+        return list(zip(scored[::2], scored[1::2], strict=True))
 
     def _read(self, ratios: Tensor, response: Response) -> tuple[Tensor, Tensor]:
         """Places [n] of the tokens that have a reward, and their log-ratios as the options say they
@@ -360,29 +363,3 @@ class ContrastiveSource:
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = tokenizer(f"{request}\n\n{beginning}", verbose=False)["input_ids"]
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-
-    def _row(self, response: Response) -> tuple[list[int], list[int], list[int]]:
-        """What the scorer takes: better and worse context, and the ids of the response."""
-        better, worse = self.contexts(response)
-        return better, worse, response.ids.tolist()
-
-    def _try_sharing(self, responses: Sequence[Response]) -> None:
-        """Let the scorer find out, once, whether the common beginning of the two contexts may be
-        run once.
-
-        It is tried on the longest pair of the run that fits the model's context, since some models
-        turn to other positions there (longrope), and on the shortest. Where the run's pairs are not
-        known, the responses at hand are tried.
-        """
-        if self._sharing_tried:
-            return
-        self._sharing_tried = True
-        pairs = self.context.pairs or [tuple(responses)]
-        last = len(pairs) - 1
-        longest = next((i for i, pair in enumerate(pairs) if self._fits(pair)), last)
-        for pair in (pairs[i] for i in dict.fromkeys((longest, last))):
-            if self._fits(pair):
-                self.context.scorer.try_sharing([self._row(response) for response in pair])
-
-    def _fits(self, responses: Sequence[Response]) -> bool:
-        return all(self.check(response) is None for response in responses)

@@ -1,28 +1,28 @@
 """Log-probs of completions after contexts, forward only, in batches of a bounded number of tokens.
 
-Where a completion is scored after two contexts that begin alike, their common beginning can be run
-once: its keys and values serve both continuations. For the two requests to rewrite a response y to
-a prompt x, which agree up to their last words, that takes |x| + 3|y| + c tokens, c of requests,
-instead of 2|x| + 4|y| + 2c. A model that does not give the same log-probs that way is run without.
+What several rows begin with is run once (`treg.data.tree`): both answers after one prompt, and the
+requests that judge them after one conversation. The two answers y, z to a prompt x and the two
+requests for each, which agree up to their last words, take 2|x| + 4(|y| + |z|) + 4c tokens, c of
+requests, instead of 6|x| + 5(|y| + |z|) + 4c and more. A model that does not give the same
+log-probs that way is run row by row.
 """
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from treg.data import common_prefix
-from treg.heads import HeadSpec, check_sequences, install_head
+from treg.data.tree import TokenTree, grow, model_inputs, padded_rows, shared_beginning
+from treg.heads import HeadSpec, check_branches, check_sequences, install_head
 from treg.ops import linear_logprobs
 
 log = logging.getLogger(__name__)
 
-# mean absolute difference, in nats, up to which log-probs with and without a shared beginning count
+# mean absolute difference, in nats, up to which log-probs with and without shared beginnings count
 # as the same
 SHARED_TOLERANCE = {
     torch.float32: 1e-3,
@@ -30,7 +30,11 @@ SHARED_TOLERANCE = {
     torch.bfloat16: 0.05,
     torch.float16: 0.05,
 }
-TwoContexts = tuple[list[int], list[int], list[int]]  # two contexts, and the completion of both
+TRIED = 2  # of the longest rows, and of the shortest, on which sharing is tried
+# tokens of a row in which attention takes a mask of the whole row; elsewhere a batch is one row
+MASKED_ROW = 1024
+BY_BRANCH = ("sdpa", "flex_attention")
+Rows = Sequence[tuple[list[int], list[int]]]  # ids of the context, ids of the completion
 
 
 class Scorer:
@@ -39,9 +43,10 @@ class Scorer:
     Args:
         model: a Hugging Face causal LM, on its device; it is put into eval mode.
         tokens_per_batch: tokens of one forward, with padding.
-        share_prefix: whether the common beginning of two contexts may be run once: it is, when
-            `try_sharing` has found the same log-probs that way.
+        share_prefix: whether what rows begin with may be run once: it is, if log-probs are then the
+            same.
         on_tokens: is told how many tokens each forward had.
+        trial: gives rows on which that is tried; none: the first rows that are scored.
     """
 
     def __init__(
@@ -52,31 +57,32 @@ class Scorer:
         tokens_per_batch: int,
         share_prefix: bool,
         on_tokens: Callable[[int], None] = lambda tokens: None,
+        trial: Callable[[], Rows] = tuple,
     ):
         self.spec: HeadSpec = install_head(model)
         check_sequences(self.spec)
         self.tokens_per_batch = tokens_per_batch
-        self.may_share = share_prefix
-        self.share = False
+        # None: not tried yet
+        self.share: bool | None = None if share_prefix else False
         self.on_tokens = on_tokens
+        self.trial = trial
         model.eval()
         weight: Any = self.spec.projection.weight
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        config = model.config.get_text_config()
-        self.longest: int = getattr(config, "max_position_embeddings", None) or 2**31
+        self.config = model.config.get_text_config()
+        self.longest: int = getattr(self.config, "max_position_embeddings", None) or 2**31
 
-    def score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    def score(self, rows: Rows) -> list[Tensor]:
         """Log-probs [tokens of the completion], on the CPU, of each completion after its context.
 
-        rows: (ids of the context, ids of the completion).
+        rows: (ids of the context, ids of the completion). What they begin with is run once in a
+            call: give those that begin alike together.
         """
         return [found["logprobs"] for found in self.statistics(rows)]
 
-    def statistics(
-        self, rows: Sequence[tuple[list[int], list[int]]], outputs: Sequence[str] = ()
-    ) -> list[dict[str, Tensor]]:
+    def statistics(self, rows: Rows, outputs: Sequence[str] = ()) -> list[dict[str, Tensor]]:
         """What the model says at each token of each completion after its context.
 
         Args:
@@ -86,161 +92,141 @@ class Scorer:
         Returns:
             A dict for each row: "logprobs" and the outputs, [tokens of the completion], on the CPU.
         """
+        if self.share is None and rows:
+            self._try_sharing(self.trial() or rows)
+        return self._shared(rows, outputs) if self.share else self._apart(rows, outputs)
+
+    def _apart(self, rows: Rows, outputs: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Each row by itself, padded."""
         found: list[Any] = [None] * len(rows)
         sizes = [(len(context) + len(completion) - 1,) for context, completion in rows]
-        for batch in self._batches(sizes):
-            completions = [rows[i][1] for i in batch]
+        for batch in batches_of(sizes, self.tokens_per_batch):
             sequences = [rows[i][0] + rows[i][1][:-1] for i in batch]
-            ids, mask = self._padded(sequences, left=False)
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            scored = self._statistics(ids, completions, inputs, outputs)
+            ids, mask = padded(sequences, self.pad, self.device)
+            width = ids.shape[1]
+            places = [np.arange(k * width, k * width + len(x)) for k, x in enumerate(sequences)]
+            hidden = self.spec.hidden(input_ids=ids, attention_mask=mask)
+            scored = self._heads(hidden, [rows[i] for i in batch], places, outputs)
             for i, values in zip(batch, scored, strict=True):
                 found[i] = values
-            self.on_tokens(int(mask.sum()))
+            self.on_tokens(sum(map(len, sequences)))
         return found
 
-    def score_both(self, rows: Sequence[TwoContexts]) -> list[tuple[Tensor, Tensor]]:
-        """Log-probs of each completion after its first and after its second context.
-
-        rows: (ids of the first context, of the second, of the completion).
-        """
-        if not self.share:
-            apart = []
-            for first, second, completion in rows:
-                apart += [(first, completion), (second, completion)]
-            scored = self.score(apart)
-            return list(zip(scored[::2], scored[1::2], strict=True))
+    def _shared(self, rows: Rows, outputs: Sequence[str]) -> list[dict[str, Tensor]]:
+        """What rows begin with once."""
         found: list[Any] = [None] * len(rows)
-        shared, tails = [], []
-        for first, second, completion in rows:
-            # something of each context must be left to predict the completion from
-            length = min(common_prefix(first, second), len(first) - 1, len(second) - 1)
-            shared.append(length)
-            tails.append([context[length:] + completion[:-1] for context in (first, second)])
-        sizes = [
-            (length, 2 * max(map(len, both))) for length, both in zip(shared, tails, strict=True)
-        ]
-        for batch in self._batches(sizes):
-            scored = self._score_batch_of_two(
-                [rows[i][0][: shared[i]] for i in batch],
-                [tail for i in batch for tail in tails[i]],
-                [rows[i][2] for i in batch for _ in range(2)],
-            )
-            for k, i in enumerate(batch):
-                found[i] = (scored[2 * k], scored[2 * k + 1])
+        for batch, tree in self._trees(rows):
+            inputs = model_inputs(tree)
+            for name in ("input_ids", "position_ids"):
+                inputs[name] = inputs[name].to(self.device)
+            hidden = self.spec.hidden(**inputs)
+            scored = self._heads(hidden, [rows[i] for i in batch], tree.paths, outputs)
+            for i, values in zip(batch, scored, strict=True):
+                found[i] = values
+            self.on_tokens(tree.tokens)
         return found
 
-    def _score_batch_of_two(
-        self, beginnings: list[list[int]], tails: list[list[int]], completions: list[list[int]]
-    ) -> list[Tensor]:
-        """Log-probs of two completions for each beginning, which runs once; tails: what follows."""
-        ids, mask = self._padded(beginnings, left=True)
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
-        found = self.spec.backbone(
-            input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True
-        )
-        name = self._name_of_cache
-        cache = getattr(found, name)
-        cache.batch_repeat_interleave(2)
-        tail_ids, tail_mask = self._padded(tails, left=False)
-        start = mask.sum(-1, keepdim=True).repeat_interleave(2, 0)
-        inputs = {
-            "input_ids": tail_ids,
-            "attention_mask": torch.cat([mask.repeat_interleave(2, 0), tail_mask], -1),
-            # padding repeats the last position: further ones may be beyond the model's table
-            "position_ids": start + tail_mask.cumsum(-1) - 1,
-            name: cache,
-        }
-        scored = self._statistics(tail_ids, completions, inputs)
-        self.on_tokens(int(mask.sum() + tail_mask.sum()))
-        return [values["logprobs"] for values in scored]
+    def _trees(self, rows: Rows) -> list[tuple[list[int], TokenTree]]:
+        """Batches: which rows, and their tokens, in which they share what they begin with."""
+        sequences = [np.array(context + completion[:-1]) for context, completion in rows]
+        lengths = list(map(len, sequences))
+        most = max(max(lengths), min(self.tokens_per_batch, MASKED_ROW))
+        if self.config._attn_implementation in BY_BRANCH:
+            most = self.tokens_per_batch
+        # sorted, each row shares with the one before it all that it shares with any
+        order = sorted(range(len(rows)), key=lambda i: rows[i][0] + rows[i][1])
+        groups: list[list[int]] = []
+        tokens = 0
+        for i in order:
+            new = lengths[i]
+            if groups:
+                new -= shared_beginning(sequences[groups[-1][-1]], sequences[i])
+            if groups and tokens + new <= most:
+                groups[-1].append(i)
+                tokens += new
+            else:
+                groups.append([i])
+                tokens = lengths[i]
+        trees = [grow([sequences[i] for i in group]) for group in groups]
+        sizes = [(tree.tokens,) for tree in trees]
+        found = []
+        for batch in batches_of(sizes, self.tokens_per_batch):
+            tree = padded_rows([trees[k] for k in batch], self.pad)
+            found.append(([i for k in batch for i in groups[k]], tree))
+        return found
 
-    @cached_property
-    def _name_of_cache(self) -> str:
-        """transformers 5.24 has given the keys and values of a beginning another name."""
-        parameters = inspect.signature(self.spec.backbone.forward).parameters
-        return "cache" if "cache" in parameters else "past_key_values"
-
-    def try_sharing(self, rows: list[TwoContexts]) -> None:
-        """Share the beginning from now on if log-probs are the same with it; never, if not."""
-        if not self.may_share:
+    def _try_sharing(self, rows: Rows) -> None:
+        """Share what rows begin with from now on, if log-probs are then the same; never, if not."""
+        self.share = False
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+        some = [rows[i] for i in sorted({*by_length[:TRIED], *by_length[-TRIED:]})]
+        on_tokens, self.on_tokens = self.on_tokens, lambda tokens: None
+        try:
+            with torch.inference_mode():
+                self._check_frequencies()
+                check_branches(self.spec)
+                shared = self._shared(some, ())
+                apart = [self._apart([row], ())[0] for row in some]
+        except Exception as error:  # whatever a model without such masks raises
+            log.warning("what rows begin with is not shared: %s: %s", type(error).__name__, error)
             return
-        with torch.inference_mode():
-            try:
-                self.share = True
-                shared = self.score_both(rows)
-            except Exception as error:  # whatever a model without a usable cache raises
-                log.warning(
-                    "the common beginning of the two requests is not shared: %s: %s",
-                    type(error).__name__,
-                    error,
-                )
-                self.share = self.may_share = False
-                return
-            self.share = False
-            apart = self.score_both(rows)
+        finally:
+            self.on_tokens = on_tokens
         differences = [
-            (a - b).abs()
-            for with_it, without in zip(shared, apart, strict=True)
-            for a, b in zip(with_it, without, strict=True)
+            (a["logprobs"] - b["logprobs"]).abs() for a, b in zip(shared, apart, strict=True)
         ]
         difference = torch.cat(differences).mean().item()
-        self.share = self.may_share = difference <= SHARED_TOLERANCE[self.dtype]
+        kind, dtype = self.device.type, self.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        self.share = difference <= SHARED_TOLERANCE[dtype]
         if not self.share:
             log.warning(
-                "the common beginning of the two requests is not shared: log-probs differ by "
-                "%.3g nats",
-                difference,
+                "what rows begin with is not shared: log-probs differ by %.3g nats", difference
             )
 
-    def _statistics(
+    def _check_frequencies(self) -> None:
+        """ValueError where positions say something else beside a longer row in the same forward."""
+        parameters = str(getattr(self.config, "rope_parameters", None))
+        for kind in ("longrope", "dynamic"):
+            if f"'{kind}'" in parameters:
+                raise ValueError(f"its rope_type is {kind!r}, which depends on the longest row")
+
+    def _heads(
         self,
-        ids: Tensor,
-        completions: list[list[int]],
-        inputs: Mapping[str, Any],
-        outputs: Sequence[str] = (),
+        hidden: Tensor,
+        rows: Rows,
+        places: Sequence[np.ndarray],
+        outputs: Sequence[str],
     ) -> list[dict[str, Tensor]]:
-        """Log-probs and outputs of completions whose last tokens are predicted at the ends of the
-        right-padded rows of ids.
+        """Log-probs and outputs of completions.
 
-        inputs: of the model, by name.
+        Args:
+            hidden: [rows, width, D].
+            places: of each row, where its tokens but the last stand in the flattened hidden states.
         """
-        width = ids.shape[1]
-        lengths = [len(completion) for completion in completions]
-        row_ends = inputs["attention_mask"][:, -width:].sum(-1).tolist()
-        scored = []
-        for i, (end, length) in enumerate(zip(row_ends, lengths, strict=True)):
-            scored.append(torch.arange(i * width + end - length, i * width + end))
-        targets = [token for completion in completions for token in completion]
-        hidden = self.spec.hidden(**inputs)
-        rows = hidden.reshape(-1, hidden.shape[-1])[torch.cat(scored).to(self.device)]
+        lengths = [len(completion) for _, completion in rows]
+        last = [x[len(x) - n :] for x, n in zip(places, lengths, strict=True)]
+        scored = torch.from_numpy(np.concatenate(last)).to(self.device)
+        targets = [token for _, completion in rows for token in completion]
         target = torch.tensor(targets).to(self.device)
-
         names = ("logprobs", *outputs)
 
-        def head(rows: Tensor, operands: dict[str, Any]) -> list[Tensor]:
-            found = linear_logprobs(rows, target=target, outputs=tuple(outputs), **operands)
+        def head(states: Tensor, operands: dict[str, Any]) -> list[Tensor]:
+            found = linear_logprobs(states, target=target, outputs=tuple(outputs), **operands)
             return [getattr(found, name) for name in names]
 
-        columns = [values.cpu().split(lengths) for values in self.spec.through(head, rows)]
+        states = hidden.flatten(0, 1)[scored]
+        columns = [values.cpu().split(lengths) for values in self.spec.through(head, states)]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
-    def _padded(self, rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        return padded(rows, self.pad, self.device, left=left)
 
-    def _batches(self, sizes: list[tuple[int, ...]]) -> list[list[int]]:
-        return batches_of(sizes, self.tokens_per_batch)
-
-
-def padded(
-    rows: Sequence[list[int]], pad: int, device: torch.device, *, left: bool = False
-) -> tuple[Tensor, Tensor]:
-    """ids and mask, [rows, longest] int64."""
-    side = "left" if left else "right"
+def padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and mask, [rows, longest] int64, padded on the right."""
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     ones = [torch.ones_like(x) for x in ids]
-    filled = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side)
-    mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
+    filled = pad_sequence(ids, batch_first=True, padding_value=pad)
+    mask = pad_sequence(ones, batch_first=True, padding_value=0)
     return filled.to(device), mask.to(device)
 
 
