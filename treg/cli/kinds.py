@@ -98,7 +98,7 @@ class RewardsOptions:
     prompts: str | None = _option(None, "Short for --rewards.prompts.", "FILE")
     tokens_per_batch: int = _option(16384, "Tokens of one forward of the annotating model.")
     no_share_prefix: bool = _option(
-        False, "Do not share the common beginning of two contexts of a response."
+        False, "Run what rows begin with (a prompt, a conversation) anew for each of them."
     )
     shape: list[str] | None = field(
         default=None,

@@ -21,7 +21,7 @@ class AnnotateOptions:
     tokens_per_batch: tokens of one forward, with padding.
     per_token: keep the reference's log-prob of each token, which token-weighted margins and
         `treg/alignment` need.
-    share_prefix: run the common beginning of two contexts once (see `treg.rewards.scorer`).
+    share_prefix: run what rows begin with once (see `treg.rewards.scorer`).
     rewards: the source, a key of `treg.rewards.SOURCES` or "package.module:Class".
     rewards_options: values of the fields of the source's Options.
     reference: keep the reference's log-probs; objectives without a reference need none.

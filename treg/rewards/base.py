@@ -67,10 +67,10 @@ class Context:
             tokens_per_batch=self.tokens_per_batch,
             share_prefix=self.share_prefix,
             on_tokens=self.on_tokens,
-            trial=self._trial,
+            trial=self.trial,
         )
 
-    def _trial(self) -> list[tuple[list[int], list[int]]]:
+    def trial(self) -> list[tuple[list[int], list[int]]]:
         """Answers after their prompts: of the longest pair that the model's positions hold, and of
         the shortest pair.
         """

@@ -126,8 +126,9 @@ class ImplicitSource:
             model,
             context.tokenizer,
             tokens_per_batch=context.tokens_per_batch,
-            share_prefix=False,
+            share_prefix=context.share_prefix,
             on_tokens=context.on_tokens,
+            trial=context.trial,
         )
 
 

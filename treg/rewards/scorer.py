@@ -1,10 +1,12 @@
 """Log-probs of completions after contexts, forward only, in batches of a bounded number of tokens.
 
 What several rows begin with is run once (`treg.data.tree`): both answers after one prompt, and the
-requests that judge them after one conversation. The two answers y, z to a prompt x and the two
-requests for each, which agree up to their last words, take 2|x| + 4(|y| + |z|) + 4c tokens, c of
-requests, instead of 6|x| + 5(|y| + |z|) + 4c and more. A model that does not give the same
-log-probs that way is run row by row.
+requests that judge them after one conversation. Answers y and z to a prompt x take
+
+    apart    6 |x| + 5 (|y| + |z|) + 4 c       shared    2 |x| + 4 (|y| + |z|) + 4 c
+
+tokens: once by themselves, and each after two requests that show x and the answer and have c words
+of their own. A model that does not give the same log-probs that way is run row by row.
 """
 
 import logging
