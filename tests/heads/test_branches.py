@@ -12,7 +12,14 @@ from causal_lms import CAUSAL_LMS, NOT_BUILT, REFUSED, V, build, loud  # noqa: E
 
 from treg.data.tree import grow, model_inputs, one_row, padded_rows  # noqa: E402
 from treg.heads import check_branches, check_sequences, install_head  # noqa: E402
-from treg.heads.attention import BranchMask, branching, run_branching  # noqa: E402
+from treg.heads.attention import (  # noqa: E402
+    MOST_KEYS,
+    MOST_PADDING,
+    Branches,
+    BranchMask,
+    branching,
+    run_branching,
+)
 
 NAMED = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "mixtral"]
 
@@ -121,6 +128,41 @@ def test_trees_of_several_depths(model_type):
         depth[b] = 0 if parent < 0 else depth[int(parent)] + 1
     assert max(depth.values()) >= 3
     check_values_and_gradients(install_head(model), tree, sequences)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mistral"])
+def test_branches_of_about_one_size_are_one_call(model_type, packed):
+    """With padding among them, which must not reach the gradients either."""
+    torch.manual_seed(0)
+    model = build(model_type)
+    random = np.random.default_rng(5)
+    pairs = []
+    for _ in range(8):
+        prompt = random.integers(1, V, random.integers(18, 21))
+        answers = [random.integers(1, V, random.integers(9, 12)) for _ in range(2)]
+        pairs.append([np.concatenate([prompt, x]) for x in answers])
+    trees = [grow(pair) for pair in pairs]
+    tree = one_row(trees) if packed else padded_rows(trees, 0)
+    made = Branches(tree.branches, *tree.ids.shape)
+    groups, _ = made.groups(torch.device("cpu"))
+    assert len(groups) == 2 < len(tree.branches) == 16
+    assert any(len(set(x.whole.flatten().tolist())) > 1 for x in groups)  # padded
+    check_values_and_gradients(install_head(model), tree, [x for pair in pairs for x in pair])
+
+
+def test_groups_hold_no_more_than_they_may():
+    random = np.random.default_rng(6)
+    sequences = sorted(random.integers(1, 3, random.integers(1, 60)).tolist() for _ in range(40))
+    tree = grow([np.array(x) for x in sequences])
+    groups, places = Branches(tree.branches, *tree.ids.shape).groups(torch.device("cpu"))
+    assert 1 < len(groups) < len(tree.branches)
+    for group in groups:
+        counted = int((group.own * group.whole).sum())
+        padded = group.queries.numel() * group.keys.shape[1]
+        assert len(group.queries) == 1 or padded <= MOST_PADDING * counted
+        assert len(group.queries) == 1 or group.keys.numel() <= MOST_KEYS * tree.ids.size
+    assert len(set(places.tolist())) == tree.tokens
 
 
 def seen_by_hand(tree, see):

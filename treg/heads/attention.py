@@ -5,15 +5,16 @@ which says whether one sees the other: causal, sliding, chunked. Within `branchi
 asked about positions in a token's own sequence, and answers no across branches. So each layer has
 the mask that it would have for every sequence alone.
 
-With sdpa no mask of a whole row is made: each branch is one call of the model's own attention
-function, its queries over the keys of its path. A beginning is then plain causal attention, with
-the kernel of that.
+With sdpa no mask of a whole row is made: branches of about one size are one call of the model's own
+attention function, each one's queries over the keys of its path. A beginning is then plain causal
+attention, with the kernel of that.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,13 +26,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from treg.data.tree import LENGTH, PARENT, ROW, SHARED, START, IntArray
+from treg.data.tree import LENGTH, PARENT, SHARED, START, IntArray
 from treg.heads.tables import BY_PLACE
 
 # attention implementations of transformers that take any mask
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 # types of layers that see by a mask of positions alone, in configs that name them
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# a call's padded queries times keys over those that count, and its keys over the places in the rows
+MOST_PADDING, MOST_KEYS = 1.25, 2
 MaskFunction = Callable[[Any, Any, Any, Any], Any]  # (batch, head, query, key) -> may it see it
 
 _BRANCHES: ContextVar["Branches | None"] = ContextVar("branches", default=None)
@@ -102,6 +105,7 @@ class Branches:
         self.rows = rows
         self.width = width
         self.asked = 0
+        self._groups: dict[torch.device, tuple[list[Group], Tensor]] = {}
 
     def seen_by(self, mask_function: MaskFunction, device: torch.device | str) -> MaskFunction:
         """mask_function of positions, as one of places in the rows."""
@@ -142,49 +146,116 @@ class Branches:
             seen = min(seen, int(self.branches[branch, SHARED]))
 
     @cached_property
-    def pieces(self) -> tuple[list[list[int]], list[list[list[int]]], list[list[int]]]:
-        """How the rows are cut for attention branch by branch.
-
-        Returns:
-            Of each row, the lengths of its branches, and last of its padding; of each row, the
-            lengths of the pieces that its keys are cut into; of each branch, the numbers of the
-            pieces of its row that make its path.
-        """
-        cuts = [{0, self.width} for _ in range(self.rows)]
-        paths: list[list[tuple[int, int]]] = []  # of each branch: first and last place, cut out
-        for b, (row, start, length, _, _) in enumerate(self.branches):
-            spans = [(int(start), int(start + length))]
+    def paths(self) -> list[IntArray]:
+        """Of each branch, the places in the flattened rows of all that its last token sees."""
+        found = []
+        for b, (row, start, length, _, shared) in enumerate(self.branches):
+            first = row * self.width + start
+            spans = [np.arange(first, first + length)]
             for other, seen in self._ancestors(b):
-                first = self.branches[other, START]
-                spans.append((int(first), int(first + seen - self.branches[other, SHARED])))
-            spans = [span for span in reversed(spans) if span[1] > span[0]]
-            cuts[row].update(place for span in spans for place in span)
-            paths.append(spans)
-        edges = [sorted(places) for places in cuts]
-        numbers = [{place: i for i, place in enumerate(places)} for places in edges]
-        lengths: list[list[int]] = [[] for _ in range(self.rows)]
-        for row, length in self.branches[:, [ROW, LENGTH]].tolist():
-            lengths[row].append(length)
-        for of_row in lengths:
-            of_row.append(self.width - sum(of_row))
-        of_branches = []
-        for (row, *_), spans in zip(self.branches.tolist(), paths, strict=True):
-            found: list[int] = []
-            for first, last in spans:
-                found += range(numbers[row][first], numbers[row][last])
-            of_branches.append(found)
-        return lengths, [np.diff(places).tolist() for places in edges], of_branches
+                own = seen - int(self.branches[other, SHARED])
+                first = row * self.width + self.branches[other, START]
+                spans.append(np.arange(first, first + own))
+            found.append(np.concatenate(spans[::-1]))
+            assert len(found[-1]) == shared + length
+        return found
+
+    def groups(self, device: torch.device) -> tuple[list["Group"], Tensor]:
+        """The branches in groups of about one size, each for one call of attention, and where each
+        token [rows * width] stands in their outputs, one after the other.
+        """
+        if device not in self._groups:
+            self._groups[device] = self._grouped(device)
+        return self._groups[device]
+
+    def _grouped(self, device: torch.device) -> tuple[list["Group"], Tensor]:
+        whole = np.array([len(path) for path in self.paths])
+        own = self.branches[:, LENGTH]
+        order = np.lexsort((own, whole, self.branches[:, PARENT] < 0))
+        found: list[list[int]] = []
+        area = 0
+        for b in order.tolist():
+            new = int(own[b] * whole[b])
+            if found and self._together([*found[-1], b], own, whole, area + new):
+                found[-1].append(b)
+                area += new
+            else:
+                found.append([b])
+                area = new
+        groups, places, count = [], np.zeros(self.rows * self.width, dtype=np.int64), 0
+        for branches in found:
+            group = Group.of([self.paths[b] for b in branches], own[branches], device)
+            width = group.queries.shape[1]
+            for b in branches:
+                places[self.paths[b][-own[b] :]] = np.arange(count, count + own[b])
+                count += width
+            groups.append(group)
+        return groups, torch.from_numpy(places).to(device)
+
+    def _together(self, branches: list[int], own: IntArray, whole: IntArray, area: int) -> bool:
+        """Whether branches, whose queries times keys are area, are worth one call: padding them to
+        one size costs little, and their keys are few beside the rows.
+        """
+        if len({int(self.branches[b, PARENT]) < 0 for b in branches}) > 1:
+            return False
+        count, queries, keys = len(branches), own[branches].max(), whole[branches].max()
+        few = count * keys <= MOST_KEYS * self.rows * self.width
+        return few and count * queries * keys <= MOST_PADDING * area
+
+
+@dataclass(frozen=True)
+class Group:
+    """Branches for one call of attention, padded to one size.
+
+    queries: [n, own], keys: [n, whole] int64, places in the flattened rows; of padding some place
+        that is there. own, whole: how many of them count, [n, 1] int64.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    own: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, paths: list[IntArray], own: IntArray, device: torch.device) -> "Group":
+        """paths: what each branch sees, itself last; own: how many of these are the branch."""
+        whole = np.array([len(path) for path in paths])
+        queries = np.zeros((len(paths), own.max()), dtype=np.int64)
+        keys = np.zeros((len(paths), whole.max()), dtype=np.int64)
+        for i, (path, n) in enumerate(zip(paths, own, strict=True)):
+            queries[i, :n] = path[len(path) - n :]
+            keys[i, : len(path)] = path
+        made = (
+            torch.from_numpy(x).to(device) for x in (queries, keys, own[:, None], whole[:, None])
+        )
+        return cls(*made)
+
+    def mask(self, make: Any) -> Tensor | None:
+        """[n, 1, own, whole] bool; None: plain causal. make: transformers' sdpa_mask of a layer."""
+        (n, own), whole = self.queries.shape, self.keys.shape[1]
+        device = self.queries.device
+        if own == whole:
+            longest = make(batch_size=1, q_length=own, kv_length=own, device=device)
+            if longest is None:  # what is padded comes after all that counts
+                return None
+        # a query of padding is the last one that counts: it sees something
+        query = self.whole - self.own + torch.arange(own, device=device)
+        query = query.minimum(self.whole - 1)[:, None, :, None]
+        key = torch.arange(whole, device=device)[None, None, None]
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+        seen = make.keywords["mask_function"](zero, zero, query, key)
+        return (seen & (key < self.whole[:, None, :, None])).expand(n, 1, own, whole)
 
 
 class BranchMask(Tensor):
     """The boolean mask [rows, 1, width, width] of a layer, made only where something reads it.
 
-    `attend` does not: it takes the masks of single branches. To everything else this is the mask.
+    `attend` does not: it takes masks of groups of branches. To everything else this is the mask.
     """
 
     branches: Branches
     make: Any  # transformers' sdpa_mask, with the layer's mask_function
-    of_branches: dict[int, Tensor | None]
+    of_groups: dict[int, Tensor | None]
 
     @staticmethod
     def __new__(cls, branches: Branches, make: Any, device: torch.device) -> "BranchMask":
@@ -194,7 +265,7 @@ class BranchMask(Tensor):
     def __init__(self, branches: Branches, make: Any, device: torch.device):
         self.branches = branches
         self.make = make
-        self.of_branches = {}
+        self.of_groups = {}
 
     def __repr__(self, *args: Any, **kwargs: Any) -> str:
         return f"BranchMask({list(self.shape)}, {len(self.branches.branches)} branches)"
@@ -218,47 +289,33 @@ class BranchMask(Tensor):
         )
         return mask.contiguous()
 
-    def of_branch(self, branch: int) -> Tensor | None:
-        """Of a branch's tokens over its whole path, [1, 1, own, whole]; None: plain causal."""
-        if branch not in self.of_branches:
-            shared, length = self.branches.branches[branch, [SHARED, LENGTH]].tolist()
-            self.of_branches[branch] = self.make(
-                batch_size=1,
-                q_length=length,
-                kv_length=shared + length,
-                q_offset=shared,
-                device=self.device,
-            )
-        return self.of_branches[branch]
-
     def attend(self, function: Callable, module: Any, *states: Tensor, **kwargs: Any) -> Any:
-        """function(module, query, key, value, mask, **kwargs) of each branch, put together.
+        """function(module, query, key, value, mask, **kwargs) of all branches, put together.
 
         states: query, key, value [rows, heads, width, head size].
         """
-        lengths, pieces, paths = self.branches.pieces
-        query, key, value = (x.unbind() for x in states)
-        outputs, branch = [], 0
-        for row in range(self.branches.rows):
-            *own, padding = query[row].split(lengths[row], dim=1)
-            keys, values = (x[row].split(pieces[row], dim=1) for x in (key, value))
-            found = []
-            for queries in own:
-                path = paths[branch]
-                out, _ = function(
-                    module,
-                    queries[None],
-                    torch.cat([keys[i] for i in path], dim=1)[None],
-                    torch.cat([values[i] for i in path], dim=1)[None],
-                    self.of_branch(branch),
-                    **kwargs,
-                )
-                found.append(out)  # [1, own, heads, head size]
-                branch += 1
-            if padding.shape[1]:
-                found.append(found[0].new_zeros(1, padding.shape[1], *found[0].shape[2:]))
-            outputs.append(torch.cat(found, dim=1))
-        return torch.cat(outputs), None
+        groups, places = self.branches.groups(states[0].device)
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in states)
+        outputs = []
+        for i, group in enumerate(groups):
+            if i not in self.of_groups:
+                self.of_groups[i] = group.mask(self.make)
+            found, _ = function(
+                module,
+                _taken(query, group.queries),
+                _taken(key, group.keys),
+                _taken(value, group.keys),
+                self.of_groups[i],
+                **kwargs,
+            )
+            outputs.append(found.flatten(0, 1))  # [n * own, heads, head size]
+        rows, width = len(self), self.shape[-1]
+        return torch.cat(outputs).index_select(0, places).unflatten(0, (rows, width)), None
+
+
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """[n, heads, length, head size]: rows of x [places, heads, head size]; places: [n, length]."""
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
 
 def _register() -> None:
