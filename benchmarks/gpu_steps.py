@@ -23,7 +23,7 @@ NAMES = (
 COMPILED = ("truth", "rates", "host", "bars", "tiles")  # in this order
 TUNED = ("llama-3-8b", "gemma-2-9b")
 TESTS = {
-    "gpu, tiles": ("ops/test_gpu.py", "ops/test_tiles.py"),
+    "gpu, tiles": ("ops/test_gpu.py", "ops/test_tiles.py", "heads/test_gpu_branches.py"),
     "log-probs, fused, objective": (
         "ops/test_linear_logprobs.py",
         "ops/test_fused.py",
