@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from treg.data.tree import IntArray, model_inputs, shared_pairs
+from treg.heads.attention import check_attention
 from treg.heads.install import check_branches, run_head
 from treg.heads.spec import HeadSpec, Operands
 from treg.ops import linear_logprobs
@@ -43,11 +44,16 @@ class SharedRows:
     inputs: dict[str, Any]
     places: Tensor
 
-    def apart(self, hidden: Tensor) -> Tensor:
+    def apart(self, hidden: Tensor, places: Tensor | None = None) -> Tensor:
         """Hidden states [rows, width, D] of these rows as those of the batch, [2B, T, D]; of
         padding what stands anywhere.
+
+        Args:
+            places: those of some tokens alone, of any shape, which is then the result's instead of
+                [2B, T].
         """
-        return hidden.flatten(0, 1)[self.places.to(hidden.device)]
+        places = self.places if places is None else places
+        return hidden.flatten(0, 1)[places.to(hidden.device)]
 
 
 def share_prompts(
@@ -58,13 +64,15 @@ def share_prompts(
     Args:
         input_ids: [2B, T], the B chosen sequences first, padded on either side; or [1, L], all
             sequences one after the other, then position_ids tell where they begin.
-        attention_mask: [2B, T], 0 where there is padding; None: there is none.
+        attention_mask: of the shape of input_ids, 0 where there is padding; None: there is none.
         position_ids: of a row of several sequences, [1, L]: 0 where one begins. Of padded rows they
             are not needed.
     Returns:
-        Rows on the device of input_ids: [B, T'] or [1, L'].
+        Rows on the device of input_ids: [B, T'] or [1, L']. They are made by the host, which waits
+        for tensors of a device once each.
     Raises:
-        ValueError: another number of sequences than an even one, or an empty one.
+        ValueError: another number of sequences than an even one, or an empty one; an attention_mask
+            of another shape; positions that are not 0, 1, 2, ... in each sequence.
     """
     sequences = _sequences(input_ids, attention_mask, position_ids)
     ids = input_ids.cpu().numpy().reshape(-1)
@@ -84,20 +92,39 @@ def _sequences(
 ) -> list[IntArray]:
     """The places of each sequence's tokens in the flattened rows."""
     rows, width = input_ids.shape
-    if rows == 1 and position_ids is not None:
-        starts = np.flatnonzero(position_ids[0].cpu().numpy() == 0)
-        sequences: list[IntArray] = [*np.split(np.arange(width), starts[1:])]
-    elif attention_mask is None:
-        sequences = list(np.arange(rows * width).reshape(rows, width))
-    else:
+    kept = np.ones((rows, width), dtype=bool)
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape of input_ids {list(input_ids.shape)}, got "
+                f"{list(attention_mask.shape)}; a mask of pairs of tokens cannot be shared"
+            )
         kept = attention_mask.cpu().numpy() != 0
-        sequences = [row * width + np.flatnonzero(mask) for row, mask in enumerate(kept)]
+    places, positions = np.flatnonzero(kept), None
+    if position_ids is not None:
+        positions = np.broadcast_to(position_ids.cpu().numpy(), kept.shape)[kept]
+    if rows == 1 and positions is not None:
+        starts = np.flatnonzero(positions == 0)
+        sequences: list[IntArray] = [*np.split(places, starts[starts > 0])]
+    else:
+        sequences = [*np.split(places, np.cumsum(kept.sum(1))[:-1])]
     if len(sequences) % 2 or not all(map(len, sequences)):
         raise ValueError(
             "input_ids: expected an even number of sequences with tokens, the chosen ones first, "
             f"got the lengths {list(map(len, sequences))}"
         )
+    if positions is not None:
+        expected = np.concatenate([np.arange(len(x)) for x in sequences])
+        if not np.array_equal(positions, expected):
+            raise ValueError(
+                "position_ids: expected 0, 1, 2, ... from the first token of each sequence, got "
+                f"{_shortened(positions)}; leave them out for padded rows"
+            )
     return sequences
+
+
+def _shortened(values: IntArray) -> str:
+    return f"[{', '.join(map(str, values[:12].tolist()))}{', ...' if len(values) > 12 else ''}]"
 
 
 @dataclass
@@ -132,6 +159,7 @@ class PromptSharing:
             ValueError: as `give_up`.
         """
         try:
+            check_attention(spec.model)  # of which the check of a few tokens tries another one
             check_branches(spec)
         except ValueError as error:
             self.give_up(error)
@@ -212,14 +240,15 @@ def compare(model: nn.Module, apart: Mapping[str, Any], shared: SharedRows) -> C
     flat, places = ids.reshape(-1), shared.places.reshape(-1)
     tokens = [flat[torch.from_numpy(x).to(flat.device)] for x in chosen]
     targets = torch.cat([x[1:] for x in tokens])
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         found = [_padded_logprobs(model, tokens, targets, left=left) for left in (False, True)]
         rows = torch.cat([places[torch.from_numpy(x[:-1]).to(places.device)] for x in chosen])
         with_sharing = _logprobs(model, shared.inputs, rows, targets)
     finally:
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
     right, left = found
     differences, noise = with_sharing - right, left - right
 
