@@ -23,6 +23,7 @@ FILES = (
     "integrations/test_swift.py",
     "integrations/test_trl.py",
     "integrations/test_trl_own.py",
+    "integrations/test_trl_sharing.py",
     "integrations/test_verl.py",
     "ops/test_cold.py",
     "ops/test_compile.py",

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 # of the largest difference
 TIMES_RMS, TIMES_MAX = 4, 8
 CHECKED = 4  # pairs of the first batch
-NOT_SHARED = "set share_prompt=False"
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,12 @@ class PromptSharing:
     asked: True: whatever speaks against it is an error. None: it is a warning, and prompts are not
         shared.
     on: whether they are shared.
+    option: what asks for it, for errors.
     """
 
     asked: bool | None
     on: bool = True
+    option: str = "share_prompt"
     settled: bool = field(default=False, init=False)
 
     def give_up(self, reason: Exception | str) -> None:
@@ -148,7 +149,7 @@ class PromptSharing:
         """
         if self.asked:
             cause = reason if isinstance(reason, Exception) else None
-            raise ValueError(f"share_prompt: {reason}; {NOT_SHARED}") from cause
+            raise ValueError(f"{self.option}: {reason}; set {self.option}=False") from cause
         log.warning("the prompt of a pair is run once for each of its answers: %s", reason)
         self.on = False
 
@@ -168,7 +169,7 @@ class PromptSharing:
         self,
         model: nn.Module,
         apart: Mapping[str, Any],
-        shared: SharedRows,
+        shared: SharedRows | None,
         dtype: torch.dtype,
         agreed: Callable[[bool], bool] = bool,
     ) -> None:
@@ -178,7 +179,8 @@ class PromptSharing:
         Args:
             model: as it is trained, wrapped or not; its head is installed.
             apart: input_ids and attention_mask or position_ids, as `share_prompts` takes them.
-            shared: the same in rows that pairs share.
+            shared: the same in rows that pairs share. None: they are made here, and what speaks
+                against it speaks against sharing.
             dtype: what the model computes in.
             agreed: whether all processes have found so, from whether this one has.
         Raises:
@@ -188,7 +190,7 @@ class PromptSharing:
         self.settled = True
         problem = ""
         try:
-            found = compare(model, apart, shared)
+            found = compare(model, apart, share_prompts(**apart) if shared is None else shared)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         else:
