@@ -55,8 +55,15 @@ def in_shared_rows(
     of the models that it is the same.
 
     batch: as the trainer unpacks it, `model` and `scored` are changed.
+    Raises:
+        ValueError: sharing was asked for, and something speaks against it.
     """
     shared: Mapping[str, Any] | None = batch.get("shared")
+    if sharing.on and shared is None:
+        sharing.give_up(
+            "the data_collator gives no `shared` beside its batches, as treg.data.PairCollator does"
+            " with share_prompt=True"
+        )
     if shared is None or not sharing.on:
         return
     inputs = {name: x for name, x in shared.items() if name != "places"}
