@@ -90,6 +90,22 @@ def test_log_probs_and_gradients(kind, padding):
         assert_close(a, b, 1e-5)
 
 
+def test_in_float64_nothing_is_left_but_its_roundings():
+    """gpt2 computes in it throughout; a llama's norms stay float32."""
+    torch.manual_seed(0)
+    model = build("gpt2").double()
+    install_head(model)
+    inputs, labels = batch()
+    found, expected = (
+        token_logprobs(model, labels, share_prompt=x, **inputs).logprobs for x in (True, False)
+    )
+    assert_close(found, expected, 1e-13)
+    weights = torch.randn(labels[:, 1:].shape, dtype=torch.float64)
+    pairs = [gradients(model, (weights * x).sum()) for x in (found, expected)]
+    for a, b in zip(*pairs, strict=True):
+        assert_close(a, b, 1e-12)
+
+
 def seen_by(model):
     """The tokens that the backbone sees, of each forward."""
     seen = []
