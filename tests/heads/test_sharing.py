@@ -211,6 +211,14 @@ def test_batches_that_cannot_be_shared(inputs, message):
         token_logprobs(model, labels, share_prompt=True, **inputs)
 
 
+def test_rows_of_another_batch():
+    model = tiny_llama(50)
+    install_head(model)
+    rows = share_prompts(IDS[:, :2])
+    with pytest.raises(ValueError, match=r"labels: .* in shared rows \[2, 2\], got \[2, 3\]"):
+        token_logprobs(model, IDS, share_prompt=rows, input_ids=IDS)
+
+
 def test_padding_behind_packed_sequences():
     ids = torch.tensor([[1, 2, 3, 1, 2, 4, 0, 0]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 0]])

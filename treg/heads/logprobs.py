@@ -81,7 +81,7 @@ def score_tokens(
         )
     scored = labels[:, 1:] != -100
     shared = None
-    if share_prompt is not False:
+    if share_prompt:
         shared, inputs = shared_inputs(inputs, share_prompt)
 
     def head_fn(hidden: Tensor, operands: Operands) -> dict[str, Tensor]:
@@ -94,8 +94,8 @@ def score_tokens(
 def shared_inputs(
     inputs: Mapping[str, Any], rows: bool | SharedRows = True
 ) -> tuple[SharedRows, dict[str, Any]]:
-    """The rows that pairs share (True: made here), and what the model's forward takes in place of
-    inputs.
+    """The rows that pairs share, made here unless they are given, and what the model's forward
+    takes in place of inputs.
 
     Raises:
         ValueError: inputs beside input_ids, attention_mask, position_ids and flags.
@@ -109,10 +109,8 @@ def shared_inputs(
             f"share_prompt: expected {', '.join(BATCH)}, whose tokens can be moved, got "
             f"{', '.join(sorted(batch))}; set share_prompt=False"
         )
-    if rows is True:
-        rows = share_prompts(**batch)
-    assert isinstance(rows, SharedRows)
-    return rows, rows.inputs | flags
+    shared = rows if isinstance(rows, SharedRows) else share_prompts(**batch)
+    return shared, shared.inputs | flags
 
 
 def scored_rows(
@@ -124,7 +122,14 @@ def scored_rows(
         hidden: [S, T, D]; virtual tokens of prompt-learning adapters may stand before the sequence.
         labels: [S, T] int64, not shifted, -100 where not scored.
         shared: rows that the S sequences share; hidden is then of these.
+    Raises:
+        ValueError: shared rows of a batch of another shape than labels.
     """
+    if shared is not None and shared.places.shape != labels.shape:
+        raise ValueError(
+            f"labels: expected the shape of the batch in shared rows {list(shared.places.shape)}, "
+            f"got {list(labels.shape)}"
+        )
     target = labels[:, 1:]
     scored = target != -100
     if shared is None:
