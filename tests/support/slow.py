@@ -192,6 +192,11 @@ FUNCTIONS = {
         "test_gradient_is_that_of_dense_logits[-adapters-]",
         "test_kl_of_heads_with_options",
     ),
+    "trainer/test_sharing.py": (
+        "test_resumed_is_uninterrupted",
+        "test_two_processes_in_shared_rows_are_one_apart",
+        "test_what_one_of_two_processes_finds_counts_for_both",
+    ),
     "trainer/test_trainer.py": (
         "test_gradient_is_that_of_dense_logits[-True-]",
         "test_gradient_is_that_of_dense_logits[gemma2]",
