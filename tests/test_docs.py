@@ -109,6 +109,34 @@ def test_an_annotated_file_is_filtered_as_shown(tmp_path, monkeypatch):
     assert [x["where"] for x in after] == [before[0]["where"], before[2]["where"]]
 
 
+def test_a_step_with_shared_prompts_runs_as_printed():
+    """Its loss and gradients are those of each sequence in a row of its own."""
+    tiny = pytest.importorskip("tiny")
+    page = (ROOT / "docs" / "training-step.md").read_text()
+    (block,) = (x for x in python_blocks(page) if "share_prompts" in x)
+    model = tiny.tiny_llama(50)
+    with torch.no_grad():
+        reference = tiny.tiny_llama(50, initializer_range=0.2)
+    prompt, answers = torch.arange(1, 7).reshape(2, 3), torch.arange(10, 26).reshape(4, 4)
+    ids = torch.cat([prompt.repeat(2, 1), answers], dim=1)
+    mask = torch.ones_like(ids)
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    labels = ids.masked_fill((mask == 0) | (torch.arange(7) < 3), -100)
+    rewards = torch.rand(ids.shape) - 0.5
+    names = {"torch": torch, "model": model, "reference": reference, "ids": ids, "mask": mask}
+    exec(block, names | {"labels": labels, "rewards": rewards})
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    exec(
+        block.replace("share_prompt=shared, ", "attention_mask=mask, ")
+        .replace("scored_rows(hidden, labels, shared)", "scored_rows(hidden, labels)")
+        .replace("**shared.inputs", "input_ids=ids, attention_mask=mask"),
+        names | {"labels": labels, "rewards": rewards},
+    )
+    for name, p in model.named_parameters():
+        assert (found[name] - p.grad).norm() <= 1e-5 * p.grad.norm() > 0, name
+
+
 def tiny_row(index: int, length: int) -> dict:
     row = {"index": index, "where": f"row {index}", "prompt_ids": [1, 2]}
     row["prompt_text"] = "?"

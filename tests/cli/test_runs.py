@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from treg.cli import main
+from treg.cli import main, runs
 from treg.files import SEAL, last_checkpoint, seal
 
 STEPS = 3
@@ -278,3 +278,18 @@ def test_a_seal_lists_what_is_there(tmp_path):
     listed = json.loads((tmp_path / SEAL).read_text())["sha256"]
     sha256_of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
     assert listed == {"a/b.bin": sha256_of_abc}
+
+
+def test_packs_of_a_run_from_before_prompts_were_shared(tmp_path):
+    """It goes on with the packs that it had; without packs either way is the same."""
+    now = {"share_prompt": None, "token_budget": 512}
+    for name, budget in (("packs", 512), ("pairs", None)):
+        out = tmp_path / name
+        runs.claim_run(out, {"token_budget": budget})
+        (out / "model.safetensors").write_bytes(b"")
+        if budget is None:
+            runs.claim_run(out, now | {"token_budget": None})
+            continue
+        with pytest.raises(ValueError, match=r"share_prompt: .* a run with False, now it is No"):
+            runs.claim_run(out, now)
+        runs.claim_run(out, now | {"share_prompt": False})

@@ -77,10 +77,15 @@ def check(found: dict, expected: dict, tolerance: float) -> None:
         assert error < tolerance, (name, error)
 
 
+def exactly(way: str) -> float:
+    """In float64. A llama's norms are float32 even then, and what a pair shares is summed there."""
+    return 3e-7 if way == "shared" else 1e-12
+
+
 @pytest.mark.parametrize("way", worker.WAYS)
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"lora": True}], ids=str)
 def test_one_process(way, options):
-    check(alone(way, **options, dtype=torch.float64), dense(**options), 1e-12)
+    check(alone(way, **options, dtype=torch.float64), dense(**options), exactly(way))
 
 
 @pytest.mark.parametrize("way", worker.WAYS)
@@ -201,7 +206,11 @@ def test_zero3(way, options, early):
     loss.backward()
     assert any(kind == "backward" and "lm_head" in name for kind, name in zero.events)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    check({"loss": loss.detach(), "logps": logps.detach(), "grads": grads}, dense(**options), 1e-12)
+    check(
+        {"loss": loss.detach(), "logps": logps.detach(), "grads": grads},
+        dense(**options),
+        exactly(way),
+    )
 
 
 FSDP2 = {

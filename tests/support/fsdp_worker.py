@@ -46,7 +46,7 @@ def allow_fsdp_on_a_cpu() -> None:
 
 
 def train(kind: type, config: type, data: str, folder: str, batch: str, **options) -> list[dict]:
-    """The log of two steps."""
+    """The log of two steps; under FSDP2 a pair's prompt is run once."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     options = (
         dict(
@@ -77,8 +77,8 @@ def main(data: str, folder: str, batch: str) -> None:
     allow_fsdp_on_a_cpu()
     found = {}
     for kind, config, options in (
-        (TRegTrainer, TRegConfig, {"alpha": 0.5}),
-        (TRegDPOTrainer, TRegDPOConfig, {"treg_alpha": 0.5}),
+        (TRegTrainer, TRegConfig, {"alpha": 0.5, "share_prompt": FSDP}),
+        (TRegDPOTrainer, TRegDPOConfig, {"treg_alpha": 0.5, "treg_share_prompt": FSDP}),
     ):
         found[kind.__name__] = train(kind, config, data, folder, batch, **options)
         gc.collect()

@@ -6,6 +6,7 @@ writes DIR/<layout>.pt: loss, log-probs of pair 0, gradients.
 """
 
 import faulthandler
+import functools
 import gc
 import sys
 from pathlib import Path
@@ -61,9 +62,10 @@ def make_model(tied: bool = False, lora: bool = False):
 
 
 def make_batch() -> dict[str, torch.Tensor]:
-    """B pairs, chosen first: [2B, T]."""
+    """B pairs that begin alike, chosen first: [2B, T]."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(V, (2 * B, T), generator=generator)
+    ids[B:, :3] = ids[:B, :3]
     labels = ids.masked_fill(torch.arange(T) < torch.tensor([[2], [3], [2], [3]]), -100)
     rewards = torch.rand(2 * B, T - 1, generator=generator) - 0.5
     return {
@@ -105,9 +107,9 @@ def fused(model, batch):
     return found.loss, found.token_logps
 
 
-def composed(model, batch):
+def composed(model, batch, **options):
     """Log-probs first, the loss outside of the model."""
-    logps = token_logprobs(model, batch["labels"], input_ids=batch["ids"]).logprobs
+    logps = token_logprobs(model, batch["labels"], input_ids=batch["ids"], **options).logprobs
     mask = batch["labels"][:, 1:] != -100
     return treg_loss(
         logps, batch["rewards"], batch["ref"], LossOptions(), mask=mask
@@ -202,7 +204,11 @@ LAYOUTS = {
     "own-late": (fsdp("own"), {}),
     "accelerate-late": (by_accelerate(), {}),
 }
-WAYS = {"fused": fused, "composed": composed}
+WAYS = {
+    "fused": fused,
+    "composed": composed,
+    "shared": functools.partial(composed, share_prompt=True),
+}
 
 
 def whole(x):

@@ -23,6 +23,7 @@ FILES = (
     "integrations/test_swift.py",
     "integrations/test_trl.py",
     "integrations/test_trl_own.py",
+    "integrations/test_trl_sharing.py",
     "integrations/test_verl.py",
     "ops/test_cold.py",
     "ops/test_compile.py",
@@ -190,6 +191,11 @@ FUNCTIONS = {
     "trainer/test_methods.py": (
         "test_gradient_is_that_of_dense_logits[-adapters-]",
         "test_kl_of_heads_with_options",
+    ),
+    "trainer/test_sharing.py": (
+        "test_resumed_is_uninterrupted",
+        "test_two_processes_in_shared_rows_are_one_apart",
+        "test_what_one_of_two_processes_finds_counts_for_both",
     ),
     "trainer/test_trainer.py": (
         "test_gradient_is_that_of_dense_logits[-True-]",

@@ -114,6 +114,8 @@ def _check_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     was, is_now = before.get("content", {}), now["content"]
     # runs of earlier versions had one source, and no weights
     before = {"data_weights": [1.0] * len(_each(before.get("data")))} | before
+    if before.get("token_budget"):  # and packs of sequences that share nothing
+        before = {"share_prompt": False} | before
     for name in sorted(now.keys() & before.keys() - {"content", "begun"}):
         old, new = before[name], now[name]
         detail = ""

@@ -50,9 +50,15 @@ def run_branching(
         branches: [n, 5] int64, see `treg.data.tree`.
         inputs: of the backbone: input_ids and position_ids [rows, width], no attention_mask.
     Raises:
-        ValueError: the model's attention takes no mask, or one that the model makes itself.
+        ValueError: the model's attention takes no mask, or one that the model makes itself; inputs
+            that are not those.
     """
     check_attention(model)
+    if not {"input_ids", "position_ids"} <= inputs.keys() or "past_key_values" in inputs:
+        raise ValueError(
+            "expected input_ids and position_ids alone, got other inputs of the model, as the "
+            "virtual tokens of prompt-learning adapters make them"
+        )
     ids: Tensor = inputs["input_ids"]
     # of ones: without any, transformers would take positions that start over for packed sequences
     mask = torch.ones_like(ids)

@@ -22,6 +22,8 @@ from treg.heads.checks import (
 from treg.heads.spec import HeadFunction, HeadSpec, Operands, name_of, shape_of, why_unreadable
 from treg.heads.tables import logit_scale_of, softcap_of, steps_before, used_vocab
 
+BRANCHES = "branches"  # the check of rows of branches, see `HeadSpec.passed`
+
 
 def resolve_head(model: nn.Module) -> HeadSpec:
     """The head of a PreTrainedModel or PeftModel, checked against the model's own log-probs on 8
@@ -120,9 +122,12 @@ def check_sequences(spec: HeadSpec, *, packing: bool = False) -> None:
 
 def check_branches(spec: HeadSpec) -> None:
     """ValueError unless hidden states of sequences that share their beginning (`treg.data.tree`)
-    are the same in one row and alone; says why. Waits for the weights as `check_sequences` does.
+    are the same in one row and alone; says why. The first forward of such rows checks it in any
+    case; so nothing is done here where weights cannot be read yet.
     """
-    _check_now_or_later(spec, check_branches_of)
+    if BRANCHES not in spec.passed and not _must_wait(spec):
+        check_branches_of(spec)
+        spec.passed.add(BRANCHES)
 
 
 def _has_floating_matrix(projection: Any) -> bool:
@@ -158,6 +163,9 @@ def _forward_with_head(original: Callable) -> Callable:
             check = spec.pending[0]
             check(spec)
             spec.pending.pop(0)  # a check that fails is left for the next forward
+        if kwargs.get("branches") is not None and BRANCHES not in spec.passed:
+            check_branches_of(spec)
+            spec.passed.add(BRANCHES)
         return spec.through(head_fn, spec.hidden(**named, **kwargs))
 
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -187,9 +195,14 @@ def _check_now_or_later(spec: HeadSpec, check: Callable[[HeadSpec], None]) -> No
     """Run a check, or leave it to the first forward where some weight cannot be read before
     that.
     """
-    unreadable = any(why_unreadable(weight) for weight in spec.model.parameters())
-    # FSDP may have loaded the weights into the first process only
-    if unreadable or is_fsdp_enabled():
+    if _must_wait(spec):
         spec.pending.append(check)
     else:
         check(spec)
+
+
+def _must_wait(spec: HeadSpec) -> bool:
+    """Whether some weight cannot be read before the first forward."""
+    unreadable = any(why_unreadable(weight) for weight in spec.model.parameters())
+    # FSDP may have loaded the weights into the first process only
+    return unreadable or is_fsdp_enabled()

@@ -3,13 +3,18 @@ from.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from treg.heads.install import run_head
+from treg.heads.sharing import SharedRows, share_prompts
 from treg.heads.spec import Operands
 from treg.ops import LinearLogprobs, linear_logprobs
+
+# what a batch has for each token, and rows of pairs can have too
+BATCH = ("input_ids", "attention_mask", "position_ids")
 
 
 def token_logprobs(
@@ -18,6 +23,7 @@ def token_logprobs(
     *,
     outputs: tuple[str, ...] = (),
     memory_budget: int | None = None,
+    share_prompt: bool | SharedRows = False,
     **inputs,
 ) -> LinearLogprobs:
     """log p(labels[s, t+1] | tokens up to t) of a model that `treg.heads.install_head` has read.
@@ -33,11 +39,17 @@ def token_logprobs(
             scored. The first token of a row is never scored.
         outputs: statistics of each token, see `linear_logprobs`.
         memory_budget: bytes of temporaries, see `linear_logprobs`.
-        inputs: of the model's forward: input_ids [S, T], attention_mask, position_ids, ...
+        share_prompt: whether S is 2B sequences, the B chosen ones first, and the model sees what i
+            and B + i begin with once (`treg.heads.share_prompts`): it is the same up to rounding,
+            and a model where it is not is refused. Or the rows that `share_prompts` made of these
+            inputs already, which serve policy and reference alike.
+        inputs: of the model's forward: input_ids [S, T], attention_mask, position_ids, ...; with
+            share_prompt these three alone, beside flags such as use_cache.
     Returns:
         LinearLogprobs of shape [S, T-1], 0 where not scored.
     Raises:
-        ValueError: labels of another shape than input_ids; a model without an installed head.
+        ValueError: labels of another shape than input_ids; a model without an installed head; with
+            share_prompt an odd number of rows, other inputs, or a model that cannot.
     """
 
     def score(rows: Tensor, target: Tensor, operands: Operands) -> dict[str, Tensor]:
@@ -46,13 +58,16 @@ def token_logprobs(
         )
         return {name: x for name, x in found._asdict().items() if x is not None}
 
-    return LinearLogprobs(**score_tokens(model, labels, score, **inputs))
+    found = score_tokens(model, labels, score, share_prompt=share_prompt, **inputs)
+    return LinearLogprobs(**found)
 
 
 def score_tokens(
     model: nn.Module,
     labels: Tensor,
     score: Callable[[Tensor, Tensor, Operands], Mapping[str, Tensor]],
+    *,
+    share_prompt: bool | SharedRows = False,
     **inputs,
 ) -> dict[str, Tensor]:
     """What score(rows [N, D], target [N], operands) gives of each scored token, [S, T-1] each by
@@ -65,23 +80,64 @@ def score_tokens(
             f"got {list(labels.shape)}"
         )
     scored = labels[:, 1:] != -100
+    shared = None
+    if share_prompt:
+        shared, inputs = shared_inputs(inputs, share_prompt)
 
     def head_fn(hidden: Tensor, operands: Operands) -> dict[str, Tensor]:
-        found = score(*scored_rows(hidden, labels), operands)
+        found = score(*scored_rows(hidden, labels, shared), operands)
         return {name: _spread(x, scored.to(x.device)) for name, x in found.items()}
 
     return run_head(model, head_fn, **inputs)
 
 
-def scored_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden [N, D] and target [N] of the tokens that labels [S, T] score.
+def shared_inputs(
+    inputs: Mapping[str, Any], rows: bool | SharedRows = True
+) -> tuple[SharedRows, dict[str, Any]]:
+    """The rows that pairs share, made here unless they are given, and what the model's forward
+    takes in place of inputs.
 
-    hidden: [S, T, D]; virtual tokens of prompt-learning adapters may stand before the sequence.
+    Raises:
+        ValueError: inputs beside input_ids, attention_mask, position_ids and flags.
     """
+    given = {name: x for name, x in inputs.items() if x is not None}
+    flags = {name: x for name, x in given.items() if isinstance(x, bool)}
+    batch = {name: x for name, x in given.items() if name not in flags}
+    others = sorted(batch.keys() - BATCH)
+    if "input_ids" not in batch or others:
+        raise ValueError(
+            f"share_prompt: expected {', '.join(BATCH)}, whose tokens can be moved, got "
+            f"{', '.join(sorted(batch))}; set share_prompt=False"
+        )
+    shared = rows if isinstance(rows, SharedRows) else share_prompts(**batch)
+    return shared, shared.inputs | flags
+
+
+def scored_rows(
+    hidden: Tensor, labels: Tensor, shared: SharedRows | None = None
+) -> tuple[Tensor, Tensor]:
+    """hidden [N, D] and target [N] of the tokens that labels [S, T] score, row after row.
+
+    Args:
+        hidden: [S, T, D]; virtual tokens of prompt-learning adapters may stand before the sequence.
+        labels: [S, T] int64, not shifted, -100 where not scored.
+        shared: rows that the S sequences share; hidden is then of these.
+    Raises:
+        ValueError: shared rows of a batch of another shape than labels.
+    """
+    if shared is not None and shared.places.shape != labels.shape:
+        raise ValueError(
+            f"labels: expected the shape of the batch in shared rows {list(shared.places.shape)}, "
+            f"got {list(labels.shape)}"
+        )
     target = labels[:, 1:]
     scored = target != -100
-    states = hidden[:, -labels.shape[1] :][:, :-1]
-    return states[scored.to(hidden.device)], target[scored].to(hidden.device)
+    if shared is None:
+        states = hidden[:, -labels.shape[1] :][:, :-1][scored.to(hidden.device)]
+    else:
+        places = shared.places[:, :-1]
+        states = shared.apart(hidden, places[scored.to(places.device)])
+    return states, target[scored].to(hidden.device)
 
 
 def _spread(x: Tensor, scored: Tensor) -> Tensor:

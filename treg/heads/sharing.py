@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from treg.data.tree import IntArray, model_inputs, shared_pairs
+from treg.heads.attention import check_attention
 from treg.heads.install import check_branches, run_head
 from treg.heads.spec import HeadSpec, Operands
 from treg.ops import linear_logprobs
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 # of the largest difference
 TIMES_RMS, TIMES_MAX = 4, 8
 CHECKED = 4  # pairs of the first batch
-NOT_SHARED = "set share_prompt=False"
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,16 @@ class SharedRows:
     inputs: dict[str, Any]
     places: Tensor
 
-    def apart(self, hidden: Tensor) -> Tensor:
+    def apart(self, hidden: Tensor, places: Tensor | None = None) -> Tensor:
         """Hidden states [rows, width, D] of these rows as those of the batch, [2B, T, D]; of
         padding what stands anywhere.
+
+        Args:
+            places: those of some tokens alone, of any shape, which is then the result's instead of
+                [2B, T].
         """
-        return hidden.flatten(0, 1)[self.places.to(hidden.device)]
+        places = self.places if places is None else places
+        return hidden.flatten(0, 1)[places.to(hidden.device)]
 
 
 def share_prompts(
@@ -58,13 +63,15 @@ def share_prompts(
     Args:
         input_ids: [2B, T], the B chosen sequences first, padded on either side; or [1, L], all
             sequences one after the other, then position_ids tell where they begin.
-        attention_mask: [2B, T], 0 where there is padding; None: there is none.
+        attention_mask: of the shape of input_ids, 0 where there is padding; None: there is none.
         position_ids: of a row of several sequences, [1, L]: 0 where one begins. Of padded rows they
             are not needed.
     Returns:
-        Rows on the device of input_ids: [B, T'] or [1, L'].
+        Rows on the device of input_ids: [B, T'] or [1, L']. They are made by the host, which waits
+        for tensors of a device once each.
     Raises:
-        ValueError: another number of sequences than an even one, or an empty one.
+        ValueError: another number of sequences than an even one, or an empty one; an attention_mask
+            of another shape; positions that are not 0, 1, 2, ... in each sequence.
     """
     sequences = _sequences(input_ids, attention_mask, position_ids)
     ids = input_ids.cpu().numpy().reshape(-1)
@@ -84,20 +91,39 @@ def _sequences(
 ) -> list[IntArray]:
     """The places of each sequence's tokens in the flattened rows."""
     rows, width = input_ids.shape
-    if rows == 1 and position_ids is not None:
-        starts = np.flatnonzero(position_ids[0].cpu().numpy() == 0)
-        sequences: list[IntArray] = [*np.split(np.arange(width), starts[1:])]
-    elif attention_mask is None:
-        sequences = list(np.arange(rows * width).reshape(rows, width))
-    else:
+    kept = np.ones((rows, width), dtype=bool)
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape of input_ids {list(input_ids.shape)}, got "
+                f"{list(attention_mask.shape)}; a mask of pairs of tokens cannot be shared"
+            )
         kept = attention_mask.cpu().numpy() != 0
-        sequences = [row * width + np.flatnonzero(mask) for row, mask in enumerate(kept)]
+    places, positions = np.flatnonzero(kept), None
+    if position_ids is not None:
+        positions = np.broadcast_to(position_ids.cpu().numpy(), kept.shape)[kept]
+    if rows == 1 and positions is not None:
+        starts = np.flatnonzero(positions == 0)
+        sequences: list[IntArray] = [*np.split(places, starts[starts > 0])]
+    else:
+        sequences = [*np.split(places, np.cumsum(kept.sum(1))[:-1])]
     if len(sequences) % 2 or not all(map(len, sequences)):
         raise ValueError(
             "input_ids: expected an even number of sequences with tokens, the chosen ones first, "
             f"got the lengths {list(map(len, sequences))}"
         )
+    if positions is not None:
+        expected = np.concatenate([np.arange(len(x)) for x in sequences])
+        if not np.array_equal(positions, expected):
+            raise ValueError(
+                "position_ids: expected 0, 1, 2, ... from the first token of each sequence, got "
+                f"{_shortened(positions)}; leave them out for padded rows"
+            )
     return sequences
+
+
+def _shortened(values: IntArray) -> str:
+    return f"[{', '.join(map(str, values[:12].tolist()))}{', ...' if len(values) > 12 else ''}]"
 
 
 @dataclass
@@ -107,10 +133,12 @@ class PromptSharing:
     asked: True: whatever speaks against it is an error. None: it is a warning, and prompts are not
         shared.
     on: whether they are shared.
+    option: what asks for it, for errors.
     """
 
     asked: bool | None
     on: bool = True
+    option: str = "share_prompt"
     settled: bool = field(default=False, init=False)
 
     def give_up(self, reason: Exception | str) -> None:
@@ -121,7 +149,7 @@ class PromptSharing:
         """
         if self.asked:
             cause = reason if isinstance(reason, Exception) else None
-            raise ValueError(f"share_prompt: {reason}; {NOT_SHARED}") from cause
+            raise ValueError(f"{self.option}: {reason}; set {self.option}=False") from cause
         log.warning("the prompt of a pair is run once for each of its answers: %s", reason)
         self.on = False
 
@@ -132,6 +160,7 @@ class PromptSharing:
             ValueError: as `give_up`.
         """
         try:
+            check_attention(spec.model)  # of which the check of a few tokens tries another one
             check_branches(spec)
         except ValueError as error:
             self.give_up(error)
@@ -140,7 +169,7 @@ class PromptSharing:
         self,
         model: nn.Module,
         apart: Mapping[str, Any],
-        shared: SharedRows,
+        shared: SharedRows | None,
         dtype: torch.dtype,
         agreed: Callable[[bool], bool] = bool,
     ) -> None:
@@ -150,7 +179,8 @@ class PromptSharing:
         Args:
             model: as it is trained, wrapped or not; its head is installed.
             apart: input_ids and attention_mask or position_ids, as `share_prompts` takes them.
-            shared: the same in rows that pairs share.
+            shared: the same in rows that pairs share. None: they are made here, and what speaks
+                against it speaks against sharing.
             dtype: what the model computes in.
             agreed: whether all processes have found so, from whether this one has.
         Raises:
@@ -160,7 +190,7 @@ class PromptSharing:
         self.settled = True
         problem = ""
         try:
-            found = compare(model, apart, shared)
+            found = compare(model, apart, share_prompts(**apart) if shared is None else shared)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -212,14 +242,15 @@ def compare(model: nn.Module, apart: Mapping[str, Any], shared: SharedRows) -> C
     flat, places = ids.reshape(-1), shared.places.reshape(-1)
     tokens = [flat[torch.from_numpy(x).to(flat.device)] for x in chosen]
     targets = torch.cat([x[1:] for x in tokens])
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         found = [_padded_logprobs(model, tokens, targets, left=left) for left in (False, True)]
         rows = torch.cat([places[torch.from_numpy(x[:-1]).to(places.device)] for x in chosen])
         with_sharing = _logprobs(model, shared.inputs, rows, targets)
     finally:
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
     right, left = found
     differences, noise = with_sharing - right, left - right
 

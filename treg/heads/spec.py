@@ -50,6 +50,7 @@ class HeadSpec:
     vocab: int | None  # rows of weight that are used; None: all
     # checks that wait until the weights can be read
     pending: list[Callable[["HeadSpec"], None]] = field(default_factory=list)
+    passed: set[str] = field(default_factory=set)  # names of checks that need not run again
 
     def hidden(self, **inputs) -> Tensor:
         """What the projection sees, [..., D].

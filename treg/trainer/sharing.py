@@ -11,21 +11,15 @@ from treg.heads import PromptSharing, SharedRows, install_head
 from treg.trainer.config import TRegConfig
 
 
-def sharing_of(args: TRegConfig, models: Sequence[nn.Module], adapters: bool) -> PromptSharing:
+def sharing_of(args: TRegConfig, models: Sequence[nn.Module]) -> PromptSharing:
     """Whether prompts are shared, as far as is known before the first batch.
 
-    models: the policy, and the reference if it runs; their heads are installed. adapters: whether
-        the policy has some.
+    models: the policy, and the reference if it runs; their heads are installed.
     Raises:
         ValueError: args.share_prompt is True, and something speaks against it.
     """
     sharing = PromptSharing(args.share_prompt, on=args.share_prompt is not False)
-    policy: Any = models[0]
-    if sharing.on and adapters and policy.active_peft_config.is_prompt_learning:
-        kind = policy.active_peft_config.peft_type
-        sharing.give_up(f"expected no {kind} adapters, whose virtual tokens begin a row")
-    if sharing.on and args.torch_compile:
-        sharing.give_up("expected torch_compile=False, which would compile for each batch anew")
+    give_up_by_arguments(sharing, models[0], args)
     for model in models:
         if sharing.on:
             sharing.try_on(install_head(model))
@@ -33,6 +27,21 @@ def sharing_of(args: TRegConfig, models: Sequence[nn.Module], adapters: bool) ->
         # packs are made by what pairs share: without that they would be too long
         sharing.asked = sharing.asked or sharing.on
     return sharing
+
+
+def give_up_by_arguments(sharing: PromptSharing, policy: Any, args: Any) -> None:
+    """Do without, if the policy's adapters or the arguments of the training speak against it.
+
+    Raises:
+        ValueError: sharing was asked for.
+    """
+    adapter = policy.active_peft_config if hasattr(policy, "active_peft_config") else None
+    if sharing.on and adapter is not None and adapter.is_prompt_learning:
+        sharing.give_up(
+            f"expected no {adapter.peft_type} adapters, whose virtual tokens begin a row"
+        )
+    if sharing.on and args.torch_compile:
+        sharing.give_up("expected torch_compile=False, which would compile for each batch anew")
 
 
 def in_shared_rows(
@@ -46,8 +55,15 @@ def in_shared_rows(
     of the models that it is the same.
 
     batch: as the trainer unpacks it, `model` and `scored` are changed.
+    Raises:
+        ValueError: sharing was asked for, and something speaks against it.
     """
     shared: Mapping[str, Any] | None = batch.get("shared")
+    if sharing.on and shared is None:
+        sharing.give_up(
+            "the data_collator gives no `shared` beside its batches, as treg.data.PairCollator does"
+            " with share_prompt=True"
+        )
     if shared is None or not sharing.on:
         return
     inputs = {name: x for name, x in shared.items() if name != "places"}

@@ -104,7 +104,7 @@ class TRegTrainer(SealedCheckpoints):
             models.append(ref_model)
         for x in models:
             check_sequences(install_head(x), packing=args.packing)
-        self._sharing = sharing_of(args, models, adapters)
+        self._sharing = sharing_of(args, models)
         share = self._sharing.on
         if args.token_budget is not None and train_dataset is not None:
             train_dataset = pack_pairs(train_dataset, args.token_budget, share_prompt=share)

@@ -25,6 +25,10 @@ class TRegDPOConfig(DPOConfig):
     treg_rewards_options: values of the fields of the source's Options, as a dict or as JSON.
     treg_prompts: its option `prompts`, a YAML file with contrastive prompts.
     treg_tokens_per_batch: tokens of one forward then.
+    treg_share_prompt: whether what the two sequences of a pair begin with is run once, for both, by
+        the policy and by the reference; loss and gradients are the same. None: where the models can
+        and the first batch shows the same log-probs; else a warning is said. True: else it is an
+        error.
     treg_memory_budget: bytes of temporaries of the head, see `treg.ops.linear_logprobs`.
     treg_ignore_fingerprint: train also where the annotated data were made with another model or
     tokenizer.
@@ -49,6 +53,10 @@ class TRegDPOConfig(DPOConfig):
     )
     treg_tokens_per_batch: int = field(
         default=16384, metadata={"help": "Tokens of a forward that makes rewards."}
+    )
+    treg_share_prompt: bool | None = field(
+        default=None,
+        metadata={"help": "Run a pair's prompt once. Default: where the models allow it."},
     )
     treg_memory_budget: int | None = field(
         default=None, metadata={"help": "Bytes of temporaries of the head."}

@@ -93,6 +93,15 @@ class OwnLoss:
     def needs_rewards(self) -> bool:
         return "token_rewards" in self.options.needed_streams
 
+    def check_arguments(self, args: Any) -> None:
+        """ValueError where the reference's sums alone would be made beforehand."""
+        if args.precompute_ref_log_probs and not self.options.objective.reference_free:
+            raise ValueError(
+                "precompute_ref_log_probs: expected False for "
+                f"loss_type={self.options.loss_type!r}, which needs the reference's log-prob of "
+                "each token, got True; run `treg annotate --per_token` on the data"
+            )
+
     def check_weights(self, *, sharded: bool) -> None:
         """ValueError where the reference's head would leave its forward as a shard."""
         if sharded and self.options.with_kl:
@@ -137,14 +146,18 @@ class OwnLoss:
         streams = [x for stream in LOSS_STREAMS for x in stream_columns(stream)]
         return [*streams, *REF_TOKEN_COLUMNS, *self.options.objective.pair_columns]
 
-    def reference_states(self, model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> dict:
-        """Hidden states of the scored tokens and the head of the reference, for `score_with_kl`."""
+    def reference_states(
+        self, model: Any, labels: Tensor, inputs: Mapping[str, Any], shared: Any = False
+    ) -> dict:
+        """Hidden states of the scored tokens and the head of the reference, for `score_with_kl`.
+        shared: the rows that pairs share, or False.
+        """
 
         def head_fn(hidden: Tensor, operands: dict) -> dict[str, Any]:
-            rows, _ = scored_rows(hidden, labels)
+            rows, _ = scored_rows(hidden, labels, shared or None)
             return {"ref_hidden": rows} | {f"ref_{name}": x for name, x in operands.items()}
 
-        return run_head(model, head_fn, **inputs)
+        return run_head(model, head_fn, **(shared.inputs if shared else inputs))
 
     def score_with_kl(self, reference: Mapping[str, Any], outputs: tuple[str, ...]) -> Callable:
         """What scores the rows of a policy: log-probs of both, KL divergence, and statistics."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from treg.heads import HeadSpec
+from treg.heads import HeadSpec, SharedRows
 
 
 @contextlib.contextmanager
@@ -26,14 +26,28 @@ def router_logits(spec: HeadSpec, wanted: bool) -> Iterator[list]:
         hook.remove()
 
 
-def balance(spec: HeadSpec, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss of a mixture of experts, as its own forward computes it."""
+def balance(
+    spec: HeadSpec,
+    router_logits: Any,
+    attention_mask: Tensor | None,
+    shared: SharedRows | None = None,
+) -> Tensor:
+    """The load-balancing loss of a mixture of experts, as its own forward computes it.
+
+    router_logits: [tokens, experts] of each layer; with shared of the rows that pairs share, and
+        what a pair shares counts for both of its sequences nevertheless.
+    """
     config = spec.model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if router_logits is None or experts is None:
         raise ValueError(
             f"router_aux_loss_coef: expected 0 for {type(spec.model).__name__}, which returns no "
             "router_logits that a balancing loss can be made of"
+        )
+    if shared is not None:
+        places = shared.places.flatten()
+        router_logits = tuple(
+            x.reshape(-1, x.shape[-1])[places.to(x.device)] for x in router_logits
         )
     return load_balancing_loss_func(
         router_logits, experts, config.num_experts_per_tok, attention_mask

@@ -39,6 +39,7 @@ from treg.integrations.trl.data import (
 from treg.integrations.trl.own import REF_STREAM, OwnLoss, own_options
 from treg.integrations.trl.patch import STATISTICS
 from treg.integrations.trl.routers import balance, router_logits
+from treg.integrations.trl.sharing import SharedBatches
 from treg.losses.regularizer import token_regularizer
 from treg.results import PairLoss
 from treg.rewards import Context, load_source
@@ -106,7 +107,8 @@ class TRegDPOTrainer(DPOTrainer):
         options = own_options(args)
         self._own = None if options is None else OwnLoss(options, args.treg_memory_budget)
         if self._own is not None:
-            _check_own(self._own, args)
+            self._own.check_arguments(args)
+        self._shared = SharedBatches(self, args)
         train_dataset = read_dataset(train_dataset, "train_dataset", files)
         eval_dataset = mapped(eval_dataset, lambda x, name: read_dataset(x, name, files))
         given = [x for x in (train_dataset, *each_of(eval_dataset)) if x is not None]
@@ -128,7 +130,7 @@ class TRegDPOTrainer(DPOTrainer):
             )
         for x in (self.model, self.ref_model):
             if x is not None:
-                self._head_of(x)
+                self._shared.try_on(self._head_of(x))
         if self._own is not None:
             # TRL's own loss counts for nothing; its metrics and its routers' loss stay
             self.loss_types, self.loss_weights, self.label_smoothing = ["sigmoid"], [0.0], 0.0
@@ -345,14 +347,13 @@ class TRegDPOTrainer(DPOTrainer):
             left_out = ("completion_mask", *REF_COLUMNS)
             given = {k: x for k, x in inputs.items() if k not in left_out}
             with torch.no_grad(), self._as_reference() as reference:
-                self._head_of(reference)
+                shared = self._shared.rows(reference, self._head_of(reference), given)
                 if own.options.with_kl:
-                    states = own.reference_states(reference, labels, given)
+                    states = own.reference_states(reference, labels, given, shared)
                     score = functools.partial(own.score_with_kl, states)
                 else:
-                    budget = own.memory_budget
-                    found = token_logprobs(reference, labels, memory_budget=budget, **given)
-                    ref_logps = found.logprobs
+                    options = {"memory_budget": own.memory_budget, "share_prompt": shared}
+                    ref_logps = token_logprobs(reference, labels, **options, **given).logprobs
         sums = torch.zeros(len(labels), device=labels.device)
         if ref_logps is not None:
             sums = torch.where(scored, ref_logps, 0.0).sum(1)
@@ -428,18 +429,21 @@ class TRegDPOTrainer(DPOTrainer):
             with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
                 if not fused_lm_head:
                     return model(**inputs)
+                shared = self._shared.rows(model, spec, inputs)
                 with router_logits(spec, bool(inputs.get("output_router_logits"))) as routed:
                     names = tuple(STATISTICS[name] for name in outputs)
                     if score is None:
                         budget = self.args.treg_memory_budget
+                        options = {"memory_budget": budget, "share_prompt": shared}
                         found = token_logprobs(
-                            model, labels, outputs=names, memory_budget=budget, **inputs
+                            model, labels, outputs=names, **options, **inputs
                         )._asdict()
                     else:
-                        found = score_tokens(model, labels, score(names), **inputs)
-                aux_loss = (
-                    balance(spec, routed[-1], inputs.get("attention_mask")) if routed else None
-                )
+                        found = score_tokens(
+                            model, labels, score(names), share_prompt=shared, **inputs
+                        )
+                mask, rows = inputs.get("attention_mask"), shared or None
+                aux_loss = balance(spec, routed[-1], mask, rows) if routed else None
             logps = found["logprobs"]
             if kept is not None:
                 logps = logps if grad else logps.detach().requires_grad_()
@@ -480,14 +484,3 @@ class TRegDPOTrainer(DPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for i, name in enumerate(("treg/reg_loss", "treg/reward_chosen", "treg/reward_rejected")):
             metrics[name].append(totals[2 * i] / max(totals[2 * i + 1], 1))
-
-
-def _check_own(own: OwnLoss, args: TRegDPOConfig) -> None:
-    """ValueError where the reference's sums alone would be made beforehand."""
-    objective = own.options.objective
-    if args.precompute_ref_log_probs and not objective.reference_free:
-        raise ValueError(
-            f"precompute_ref_log_probs: expected False for loss_type={own.options.loss_type!r}, "
-            "which needs the reference's log-prob of each token, got True; run `treg annotate "
-            "--per_token` on the data"
-        )
