@@ -47,7 +47,7 @@ import end_to_end_steps as steps
 import end_to_end_table as table
 import torch
 from cpu_plan import choose_threads
-from end_to_end_cases import NAMES, Cell, Shape, cell_of, make_model, make_tokenizer
+from end_to_end_cases import NAMES, SHAPE, Cell, Shape, cell_of, make_model, make_tokenizer
 from loss_head_cases import DEVICE
 from loss_head_measure import Alternation, environment, peak_bytes
 
@@ -252,7 +252,7 @@ def test_step(benchmark, capsys):
 def source_of(args: argparse.Namespace) -> str | Shape:
     if args.model is not None:
         return args.model
-    return Shape(args.hidden, args.layers, args.heads, args.vocab)
+    return Shape(args.hidden, args.layers, args.heads, args.vocab, SHAPE.positions)
 
 
 def name_of(source: str | Shape) -> str:
@@ -315,7 +315,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, shape = parser.add_argument, Shape()
+    add = parser.add_argument
     add("--model", help="folder of a model; random weights by default")
     add("--cells", nargs="+", choices=NAMES, default=[*NAMES])
     add("--parts", nargs="+", choices=PARTS, default=[*PARTS])
@@ -324,7 +324,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     add("--real_pairs", type=int, default=32 if gpu else 4)
     add("--annotate_pairs", type=int, default=64 if gpu else 4, help="rows to annotate, at least")
     for name in ("hidden", "layers", "heads", "vocab"):
-        add(f"--{name}", type=int, default=getattr(shape, name), help="of random weights")
+        add(f"--{name}", type=int, default=getattr(SHAPE, name), help="of random weights")
     add("--rounds", type=int, default=5)
     add("--minutes", type=float, default=math.inf, help="without memory")
     add("--threads", type=int, help="of a CPU; by default all, or one where that is as fast")

@@ -82,6 +82,10 @@ class Shape:
     positions: int = 4096
 
 
+# of two cores; on a GPU about a billion parameters
+SHAPE = Shape(2048, 16, 32, 128256, 8192) if DEVICE == "cuda" else Shape()
+
+
 def make_model(source: str | Shape) -> nn.Module:
     """A model of a folder, or one with random weights, on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
