@@ -233,10 +233,15 @@ def test_bars():
     of_annotation = {annotating.SHARED: method(1.2), annotating.FORWARDS: method(1.0)}
     cell = {"step": {"methods": of_step}, "annotate": {"methods": of_annotation}}
     first, second, third = table.bars({"cells": {BAR: cell}})
-    assert first.endswith("0.650 (0.650 of the CPU's time), at most 0.660: met")
+    assert "with 0.600 of its tokens" in first
+    assert first.endswith("0.650 of the CPU's time (0.650 of the clock's), at most 0.660: met")
     assert "TRL padded, which pads nothing here" in second
     assert second.endswith("at most 0.600: missed by 8.3 %")
     assert third.endswith("at most 1.150: missed by 4.3 %")
+    of_step["TRL padding-free"] = method(8.0)
+    del of_step["treg unshared"]
+    [only, _] = table.bars({"cells": {BAR: cell}})
+    assert only.startswith("step shared / TRL padding-free ")
     assert table.bars({"cells": {}}) == []
 
 
