@@ -21,7 +21,8 @@ process of its own, gradients included, weights not; on a GPU of this process.
 Cells: bar P 512, long P 1024, both R 128 + 128; real: lengths of UltraFeedback. Without a model a
 Llama with random weights. Tokens a second are of 2P + R_w + R_l, whatever a method runs. The record
 keeps what it has of other models. --minutes: cells and their two parts get equal parts of it, and
-one round each in any case.
+one round each in any case. On a CPU all threads are taken, or one where other work makes them no
+faster; then the CPU's own time, beside the clock's, is the one to read.
 """
 
 import argparse
@@ -206,7 +207,8 @@ def measure_peaks(found: dict[str, Any], argv: Sequence[str], say: Say = say_now
         command += ["--threads", str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            say(f"    {name:<26} failed: {done.stderr.strip().splitlines()[-1]}")
+            end = done.stderr.strip().rpartition("\n")[2]
+            say(f"    {name:<26} failed with exit code {done.returncode}: {end}")
             continue
         for cell, held in json.loads(done.stdout.splitlines()[-1]).items():
             for part in PARTS:
