@@ -22,7 +22,8 @@ Cells: bar P 512, long P 1024, both R 128 + 128; real: lengths of UltraFeedback.
 Llama with random weights. Tokens a second are of 2P + R_w + R_l, whatever a method runs. The record
 keeps what it has of other models. --minutes: cells and their two parts get equal parts of it, and
 one round each in any case. On a CPU all threads are taken, or one where other work makes them no
-faster; then the CPU's own time, beside the clock's, is the one to read.
+faster; then the CPU's own time, beside the clock's, is the one to read. With several threads it
+also counts how they wait for each other.
 """
 
 import argparse
