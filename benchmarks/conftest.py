@@ -12,6 +12,7 @@ PARTS = {  # of cpu_plan, by module
     "bench_linear_kl": "linear_kl",
     "bench_trl": "trl",
     "bench_annotate": "annotate",
+    "bench_end_to_end": "end_to_end",
 }
 
 

@@ -1,7 +1,7 @@
 """What `pytest benchmarks/` runs on a CPU, in which order and at which sizes, so that it ends in
 time.
 
-There are ten items: six cases of the loss head and four other parts, in order of worth.
+There are eleven items: six cases of the loss head and five other parts, in order of worth.
 An item's size is chosen when its turn comes, from the time left and the machine's speed then, and
 so is whether torch takes all threads or one.
 Its share is its part of the time left, beside the items still to come, by weight.
@@ -137,6 +137,11 @@ def _trl_work(pairs: int, vocab: int) -> Work:
     return Work(2 * 2 * 12 * 256 * logits, 15 * logits)
 
 
+def _end_to_end_work(prompt: int, answer: int) -> Work:
+    """Three steps, warm and once: 4 P + 6 R tokens of 3 million parameters; few logits."""
+    return Work(2 * 6 * 3e6 * (4 * prompt + 6 * answer), 2 * 8 * answer * 8000)
+
+
 _KL = (
     *((rows, 512, 32000) for rows in (2048, 1024, 512, 256)),
     *((rows, 128, 32000) for rows in (256, 128)),
@@ -144,11 +149,13 @@ _KL = (
 )
 _TRL = ((4, 32000), (4, 16000), (4, 8000), (2, 8000), (2, 4000))  # pairs, vocabulary
 _OVER = (1, 2, 4, 8)
+_ENDS = ((512, 128), (256, 64), (128, 32))  # prompt, answers
 PARTS = {
     "memory": Part(24, 2, tuple((x,) for x in _OVER), tuple(map(_memory_work, _OVER))),
     "linear_kl": Part(10, 0, _KL, tuple(_kl_work(*x) for x in _KL)),
     "trl": Part(20, 1.5, _TRL, tuple(_trl_work(*x) for x in _TRL)),
     "annotate": Part(10, 1, ((),), (Work(0.0, 0.0),)),
+    "end_to_end": Part(10, 1, _ENDS, tuple(_end_to_end_work(*x) for x in _ENDS)),
 }
 
 

@@ -38,6 +38,7 @@ FIRST_CALL = {"liger_dpo": 12.0, "verl": 10.0, "cce_exact": 6.0, "liger_scaled_c
 IMPORTS = 8.0  # of the first cell of a worker: trl, transformers
 TESTS, RUN = {"gpu, tiles": 100, "log-probs, fused, objective": 350, "others": 200}, 15.0
 SANITIZER = 60.0
+END_TO_END = 120.0  # what it is given, `--minutes`
 PREDICTED = HERE / "results" / "predicted-h200.json"
 UNPREDICTED = "trl_chunked"  # stands for methods without a prediction
 
@@ -96,6 +97,8 @@ class Costs:
     def _command(self, job: Job) -> float:
         if job.name.startswith("sanitizer"):
             return START + SANITIZER
+        if job.name == "end-to-end":
+            return 2 * START + END_TO_END
         at = job.command.index("-n") if "-n" in job.command else None
         processes = 1 if at is None else int(job.command[at + 1])
         kernels = TESTS[job.name.removeprefix("tests: ")]

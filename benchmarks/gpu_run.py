@@ -16,6 +16,7 @@ tiles          candidate tiles for two heads (`tune_tiles.py`), which writes mea
 host           wall time of steps of few rows beside the GPU's own
 bars           the cells that bars are set on, with the methods that the bars name
 tests          those of the ops, several files at a time
+end-to-end     a training step and annotation (`bench_end_to_end.py`), in a record of its own
 cells          the rest of the matrix of `loss_head_cases`, by `loss_head_cell`
 sanitizer      compute-sanitizer's memcheck on a small step, if it is there
 

@@ -17,8 +17,8 @@ from loss_head_cases import FIRST, HEADS, Case, gpu_cases
 from loss_head_peers import METHODS
 
 NAMES = (
-    *("environment", "compile", "truth", "rates", "tiles", "host", "bars", "tests", "cells"),
-    "sanitizer",
+    *("environment", "compile", "truth", "rates", "tiles", "host", "bars", "tests", "end-to-end"),
+    *("cells", "sanitizer"),
 )
 COMPILED = ("truth", "rates", "host", "bars", "tiles")  # in this order
 TUNED = ("llama-3-8b", "gemma-2-9b")
@@ -65,6 +65,7 @@ def steps(setting: Setting) -> list[Step]:
         Step("compile", 35, 75, (Job("compile", 75, 10, work=compiling),)),
         *measured,
         Step("tests", 0, 150, _tests(setting)),
+        Step("end-to-end", 0, 200, _end_to_end(setting)),
         Step("cells", 0, 3600, _rest(setting)),
         Step("sanitizer", 0, 120, _sanitizer()),
     ]
@@ -199,6 +200,19 @@ def _pytest(files: tuple[str, ...], processes: int) -> tuple[str, ...]:
         *(sys.executable, "-m", "pytest", *options, *at_a_time),
         *(f"tests/{file}" for file in files),
     )
+
+
+def _end_to_end(setting: Setting) -> tuple[Job, ...]:
+    """In a process of its own; its record is a file beside the others'."""
+    script = "benchmarks/bench_end_to_end.py"
+    command = (sys.executable, script, "--out", str(setting.folder / "end_to_end.json"))
+    if setting.tiny:
+        sizes = {"hidden": 32, "layers": 1, "heads": 2, "vocab": 97, "pairs": 1, "rounds": 1}
+        options = [x for name, size in sizes.items() for x in (f"--{name}", str(size))]
+        options += ["--cells", "bar", "--parts", "step", "--methods", "treg shared"]
+    else:
+        options = ["--minutes", "2"]
+    return (Job("end-to-end", 190, 60, command=(*command, "--no_memory", *options)),)
 
 
 def _sanitizer() -> tuple[Job, ...]:

@@ -181,7 +181,8 @@ class Alternation:
     hits all alike.
 
     Back to back without a pause, which leaves a GPU hot and maybe throttled; with one the device is
-    idle before each call, and cool. On a GPU by events, which are read when `seconds` is.
+    idle before each call, and cool. On a GPU by events, which are read when `seconds` is. On a CPU
+    the time in which the process itself ran, of all its threads, is kept beside: `cpu_seconds`.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class Alternation:
         """clock: of a CPU; with `time.process_time` and one thread other work hardly counts."""
         self.calls, self.pause, self.clock = calls, pause, clock
         self._seconds: dict[str, list[float]] = {name: [] for name in calls}
+        self.cpu_seconds: dict[str, list[float]] = {name: [] for name in calls}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._order = list(calls)
 
@@ -208,15 +210,16 @@ class Alternation:
                 end.record()
                 self._events.append((name, start, end))
             else:
-                began = self.clock()
+                began, ran = self.clock(), time.process_time()
                 self.calls[name]()
                 self._seconds[name].append(self.clock() - began)
+                self.cpu_seconds[name].append(time.process_time() - ran)
         self._order.reverse()
 
     def drop(self, name: str) -> None:
         """From the next round on without this call; its times so far are forgotten."""
         self._order.remove(name)
-        del self._seconds[name]
+        del self._seconds[name], self.cpu_seconds[name]
         self._events = [event for event in self._events if event[0] != name]
 
     @property
@@ -234,12 +237,17 @@ class Alternation:
 
     def ratio(self, a: str, b: str) -> dict[str, float]:
         """Median over median, and the least and the greatest quotient within a round."""
-        quotients = [x / y for x, y in zip(self.seconds[a], self.seconds[b], strict=True)]
-        return {
-            "ratio": self.median(a) / self.median(b),
-            "least": min(quotients),
-            "greatest": max(quotients),
-        }
+        return ratio_of(self.seconds[a], self.seconds[b])
+
+
+def ratio_of(a: list[float], b: list[float]) -> dict[str, float]:
+    """Median over median, and the least and the greatest quotient within a round."""
+    quotients = [x / y for x, y in zip(a, b, strict=True)]
+    return {
+        "ratio": statistics.median(a) / statistics.median(b),
+        "least": min(quotients),
+        "greatest": max(quotients),
+    }
 
 
 def synchronize() -> None:

@@ -11,7 +11,7 @@ import torch
 from loss_head_cases import DEVICE, IGNORE, MASKS, MODES, Batch, Case
 from torch import Tensor
 
-from treg.losses import LossOptions, treg_loss
+import treg
 from treg.ops import fused_treg_loss, linear_logprobs
 
 GEMM_ROWS = 16384  # of one bare product: more do not run faster, and [N, V] stops fitting
@@ -84,8 +84,10 @@ def loss_of(name: str, b: Batch, logps: Tensor) -> Tensor:
         if name == "treg"
         else torch.zeros_like(b.ref_logps, dtype=logps.dtype)
     )
-    return treg_loss(
-        logps, b.token_rewards, ref, LossOptions(alpha=0.25 if name == "treg" else 0.0), mask=scored
+    return treg.losses.treg_loss(
+        *(logps, b.token_rewards, ref),
+        treg.losses.LossOptions(alpha=0.25 if name == "treg" else 0.0),
+        mask=scored,
     ).loss.mean()
 
 

@@ -70,6 +70,40 @@ def cpu(found: dict, floor: str, path: Path) -> None:
     _save(figure, path)
 
 
+def end_to_end(record: dict, path: Path) -> None:
+    """Tokens a second of every method, and peak memory: a row a cell of a model and part."""
+    rows = [
+        (f"{model.partition(',')[0]}, {cell}: {part}", result[part]["methods"])
+        for model, found in record["models"].items()
+        for cell, result in found["cells"].items()
+        for part in ("step", "annotate")
+        if part in result
+    ]
+    size = (11, 2.2 * len(rows))
+    figure, axes = plt.subplots(len(rows), 2, figsize=size, layout="constrained", squeeze=False)
+    for (title, methods), (left, right) in zip(rows, axes, strict=True):
+        measured = {name: x for name, x in methods.items() if "seconds" in x}
+        speed = {name: x["counted_per_second"] for name, x in measured.items()}
+        held = {
+            name: x["peak_extra_bytes"] / 2**20
+            for name, x in measured.items()
+            if x.get("peak_extra_bytes") is not None
+        }
+        _bars(left, f"{title}: tokens a second", speed)
+        _bars(right, "extra peak memory, MiB", held)
+    _save(figure, path)
+
+
+def _bars(ax, title: str, values: dict[str, float]) -> None:
+    colors = ["C0" if name.startswith("treg") else "C7" for name in values]
+    bars = ax.barh(list(values), list(values.values()), color=colors)
+    ax.bar_label(bars, fmt="{:.0f}", padding=2, fontsize=8)
+    ax.margins(x=0.12)
+    ax.tick_params(labelsize=8)
+    ax.set_title(title, fontsize=9)
+    ax.invert_yaxis()
+
+
 def _over_bare(methods: dict, name: str, mode: str) -> float | None:
     floor = methods.get(BARE[mode], {}).get("hot")
     return (

@@ -43,6 +43,7 @@ def region(results: Path = RESULTS) -> str:
             BEGIN,
             cpu_part(json.loads((results / "cpu" / "bars.json").read_text())),
             gpu_part(gpu_records(results)),
+            end_to_end_part(results / "cpu"),
             END,
         ]
     )
@@ -80,6 +81,33 @@ def cpu_part(found: dict) -> str:
         {held["treg_fused, 2 N"]} and {held["treg_fused, 4 N"]} MiB."""
     lines = ["| seconds | float32 | bfloat16 |", "|---|---|---|", *rows]
     return "\n\n".join([_paragraph(about), "\n".join(lines), _paragraph(memory)])
+
+
+def end_to_end_part(folder: Path) -> str:
+    """Training step and annotation; folder: of the record."""
+    import end_to_end_table as table
+
+    record = folder / "end_to_end.json"
+    parts = ["## A training step and annotation, end to end"]
+    text = """Tokens a second count a pair as 2P + R_w + R_l tokens, whatever a method runs. All
+        methods compute the same DPO loss, with the reference's log-probs from the data, and take
+        turns; the floor is a bare forward and backward of P + R_w + R_l tokens, or a bare forward
+        of as many tokens as annotation ran. Peak memory is beyond the weights, of a first call in a
+        process of its own. `python benchmarks/bench_end_to_end.py [--model FOLDER]`"""
+    if not record.exists():
+        return "\n\n".join([*parts, _paragraph(f"{text}; not measured yet.")])
+    parts.append(_paragraph(f"{text}; the record is `benchmarks/results/cpu/end_to_end.json`."))
+    for model, found in json.loads(record.read_text())["models"].items():
+        env = found["environment"]
+        of_cpu = f"{env['threads']} of {env['cores']} cores of an {env['device']}"
+        about = f"{model}, {found['parameters'] / 1e6:.0f} million parameters, {found['dtype']}"
+        for name, cell in found["cells"].items():
+            n = len(cell["lengths"])
+            rounds = min(cell[part]["rounds"] for part in table.TITLES if part in cell)
+            title = f"""{about}, {name}, {n} pair{"s" * (n > 1)} a step, medians of {rounds} rounds
+                with {of_cpu}:"""
+            parts += [_paragraph(title), table.markdown(cell)]
+    return "\n\n".join(parts)
 
 
 def _paragraph(text: str) -> str:
@@ -206,6 +234,9 @@ def main() -> int:
     PAGE.write_text(fresh)
     found = json.loads((RESULTS / "cpu" / "bars.json").read_text())
     plots.cpu(found, FLOOR, RESULTS / "cpu" / "bars.svg")
+    end_to_end = RESULTS / "cpu" / "end_to_end.json"
+    if end_to_end.exists():
+        plots.end_to_end(json.loads(end_to_end.read_text()), end_to_end.with_suffix(".svg"))
     records = gpu_records()
     predicted = json.loads((RESULTS / "predicted-h200.json").read_text())
     cases = {case.name: case for case in gpu_cases()}

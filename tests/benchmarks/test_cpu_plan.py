@@ -92,16 +92,16 @@ def test_a_run_ends_in_time_on_a_machine_that_slows_down(rates, age, fill):
 
 
 def test_what_is_too_long_for_its_share_gets_what_others_leave():
-    """Where an import of torch takes 15 s, three parts are longer than their shares: memory takes
-    two of them, TRL one and a half, annotation one.
+    """Where an import of torch takes 15 s, four parts are longer than their shares: memory takes
+    two of them, TRL one and a half, annotation and a training step one each.
     """
-    long = ["memory", "trl", "annotate"]
+    long = ["memory", "trl", "annotate", "end_to_end"]
     early, _ = run(speed(150, 25), age=15.0, swing=0.8)
     assert early.order == [*(x for x in WEIGHTS if x not in long), *long]
     assert early.waiting == long
     assert not early.left_out() and early.items["memory"].seconds > 30.0
     filled, seconds = run(speed(150, 25), age=15.0, fill=True)
-    assert filled.left_out().keys() == {"trl"} and seconds > 140.0
+    assert filled.left_out().keys() == {"trl", "end_to_end"} and seconds > 140.0
     why = filled.left_out()["trl"]
     assert any(line == f"left out: trl: {why}" for line in cpu_look.digest(filled))
     quick, _ = run(speed(150, 25), age=4.0)
@@ -112,11 +112,11 @@ def test_a_share_is_of_the_time_left_and_of_what_is_to_come():
     clock = Clock()
     session = session_of(speed(150, 25), clock)
     left = LIMIT - 4.0
-    assert session.begin("fp32-trainable").share == pytest.approx(left * 28 / 150)
+    assert session.begin("fp32-trainable").share == pytest.approx(left * 28 / 160)
     clock.now = left / 2
-    assert session.begin("bf16-trainable").share == pytest.approx(left / 2 * 24 / (150 - 28))
+    assert session.begin("bf16-trainable").share == pytest.approx(left / 2 * 24 / (160 - 28))
     clock.now = 0.0
-    assert session.begin("bf16-trainable").share == pytest.approx(left / 2 * 24 / (150 - 28))
+    assert session.begin("bf16-trainable").share == pytest.approx(left / 2 * 24 / (160 - 28))
     alone = session_of(speed(150, 25), clock)
     alone.run_only(iter(["trl", "frozen"]))
     assert alone.order == ["frozen", "trl"]
