@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class HeadSpec:
         """
         given = {name: x for name, x in inputs.items() if x is not None}
         branches = given.pop("branches", None)
-        given |= without_cache(self.backbone)
+        given |= self._without_cache
         if branches is None:
             hidden = self.backbone(**given)[0]
         else:
@@ -74,6 +75,10 @@ class HeadSpec:
             function = self.model.get_submodule(step) if isinstance(step, str) else step
             hidden = function(hidden)
         return hidden
+
+    @cached_property
+    def _without_cache(self) -> dict[str, bool]:
+        return without_cache(self.backbone)  # reading a signature takes 0.4 ms
 
     def through(self, fn: HeadFunction, hidden: Tensor) -> Any:
         """fn(hidden, operands), where operands are weight, bias, logit_scale and softcap.

@@ -1,6 +1,6 @@
 """Whether a trainer runs a pair's prompt once, and its batches in such rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,13 +48,15 @@ def in_shared_rows(
     batch: dict[str, Any],
     sharing: PromptSharing,
     models: Sequence[nn.Module],
-    dtype: torch.dtype,
+    dtype: Callable[[], torch.dtype],
     accelerator: Accelerator,
 ) -> None:
     """Let a batch be run in the rows that its pairs share, once the first batch has shown for each
     of the models that it is the same.
 
-    batch: as the trainer unpacks it, `model` and `scored` are changed.
+    Args:
+        batch: as the trainer unpacks it, `model` and `scored` are changed.
+        dtype: what the models compute in; asked for the first batch alone.
     Raises:
         ValueError: sharing was asked for, and something speaks against it.
     """
@@ -72,13 +74,13 @@ def in_shared_rows(
         agreed = agreement(accelerator)
         for model in models:
             if sharing.on:
-                sharing.settle(model, batch["model"], rows, dtype, agreed)
+                sharing.settle(model, batch["model"], rows, dtype(), agreed)
     if sharing.on:
         batch["model"] = rows.inputs
         batch["scored"] = rows.places.reshape(-1)[batch["scored"]]
 
 
-def agreement(accelerator: Accelerator):
+def agreement(accelerator: Accelerator) -> Callable[[bool], bool]:
     """Whether all processes have found so, from whether this one has."""
 
     def agreed(found: bool) -> bool:

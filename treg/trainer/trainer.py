@@ -212,7 +212,6 @@ class TRegTrainer(SealedCheckpoints):
         )
         return result
 
-    @property
     def _dtype(self) -> torch.dtype:
         """What the model computes in."""
         if self.args.bf16 or self.args.fp16:
