@@ -4,17 +4,27 @@ import importlib.util
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import processes
 import pytest
+import tiny
+import torch
 from tiny import environment, shared_data
 
+from treg.data import RowProblem
 from treg.data.annotated import read_annotated
 from treg.demo import run as demo
 from treg.demo import world
+from treg.rewards.scorer import Scorer
+from treg.rewards.server import ServedModel, ServerOptions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # the forms of rows are those of tests/data and of tests/rewards/test_annotate.py
@@ -215,3 +225,53 @@ def test_compare_methods_swaps_answers(compare):
     found = compare.swapped(example)
     assert found["chosen_ids"] == [4] and found["ref_rejected_token_logps"] == [0.1]
     assert compare.swapped(found) == example
+
+
+class FakeLlama:
+    """What examples/serve_gguf.py needs of llama-cpp-python's class, with a tiny model."""
+
+    def __init__(self, path, n_ctx, **more):
+        assert path.endswith("served.gguf") and more["logits_all"]
+        self.model = tiny.tiny_llama(len(tiny.tiny_tokenizer()))
+        self.scores = np.zeros((n_ctx, self.n_vocab()), np.float32)
+
+    def n_vocab(self):
+        return self.model.config.vocab_size
+
+    def tokenize(self, text, add_bos, special):
+        assert not add_bos and special
+        return tiny.tiny_tokenizer()(text.decode(), add_special_tokens=False)["input_ids"]
+
+    def reset(self):
+        self.scores[:] = np.nan
+
+    def eval(self, ids):
+        with torch.inference_mode():
+            self.scores[: len(ids)] = self.model(torch.tensor([ids])).logits[0].numpy()
+
+
+def test_serve_gguf(monkeypatch):
+    fake = SimpleNamespace(Llama=FakeLlama, __version__="0")
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    example = runpy.run_path(str(EXAMPLES / "serve_gguf.py"))
+    example["Handler"].engine = example["Engine"](Path("served.gguf"), 100, None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), example["Handler"])
+    threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True).start()
+    tokenizer = tiny.tiny_tokenizer()
+    options = ServerOptions([f"http://127.0.0.1:{server.server_address[1]}"], "served")
+    model = ServedModel(options, tokenizer)
+    assert model.length == 100 and model.version == "llama-cpp-python 0"
+    rows = [([5, 6, 7], [8, 9]), ([3], [4, 5, 6, 7])]
+    scorer = Scorer(
+        tiny.tiny_llama(len(tokenizer)), tokenizer, tokens_per_batch=99, share_prefix=False
+    )
+    with torch.inference_mode():
+        here = scorer.score(rows)
+    for a, b in zip(model.scorer(lambda tokens: None).score(rows), here, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    for row, said in (([1] * 99, "the context has 100"), ([9999, 1], "expected ids from 0")):
+        with pytest.raises(RowProblem, match=said):
+            model.scorer(lambda tokens: None).score([(row, [1])])
+    model.close()
+    server.shutdown()
+    server.server_close()

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "treg.data": {"treg.data", "treg.files", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
     "treg.rewards": {
         *("treg.rewards", "treg.data", "treg.files", "treg.heads", "treg.ops"),
-        *("torch", "numpy", "jinja2", "tqdm", "peft", *HUGGING_FACE),
+        *("torch", "numpy", "jinja2", "tqdm", "peft", "httpx2", "httpx", *HUGGING_FACE),
     },
     "treg.trainer": {
         *("treg.trainer", "treg.data", "treg.files", "treg.heads", "treg.ops", "treg.losses"),

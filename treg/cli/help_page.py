@@ -16,6 +16,7 @@ GROUPS = (
     "options",
     "data",
     "model",
+    "server",
     "adapters",
     "token rewards",
     "loss",

@@ -111,6 +111,31 @@ class RewardsOptions:
 
 
 @dataclass
+class ServingOptions:
+    """A model that a serving engine has, in the place of one that runs here."""
+
+    GROUP: ClassVar[str] = "server"
+
+    server: list[str] | None = field(
+        default=None,
+        metadata=_told(
+            "Address of a serving engine (vLLM, SGLang) that has --model under this name; several "
+            "are replicas. A key is read from TREG_SERVER_KEY or OPENAI_API_KEY.",
+            "URL [...]",
+        ),
+    )
+    server_concurrency: int = _option(16, "Requests that are under way at a time, of each process.")
+    server_retries: int = _option(8, "How often a request is sent again after a fault.")
+    server_timeout: float = _option(600.0, "Seconds for one request.")
+    server_length: int | None = _option(
+        None, "Tokens that the model's context holds there. Default: what the server says."
+    )
+    server_dialect: str | None = _option(
+        None, "How the server is asked. Default: found out.", "{vllm,sglang,echo}"
+    )
+
+
+@dataclass
 class AnnotateOnlyOptions:
     GROUP: ClassVar[str] = "output and logging"
 

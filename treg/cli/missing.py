@@ -15,6 +15,8 @@ TRAIN = {
     "rich": "the view of treg inspect in a terminal",
     "matplotlib": "training curves",
     "peft": "adapters (LoRA)",
+    "httpx2": "treg annotate --server",
+    "httpx": "treg annotate --server, with Python 3.10",
 }
 CORE = ("torch", "triton", "numpy")
 OWN = ("treg", "treg_kernels")

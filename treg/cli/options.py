@@ -27,6 +27,7 @@ from treg.cli.kinds import (
     ModelOptions,
     RewardsOptions,
     RowOptions,
+    ServingOptions,
     TrainOptions,
 )
 from treg.cli.other_names import hint, own_name
@@ -41,7 +42,10 @@ from treg.rewards.names import DEFAULT_SOURCE
 from treg.trainer.arguments import LossArguments
 
 PAGES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "annotate": (texts.ANNOTATE, (ModelOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions)),
+    "annotate": (
+        texts.ANNOTATE,
+        (ModelOptions, ServingOptions, RowOptions, AnnotateOnlyOptions, RewardsOptions),
+    ),
     "train": (texts.TRAIN, (ModelOptions, RowOptions, TrainOptions, RewardsOptions, LossArguments)),
     "inspect": (texts.INSPECT, (InspectOptions,)),
     "demo": (texts.DEMO, (DemoOptions,)),

@@ -9,6 +9,8 @@ is worse (contrastive prompts). --rewards NAME --help shows the options of anoth
   treg annotate --model MODEL --data prefs.jsonl --output annotated.parquet
   treg annotate --model MODEL --data prefs.jsonl --output annotated.parquet \\
     --rewards my_package.my_module:MySource --rewards.my_option 3
+  treg annotate --server http://HOST:8000 --model SERVED_NAME --tokenizer FOLDER \\
+    --data prefs.jsonl --output annotated.parquet
   accelerate launch -m treg annotate --model MODEL --data HUB/NAME --output annotated.parquet"""
 
 TRAIN = """\

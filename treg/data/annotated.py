@@ -58,7 +58,11 @@ if TYPE_CHECKING:
 DEFAULT_STREAMS = ("token_rewards",)  # of a file whose metadata name none
 NO_STREAMS = ("ids", "logps", "token_logps", "text", "scored")  # names that other columns have
 # what belongs to all rows of one file together, and what changes roundings only
-OF_THE_WHOLE = ("report", "problems", "fingerprint.pairs", "fingerprint.columns")
+OF_THE_WHOLE = (
+    *("report", "problems", "fingerprint.pairs", "fingerprint.columns"),
+    # of a server all but the name of its model: where it was, and what it may change by
+    *("server.url", "server.dialect", "server.version", "server.length", "server.probe"),
+)
 CUTTING = ("settings.tokens_per_batch", "settings.share_prefix")
 
 

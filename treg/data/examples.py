@@ -29,6 +29,7 @@ from treg.data.fingerprints import (
 )
 from treg.data.mixture import Mixture, Share, check_alike, mixture_of
 from treg.data.report import Report
+from treg.data.served import check_served
 from treg.data.tables import source_name
 from treg.files import digest_of
 
@@ -231,6 +232,9 @@ def check_made_with(
     found = tokenizer_fingerprint(tokenizer)
     if made_with.get("tokenizer") != found:
         _refuse(path, "tokenizer", found, str(made_with.get("tokenizer", "none")), fix)
+    if "server" in meta:
+        check_served(path, meta["server"], reference, adapters=adapters, fix=fix)
+        return
     if not form.startswith(f"{FORM}-"):
         found = sampled_fingerprint(reference, adapters=adapters)
         if form != found:

@@ -30,9 +30,8 @@ from treg.data.annotated import (
     without_weight,
     write_annotated,
 )
-from treg.data.fingerprints import model_fingerprint
 from treg.data.mixture import load_sources
-from treg.files import digest_of, plain, remove_leftovers
+from treg.files import digest_of, plain, read_json, remove_leftovers
 from treg.rewards import (
     Context,
     Response,
@@ -43,9 +42,18 @@ from treg.rewards import (
 from treg.rewards.annotate_options import AnnotateOptions
 from treg.rewards.base import check_response
 from treg.rewards.cutting import cut_parts, kept_on_interrupt, part_tokens
+from treg.rewards.engines import Engine
 from treg.rewards.kept import KeptColumns
-from treg.rewards.made_with import begun_on, check_same, comparable, first_change, made_with_of
-from treg.rewards.parts import ROWS, Parts, claimed
+from treg.rewards.made_with import (
+    SERVER,
+    begun_on,
+    check_same,
+    comparable,
+    fingerprint_of,
+    first_change,
+    made_with_of,
+)
+from treg.rewards.parts import MANIFEST, ROWS, Parts, claimed
 from treg.rewards.progress import Progress, counted_rows
 from treg.rewards.response import ResponsePairs
 from treg.rewards.shaping import Step, score_shaped
@@ -79,7 +87,8 @@ def annotate(
     them together.
 
     Args:
-        model: a Hugging Face causal LM, on its device; it is put into eval mode.
+        model: a Hugging Face causal LM, on its device, which is put into eval mode; or an `Engine`
+            that has it elsewhere, as `treg.rewards.server.ServedModel`.
         source, split, strict, limit: see `treg.data.load_pairs`. source may be several paths in a
             list: their rows follow one another, and `where` says whose each is; limit is of each.
         work: how rows are encoded. Without a folder of its own they are kept among the parts.
@@ -117,7 +126,8 @@ def annotate(
     # the longest first: memory runs out early
     order = sorted(pairs, key=lambda pair: (-pair_tokens(vars(pair)), pair.index))
     bar = Progress(progress and state.is_main_process)
-    model.eval()  # before the source sees it
+    if not isinstance(model, Engine):
+        model.eval()  # before the source sees it
     context = Context(
         model,
         tokenizer,
@@ -126,7 +136,7 @@ def annotate(
         on_tokens=bar.tokens,
         pairs=ResponsePairs(order, tokenizer),
     )
-    fingerprint = model_fingerprint(model, adapters=True)  # before a source adds to the model
+    fingerprint = fingerprint_of(model)  # before a source adds to the model
     rewards = load_source(options.rewards, options.source_options, context)
     kept = KeptColumns(options.keep_columns, pairs)
     made_with = made_with_of(context, fingerprint, rewards, pairs, options)
@@ -146,7 +156,9 @@ def annotate(
         with state.main_process_first():
             if state.is_main_process:
                 stack.enter_context(claimed(folder, expected, same))
-        parts = Parts(folder, digest_of(expected), cut_parts(order, PART_PAIRS, tokens))
+        # what a server says of itself may change under a run
+        run_digest = digest_of({k: v for k, v in expected.items() if k != SERVER})
+        parts = Parts(folder, run_digest, cut_parts(order, PART_PAIRS, tokens))
         run = _Run(context, rewards, options, kept, parts, strict)
         files, problems = _annotate_parts(run, bar, state)
         for problem, truncated in problems:
@@ -155,6 +167,8 @@ def annotate(
             raise ValueError(f"data: expected a pair that can be annotated, found none: {report}")
         if state.is_main_process:
             remove_leftovers(output)  # of a run that was killed while it wrote
+            began = read_json(folder / MANIFEST)
+            made_with |= {k: v for k, v in began.items() if k == SERVER}
             merge_annotated(files, output, made_with | {"report": report.stored()})
             parts.remove()
             _tell_of_empty_masks(output)
@@ -324,6 +338,31 @@ def annotate_pairs(
             problems.append(problem)
     if not kept:
         return [], problems
+    try:
+        return _rows_of(rewards, context, kept, reference, per_token, masks, steps), problems
+    except RowProblem as problem:  # of an engine, which does not say whose row it is
+        if len(kept) == len(SIDES):
+            where = kept[0][0].row.where
+            return [], [*problems, RowProblem(problem.reason, problem.detail, where)]
+    options = {"reference": reference, "per_token": per_token, "masks": masks, "steps": steps}
+    rows = []
+    for pair, _ in kept[:: len(SIDES)]:
+        own, found = annotate_pairs(rewards, context, [pair], **options)
+        rows += own
+        problems += found
+    return rows, problems
+
+
+def _rows_of(
+    rewards: TokenRewardSource,
+    context: Context,
+    kept: Sequence[tuple[Pair, Response]],
+    reference: bool,
+    per_token: bool,
+    masks: bool,
+    steps: Sequence[Step],
+) -> list[dict[str, Any]]:
+    """The rows of pairs that the source takes; kept: each with both of its responses."""
     responses = [response for _, response in kept]
     rows: dict[int, dict[str, Any]] = {}
     for pair, _ in kept:
@@ -347,7 +386,7 @@ def annotate_pairs(
             row |= {name: mask for name, mask in pair.masks.items() if name.startswith(side)}
         for stream, values in streams.items():
             row[f"{side}_{stream}"] = values.numpy()
-    return list(rows.values()), problems
+    return list(rows.values())
 
 
 def _problem_of(

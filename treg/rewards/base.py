@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,10 +22,8 @@ from torch import Tensor
 
 from treg.data import RowProblem, described
 from treg.data.batches import WEIGHT_STREAMS
+from treg.rewards.engines import Engine
 from treg.rewards.response import Response
-
-if TYPE_CHECKING:
-    from treg.rewards.scorer import Scorer
 
 
 def _ignore(tokens: int) -> None:
@@ -36,7 +34,8 @@ def _ignore(tokens: int) -> None:
 class Context:
     """What a source may use. It is made once for a run; no weight of the model in it is changed.
 
-    model: the reference, a Hugging Face causal LM on its device. tokenizer: its tokenizer.
+    model: the reference, a Hugging Face causal LM on its device, or an `Engine` that has it
+        elsewhere. tokenizer: its tokenizer.
     tokens_per_batch: tokens of one forward, with padding, that fit into memory.
     share_prefix: whether beginnings that contexts share may be run once.
     on_tokens: is told how many tokens went through a model, for the progress bar.
@@ -53,12 +52,14 @@ class Context:
     pairs: Sequence[tuple[Response, ...]] = ()
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> Any:
         """Log-probs by the reference; made when a source first asks for it.
 
         What the rows of one call begin with is run once, where log-probs are then the same; that is
         tried on the longest pair of the run and on the shortest, by every process.
         """
+        if isinstance(self.model, Engine):
+            return self.model.scorer(self.on_tokens)
         from treg.rewards.scorer import Scorer
 
         return Scorer(
@@ -176,6 +177,8 @@ class Context:
     @cached_property
     def _embeddings(self) -> int | None:
         """How many tokens the model has embeddings of."""
+        if isinstance(self.model, Engine):
+            return None  # it refuses such ids itself
         layer = self.model.get_input_embeddings()
         return None if layer is None else int(layer.weight.shape[0])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from treg.data import Pair, pair_tokens
+from treg.rewards.engines import Engine
 
 LEAST_PARTS = 8  # as far as there are so many pairs: processes share the parts among them
 # floating-point operations of about a minute, by the kind of device
@@ -38,8 +39,10 @@ def part_tokens(model: Any) -> int:
 
         tokens = MINUTE / (2 * parameters * RUN_PER_TOKEN)
 
-    where a token takes two operations a parameter.
+    where a token takes two operations a parameter; an `Engine` says it itself.
     """
+    if isinstance(model, Engine):
+        return model.part_tokens
     parameters = sum(x.numel() for x in model.parameters())
     work = MINUTE["cpu" if model.device.type == "cpu" else "other"]
     return max(1, int(work / (2 * parameters * RUN_PER_TOKEN)))

@@ -12,16 +12,19 @@ import torch
 
 from treg.data import EncodeOptions, Pair, common_prefix, described
 from treg.data.annotated import ID_COLUMNS, read_annotated, read_meta, tokenizer_fingerprint
-from treg.data.fingerprints import config_of
+from treg.data.fingerprints import config_of, model_fingerprint
+from treg.data.served import SAME_MODEL, distance
 from treg.files import read_json
 from treg.rewards.annotate_options import AnnotateOptions
 from treg.rewards.base import Context, TokenRewardSource
+from treg.rewards.engines import Engine
 from treg.rewards.names import DEFAULT_SOURCE
 from treg.rewards.parts import MANIFEST
 from treg.rewards.registry import make_options, streams_given
 from treg.rewards.several import SeveralSource
 from treg.rewards.shaping import shaped_streams
 
+SERVER = "server"  # what a server says of itself
 CUTTING = ("tokens_per_batch", "share_prefix")  # settings that change roundings only
 
 
@@ -43,6 +46,7 @@ def made_with_of(
     settings: dict[str, Any] = {"encode": _encode_settings(options.encode)}
     if default:
         settings |= own
+    served = isinstance(model, Engine)
     settings |= {
         "tokens_per_batch": options.tokens_per_batch,
         "per_token": options.per_token,
@@ -50,19 +54,31 @@ def made_with_of(
     }
     if not options.reference:
         settings["reference"] = False
-    settings |= {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)}
+    if served:
+        settings = {k: v for k, v in settings.items() if k not in CUTTING} | {"engine": "server"}
+    else:
+        settings |= {"dtype": str(model.dtype), "autocast": _autocast(model.device.type)}
     made_with: dict[str, Any] = {
         "fingerprint": {
             "model": fingerprint,
             "tokenizer": tokenizer_fingerprint(context.tokenizer),
             "pairs": _pairs_fingerprint(pairs),
         },
-        "config": config_of(model),
+        "config": {} if served else config_of(model),
         "settings": settings,
     }
+    if served:
+        made_with[SERVER] = model.said()
     if not default or options.steps:
         made_with["streams"] = _described(rewards, options, own)
     return made_with
+
+
+def fingerprint_of(model: Any) -> str:
+    """Of a model that runs here, with its adapters, or of an engine."""
+    if isinstance(model, Engine):
+        return model.fingerprint
+    return model_fingerprint(model, adapters=True)
 
 
 def _encode_settings(options: EncodeOptions) -> dict[str, Any]:
@@ -190,7 +206,11 @@ def check_same(
     # settings first: they say what a fingerprint hides
     for group in sorted(expected.keys() | {"streams"}, reverse=True):
         now, before = expected.get(group, {}), found.get(group, {})
+        if group == SERVER:
+            _check_probe(path, before, now)
+            continue
         names = [*now, *(name for name in before if name not in now and name not in CUTTING)]
+        names.sort(key=lambda name: name != "engine")  # it decides which others there are
         for name in names:
             if before.get(name) != now.get(name):
                 # the default source stands in no file
@@ -202,3 +222,19 @@ def check_same(
                     f"{path}: made with {name} {was!r}, now it is {wanted!r}{detail}; give another "
                     f"output, or remove {path}"
                 )
+
+
+def _check_probe(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError where a server's log-probs of a text are no longer those of the model that made a
+    file, beyond what roundings change: there is another model under the name.
+    """
+    if before.get("model") != now.get("model"):
+        return  # the fingerprint says so
+    was, is_now = (x.get("probe", {}).get("logprobs", []) for x in (before, now))
+    apart = distance(was, is_now)
+    if apart > SAME_MODEL:
+        raise ValueError(
+            f"{path}: expected the model {now.get('model')!r} that it was made with, got one whose "
+            f"log-probs of a text differ by {apart:.3g} nats a token, where roundings differ by "
+            f"less than {SAME_MODEL}; serve that model, give another output, or remove {path}"
+        )
