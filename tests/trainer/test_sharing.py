@@ -2,6 +2,7 @@
 
 import logging
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -28,7 +29,9 @@ from trainer_worker import (
 
 from treg.data import PairCollator, pair_tokens
 from treg.files import last_checkpoint
+from treg.heads import PromptSharing
 from treg.trainer import TRegTrainer
+from treg.trainer.sharing import give_up_by_arguments
 
 TIMES = ("runtime", "_time", "per_second", "total_flos")
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt2", "mixtral")
@@ -395,3 +398,13 @@ def test_what_one_of_two_processes_finds_counts_for_both(tmp_path, two_processes
     said = sorted(error for *_, error in errors)
     assert said[0].startswith("share_prompt: another process found a difference")
     assert said[1].startswith("share_prompt: the first batch's log-probs are not the same")
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"cp_size": 1, "sp_size": 4}])
+def test_sequences_that_ranks_have_parts_of_are_not_shared(sizes):
+    args = SimpleNamespace(torch_compile=False, parallelism_config=SimpleNamespace(**sizes))
+    sharing = PromptSharing(None)
+    give_up_by_arguments(sharing, make_model(), args)
+    assert not sharing.on
+    with pytest.raises(ValueError, match="share_prompt: expected sequences that are whole"):
+        give_up_by_arguments(PromptSharing(True), make_model(), args)

@@ -42,6 +42,10 @@ def give_up_by_arguments(sharing: PromptSharing, policy: Any, args: Any) -> None
         )
     if sharing.on and args.torch_compile:
         sharing.give_up("expected torch_compile=False, which would compile for each batch anew")
+    parallel = getattr(args, "parallelism_config", None)
+    cut = {name: getattr(parallel, name, 1) or 1 for name in ("cp_size", "sp_size")}
+    if sharing.on and max(cut.values()) > 1:
+        sharing.give_up(f"expected sequences that are whole on each rank, got {cut}")
 
 
 def in_shared_rows(
