@@ -161,8 +161,16 @@ def test_groups_hold_no_more_than_they_may():
         counted = int((group.own * group.whole).sum())
         padded = group.queries.numel() * group.keys.shape[1]
         assert len(group.queries) == 1 or padded <= MOST_PADDING * counted
-        assert len(group.queries) == 1 or group.keys.numel() <= MOST_KEYS * tree.ids.size
     assert len(set(places.tolist())) == tree.tokens
+
+
+def test_groups_keep_few_keys():
+    """Many short ends of a long beginning each need it all."""
+    beginning = np.full(200, 1)
+    tree = grow([np.concatenate([beginning, [2, i]]) for i in range(3, 63)])
+    groups, _ = Branches(tree.branches, *tree.ids.shape).groups(torch.device("cpu"))
+    assert all(x.keys.numel() <= MOST_KEYS * tree.ids.size for x in groups)
+    assert 2 < len(groups) < 60
 
 
 def seen_by_hand(tree, see):
@@ -191,7 +199,8 @@ def test_masks(kind):
         "sliding": (masking_utils.sliding_window_causal_mask_function(4), 4),
         "chunked": (masking_utils.chunked_causal_mask_function(4, torch.zeros(2).long()), 4),
     }[kind]
-    tree = padded_rows([grow(pair) for pair in sequences_of(2, 2, 9)], 0)
+    tree = padded_rows([grow(pair) for pair in sequences_of(3, 2, 9)], 0)
+    assert tree.ids.size > tree.tokens  # some is padding
     rows, width = tree.ids.shape
     with branching(tree.branches, rows, width):
         mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
@@ -221,6 +230,85 @@ def test_masks(kind):
         assert not dense[row][np.ix_(kept, padding[row])].any()
         assert dense[row].any(1).all()  # of padding too: a softmax over nothing is NaN
     assert ((eager == 0)[:, 0].numpy() == dense).all()
+
+
+def mask_of(tree, **more):
+    from transformers import masking_utils
+
+    rows, width = tree.ids.shape
+    given = dict(
+        batch_size=rows,
+        q_length=width,
+        kv_length=width,
+        mask_function=masking_utils.causal_mask_function,
+        device="cpu",
+    )
+    with branching(tree.branches, rows, width):
+        return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**given | more)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"use_vmap": True}, "no function of positions"),
+        ({"kv_length": 99}, r"asks for a mask of batch, queries and keys \(1, \d+, 99\)"),
+    ],
+)
+def test_masks_that_are_not_of_branches_are_refused(more, said):
+    with pytest.raises(ValueError, match=said):
+        mask_of(grow(sequences_of(2, 1)[0]), **more)
+
+
+@pytest.mark.parametrize("what", ["plain", "position_bias", "more keys"])
+def test_attention_by_branch_or_by_the_mask(what, monkeypatch):
+    """A bias by places and keys of somebody else's take the mask of the row."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    tree = grow(sequences_of(2, 1)[0])
+    width = tree.ids.shape[1]
+    mask = mask_of(tree)
+    query, key = torch.randn(2, 1, 2, width, 8)
+    more, attended = {}, []
+    attend = BranchMask.attend
+
+    def counted(*args, **kwargs):
+        attended.append(1)
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(BranchMask, "attend", counted)
+    if what == "position_bias":
+        more["position_bias"] = torch.zeros(1, 2, width, width)
+    if what == "more keys":  # which no query may see is the caller's to say
+        with pytest.raises(RuntimeError):
+            longer = torch.cat([key, key[:, :, :1]], 2)
+            ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Module(), query, longer, longer, mask)
+        assert not attended
+        return
+    found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Module(), query, key, key, mask, **more)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, key, attn_mask=mask.dense
+    ).transpose(1, 2)
+    assert len(attended) == (what == "plain")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_that_is_moved_stays_one_of_branches():
+    """As between the devices of a model."""
+    mask = mask_of(grow(sequences_of(2, 1)[0]))
+    moved = mask.to("meta")
+    assert isinstance(moved, BranchMask) and moved.device.type == "meta"
+    assert not isinstance(mask.float(), BranchMask)
+
+
+@pytest.mark.slow
+def test_graphs_are_whole_after_rows_were_shared():
+    model = build("llama")
+    check_branches(install_head(model))
+    other = build("llama")
+    ids = torch.randint(1, V, (1, 9))
+    expected = other(input_ids=ids).logits
+    compiled = torch.compile(other, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
 
 
 def test_without_branches_masks_are_as_they_were():
@@ -313,7 +401,7 @@ def test_how_many_types_are_shared():
             continue
         shared.append(model_type)
     assert set(NAMED) <= set(shared)
-    assert len(shared) >= 119
+    assert len(shared) >= 116
 
 
 # -- what is refused
@@ -329,6 +417,8 @@ def test_how_many_types_are_shared():
         ("bloom", "ALiBi"),
         ("deepseek_v32", r"layers of type \w+_attention"),
         ("gpt_neo", "local attention"),
+        ("llama4_text", "attn_temperature_tuning"),
+        ("lfm2", "layers of type conv"),
     ],
 )
 def test_refused_by_name(model_type, said):
@@ -344,6 +434,15 @@ def test_what_runs_along_the_row_is_refused():
     layer = model.model.layers[0].mlp
     plain = layer.forward
     layer.forward = lambda x: plain(x) + 1e-3 * x.roll(1, dims=1)
+    with pytest.raises(ValueError, match="a state, a linear attention or a convolution"):
+        check_branches(install_head(model))
+
+
+def test_a_small_leak_in_16_bits_is_refused():
+    model = build("llama").bfloat16()
+    layer = model.model.layers[0].mlp
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 0.02 * x.roll(1, dims=1)
     with pytest.raises(ValueError, match="a state, a linear attention or a convolution"):
         check_branches(install_head(model))
 

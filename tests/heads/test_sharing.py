@@ -18,7 +18,7 @@ from treg.heads import (
     share_prompts,
 )
 from treg.heads.logprobs import score_tokens, scored_rows, token_logprobs
-from treg.heads.sharing import compare
+from treg.heads.sharing import LIMITS, Comparison, compare
 from treg.ops import fused_treg_loss
 
 # prompt, chosen, rejected: like others, equal ones, one that begins the other, alike at first, and
@@ -78,7 +78,10 @@ def test_log_probs_and_gradients(kind, padding):
     if padding == "left":
         apart["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     expected = token_logprobs(model, labels, outputs=outputs, **apart)
-    for given in (inputs, apart):
+    if padding == "left":
+        with pytest.raises(ValueError, match="position_ids: expected some beside padding on the l"):
+            token_logprobs(model, labels, share_prompt=True, **inputs)
+    for given in (apart,) if padding == "left" else (inputs, apart):
         found = token_logprobs(model, labels, outputs=outputs, share_prompt=True, **given)
         assert found.logprobs.shape == labels[:, 1:].shape
         for name in ("logprobs", "entropy"):
@@ -380,3 +383,132 @@ def test_scores_of_ones_own_are_of_the_batch():
         for x in (True, False)
     )
     assert_close(found["size"], expected["size"], 1e-6)
+
+
+def test_a_mask_with_holes_is_refused():
+    inputs, _ = batch()
+    inputs["attention_mask"][0, 1] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected padding at the ends"):
+        share_prompts(**inputs)
+
+
+# -- the verdict
+# -
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_what_counts_as_the_same(dtype):
+    least, most = LIMITS[dtype]
+    same = {
+        "rounding": Comparison(0.9 * least, 9 * least, 0.0, 0.0),
+        "as padding": Comparison(3.9 * least, 79 * least, least, 10 * least),
+    }
+    other = {
+        "more than rounding": Comparison(1.1 * least, least, 0.0, 0.0),
+        "one token": Comparison(0.1 * least, 11 * least, 0.0, 0.0),
+        "more than padding": Comparison(4.1 * least, 10 * least, least, 10 * least),
+        "padding proves nothing": Comparison(1.1 * most, most, most, most),
+        "no number": Comparison(*[float("nan")] * 4),
+        "no number of padding": Comparison(most, most, *[float("nan")] * 2),
+    }
+    assert all(x.same(dtype) for x in same.values())
+    assert not any(x.same(dtype) for x in other.values())
+
+
+def placed(amount, first=30, **more):
+    """A model with a layer that says something else from a place in the row on."""
+    model = tiny_llama(60, **more)
+    layer = model.model.layers[0].mlp
+    plain = layer.forward
+
+    def forward(x):
+        places = torch.arange(x.shape[1])[:, None]
+        return plain(x) + (amount * (places >= first)).to(x.dtype) * x
+
+    layer.forward = forward
+    install_head(model)
+    return model
+
+
+def batch_of(lengths):
+    """Pairs of a prompt and two answers of so many tokens, padded on the right."""
+    random = np.random.default_rng(0)
+    rows = [[], []]
+    for prompt, *answers in lengths:
+        ids = random.integers(3, 60, prompt)
+        for side, n in zip(rows, answers, strict=True):
+            side.append(torch.from_numpy(np.concatenate([ids, random.integers(3, 60, n)])))
+    rows = rows[0] + rows[1]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+ONE, THREE = [(20, 20, 20)], [(20, 20, 20), (12, 6, 6), (10, 14, 12)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dtype"),
+    [(ONE, torch.float32), (ONE, torch.bfloat16), (THREE, torch.float32)],
+    ids=["one", "one in 16 bits", "three"],
+)
+def test_what_depends_on_places_is_not_the_same(lengths, dtype):
+    """Though padding on the left changes places too, where sequences have different lengths: in 16
+    bits that cannot be told from rounding.
+    """
+    model, given = placed(0.3).to(dtype), batch_of(lengths)
+    found = compare(model, given, share_prompts(**given))
+    assert not found.same(dtype), found
+    plain = placed(0.0).to(dtype)
+    assert compare(plain, given, share_prompts(**given)).same(dtype)
+
+
+def test_the_longest_sequence_is_among_those_compared():
+    """Of a model in which the longest row of a forward says what positions mean."""
+    model = tiny_llama(60)
+    backbone = model.model.rotary_emb
+    plain = backbone.forward
+
+    def forward(x, position_ids):
+        long = 3.0 if int(position_ids.max()) > 100 else 1.0
+        return plain(x, position_ids / long)
+
+    backbone.forward = forward
+    install_head(model)
+    given = batch_of([(5, 110, 5), (40, 50, 50), (40, 50, 49), (3, 9, 9), (3, 8, 8)])
+    assert compare(model, given, share_prompts(**given)).same(torch.float32)
+
+
+def test_nothing_to_compare_is_no_difference():
+    given = {"input_ids": torch.tensor([[5], [5]])}
+    assert compare(tiny_llama_with_head(), given, share_prompts(**given)).same(torch.float32)
+
+
+def tiny_llama_with_head():
+    model = tiny_llama(60)
+    install_head(model)
+    return model
+
+
+def test_memory_that_runs_out_is_no_verdict(monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("treg.heads.sharing.compare", fails)
+    given = batch_of([(5, 6, 7)])
+    with pytest.raises(torch.OutOfMemoryError):
+        sharing = PromptSharing(None)
+        sharing.settle(tiny_llama_with_head(), given, share_prompts(**given), torch.float32)
+
+
+def test_processes_agree_before_the_forwards_too(monkeypatch):
+    """What one of them cannot put into rows is told before any waits for it in a forward."""
+    monkeypatch.setattr("treg.heads.sharing.compare", lambda *_: pytest.fail("a forward"))
+    said, odd = [], {"input_ids": torch.tensor([[5, 6], [5, 7], [5, 8]])}
+    for given in (odd, batch_of([(5, 6, 7)])):
+        sharing = PromptSharing(None)
+        sharing.settle(
+            *(tiny_llama_with_head(), given, None, torch.float32),
+            lambda found: (said.append(found), False)[1],
+        )
+        assert not sharing.on
+    assert said == [False, True]

@@ -743,6 +743,7 @@ def test_what_rows_begin_with_is_run_once(tokens, implementation):
     assert run_once(rows) <= sum(seen) <= whole and max(seen) <= max(tokens, longest)
     if tokens == 16384:
         assert sum(seen) == run_once(rows) and len(seen) == 1
+    assert context.scorer.share and context.scorer.score([]) == []
     off = Context(model, CHAT, share_prefix=False, on_tokens=seen.append).scorer
     seen.clear()
     off.score(rows)

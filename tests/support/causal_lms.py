@@ -106,6 +106,7 @@ BY_TYPE = {
     "granitemoehybrid": dict(mamba_n_heads=4, mamba_d_head=16),
     "hunyuan_v1_dense": dict(head_dim=8),
     "hunyuan_v1_moe": dict(head_dim=8),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "longcat_flash": dict(zero_expert_num=2, head_dim=8),
     "mamba2": dict(num_heads=8, head_dim=8),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from treg.data.tree import model_inputs, shared_beginning, shared_pairs
+from treg.data.tree import model_inputs, places_in, shared_beginning, shared_pairs
 
 SIDES = ("chosen", "rejected")
 MASK_COLUMNS = ("chosen_scored", "rejected_scored")
@@ -133,9 +133,8 @@ class PairCollator:
             pad=self.pad_token_id,
             multiple=self.pad_to_multiple_of or 1,
         )
-        places = np.zeros(shape.numel(), dtype=np.int64)
-        for start, path in zip(starts, tree.paths, strict=True):
-            places[start : start + len(path)] = path
+        sequences = [start + np.arange(len(x)) for start, x in zip(starts, inputs, strict=True)]
+        places = places_in(tree, sequences, shape.numel())
         return model_inputs(tree) | {"places": torch.from_numpy(places).reshape(shape)}
 
 

@@ -58,6 +58,7 @@ def grow(sequences: Sequence[IntArray]) -> TokenTree:
     ids: list[IntArray] = []
     positions: list[IntArray] = []
     branches: list[tuple[int, int, int, int, int]] = []
+    starts: list[int] = []
     paths: list[IntArray] = []
     width = 0
     for sequence in sequences:
@@ -65,7 +66,6 @@ def grow(sequences: Sequence[IntArray]) -> TokenTree:
         parent, beginning = -1, np.empty(0, dtype=np.int64)
         if shared:
             beginning = paths[-1][:shared]
-            starts = [start for _, start, *_ in branches]
             parent = bisect_right(starts, int(beginning[-1])) - 1
         own = len(sequence) - shared
         paths.append(np.concatenate([beginning, np.arange(width, width + own)]))
@@ -73,6 +73,7 @@ def grow(sequences: Sequence[IntArray]) -> TokenTree:
             ids.append(np.asarray(sequence[shared:], dtype=np.int64))
             positions.append(np.arange(shared, len(sequence)))
             branches.append((0, width, own, parent, shared))
+            starts.append(width)
             width += own
     return TokenTree(
         np.concatenate(ids)[None],
@@ -157,3 +158,15 @@ def model_inputs(tree: TokenTree) -> dict[str, Any]:
         "position_ids": torch.from_numpy(tree.positions),
         "branches": tree.branches,
     }
+
+
+def places_in(tree: TokenTree, sequences: Sequence[IntArray], size: int) -> IntArray:
+    """Where each token of another layout stands in the flattened rows of a tree, [size] int64; 0
+    where that layout has padding.
+
+    sequences: the places of each sequence's tokens in the other layout, in the order of tree.paths.
+    """
+    found = np.zeros(size, dtype=np.int64)
+    for sequence, path in zip(sequences, tree.paths, strict=True):
+        found[sequence] = path
+    return found

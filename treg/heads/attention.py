@@ -84,6 +84,8 @@ def check_attention(model: PreTrainedModel) -> None:
         raise ValueError(f"it has layers of type {', '.join(others)}")
     if config.model_type in BY_PLACE:
         raise ValueError(f"it has {BY_PLACE[config.model_type]}")
+    if getattr(config, "attn_temperature_tuning", False):
+        raise ValueError("attn_temperature_tuning scales its queries by places in the row")
 
 
 @contextlib.contextmanager
@@ -177,36 +179,53 @@ class Branches:
     def _grouped(self, device: torch.device) -> tuple[list["Group"], Tensor]:
         whole = np.array([len(path) for path in self.paths])
         own = self.branches[:, LENGTH]
-        order = np.lexsort((own, whole, self.branches[:, PARENT] < 0))
+        arrays, count = [], 0
+        places = np.zeros(self.rows * self.width, dtype=np.int64)
+        for branches in self._alike(own, whole):
+            queries = np.zeros((len(branches), own[branches].max()), dtype=np.int64)
+            keys = np.zeros((len(branches), whole[branches].max()), dtype=np.int64)
+            for i, b in enumerate(branches):
+                path, n = self.paths[b], own[b]
+                queries[i, :n] = path[len(path) - n :]
+                keys[i, : len(path)] = path
+                places[path[len(path) - n :]] = np.arange(count, count + n)
+                count += queries.shape[1]
+            arrays += [queries, keys, own[branches][:, None], whole[branches][:, None]]
+        *made, places = _on_device([*arrays, places], device)
+        return [Group(*made[i : i + 4]) for i in range(0, len(made), 4)], places
+
+    def _alike(self, own: IntArray, whole: IntArray) -> list[list[int]]:
+        """The branches in groups that are worth one call each: padding them to one size costs
+        little, and their keys are few beside the rows. Beginnings go with beginnings.
+
+        Args:
+            own, whole: how many tokens each branch has, and sees.
+        """
         found: list[list[int]] = []
-        area = 0
-        for b in order.tolist():
-            new = int(own[b] * whole[b])
-            if found and self._together([*found[-1], b], own, whole, area + new):
+        begins = self.branches[:, PARENT] < 0
+        area = queries = keys = 0
+        for b in np.lexsort((own, whole, begins)).tolist():
+            n = len(found[-1]) + 1 if found else 1
+            new = area + int(own[b] * whole[b])
+            wider, longer = max(queries, int(own[b])), max(keys, int(whole[b]))
+            padded = n * wider * longer <= MOST_PADDING * new
+            few = n * longer <= MOST_KEYS * self.rows * self.width
+            if found and padded and few and begins[found[-1][-1]] == begins[b]:
                 found[-1].append(b)
-                area += new
+                area, queries, keys = new, wider, longer
             else:
                 found.append([b])
-                area = new
-        groups, places, count = [], np.zeros(self.rows * self.width, dtype=np.int64), 0
-        for branches in found:
-            group = Group.of([self.paths[b] for b in branches], own[branches], device)
-            width = group.queries.shape[1]
-            for b in branches:
-                places[self.paths[b][-own[b] :]] = np.arange(count, count + own[b])
-                count += width
-            groups.append(group)
-        return groups, torch.from_numpy(places).to(device)
+                area, queries, keys = int(own[b] * whole[b]), int(own[b]), int(whole[b])
+        return found
 
-    def _together(self, branches: list[int], own: IntArray, whole: IntArray, area: int) -> bool:
-        """Whether branches, whose queries times keys are area, are worth one call: padding them to
-        one size costs little, and their keys are few beside the rows.
-        """
-        if len({int(self.branches[b, PARENT]) < 0 for b in branches}) > 1:
-            return False
-        count, queries, keys = len(branches), own[branches].max(), whole[branches].max()
-        few = count * keys <= MOST_KEYS * self.rows * self.width
-        return few and count * queries * keys <= MOST_PADDING * area
+
+def _on_device(arrays: list[IntArray], device: torch.device) -> list[Tensor]:
+    """Arrays of int64 on a device, by one copy that nothing waits for."""
+    whole = torch.from_numpy(np.concatenate([x.ravel() for x in arrays]))
+    if device.type == "cuda":
+        whole = whole.pin_memory()
+    parts = whole.to(device, non_blocking=True).split([x.size for x in arrays])
+    return [part.view(x.shape) for part, x in zip(parts, arrays, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -221,20 +240,6 @@ class Group:
     keys: Tensor
     own: Tensor
     whole: Tensor
-
-    @classmethod
-    def of(cls, paths: list[IntArray], own: IntArray, device: torch.device) -> "Group":
-        """paths: what each branch sees, itself last; own: how many of these are the branch."""
-        whole = np.array([len(path) for path in paths])
-        queries = np.zeros((len(paths), own.max()), dtype=np.int64)
-        keys = np.zeros((len(paths), whole.max()), dtype=np.int64)
-        for i, (path, n) in enumerate(zip(paths, own, strict=True)):
-            queries[i, :n] = path[len(path) - n :]
-            keys[i, : len(path)] = path
-        made = (
-            torch.from_numpy(x).to(device) for x in (queries, keys, own[:, None], whole[:, None])
-        )
-        return cls(*made)
 
     def mask(self, make: Any) -> Tensor | None:
         """[n, 1, own, whole] bool; None: plain causal. make: transformers' sdpa_mask of a layer."""
@@ -278,6 +283,12 @@ class BranchMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and options.get("dtype") in (None, torch.bool):
+            # a model whose layers are on several devices takes its masks along
+            mask: BranchMask = args[0]
+            device = torch.device(options.get("device") or mask.device)
+            return BranchMask(mask.branches, mask.make, device)
         args, kwargs = tree_map_only(BranchMask, lambda mask: mask.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -343,9 +354,14 @@ def _heeding(original: Callable, function: Callable) -> Callable:
     return wrapped
 
 
+def _current() -> Branches | None:
+    # a graph of torch.compile has none, and cannot ask
+    return None if torch.compiler.is_compiling() else _BRANCHES.get()
+
+
 def _mask(original: Callable, *args: Any, **kwargs: Any) -> Any:
     """A mask of transformers, by its mask_function."""
-    branches = _BRANCHES.get()
+    branches = _current()
     if branches is None:
         return original(*args, **kwargs)
     kwargs = _of_positions(branches, *args, **kwargs)
@@ -354,7 +370,7 @@ def _mask(original: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sdpa_mask(original: Callable, *args: Any, **kwargs: Any) -> Any:
-    branches = _BRANCHES.get()
+    branches = _current()
     if branches is None:
         return original(*args, **kwargs)
     kwargs = _of_positions(branches, *args, **kwargs)

@@ -94,7 +94,9 @@ class Scorer:
         Returns:
             A dict for each row: "logprobs" and the outputs, [tokens of the completion], on the CPU.
         """
-        if self.share is None and rows:
+        if not rows:
+            return []
+        if self.share is None:
             self._try_sharing(self.trial() or rows)
         return self._shared(rows, outputs) if self.share else self._apart(rows, outputs)
 
@@ -134,7 +136,7 @@ class Scorer:
         lengths = list(map(len, sequences))
         most = max(max(lengths), min(self.tokens_per_batch, MASKED_ROW))
         if self.config._attn_implementation in BY_BRANCH:
-            most = self.tokens_per_batch
+            most = self.tokens_per_batch  # no mask of a whole row is made
         # sorted, each row shares with the one before it all that it shares with any
         order = sorted(range(len(rows)), key=lambda i: rows[i][0] + rows[i][1])
         groups: list[list[int]] = []

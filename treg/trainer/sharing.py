@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from treg.heads import PromptSharing, SharedRows, install_head
+from treg.heads.logprobs import BATCH
 from treg.trainer.config import TRegConfig
 
 
@@ -70,6 +71,9 @@ def in_shared_rows(
             "the data_collator gives no `shared` beside its batches, as treg.data.PairCollator does"
             " with share_prompt=True"
         )
+    others = sorted(batch["model"].keys() - BATCH)
+    if sharing.on and others:
+        sharing.give_up(f"expected {', '.join(BATCH)} of a batch, got {', '.join(others)}")
     if shared is None or not sharing.on:
         return
     inputs = {name: x for name, x in shared.items() if name != "places"}
