@@ -222,3 +222,15 @@ def test_the_table_of_versions_is_the_record(tmp_path):
     assert table in compat.with_table(page, record)
     with pytest.raises(ValueError, match="expected the lines"):
         compat.with_table("no markers", record)
+
+
+def test_files_that_pages_include_are_there():
+    """A formatter takes the mark for Python where it stands in a block of Python."""
+    included = 0
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text()
+        assert "--8 <" not in text, page
+        for name in re.findall(r'--8<-- "(.*)"', text):
+            assert (ROOT / name).is_file(), name
+            included += 1
+    assert included >= 10

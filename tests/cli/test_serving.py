@@ -127,7 +127,7 @@ def test_what_a_server_says_is_one_line(folder, server, tmp_path, capsys):
     server.fault = lambda *args: refused(403, "not you")
     assert main(command(folder, server, tmp_path / "a.parquet")) == 2
     said = capsys.readouterr().err
-    assert "403: not you; expected a server that takes the key" in said
+    assert "403: not you; no key was sent" in said
     assert "Traceback" not in said
     server.fault = None
     assert main(command(folder, server, tmp_path / "a.parquet", model="other")) == 2

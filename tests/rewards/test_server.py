@@ -528,8 +528,8 @@ def test_waits_grow_to_a_minute_and_differ():
 LASTING = {
     "busy": (refused(503, "still busy"), "503: still busy; sent 4 times", 4),
     "dropped": (DROP, "RemoteProtocolError.*; sent 4 times.*the same command goes on", 4),
-    "key": (refused(401, "no key"), "401: no key; expected a server that takes the key", 1),
-    "forbidden": (refused(403, "no"), "403: no; expected a server that takes the key", 1),
+    "key": (refused(401, "no key"), "401: no key; no key was sent", 1),
+    "forbidden": (refused(403, "no"), "403: no; no key was sent", 1),
     "leads": ((302, {"Location": "http://u:p@x/y"}, b""), "it leads to http://x/y; give that", 1),
     "missing": (refused(501, "never"), "501: never", 1),
     "method": (refused(405, "never"), "405: never", 1),

@@ -13,14 +13,15 @@ from treg.rewards import SOURCES
 from treg.rewards.annotate import process_state
 from treg.rewards.annotate_options import AnnotateOptions
 from treg.rewards.server import ServedModel, ServerOptions, check_sources, sources_of
+from treg.rewards.server.options import check_whole
 
 KEYS = ("TREG_SERVER_KEY", "OPENAI_API_KEY")  # the first that is set
 # options that say how a model runs here, and who says it for a served one
 OF_MODELS_HERE = {
-    "dtype": "the server's own start does",
-    "attn_implementation": "the server's own start does",
-    "bf16": "the server's own start does",
-    "fp16": "the server's own start does",
+    "dtype": "set it where the server is started",
+    "attn_implementation": "set it where the server is started",
+    "bf16": "set the dtype where the server is started",
+    "fp16": "set the dtype where the server is started",
     "tokens_per_batch": "--server_concurrency bounds what is under way",
     "no_share_prefix": "the server decides what it shares",
 }
@@ -53,6 +54,10 @@ def check_options(serving: ServingOptions, given: Sequence[Any], options: Annota
 def server_options(serving: ServingOptions, model: str) -> ServerOptions:
     """How the server is asked; the key comes from the environment."""
     keys = [parse_choice_from_env(name, "") for name in KEYS]
+    check_whole("server_concurrency", serving.server_concurrency, 1)
+    check_whole("server_retries", serving.server_retries, 0)
+    if serving.server_length is not None:
+        check_whole("server_length", serving.server_length, 3)
     return ServerOptions(
         serving.server or [],
         model,

@@ -264,6 +264,11 @@ def _check_beside(options: Options, name: str, paths: Sequence[str]) -> None:
             )
 
 
+def _shared_lines(trainer: TRegTrainer) -> list[str]:
+    shared = "share_prompt: a pair's prompt is run once, for both answers"
+    return [shared] if trainer.shares_prompts else []
+
+
 def _train(out: Path, options: Options, begun: str) -> None:
     config, own = options.config, options.own
     check_there([*options.data, *options.eval_data])
@@ -299,7 +304,7 @@ def _train(out: Path, options: Options, begun: str) -> None:
     trainer = TRegTrainer(
         model, reference, config, train_data, eval_data, tokenizer, _peft_config(own)
     )
-    say(*mixed_lines(trainer.data_shares["train_dataset"]))
+    say(*mixed_lines(trainer.data_shares["train_dataset"]), *_shared_lines(trainer))
     if annotated:
         alpha, mean = config.loss_options.alpha, objective.length_normalised
         trained: Any = trainer.train_dataset

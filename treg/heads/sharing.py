@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from treg.data.tree import IntArray, model_inputs, places_in, shared_pairs
 from treg.heads.attention import check_attention
 from treg.heads.install import check_branches, run_head
-from treg.heads.spec import HeadSpec, Operands
+from treg.heads.spec import HeadSpec, Operands, name_of
 from treg.ops import linear_logprobs
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class PromptSharing:
         if self.asked:
             cause = reason if isinstance(reason, Exception) else None
             raise ValueError(f"{self.option}: {reason}; set {self.option}=False") from cause
-        log.warning("the prompt of a pair is run once for each of its answers: %s", reason)
+        log.warning("%s is off, each answer of a pair runs its prompt: %s", self.option, reason)
         self.on = False
 
     def try_on(self, spec: HeadSpec) -> None:
@@ -178,6 +178,10 @@ class PromptSharing:
         """
         try:
             check_attention(spec.model)  # of which the check of a few tokens tries another one
+        except ValueError as error:
+            self.give_up(ValueError(f"{name_of(spec.model)}: {error}"))
+            return
+        try:
             check_branches(spec)
         except ValueError as error:
             self.give_up(error)

@@ -212,6 +212,11 @@ class TRegTrainer(SealedCheckpoints):
         )
         return result
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether what a pair begins with is run once, as far as is known by now."""
+        return self._sharing.on
+
     def _dtype(self) -> torch.dtype:
         """What the model computes in."""
         if self.args.bf16 or self.args.fp16:

@@ -184,8 +184,9 @@ def _content(where: str, answer: Any) -> Any:
     """The JSON of an answer that is not to be asked for again."""
     status = answer.status_code
     if status in (401, 403):
+        sent = "another key" if "authorization" in answer.request.headers else "no key"
         raise ServerError(
-            f"{where}: {status}: {_said(answer)}; expected a server that takes the key in the "
+            f"{where}: {status}: {_said(answer)}; {sent} was sent: set the server's key in the "
             "environment variable TREG_SERVER_KEY, or OPENAI_API_KEY"
         )
     if 300 <= status < 400:

@@ -12,8 +12,8 @@ DIALECTS = ("vllm", "sglang", "echo")
 class ServerOptions:
     """A model that one or several servers have.
 
-    urls: of the servers, with or without /v1; several are replicas of one model, and share the
-        requests.
+    urls: of the servers, with or without /v1 or /v1/completions; several are replicas of one model,
+        and share the requests.
     model: its name there.
     concurrency: requests that are under way at a time, of this process.
     retries: how often a request is sent again after a fault that may pass.
@@ -38,10 +38,10 @@ class ServerOptions:
         roots = [root_of(url) for url in self.urls]
         if len(set(roots)) < len(roots):
             raise ValueError(f"urls: expected different servers, got {', '.join(self.shown)}")
-        _check_whole("concurrency", self.concurrency, 1)
-        _check_whole("retries", self.retries, 0)
+        check_whole("concurrency", self.concurrency, 1)
+        check_whole("retries", self.retries, 0)
         if self.length is not None:
-            _check_whole("length", self.length, 3)
+            check_whole("length", self.length, 3)
         if not math.isfinite(self.timeout) or self.timeout <= 0:
             raise ValueError(f"timeout: expected seconds > 0, got {self.timeout!r}")
         if self.dialect is not None and self.dialect not in DIALECTS:
@@ -61,7 +61,7 @@ class ServerOptions:
 
 
 def root_of(url: str) -> str:
-    """The address of a server without /v1 and a last slash.
+    """The address of a server without /v1, /v1/completions and a last slash.
 
     Raises:
         ValueError: what is no http or https URL.
@@ -69,7 +69,7 @@ def root_of(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"server: expected a URL such as http://HOST:8000/v1, got {shown(url)!r}")
-    path = parts.path.rstrip("/").removesuffix("/v1")
+    path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/v1")
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
@@ -79,6 +79,7 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _check_whole(name: str, value: int, least: int) -> None:
+def check_whole(name: str, value: int, least: int) -> None:
+    """ValueError unless an option is a whole number that is not below least."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
