@@ -18,7 +18,7 @@ from treg.heads import (
     share_prompts,
 )
 from treg.heads.logprobs import score_tokens, scored_rows, token_logprobs
-from treg.heads.sharing import LIMITS, Comparison, compare
+from treg.heads.sharing import LIMITS, Comparison, compare, precision_of
 from treg.ops import fused_treg_loss
 
 # prompt, chosen, rejected: like others, equal ones, one that begins the other, alike at first, and
@@ -413,6 +413,15 @@ def test_what_counts_as_the_same(dtype):
     }
     assert all(x.same(dtype) for x in same.values())
     assert not any(x.same(dtype) for x in other.values())
+
+
+def test_products_of_less_precision_have_the_bounds_of_float16(monkeypatch):
+    assert precision_of(torch.float32) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert precision_of(torch.float32) == torch.float32
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert precision_of(torch.float32) == torch.float16
+    assert precision_of(torch.bfloat16) == torch.bfloat16
 
 
 def placed(amount, first=30, **more):

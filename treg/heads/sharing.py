@@ -246,7 +246,7 @@ class Comparison:
 
     def same(self, dtype: torch.dtype) -> bool:
         """Whether sharing changes no more than roundings of dtype do."""
-        least, most = LIMITS[_precision(dtype)]
+        least, most = LIMITS[precision_of(dtype)]
         # not ">": a difference that is NaN is none
         return self.rms <= min(max(TIMES_RMS * self.padding_rms, least), most) and (
             self.largest <= max(TIMES_MAX * self.padding_largest, 10 * least)
@@ -259,7 +259,7 @@ class Comparison:
         )
 
 
-def _precision(dtype: torch.dtype) -> torch.dtype:
+def precision_of(dtype: torch.dtype) -> torch.dtype:
     """dtype, or what has the precision of float32's products on this machine."""
     tf32 = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
     return torch.float16 if tf32 and dtype == torch.float32 else dtype
@@ -290,10 +290,10 @@ def compare(model: nn.Module, apart: Mapping[str, Any], shared: SharedRows) -> C
         for module, flag in training:
             module.training = flag
     right, left = found
-    return Comparison(*_spread(with_sharing, right), *_spread(left, right))
+    return Comparison(*spread(with_sharing, right), *spread(left, right))
 
 
-def _spread(found: Tensor, expected: Tensor) -> tuple[float, float]:
+def spread(found: Tensor, expected: Tensor) -> tuple[float, float]:
     """Root of the mean square, and largest, of differences of log-probs."""
     if not found.numel():
         return 0.0, 0.0

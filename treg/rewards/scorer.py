@@ -20,18 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from treg.data.tree import TokenTree, grow, model_inputs, padded_rows, shared_beginning
 from treg.heads import HeadSpec, check_branches, check_sequences, install_head
+from treg.heads.sharing import LIMITS, precision_of, spread
 from treg.ops import linear_logprobs
 
 log = logging.getLogger(__name__)
 
-# mean absolute difference, in nats, up to which log-probs with and without shared beginnings count
-# as the same
-SHARED_TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.float64: 1e-3,
-    torch.bfloat16: 0.05,
-    torch.float16: 0.05,
-}
 TRIED = 2  # of the longest rows, and of the shortest, on which sharing is tried
 # tokens of a row in which attention takes a mask of the whole row; elsewhere a batch is one row
 MASKED_ROW = 1024
@@ -176,14 +169,14 @@ class Scorer:
             return
         finally:
             self.on_tokens = on_tokens
-        differences = [
-            (a["logprobs"] - b["logprobs"]).abs() for a, b in zip(shared, apart, strict=True)
-        ]
-        difference = torch.cat(differences).mean().item()
+        found, expected = (
+            torch.cat([row["logprobs"].double() for row in rows]) for rows in (shared, apart)
+        )
         kind, dtype = self.device.type, self.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        self.share = difference <= SHARED_TOLERANCE[dtype]
+        difference, _ = spread(found, expected)
+        self.share = difference <= LIMITS[precision_of(dtype)][1]
         if not self.share:
             log.warning(
                 "what rows begin with is not shared: log-probs differ by %.3g nats", difference
