@@ -11,6 +11,7 @@ matplotlib.rcParams |= {
     "svg.hashsalt": "treg",
     "svg.fonttype": "none",
 }  # the same results give the same bytes
+import end_to_end_table  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 from loss_head_cases import HEADS, MODES  # noqa: E402
 
@@ -72,8 +73,13 @@ def cpu(found: dict, floor: str, path: Path) -> None:
 
 def end_to_end(record: dict, path: Path) -> None:
     """Tokens a second of every method, and peak memory: a row a cell of a model and part."""
+
+    def methods_of(found: dict, part: dict) -> dict:
+        alone = found["environment"]["threads"] == 1
+        return (end_to_end_table.by_cpu(part) if alone else part)["methods"]
+
     rows = [
-        (f"{model.partition(',')[0]}, {cell}: {part}", result[part]["methods"])
+        (f"{model.partition(',')[0]}, {cell}: {part}", methods_of(found, result[part]))
         for model, found in record["models"].items()
         for cell, result in found["cells"].items()
         for part in ("step", "annotate")

@@ -99,14 +99,15 @@ def end_to_end_part(folder: Path) -> str:
     parts.append(_paragraph(f"{text}; the record is `benchmarks/results/cpu/end_to_end.json`."))
     for model, found in json.loads(record.read_text())["models"].items():
         env = found["environment"]
+        clock = "its own time" if env["threads"] == 1 else "the clock"
         of_cpu = f"{env['threads']} of {env['cores']} cores of an {env['device']}"
         about = f"{model}, {found['parameters'] / 1e6:.0f} million parameters, {found['dtype']}"
         for name, cell in found["cells"].items():
             n = len(cell["lengths"])
             rounds = min(cell[part]["rounds"] for part in table.TITLES if part in cell)
             title = f"""{about}, {name}, {n} pair{"s" * (n > 1)} a step, medians of {rounds} rounds
-                with {of_cpu}:"""
-            parts += [_paragraph(title), table.markdown(cell)]
+                with {of_cpu}, seconds of {clock}:"""
+            parts += [_paragraph(title), table.markdown(cell, env["threads"])]
     return "\n\n".join(parts)
 
 

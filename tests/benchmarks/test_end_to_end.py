@@ -210,16 +210,27 @@ def test_record_and_table(measured, tmp_path):
     assert row.split()[5] == "44" and row.split()[7] == "5"
     [missing] = [line for line in lines if line.startswith(steps.FLASH)]
     assert "not measured: it is not installed" in missing or "needs a GPU" in missing
-    text = table.markdown(kept)
+    text = table.markdown(kept, 2)
     assert f"| {steps.FLASH} | not measured" in text and "| treg shared |" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
     plots = pytest.importorskip("plots")
-    plots.end_to_end({"models": {"tiny": {"cells": {BAR: kept}}}}, tmp_path / "e.svg")
+    tiny = {"environment": {"threads": 2}, "cells": {BAR: kept}}
+    plots.end_to_end({"models": {"tiny": tiny}}, tmp_path / "e.svg")
     assert "tokens a second" in (tmp_path / "e.svg").read_text()
 
 
 def method(seconds, tokens=10):
     return {"seconds": seconds, "cpu_seconds": seconds / 2, "tokens": tokens}
+
+
+def test_of_one_thread_the_own_time_of_the_cpu_counts():
+    ours = method(3.0) | {"counted_per_second": 10.0, "run_per_second": 20.0}
+    ours |= {"over": {"x": {"ratio": 0.9}}, "cpu_over": {"x": {"ratio": 0.5}}}
+    found = table.by_cpu({"rounds": 3, "methods": {"a": ours, "b": {"missing": "why"}}})
+    assert found["rounds"] == 3 and found["methods"]["b"] == {"missing": "why"}
+    a = found["methods"]["a"]
+    assert (a["seconds"], a["counted_per_second"], a["run_per_second"]) == (1.5, 20.0, 40.0)
+    assert a["over"] == {"x": {"ratio": 0.5}} and ours["seconds"] == 3.0
 
 
 def test_bars():
