@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 import typing
@@ -18,10 +19,11 @@ from treg.cli.kinds import (
     RowOptions,
     TrainOptions,
 )
-from treg.cli.loading import encode_options, signal_of
+from treg.cli.loading import encode_options, load_model, signal_of
 from treg.cli.options import NOT_SHOWN, parse
 from treg.cli.other_names import ALIASES, INSTEAD
 from treg.data import EncodeOptions
+from treg.demo.run import MODEL
 from treg.losses import OBJECTIVES
 from treg.rewards import SOURCES
 from treg.rewards.shaping import STEPS
@@ -234,3 +236,14 @@ def test_signals_that_no_loss_takes_are_not_described_as_weights():
         example |= {f"chosen_{stream}": [-0.1, 0.2], f"rejected_{stream}": [-0.3]}
     lines = signal_of([example], ALPHA)
     assert lines[0].startswith("token_rewards: 3 tokens") and "surprise" not in "".join(lines)
+
+
+def test_an_attention_that_is_not_installed_is_an_error_of_one_line():
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("it is installed")
+    with pytest.raises(
+        ValueError, match="attn_implementation: expected one that is installed"
+    ) as x:
+        load_model(str(MODEL), None, attn_implementation="flash_attention_2")
+    assert "\n" not in str(x.value)

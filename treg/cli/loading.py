@@ -57,10 +57,18 @@ def load_model(
         _tell_of_dtype(path, dtype, chosen, torch.device(device))
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with loading.no_code_of(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=chosen, trust_remote_code=False, **options
-        )
+    try:
+        with loading.no_code_of(path):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=chosen, trust_remote_code=False, **options
+            )
+    except ImportError as error:
+        if attn_implementation is None:
+            raise
+        raise ValueError(
+            f"attn_implementation: expected one that is installed, such as sdpa, got "
+            f"{attn_implementation!r}: {str(error).splitlines()[0]}"
+        ) from error
     return model if device is None else model.to(device)
 
 
