@@ -333,7 +333,9 @@ def test_flash_attention_is_named(tmp_path, caplog):
     """Before the first batch; it is not installed here."""
     model, pairs = flash(tiny_llama(VOCAB)), make_pairs()
     options = {"treg_alpha": 0.0, "loss_type": "simpo"}  # without a reference
-    with pytest.raises(ValueError, match="treg_share_prompt: .*attn_implementation: expected sdpa"):
+    with pytest.raises(
+        ValueError, match=r"treg_share_prompt: .*attn_implementation: expected sdpa"
+    ):
         make_trainer(tmp_path, model, pairs, treg_share_prompt=True, **options)
     make_trainer(tmp_path, flash(tiny_llama(VOCAB)), pairs, **options)
     assert "attn_implementation: expected sdpa, eager, flex_attention" in caplog.text
