@@ -161,7 +161,7 @@ def test_groups_hold_no_more_than_they_may():
         counted = int((group.own * group.whole).sum())
         padded = group.queries.numel() * group.keys.shape[1]
         assert len(group.queries) == 1 or padded <= MOST_PADDING * counted
-    assert len(set(places.tolist())) == tree.tokens
+    assert places is not None and len(set(places.tolist())) == tree.tokens
 
 
 def test_groups_keep_few_keys():

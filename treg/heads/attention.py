@@ -113,7 +113,7 @@ class Branches:
         self.rows = rows
         self.width = width
         self.asked = 0
-        self._groups: dict[torch.device, tuple[list[Group], Tensor]] = {}
+        self._groups: dict[torch.device, tuple[list[Group], Tensor | None]] = {}
 
     def seen_by(self, mask_function: MaskFunction, device: torch.device | str) -> MaskFunction:
         """mask_function of positions, as one of places in the rows."""
@@ -168,15 +168,15 @@ class Branches:
             assert len(found[-1]) == shared + length
         return found
 
-    def groups(self, device: torch.device) -> tuple[list["Group"], Tensor]:
+    def groups(self, device: torch.device) -> tuple[list["Group"], Tensor | None]:
         """The branches in groups of about one size, each for one call of attention, and where each
-        token [rows * width] stands in their outputs, one after the other.
+        token [rows * width] stands in their outputs, one after the other; None: where it is.
         """
         if device not in self._groups:
             self._groups[device] = self._grouped(device)
         return self._groups[device]
 
-    def _grouped(self, device: torch.device) -> tuple[list["Group"], Tensor]:
+    def _grouped(self, device: torch.device) -> tuple[list["Group"], Tensor | None]:
         whole = np.array([len(path) for path in self.paths])
         own = self.branches[:, LENGTH]
         arrays, count = [], 0
@@ -191,8 +191,13 @@ class Branches:
                 places[path[len(path) - n :]] = np.arange(count, count + n)
                 count += queries.shape[1]
             arrays += [queries, keys, own[branches][:, None], whole[branches][:, None]]
-        *made, places = _on_device([*arrays, places], device)
-        return [Group(*made[i : i + 4]) for i in range(0, len(made), 4)], places
+        *made, moved = _on_device([*arrays, places], device)
+        groups = [
+            Group(*made[i : i + 4], _runs(arrays[i]), _runs(arrays[i + 1]))
+            for i in range(0, len(made), 4)
+        ]
+        in_order = count == len(places) and bool((places == np.arange(count)).all())
+        return groups, None if in_order else moved
 
     def _alike(self, own: IntArray, whole: IntArray) -> list[list[int]]:
         """The branches in groups that are worth one call each: padding them to one size costs
@@ -204,7 +209,7 @@ class Branches:
         found: list[list[int]] = []
         begins = self.branches[:, PARENT] < 0
         area = queries = keys = 0
-        for b in np.lexsort((own, whole, begins)).tolist():
+        for b in np.lexsort((own, whole, ~begins)).tolist():
             n = len(found[-1]) + 1 if found else 1
             new = area + int(own[b] * whole[b])
             wider, longer = max(queries, int(own[b])), max(keys, int(whole[b]))
@@ -217,6 +222,15 @@ class Branches:
                 found.append([b])
                 area, queries, keys = int(own[b] * whole[b]), int(own[b]), int(whole[b])
         return found
+
+
+def _runs(places: IntArray) -> list[slice] | None:
+    """The places of one branch as slices; None: there are several branches."""
+    if len(places) > 1:
+        return None
+    (row,) = places
+    edges = np.flatnonzero(np.diff(row) != 1) + 1
+    return [slice(int(x[0]), int(x[-1]) + 1) for x in np.split(row, edges)]
 
 
 def _on_device(arrays: list[IntArray], device: torch.device) -> list[Tensor]:
@@ -233,13 +247,16 @@ class Group:
     """Branches for one call of attention, padded to one size.
 
     queries: [n, own], keys: [n, whole] int64, places in the flattened rows; of padding some place
-        that is there. own, whole: how many of them count, [n, 1] int64.
+        that is there. own, whole: how many of them count, [n, 1] int64. query_runs, key_runs: the
+        same places as slices where there is one branch, whose gradient is a copy and no sum.
     """
 
     queries: Tensor
     keys: Tensor
     own: Tensor
     whole: Tensor
+    query_runs: list[slice] | None
+    key_runs: list[slice] | None
 
     def mask(self, make: Any) -> Tensor | None:
         """[n, 1, own, whole] bool; None: plain causal. make: transformers' sdpa_mask of a layer."""
@@ -319,20 +336,27 @@ class BranchMask(Tensor):
                 self.of_groups[i] = group.mask(self.make)
             found, _ = function(
                 module,
-                _taken(query, group.queries),
-                _taken(key, group.keys),
-                _taken(value, group.keys),
+                _taken(query, group.queries, group.query_runs),
+                _taken(key, group.keys, group.key_runs),
+                _taken(value, group.keys, group.key_runs),
                 self.of_groups[i],
                 **kwargs,
             )
             outputs.append(found.flatten(0, 1))  # [n * own, heads, head size]
         rows, width = len(self), self.shape[-1]
-        return torch.cat(outputs).index_select(0, places).unflatten(0, (rows, width)), None
+        found = torch.cat(outputs)
+        if places is not None:
+            found = found.index_select(0, places)
+        return found.unflatten(0, (rows, width)), None
 
 
-def _taken(x: Tensor, places: Tensor) -> Tensor:
+def _taken(x: Tensor, places: Tensor, runs: list[slice] | None) -> Tensor:
     """[n, heads, length, head size]: rows of x [places, heads, head size]; places: [n, length]."""
-    return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+    if runs is None:
+        taken = x.index_select(0, places.flatten())
+    else:
+        taken = torch.cat([x[run] for run in runs]) if len(runs) > 1 else x[runs[0]]
+    return taken.unflatten(0, places.shape).transpose(1, 2)
 
 
 def _register() -> None:
