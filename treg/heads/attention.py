@@ -193,7 +193,7 @@ class Branches:
             arrays += [queries, keys, own[branches][:, None], whole[branches][:, None]]
         *made, moved = _on_device([*arrays, places], device)
         groups = [
-            Group(*made[i : i + 4], _runs(arrays[i]), _runs(arrays[i + 1]))
+            Group(*made[i : i + 4], query_runs=_runs(arrays[i]), key_runs=_runs(arrays[i + 1]))
             for i in range(0, len(made), 4)
         ]
         in_order = count == len(places) and bool((places == np.arange(count)).all())
