@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 from causal_lms import build
+from placed import by_place
 from tiny import tiny_llama
 
 from treg.heads import (
@@ -274,26 +275,13 @@ def test_virtual_tokens_are_named(kind):
 # -
 
 
-def by_place(model, after=16, amount=1e-2):
-    """Let a layer say something else from a place of the row on."""
-    layer = model.model.layers[0].mlp
-    plain = layer.forward
-
-    def forward(x):
-        places = torch.arange(x.shape[1], device=x.device)[:, None]
-        return plain(x) + amount * (places >= after) * x
-
-    layer.forward = forward
-    return model
-
-
 @pytest.mark.parametrize("asked", [None, True])
 def test_a_difference_that_long_rows_alone_show(asked, caplog):
     """The tiny check sees none. 12 + 6 tokens of a sequence, 12 + 6 + 6 of a row: the second answer
     stands beyond place 16 alone.
     """
     torch.manual_seed(0)
-    model = by_place(tiny_llama(50), 24)
+    model = by_place(tiny_llama(50), 24, 1e-2)
     spec = install_head(model)
     random = np.random.default_rng(0)
     prompt = random.integers(1, 50, 12)
@@ -424,17 +412,8 @@ def test_products_of_less_precision_have_the_bounds_of_float16(monkeypatch):
     assert precision_of(torch.bfloat16) == torch.bfloat16
 
 
-def placed(amount, first=30, **more):
-    """A model with a layer that says something else from a place in the row on."""
-    model = tiny_llama(60, **more)
-    layer = model.model.layers[0].mlp
-    plain = layer.forward
-
-    def forward(x):
-        places = torch.arange(x.shape[1])[:, None]
-        return plain(x) + (amount * (places >= first)).to(x.dtype) * x
-
-    layer.forward = forward
+def placed(amount):
+    model = by_place(tiny_llama(60), 30, amount)
     install_head(model)
     return model
 

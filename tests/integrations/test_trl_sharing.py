@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 
 from causal_lms import build
 from datasets import Dataset
+from placed import by_place
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -285,19 +286,6 @@ def flash(model):
     return model
 
 
-def by_place(model, after=24):
-    """A layer that says something else from a place of the row on, beyond what is checked first."""
-    layer = model.model.layers[0].mlp
-    plain = layer.forward
-
-    def forward(x):
-        places = torch.arange(x.shape[1], device=x.device)[:, None]
-        return plain(x) + 0.05 * (places >= after) * x
-
-    layer.forward = forward
-    return model
-
-
 REFUSED = {
     "prompt tuning": (prompt_tuning, r"no (PeftType\.)?PROMPT_TUNING adapters"),
     "torch_compile": (
@@ -349,7 +337,7 @@ def test_a_difference_that_the_first_batch_shows(tmp_path, caplog, which):
 
     def trainer_of(share):
         models = {"policy": perturbed(tiny_llama(VOCAB)), "reference": tiny_llama(VOCAB)}
-        by_place(models[which])
+        by_place(models[which], 24)  # beyond what is checked first
         return make_trainer(
             *(tmp_path / str(share), models["policy"], pairs, models["reference"]),
             treg_share_prompt=share,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from placed import by_place
 from trainer_worker import (
     VOCAB,
     Gradients,
@@ -24,21 +25,6 @@ from trainer_worker import (
 
 ALIKE = ("padded", "lora")  # of trainer_worker.SHARED
 SEEN_FIRST = 24  # places of a row that the check of a few tokens looks at
-
-
-def by_place(model: torch.nn.Module) -> torch.nn.Module:
-    """A layer that says something else from a place of the row on: no sequence of a test reaches
-    it, a row of two does.
-    """
-    layer = model.model.layers[0].mlp
-    plain = layer.forward
-
-    def forward(x):
-        places = torch.arange(x.shape[1], device=x.device)[:, None]
-        return plain(x) + 0.05 * (places >= SEEN_FIRST) * x
-
-    layer.forward = forward
-    return model
 
 
 def one_long_pair() -> list[dict]:
@@ -55,7 +41,7 @@ def placed_trainer(output_dir: Path, batch: int, callbacks=(), **options):
     pairs = with_reference(one_long_pair(), make_model())
     return make_trainer(
         output_dir,
-        by_place(perturb(make_model())),
+        by_place(perturb(make_model()), SEEN_FIRST),
         pairs,
         callbacks=list(callbacks),
         per_device_train_batch_size=batch,

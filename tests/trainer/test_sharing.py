@@ -10,7 +10,8 @@ import pytest
 import sharing_worker
 import torch
 from causal_lms import build
-from sharing_worker import ALIKE, SEEN_FIRST, by_place, one_long_pair, placed_trainer
+from placed import by_place
+from sharing_worker import ALIKE, SEEN_FIRST, one_long_pair, placed_trainer
 from trainer_worker import (
     SIDES,
     VOCAB,
@@ -271,7 +272,7 @@ def test_a_difference_that_the_first_batch_shows(tmp_path, layout, caplog):
 
     def run(share):
         return step(
-            *(tmp_path, by_place(perturb(make_model())), pairs),
+            *(tmp_path, by_place(perturb(make_model()), SEEN_FIRST), pairs),
             share=share,
             packing=layout == "packed",
         )
@@ -289,7 +290,7 @@ def test_packs_that_are_made_for_shared_rows_are_not_run_apart(tmp_path):
     pairs = with_reference(one_long_pair(), make_model())
     options = {"packing": True, "token_budget": 60, "per_device_train_batch_size": 1}
     with pytest.raises(ValueError, match="share_prompt: the first batch's log-probs are not"):
-        step(tmp_path, by_place(perturb(make_model())), pairs, share=None, **options)
+        step(tmp_path, by_place(perturb(make_model()), SEEN_FIRST), pairs, share=None, **options)
 
 
 def prompted(kind="PromptTuningConfig"):
