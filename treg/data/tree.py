@@ -149,13 +149,13 @@ def _joined(trees: Sequence[TokenTree], starts: IntArray, rows: IntArray) -> Int
     return np.concatenate(found)
 
 
-def model_inputs(tree: TokenTree) -> dict[str, Any]:
+def model_inputs(tree: TokenTree, device: torch.device | None = None) -> dict[str, Any]:
     """What a model whose head is installed takes of a tree: input_ids and position_ids [rows, T],
-    and branches, which stay a numpy array: the host needs them.
+    on the device, and branches, which stay a numpy array: the host needs them.
     """
     return {
-        "input_ids": torch.from_numpy(tree.ids),
-        "position_ids": torch.from_numpy(tree.positions),
+        "input_ids": torch.from_numpy(tree.ids).to(device),
+        "position_ids": torch.from_numpy(tree.positions).to(device),
         "branches": tree.branches,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treg.heads.spec import HeadSpec, Operands, UnreadableHead, name_of, shape_of, without_cache
@@ -239,15 +239,22 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
     """Plain inference: eval mode, no gradients, no autocast, no flash attention. All is put back
     after it.
     """
+    with (
+        evaluated(model),
+        _without_flash_attention(model),
+        torch.no_grad(),
+        torch.autocast(model.device.type, enabled=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode; after it each module is in the mode in which it was."""
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with (
-            _without_flash_attention(model),
-            torch.no_grad(),
-            torch.autocast(model.device.type, enabled=False),
-        ):
-            yield
+        yield
     finally:
         for module, flag in training:
             module.training = flag

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from treg.data.tree import IntArray, model_inputs, places_in, shared_pairs
 from treg.heads.attention import check_attention
+from treg.heads.checks import evaluated
 from treg.heads.install import check_branches, run_head
 from treg.heads.spec import HeadSpec, Operands, name_of
 from treg.ops import linear_logprobs
@@ -88,9 +89,7 @@ def share_prompts(
     tree = shared_pairs([ids[x] for x in sequences], packed=len(input_ids) == 1)
     places = places_in(tree, sequences, ids.size)
     device = input_ids.device
-    inputs = {
-        name: x.to(device) if isinstance(x, Tensor) else x for name, x in model_inputs(tree).items()
-    }
+    inputs = model_inputs(tree, device)
     return SharedRows(inputs, torch.from_numpy(places).reshape(input_ids.shape).to(device))
 
 
@@ -280,16 +279,11 @@ def compare(model: nn.Module, apart: Mapping[str, Any], shared: SharedRows) -> C
     flat, places = ids.reshape(-1), shared.places.reshape(-1)
     tokens = [flat[torch.from_numpy(x).to(flat.device)] for x in chosen]
     targets = torch.cat([x[1:] for x in tokens])
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        found = [_padded_logprobs(model, tokens, targets, left=left) for left in (False, True)]
-        rows = torch.cat([places[torch.from_numpy(x[:-1]).to(places.device)] for x in chosen])
+    rows = torch.cat([places[torch.from_numpy(x[:-1]).to(places.device)] for x in chosen])
+    with evaluated(model):
+        right = _padded_logprobs(model, tokens, targets, left=False)
+        left = _padded_logprobs(model, tokens, targets, left=True)
         with_sharing = _logprobs(model, shared.inputs, rows, targets)
-    finally:
-        for module, flag in training:
-            module.training = flag
-    right, left = found
     return Comparison(*spread(with_sharing, right), *spread(left, right))
 
 

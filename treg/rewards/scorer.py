@@ -10,7 +10,7 @@ of their own. A model that does not give the same log-probs that way is run row 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from treg.data.tree import TokenTree, grow, model_inputs, padded_rows, shared_beginning
+from treg.data.tree import grow, model_inputs, padded_rows, shared_beginning
 from treg.heads import HeadSpec, check_branches, check_sequences, install_head
 from treg.heads.sharing import LIMITS, precision_of, spread
 from treg.ops import linear_logprobs
@@ -30,6 +30,9 @@ TRIED = 2  # of the longest rows, and of the shortest, on which sharing is tried
 MASKED_ROW = 1024
 BY_BRANCH = ("sdpa", "flex_attention")
 Rows = Sequence[tuple[list[int], list[int]]]  # ids of the context, ids of the completion
+# one forward: which rows, the model's inputs, where each row's tokens but the last stand in the
+# flattened hidden states, and how many tokens run
+Batch = tuple[list[int], dict[str, Any], Sequence[np.ndarray], int]
 
 
 class Scorer:
@@ -95,36 +98,35 @@ class Scorer:
 
     def _apart(self, rows: Rows, outputs: Sequence[str]) -> list[dict[str, Tensor]]:
         """Each row by itself, padded."""
+        return self._run(rows, self._padded(rows), outputs)
+
+    def _shared(self, rows: Rows, outputs: Sequence[str]) -> list[dict[str, Tensor]]:
+        """What rows begin with once."""
+        return self._run(rows, self._trees(rows), outputs)
+
+    def _run(
+        self, rows: Rows, batches: Iterable[Batch], outputs: Sequence[str]
+    ) -> list[dict[str, Tensor]]:
         found: list[Any] = [None] * len(rows)
+        for batch, inputs, places, tokens in batches:
+            hidden = self.spec.hidden(**inputs)
+            scored = self._heads(hidden, [rows[i] for i in batch], places, outputs)
+            for i, values in zip(batch, scored, strict=True):
+                found[i] = values
+            self.on_tokens(tokens)
+        return found
+
+    def _padded(self, rows: Rows) -> Iterator[Batch]:
         sizes = [(len(context) + len(completion) - 1,) for context, completion in rows]
         for batch in batches_of(sizes, self.tokens_per_batch):
             sequences = [rows[i][0] + rows[i][1][:-1] for i in batch]
             ids, mask = padded(sequences, self.pad, self.device)
             width = ids.shape[1]
             places = [np.arange(k * width, k * width + len(x)) for k, x in enumerate(sequences)]
-            hidden = self.spec.hidden(input_ids=ids, attention_mask=mask)
-            scored = self._heads(hidden, [rows[i] for i in batch], places, outputs)
-            for i, values in zip(batch, scored, strict=True):
-                found[i] = values
-            self.on_tokens(sum(map(len, sequences)))
-        return found
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            yield batch, inputs, places, sum(map(len, sequences))
 
-    def _shared(self, rows: Rows, outputs: Sequence[str]) -> list[dict[str, Tensor]]:
-        """What rows begin with once."""
-        found: list[Any] = [None] * len(rows)
-        for batch, tree in self._trees(rows):
-            inputs = model_inputs(tree)
-            for name in ("input_ids", "position_ids"):
-                inputs[name] = inputs[name].to(self.device)
-            hidden = self.spec.hidden(**inputs)
-            scored = self._heads(hidden, [rows[i] for i in batch], tree.paths, outputs)
-            for i, values in zip(batch, scored, strict=True):
-                found[i] = values
-            self.on_tokens(tree.tokens)
-        return found
-
-    def _trees(self, rows: Rows) -> list[tuple[list[int], TokenTree]]:
-        """Batches: which rows, and their tokens, in which they share what they begin with."""
+    def _trees(self, rows: Rows) -> Iterator[Batch]:
         sequences = [np.array(context + completion[:-1]) for context, completion in rows]
         lengths = list(map(len, sequences))
         most = max(max(lengths), min(self.tokens_per_batch, MASKED_ROW))
@@ -146,11 +148,10 @@ class Scorer:
                 tokens = lengths[i]
         trees = [grow([sequences[i] for i in group]) for group in groups]
         sizes = [(tree.tokens,) for tree in trees]
-        found = []
         for batch in batches_of(sizes, self.tokens_per_batch):
             tree = padded_rows([trees[k] for k in batch], self.pad)
-            found.append(([i for k in batch for i in groups[k]], tree))
-        return found
+            members = [i for k in batch for i in groups[k]]
+            yield members, model_inputs(tree, self.device), tree.paths, tree.tokens
 
     def _try_sharing(self, rows: Rows) -> None:
         """Share what rows begin with from now on, if log-probs are then the same; never, if not."""

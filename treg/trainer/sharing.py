@@ -88,6 +88,13 @@ def in_shared_rows(
         batch["scored"] = rows.places.reshape(-1)[batch["scored"]]
 
 
+def computed_in(args: Any, weight: Any) -> torch.dtype:
+    """The dtype that a training with these arguments computes in; weight: of the model's head."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return weight.dtype
+
+
 def agreement(accelerator: Accelerator) -> Callable[[bool], bool]:
     """Whether all processes have found so, from whether this one has."""
 

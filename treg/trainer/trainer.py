@@ -24,7 +24,7 @@ from treg.trainer.checkpoints import SealedCheckpoints
 from treg.trainer.config import TRegConfig
 from treg.trainer.data import example_loader, reference_source
 from treg.trainer.metrics import PairMetrics
-from treg.trainer.sharing import in_shared_rows, sharing_of
+from treg.trainer.sharing import computed_in, in_shared_rows, sharing_of
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +219,8 @@ class TRegTrainer(SealedCheckpoints):
 
     def _dtype(self) -> torch.dtype:
         """What the model computes in."""
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
-        weight: Any = install_head(self.accelerator.unwrap_model(self.model)).projection.weight
-        return weight.dtype
+        spec = install_head(self.accelerator.unwrap_model(self.model))
+        return computed_in(self.args, spec.projection.weight)
 
     def _alpha_of_ratio(self) -> float:
         """alpha where T-REG's gradient is a factor of the objective's at each token, else 0."""

@@ -5,12 +5,11 @@ pair begin with once.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from treg.heads import HeadSpec, PromptSharing, SharedRows, share_prompts
 from treg.heads.logprobs import BATCH
-from treg.trainer.sharing import agreement, give_up_by_arguments
+from treg.trainer.sharing import agreement, computed_in, give_up_by_arguments
 
 
 class SharedBatches:
@@ -61,7 +60,8 @@ class SharedBatches:
             self.sharing.give_up(f"expected {', '.join(BATCH)}, got {', '.join(others)}")
         if self.sharing.on and not _among(spec.model, self._settled):
             self._settled.append(spec.model)
-            dtype, agreed = self._dtype(spec), agreement(self.trainer.accelerator)
+            dtype = computed_in(self.trainer.args, spec.projection.weight)
+            agreed = agreement(self.trainer.accelerator)
             self.sharing.settle(model, given, None, dtype, agreed)
         if not self.sharing.on:
             return False
@@ -69,13 +69,6 @@ class SharedBatches:
         if self._last is None or self._last[0] is not ids:  # once for policy and reference
             self._last = (ids, share_prompts(**given))
         return self._last[1]
-
-    def _dtype(self, spec: HeadSpec) -> torch.dtype:
-        """What a model computes in."""
-        args, weight = self.trainer.args, spec.projection.weight
-        if args.bf16 or args.fp16:
-            return torch.bfloat16 if args.bf16 else torch.float16
-        return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
 
 def _among(model: nn.Module, models: list[nn.Module]) -> bool:
