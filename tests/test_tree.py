@@ -45,6 +45,8 @@ MAY_IMPORT = {
         *("treg_kernels", "torch"),
     },
     "treg.ops.reference": {"treg.results", "torch"},
+    # online training, on tensors
+    "treg.rl": {"treg.rl", "treg.checks", "treg.ops", "torch"},
     "treg.heads": {"treg.heads", "treg.ops", "treg.data.tree", "torch", "numpy", "transformers"},
     "treg.data": {"treg.data", "treg.files", "torch", "numpy", "jinja2", "pyarrow", *HUGGING_FACE},
     "treg.rewards": {
@@ -196,8 +198,12 @@ def circle(graph: dict) -> list[str]:
 
 
 def room_of(name: str) -> str:
-    """treg.ops of treg.ops.head; treg, treg_kernels and benchmarks are rooms themselves."""
+    """treg.ops of treg.ops.head; treg, treg_kernels and benchmarks are rooms themselves. The old
+    names of modules are the package's own: like it they only gather.
+    """
     parts = name.split(".")
+    if parts[:2] == ["treg", "old_names"]:
+        return "treg"
     return ".".join(parts[:2]) if parts[0] == "treg" else parts[0]
 
 
