@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import random
 import re
 import runpy
 import subprocess
@@ -275,3 +276,127 @@ def test_serve_gguf(monkeypatch):
     model.close()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The modules of examples/online, by name."""
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(str(EXAMPLES / "online"))
+    names = ("online_truth", "online_task", "online_train", "run")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    found = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    yield found
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_online(online, tmp_path):
+    """Two methods for two steps each; a second run of the same command trains nothing."""
+    file = tmp_path / "online.json"
+    command = [sys.executable, EXAMPLES / "online" / "run.py", "--quick", "--output", file]
+    output = run(command, tmp_path)
+    record = json.loads(file.read_text())
+    assert {(x["method"], x["seed"]) for x in record["rows"]} == {("sequence", 0), ("RED", 0)}
+    for row in record["rows"]:
+        assert [x["step"] for x in row["curve"]] == [0, 1, 2]
+        assert len(row["rewards"]) == 2 and all(map(math.isfinite, row["rewards"]))
+        assert row["worth"] == row["curve"][-1]["worth"]
+        for x in row["curve"]:
+            assert 0 <= x["wrong facts"] <= 1 and 0 <= x["malformed"] <= 1
+        assert f"| {row['method']} |" in output
+    first, second = (x["curve"][0] for x in record["rows"])
+    assert first == second  # nothing is trained yet
+    assert "0/2" not in run(command, tmp_path)
+    assert json.loads(file.read_text()) == record
+
+
+def test_online_truth(online):
+    """What an answer's tokens are worth adds up to what the table says of it."""
+    tokenizer = online.online_task.load_tokenizer()
+    source = online.online_truth.TruthSource(online.online_truth.TruthOptions(), None)
+    for row in world.preference_rows(3, 20, "train"):
+        asked, text = row["prompt"][0]["content"], row["chosen"][0]["content"]
+        check = world.check(asked, text)
+        for said, expected in (
+            (text, check.right - check.wrong),
+            (f"{text} Hm.", check.right - check.wrong - 1),
+            (f"{text} {text}", -2 * check.wrong),  # each fact is said again
+            ("", -1),
+        ):
+            ids = tokenizer(said + tokenizer.eos_token)["input_ids"]
+            response = online.online_truth.Response(
+                prompt=row["prompt"],
+                completion=said,
+                text=said,
+                prompt_ids=np.array([0], np.int32),
+                ids=np.array(ids, np.int32),
+                content=len(ids) - 1,
+                tokenizer=tokenizer,
+            )
+            assert source.check(response) is None
+            rewards = source.score([response])[0]["token_rewards"]
+            assert rewards.sum().item() == pytest.approx(expected, abs=1e-5)
+            assert online.online_truth.worth(asked, said) == expected
+        wrong = [text[start:end] for start, end in row["wrong_chosen"]]
+        marked = online.online_truth.marks(asked, text)
+        assert [text[start:end] for start, end, number in marked if number < 0] == wrong
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_online_beginnings(alike, online):
+    """What has been said at each token, by decoding the beginning that ends there."""
+    task, rng = online.online_task, random.Random(0)
+    tokenizer = task.load_tokenizer()
+    rows = [task.reward_pair(rng, 6, alike) for _ in range(4)]
+    model = task.load_reward_model(str(demo.MODEL))
+    found, said = task.scores(model, tokenizer, rows)
+    answers = [(row, side) for side in ("chosen", "rejected") for row in rows]
+    for i, (row, side) in enumerate(answers):
+        text = row[side][0]["content"]
+        ids = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+        assert int(said.last[i]) == len(ids) - 1
+        one = model(torch.tensor([ids])).logits[0, 0]
+        assert found[i, len(ids) - 1].item() == pytest.approx(one.item(), abs=1e-4)
+        for j in range(len(ids)):
+            read = tokenizer.decode(ids[: j + 1]).partition("assistant\n")[2]
+            wrong = sum(end <= len(read) for _, end in row[f"wrong_{side}"])
+            assert said.wrong[i, j] == wrong
+            assert said.ended[i, j] == (read.endswith(".") and text.startswith(read))
+
+
+def test_online_table(online):
+    """Means and intervals by hand: of two numbers, 12.706 times half of their difference."""
+    rows = []
+    for method, wrong in (("sequence", (0.10, 0.12)), ("RED", (0.05, 0.07))):
+        for seed, share in enumerate(wrong):
+            measured = {"malformed": 0.5, "facts an answer": 5.0, "tokens": 30.0, "worth": 2.0}
+            row = {"method": method, "seed": seed, "wrong facts": share, "seconds": 20.0}
+            start = {"step": 0, "wrong facts": 0.3, **measured}
+            rows.append(row | measured | {"curve": [start]})
+    lines = online.run.table(rows).splitlines()
+    rest = "50.0 % (0.0) | 5.00 (0.00) | 30.0 (0.0) | 2.00 (0.00) | "
+    assert lines[2] == f"| before | 30.0 % (0.0) | {rest} |  |"
+    assert lines[3] == f"| sequence | 11.0 % (12.7) | {rest}20.0 (0.0) |  |"
+    assert lines[4] == f"| RED | 6.0 % (12.7) | {rest}20.0 (0.0) | -5.0 % (0.0) |"
+
+
+def test_online_refuses_another_record(online, tmp_path):
+    """More methods go into a record; other settings do not."""
+    file = tmp_path / "online.json"
+    settings = online.run.settings_of(online.run.arguments(["--methods", "sequence"]))
+    online.run.Record(file, settings).write()
+    more = online.run.settings_of(online.run.arguments(["--methods", "RED"]))
+    assert list(online.run.Record(file, more).content["settings"]["methods"]) == ["sequence", "RED"]
+    other = online.run.settings_of(online.run.arguments(["--methods", "RED", "--steps", "3"]))
+    with pytest.raises(ValueError, match="expected a record with training "):
+        online.run.Record(file, other)
+    changed = json.loads(json.dumps(settings))
+    changed["methods"]["sequence"]["faster"] = 3.0
+    with pytest.raises(ValueError, match="expected a record with methods "):
+        online.run.Record(file, changed)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="output: expected a record of this script"):
+        online.run.Record(file, settings)
