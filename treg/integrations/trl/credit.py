@@ -108,9 +108,7 @@ def reward_of_tokens(
     """
     rewards = token_rewards + at_end(scores, mask=given.mask)
     if args.kl_in_reward:
-        rewards = with_kl(
-            rewards, given.logprobs, given.ref_logprobs, args.beta, mask=given.mask
-        )
+        rewards = with_kl(rewards, given.logprobs, given.ref_logprobs, args.beta, mask=given.mask)
     return rewards
 
 

@@ -60,9 +60,7 @@ class TRegGRPOConfig(GRPOConfig):
     )
     credit: str | None = field(
         default=None,
-        metadata={
-            "help": f"{', '.join(CREDITS)}. Default: gae with token rewards, else sequence."
-        },
+        metadata={"help": f"{', '.join(CREDITS)}. Default: gae with token rewards, else sequence."},
     )
     credit_gamma: float = field(default=1.0, metadata={"help": "Discount, in [0, 1]."})
     credit_lambda: float = field(
