@@ -6,7 +6,8 @@ from ragged import LENGTHS, ends_of, make_mask, numbers, packed, padded
 
 from treg import set_debug
 from treg.rl import discounted_returns
-from treg.rl.layout import Layout, sums_from_right
+from treg.rl.layout import Layout
+from treg.rl.steps import sums_from_right
 
 NAN = torch.tensor([[0.0, torch.nan, 0.0], [0.0, 0.0, 0.0]])
 HOLE = torch.tensor([[True, False, True], [True, True, True]])

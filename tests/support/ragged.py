@@ -59,16 +59,18 @@ def lists(flat, rows):
     return [x.tolist() for x in flat.split([len(row) for row in rows])]
 
 
-def both(function, *streams, dtype=torch.float64, units=None, **arguments):
+def both(function, *streams, like=None, dtype=torch.float64, result=None, units=None, **arguments):
     """function(*streams, units=, mask= or cu_seqlens=, **arguments) of padded and of packed
     tensors, which must agree to the last bit.
 
     Args:
-        streams: lists of numbers of each token, as `numbers` makes them.
+        streams: lists of numbers of each token, as `numbers` makes them. like: such lists, where
+            there is no stream.
+        dtype: of the streams. result: of what comes; None: the same.
     Returns:
         A list of numbers for each sequence; of a function with several results a tuple of these.
     """
-    like = streams[0]
+    like = like or streams[0]
     mask = make_mask([len(row) for row in like])
     ends = ends_of(like)
     of_mask, of_ends = {"mask": mask}, {"cu_seqlens": ends}
@@ -80,7 +82,7 @@ def both(function, *streams, dtype=torch.float64, units=None, **arguments):
     single = isinstance(on_rows, torch.Tensor)
     pairs = [(on_rows, on_flat)] if single else list(zip(on_rows, on_flat, strict=True))
     for wide, flat in pairs:
-        assert wide.dtype == flat.dtype == dtype
+        assert wide.dtype == flat.dtype == (result or dtype)
         assert torch.equal(wide[mask], flat)
         assert not wide[~mask].any()  # not NaN either
     found = tuple(lists(flat, like) for _, flat in pairs)

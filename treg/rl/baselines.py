@@ -1,16 +1,16 @@
 """Advantages from rewards of several answers to one prompt, without a value model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from treg.checks import check_finite, check_floating, check_number, check_tensor
 from treg.rl.groups import group_numbers, means, totals
-from treg.rl.layout import Layout, Steps, one_to_the_left, sums_from_right
+from treg.rl.layout import Layout
 from treg.rl.returns import check_fraction
+from treg.rl.scales import SCALES, Batch, Centred
+from treg.rl.steps import one_to_the_left, sums_from_right
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def token_advantages(
     layout = Layout.of("rewards", rewards, mask, cu_seqlens)
     steps = layout.steps(units)
     R = steps.sums(layout.take("rewards", rewards))
-    batch = _Batch(R, steps, group_numbers(groups, layout.lengths), gamma, lam)
+    batch = Batch(R, steps, group_numbers(groups, layout.lengths), gamma, lam)
     centred = centre(batch)
     A = centred.advantages
     if size is not None:
@@ -140,105 +140,44 @@ def group_advantages(
     return found[:, 0]
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """What baselines and scales see: rows of steps.
-
-    Attributes:
-        rewards: [B, W] float64, of the steps. group: [B] int64, in [0, B): the number of a group.
-    """
-
-    rewards: Tensor
-    steps: Steps
-    group: Tensor
-    gamma: float
-    lam: float
-
-    @property
-    def shares(self) -> Tensor:
-        """[B, W] float64: of the tokens of a sequence the part that a step has."""
-        tokens = self.steps.tokens
-        return tokens / tokens.sum(1, keepdim=True).clamp(min=1)
-
-
-class _Centred(NamedTuple):
-    """Advantages, and what their scale is the size of.
-
-    Fields: advantages [B, W]; residuals [B, W]; level [B], what was taken off the rewards to get
-    the residuals; weights [B, W], what each residual counts.
-    """
-
-    advantages: Tensor
-    residuals: Tensor
-    level: Tensor
-    weights: Tensor
-
-
-def _over_values(batch: _Batch, level: Tensor) -> _Centred:
+def _over_values(batch: Batch, level: Tensor) -> Centred:
     """The advantages where the value of every state is the level of its sequence."""
     V = torch.where(batch.steps.there, level[:, None], 0.0)
     deltas = batch.rewards + batch.gamma * one_to_the_left(V) - V
     A = sums_from_right(deltas, batch.gamma * batch.lam)
-    return _Centred(A, A, level, batch.shares)
+    return Centred(A, A, level, batch.shares)
 
 
-def _group(batch: _Batch) -> _Centred:
+def _group(batch: Batch) -> Centred:
     return _over_values(batch, _group_means(batch)[0])
 
 
-def _rloo(batch: _Batch) -> _Centred:
+def _rloo(batch: Batch) -> Centred:
     middle, sums, counts = _group_means(batch)
     others = sums - counts / (counts - 1).clamp(min=1) * (sums - middle)
     return _over_values(batch, torch.where(counts > 1, others, 0.0))
 
 
-def _none(batch: _Batch) -> _Centred:
+def _none(batch: Batch) -> Centred:
     return _over_values(batch, torch.zeros_like(batch.rewards[:, 0]))
 
 
-def _process(batch: _Batch) -> _Centred:
+def _process(batch: Batch) -> Centred:
     there = batch.steps.there
     level = means(batch.rewards, there.double(), batch.group)
     residuals = torch.where(there, batch.rewards - level[:, None], 0.0)
     A = sums_from_right(residuals, batch.gamma * batch.lam)
-    return _Centred(A, residuals, level, there.double())
+    return Centred(A, residuals, level, there.double())
 
 
-def _tokens(batch: _Batch) -> _Centred:
+def _tokens(batch: Batch) -> Centred:
     A = _none(batch).advantages
     level = means(A, batch.steps.tokens, torch.zeros_like(batch.group))
     A = torch.where(batch.steps.there, A - level[:, None], 0.0)
-    return _Centred(A, A, level, batch.shares)
+    return Centred(A, A, level, batch.shares)
 
 
-def _spread(centred: _Centred, group: Tensor) -> Tensor:
-    """[B]: the standard deviation over a group, around the mean of what was taken off."""
-    w = centred.weights
-    middle = means(centred.level[:, None].expand_as(w), w, group)
-    squares = w * (centred.residuals + (centred.level - middle)[:, None]).square()
-    squares, counts = (totals(x.sum(1), group) for x in (squares, w))
-    return (squares / (counts - 1).clamp(min=1)).sqrt()
-
-
-def _of_groups(centred: _Centred, batch: _Batch) -> Tensor:
-    return _spread(centred, batch.group)
-
-
-def _of_batch(centred: _Centred, batch: _Batch) -> Tensor:
-    return _spread(centred, torch.zeros_like(batch.group))
-
-
-def _of_tokens(centred: _Centred, batch: _Batch) -> Tensor:
-    level = torch.zeros_like(centred.level)
-    everyone = torch.zeros_like(batch.group)
-    w = batch.steps.tokens
-    middle = means(centred.advantages, w, everyone)
-    return _spread(
-        _Centred(centred.advantages, centred.advantages - middle[:, None], level, w), everyone
-    )
-
-
-BASELINES: dict[str, Callable[[_Batch], _Centred]] = {
+BASELINES: dict[str, Callable[[Batch], Centred]] = {
     "group": _group,
     "rloo": _rloo,
     "none": _none,
@@ -246,15 +185,8 @@ BASELINES: dict[str, Callable[[_Batch], _Centred]] = {
     "tokens": _tokens,
 }
 
-SCALES: dict[str, Callable[[_Centred, _Batch], Tensor] | None] = {
-    "group": _of_groups,
-    "batch": _of_batch,
-    "tokens": _of_tokens,
-    "none": None,
-}
 
-
-def _group_means(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _group_means(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """[B] each: the mean of the sums of a group, the sums, and how many sequences they are of."""
     sums = sums_from_right(batch.rewards, 1.0)[:, 0]
     scored = batch.steps.there[:, :1].double()

@@ -1,4 +1,4 @@
-"""The scored tokens of a batch side by side, and the steps that they make.
+"""The scored tokens of a batch side by side.
 
 Everything in `treg.rl` that runs along a sequence sees rows [B, W] that hold scored tokens alone,
 from the left: column j is the j-th scored token of a sequence. So a hole of the mask (the result of
@@ -20,30 +20,7 @@ from treg.checks import (
     check_tensor,
     values_visible,
 )
-
-
-def sums_from_right(x: Tensor, factor: float, runs: Tensor | None = None) -> Tensor:
-    """y_t = x_t + factor * y_{t+1} in every row, by doubling:
-
-        S_1(t) = x_t        S_2k(t) = S_k(t) + factor^k * S_k(t + k)
-
-    Args:
-        x: [B, W] float64, 0 beyond the end of a row's sequence. factor: in [0, 1].
-        runs: [B, W] int64, non-decreasing in a row: sums end where the number changes.
-    """
-    k = 1
-    while k < x.shape[1] and factor**k > 0:
-        far = x[:, k:]
-        if runs is not None:
-            far = torch.where(runs[:, k:] == runs[:, :-k], far, 0.0)
-        x = torch.cat([x[:, :-k] + factor**k * far, x[:, -k:]], 1)
-        k *= 2
-    return x
-
-
-def one_to_the_left(x: Tensor) -> Tensor:
-    """[B, W] -> [B, W]: at each column what the next one holds, 0 at the last."""
-    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
+from treg.rl.steps import Steps, one_to_the_right
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +128,7 @@ class Layout:
         flat = torch.cat([rows, torch.zeros_like(rows[:, :1])], 1).reshape(-1)
         return flat[self.place].masked_fill(~self.scored, 0).to(dtype)
 
-    def steps(self, units: Tensor | None) -> "Steps":
+    def steps(self, units: Tensor | None) -> Steps:
         """The steps that units make.
 
         Args:
@@ -168,49 +145,12 @@ class Layout:
         rows = self.rows(units)
         if values_visible(units):
             _check_units(rows, there)
-        begins = there & torch.cat([there[:, :1], rows[:, 1:] != rows[:, :-1]], 1)
+        begins = there & (rows != one_to_the_right(rows))
+        begins[:, 0] = there[:, 0]
         index = torch.where(there, begins.cumsum(1) - 1, self.width)
         steps = Steps(there, there.double(), (index, begins))
         tokens = steps.sums(there.double())
         return Steps(tokens > 0, tokens, (index, begins))
-
-
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """What advantages are taken over: units of tokens, or tokens. Column k is step k.
-
-    Attributes:
-        there: [B, W] bool, whether a sequence has so many steps.
-        tokens: [B, W] float64, the tokens of each step; 0 where there is none.
-        units: of each token's place in the rows the step (W where there is no token), and whether
-            it begins one; None: every token is a step.
-    """
-
-    there: Tensor
-    tokens: Tensor
-    units: tuple[Tensor, Tensor] | None
-
-    def sums(self, x: Tensor) -> Tensor:
-        """[B, W] float64 of tokens -> of steps: the sums over their tokens."""
-        if self.units is None:
-            return x
-        index, begins = self.units
-        width = x.shape[1]
-        sums = sums_from_right(x, 1.0, index)
-        out = x.new_zeros(len(x), width + 1)
-        out.scatter_(1, torch.where(begins, index, width), torch.where(begins, sums, 0.0))
-        return out[:, :width]
-
-    def spread(self, x: Tensor) -> Tensor:
-        """[B, W] of steps -> of tokens: each token has what its step has."""
-        if self.units is None:
-            return x
-        return torch.cat([x, torch.zeros_like(x[:, :1])], 1).gather(1, self.units[0])
-
-    @property
-    def last(self) -> Tensor:
-        """[B, W] bool: the last step of each sequence."""
-        return self.there & ~one_to_the_left(self.there)
 
 
 def _padded(mask: Tensor) -> Layout:

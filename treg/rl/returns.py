@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from treg.checks import check_number
-from treg.rl.layout import Layout, one_to_the_left, sums_from_right
+from treg.rl.layout import Layout
+from treg.rl.steps import one_to_the_left, sums_from_right
 
 
 class GAE(NamedTuple):
