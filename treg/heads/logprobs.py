@@ -12,6 +12,8 @@ from treg.heads.install import run_head
 from treg.heads.sharing import SharedRows, share_prompts
 from treg.heads.spec import Operands
 from treg.ops import LinearLogprobs, linear_logprobs
+from treg.ops.entropy import differentiable_entropy
+from treg.ops.head import Head
 
 # what a batch has for each token, and rows of pairs can have too
 BATCH = ("input_ids", "attention_mask", "position_ids")
@@ -24,6 +26,8 @@ def token_logprobs(
     outputs: tuple[str, ...] = (),
     memory_budget: int | None = None,
     share_prompt: bool | SharedRows = False,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
     **inputs,
 ) -> LinearLogprobs:
     """log p(labels[s, t+1] | tokens up to t) of a model that `treg.heads.install_head` has read.
@@ -43,20 +47,41 @@ def token_logprobs(
             and B + i begin with once (`treg.heads.share_prompts`): it is the same up to rounding,
             and a model where it is not is refused. Or the rows that `share_prompts` made of these
             inputs already, which serve policy and reference alike.
+        temperature: > 0, at which answers were sampled: the model's own logits (with its scale and
+            softcap) are divided by it.
+        entropy_gradient: whether the output "entropy" has its exact gradient too. Where a loss uses
+            it, that is 3 more matrix products a row; else it costs nothing.
         inputs: of the model's forward: input_ids [S, T], attention_mask, position_ids, ...; with
             share_prompt these three alone, beside flags such as use_cache.
     Returns:
         LinearLogprobs of shape [S, T-1], 0 where not scored.
     Raises:
         ValueError: labels of another shape than input_ids; a model without an installed head; with
-            share_prompt an odd number of rows, other inputs, or a model that cannot.
+            share_prompt an odd number of rows, other inputs, or a model that cannot; a temperature
+            that is not > 0; entropy_gradient without "entropy" among outputs.
     """
+    if entropy_gradient and "entropy" not in outputs:
+        raise ValueError(
+            f'entropy_gradient: expected "entropy" among outputs, got {outputs!r}; add it, or '
+            "leave entropy_gradient out"
+        )
 
     def score(rows: Tensor, target: Tensor, operands: Operands) -> dict[str, Tensor]:
         found = linear_logprobs(
-            rows, target=target, outputs=outputs, memory_budget=memory_budget, **operands
+            rows,
+            target=target,
+            outputs=outputs,
+            memory_budget=memory_budget,
+            temperature=temperature,
+            **operands,
         )
-        return {name: x for name, x in found._asdict().items() if x is not None}
+        given = {name: x for name, x in found._asdict().items() if x is not None}
+        if entropy_gradient:
+            head = Head(**operands, temperature=temperature)
+            given["entropy"] = differentiable_entropy(
+                given["entropy"], rows, target, head, memory_budget=memory_budget
+            )
+        return given
 
     found = score_tokens(model, labels, score, share_prompt=share_prompt, **inputs)
     return LinearLogprobs(**found)

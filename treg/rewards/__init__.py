@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from treg.rewards.names import DEFAULT_SOURCE, nearest
 
 if TYPE_CHECKING:
-    from treg.rewards.base import Context, TokenRewardSource
+    from treg.rewards.base import Context, NoReference, TokenRewardSource
     from treg.rewards.contrastive import (
         ContrastiveOptions,
         ContrastivePrompts,
@@ -33,6 +33,7 @@ __all__ = [
     "ContrastiveOptions",
     "ContrastivePrompts",
     "ContrastiveSource",
+    "NoReference",
     "Response",
     "TokenRewardSource",
     "columns_read",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _LOADED_LATER = {
-    "base": ("Context", "TokenRewardSource"),
+    "base": ("Context", "NoReference", "TokenRewardSource"),
     "response": ("Response",),
     "contrastive": (
         "ContrastiveOptions",

@@ -30,6 +30,27 @@ def _ignore(tokens: int) -> None:
     pass
 
 
+class NoReference:
+    """Stands where a run has no reference model. It has a device; a source that asks it for
+    anything else is refused.
+
+    Args:
+        option: that says the source, and fix: what to do instead, for the error.
+    """
+
+    def __init__(self, option: str, device: Any, fix: str):
+        self.device = device
+        self._refusal = (
+            f"{option}: expected a source that needs no reference model, since there is none here; "
+            f"{fix}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(self._refusal)
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What a source may use. It is made once for a run; no weight of the model in it is changed.

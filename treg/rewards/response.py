@@ -116,6 +116,33 @@ class Response:
             date=pair.date,
         )
 
+    @classmethod
+    def sampled(
+        cls,
+        prompt: Messages | str,
+        prompt_ids: Sequence[int],
+        ids: Sequence[int],
+        tokenizer: Any,
+        **more: Any,
+    ) -> Response:
+        """A completion that a policy has sampled: it stands alone, and says what its tokens say.
+
+        more: the fields where, row, tools, template_kwargs.
+        """
+        ids = [int(x) for x in ids]
+        content = content_length(ids, tokenizer)
+        return cls(
+            prompt=prompt,
+            completion="" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}],
+            text=tokenizer.decode(ids[:content], skip_special_tokens=True),
+            prompt_ids=np.array(prompt_ids, dtype=np.int32),
+            ids=np.array(ids, dtype=np.int32),
+            content=content,
+            tokenizer=tokenizer,
+            cut=True,
+            **more,
+        )
+
     @cached_property
     def assistants(self) -> np.ndarray:
         """[T] bool: the tokens that are the assistant's, which are those that are scored; where

@@ -1,5 +1,8 @@
-"""T-REG in TRL's DPOTrainer, and treg's log-probs under TRL trainers that compute them in chunks.
+"""T-REG in TRL's DPOTrainer, token credit in its GRPOTrainer, and treg's log-probs under TRL
+trainers that compute them in chunks.
 
+    TRegGRPOTrainer           GRPO with an advantage for each token: token rewards of any source,
+                              returns, GAE, macro actions; the rest is TRL's own
     TRegDPOTrainer            TRL's own loss (any loss_type, or several), metrics, evaluation and
                               reference, on log-probs of treg, plus the T-REG regularizer
     patch_chunked_logprobs    one function of TRL swapped: DPO, KTO, SFT, GRPO, RLOO as they are
@@ -25,7 +28,15 @@ if Version(_installed) < Version(MINIMUM):
         f"trl: expected >= {MINIMUM}, got {_installed}; upgrade it, or use treg.trainer.TRegTrainer"
     )
 
+from treg.integrations.trl.online import TRegGRPOTrainer  # noqa: E402
+from treg.integrations.trl.online_config import TRegGRPOConfig  # noqa: E402
 from treg.integrations.trl.patch import patch_chunked_logprobs  # noqa: E402
 from treg.integrations.trl.trainer import TRegDPOConfig, TRegDPOTrainer  # noqa: E402
 
-__all__ = ["TRegDPOConfig", "TRegDPOTrainer", "patch_chunked_logprobs"]
+__all__ = [
+    "TRegDPOConfig",
+    "TRegDPOTrainer",
+    "TRegGRPOConfig",
+    "TRegGRPOTrainer",
+    "patch_chunked_logprobs",
+]

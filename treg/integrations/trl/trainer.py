@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-import trl.trainer.utils
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from treg.data import Pair, RowProblem, pair_tokens
 from treg.data.annotated import ID_COLUMNS, REF_COLUMNS, REWARD_COLUMNS
 from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS
 from treg.data.examples import check_made_with
-from treg.heads import HeadSpec, check_sequences, install_head
+from treg.heads import HeadSpec
 from treg.heads.logprobs import score_tokens, token_logprobs
 from treg.integrations.trl.config import TRegDPOConfig
 from treg.integrations.trl.data import (
@@ -36,6 +35,7 @@ from treg.integrations.trl.data import (
     tensor_of,
     text_pairs,
 )
+from treg.integrations.trl.heads import as_reference, head_of
 from treg.integrations.trl.own import REF_STREAM, OwnLoss, own_options
 from treg.integrations.trl.patch import STATISTICS
 from treg.integrations.trl.routers import balance, router_logits
@@ -402,12 +402,7 @@ class TRegDPOTrainer(DPOTrainer):
 
     def _head_of(self, model: Any) -> HeadSpec:
         """The head of a model, which may be wrapped; read and checked at the first time."""
-        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        new = not hasattr(getattr(bare, "get_base_model", lambda: bare)(), "_treg_head")
-        spec = install_head(bare)
-        if new:
-            check_sequences(spec)
-        return spec
+        return head_of(self.accelerator, model)
 
     def _headed(
         self,
@@ -453,22 +448,9 @@ class TRegDPOTrainer(DPOTrainer):
 
         return call
 
-    @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[nn.Module]:
+    def _as_reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The reference model, in eval mode."""
-        model, adapter = self.ref_model, contextlib.nullcontext()
-        if model is None:
-            model = self.accelerator.unwrap_model(self.model)
-            if hasattr(model, "peft_config"):
-                adapter = trl.trainer.utils.use_adapter(
-                    model, "ref" if "ref" in model.peft_config else None
-                )
-        training = model.training
-        try:
-            with adapter:
-                yield model.eval()
-        finally:
-            model.train(training)
+        return as_reference(self.accelerator, self.model, self.ref_model)
 
     def _record(self, logps: Tensor, rewards: Tensor, scored: Tensor) -> None:
         """Metrics of a batch; as TRL's, over all processes."""

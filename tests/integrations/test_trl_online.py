@@ -1,0 +1,525 @@
+"""TRL's GRPOTrainer with token credit: TRL's own steps with credit="sequence", hand-computed
+advantages with a source.
+"""
+
+import functools
+import itertools
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import online_worker
+import processes
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from judges import judge, judge_tokenizer
+from peft import LoraConfig
+from tiny import tiny_llama, tiny_tokenizer, usr
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from treg.integrations.trl import TRegGRPOConfig, TRegGRPOTrainer
+from treg.integrations.trl.credit import MACROS, Completions, own_tokens, units_of
+
+VOCAB, WIDTH, GROUP = 400, 12, 4
+PROMPTS = ["the old owl", "what is", "Once upon a time there was", "a fox"]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def vowels(completions, **kwargs):
+    """A reward function: how many vowels are in what was written."""
+    texts = [x if isinstance(x, str) else x[0]["content"] for x in completions]
+    return [float(sum(text.count(c) for c in "aeiou")) for text in texts]
+
+
+CONFIGS = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}
+
+
+class Steps(TrainerCallback):
+    """Gradients of every step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+
+def model_folder(tmp_path_factory, **config):
+    folder = tmp_path_factory.mktemp("policy")
+    model = tiny_llama(VOCAB, **config)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return model_folder(tmp_path_factory)
+
+
+def make_trainer(tmp_path, model, kind=TRegGRPOTrainer, reward_funcs=vowels, **options):
+    config = TRegGRPOConfig if issubclass(kind, TRegGRPOTrainer) else CONFIGS[kind]
+    steps = Steps()
+    more = {x: options.pop(x) for x in ("peft_config", "eval_dataset") if x in options}
+    prompts = options.pop("prompts", PROMPTS)
+    options = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "per_device_train_batch_size": 2 * GROUP,
+        "num_generations": GROUP,
+        "max_completion_length": WIDTH,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "max_grad_norm": 0.0,
+        "model_init_kwargs": {"dtype": torch.float32},
+    } | options
+    trainer = kind(
+        model,
+        reward_funcs,
+        config(**options),
+        Dataset.from_list([{"prompt": x} for x in prompts]),
+        processing_class=tiny_tokenizer(),
+        callbacks=[steps],
+        **more,
+    )
+    return trainer, steps
+
+
+def train(tmp_path, model, kind=TRegGRPOTrainer, **options):
+    trainer, steps = make_trainer(tmp_path, model, kind, **options)
+    trainer.train()
+    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    return trainer, steps.gradients, losses
+
+
+def assert_same_steps(found, expected, tolerance=1e-5):
+    _, gradients, losses = found
+    _, their_gradients, their_losses = expected
+    assert losses == pytest.approx(their_losses, abs=tolerance)
+    assert len(gradients) == len(their_gradients) > 0
+    for mine, theirs in zip(gradients, their_gradients, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert any(x.abs().max() > 1e-4 for x in theirs.values())
+        for name, x in theirs.items():
+            torch.testing.assert_close(mine[name], x, atol=tolerance, rtol=1e-4, msg=name)
+
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+VARIANTS = [
+    *({"loss_type": x} for x in LOSS_TYPES),
+    {"beta": 0.1},
+    {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    {"num_iterations": 2, "beta": 0.05, "epsilon_high": 0.3},
+    {"entropy_coef": 0.1},
+    {"top_entropy_quantile": 0.5},
+    {"temperature": 0.7, "gradient_accumulation_steps": 2},
+    {"scale_rewards": "batch", "mask_truncated_completions": True},
+    {"multi_objective_aggregation": "normalize_then_sum"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_step_with_sequence_credit_is_trls(options, policy, tmp_path):
+    found = train(tmp_path, policy, credit="sequence", **options)
+    assert_same_steps(found, train(tmp_path, policy, GRPOTrainer, **options))
+
+
+# -- token credit
+
+
+class Seen(TRegGRPOTrainer):
+    """Keeps what was generated, its advantages, and the policy's log-probs of it."""
+
+    def _policy_logprobs(self, output):
+        found = super()._policy_logprobs(output)
+        self.logps_seen = [*getattr(self, "logps_seen", []), found]
+        return found
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        prompts = [x["prompt"] for x in inputs]
+        ids = self._generated[1]
+        self.seen = [*getattr(self, "seen", []), (prompts, ids, output)]
+        return output
+
+
+def plain_ids():
+    """The ids of END and of tokens that are whole ASCII characters."""
+    tokenizer = tiny_tokenizer()
+    plain = [i for i in range(VOCAB) if tokenizer.decode([i]).isascii()]
+    return [i for i in plain if i == 1 or i not in tokenizer.all_special_ids]
+
+
+def readable(**more):
+    """Options of a generation that writes ASCII and often ends."""
+    ids = set(plain_ids())
+    suppressed = {"suppress_tokens": [i for i in range(VOCAB) if i not in ids]}
+    return {"generation_kwargs": suppressed | more}
+
+
+def scores_alone(path, texts):
+    """R of every beginning of the tokens of each text, each by a forward of its own, and how many
+    characters each token has completed.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    found = []
+    for text in texts:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        with torch.no_grad():
+            scores = [
+                model(torch.tensor([ids[: n + 1]])).logits[0, 0].item() for n in range(len(ids))
+            ]
+        found.append((scores, [end for _, end in offsets]))
+    return found
+
+
+def red_by_hand(path, prompts, completions):
+    """RED's token rewards: the reward model's score after what a token completes, less the score
+    before it; what is left at the end goes to the last token.
+    """
+    tokenizer, rewards = tiny_tokenizer(), []
+    texts = [tokenizer.decode([i for i in ids if i != 1]) for ids in completions]
+    judged = scores_alone(path, [p + t for p, t in zip(prompts, texts, strict=True)])
+    for prompt, ids, (scores, ends) in zip(prompts, completions, judged, strict=True):
+
+        def after(characters, scores=scores, ends=ends, prompt=prompt):
+            whole = [k for k, end in enumerate(ends) if end <= len(prompt) + characters]
+            return scores[whole[-1]]
+
+        potentials = [after(0)]
+        for n in range(1, len(ids) + 1):
+            potentials.append(after(len(tokenizer.decode([i for i in ids[:n] if i != 1]))))
+        row = [b - a for a, b in itertools.pairwise(potentials)]
+        row[-1] += scores[-1] - potentials[-1]
+        rewards.append(row)
+    return rewards
+
+
+def advantages_by_hand(rewards, lam, *, scaled=True):
+    """GAE whose values are the mean reward of the group, over its root mean square."""
+    found = []
+    for start in range(0, len(rewards), GROUP):
+        group = rewards[start : start + GROUP]
+        mean = sum(map(sum, group)) / GROUP
+        rows = []
+        for row in group:
+            advantage, advantages = 0.0, []
+            for t in reversed(range(len(row))):
+                last = t == len(row) - 1
+                advantage = row[t] + (0.0 if last else mean) - mean + lam * advantage
+                advantages.insert(0, advantage)
+            rows.append(advantages)
+        squares = [sum(a * a for a in row) / len(row) for row in rows]
+        scale = math.sqrt(sum(squares) / (GROUP - 1)) + 1e-4 if scaled else 1.0
+        found += [[a / scale for a in row] for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("tokenizer", [None, judge_tokenizer], ids=["one", "another"])
+@pytest.mark.parametrize("credit", ["returns", "gae"])
+def test_red_gives_the_advantages_of_separate_prefix_forwards(credit, tokenizer, policy, tmp_path):
+    """With the policy's tokenizer, and with a reward model that has another."""
+    path = judge("llama", tokenizer)
+    trainer, *_ = train(
+        tmp_path,
+        policy,
+        Seen,
+        reward_funcs=None,
+        token_rewards="redistribution",
+        token_rewards_options={"model": path},
+        credit=credit,
+        credit_lambda=0.9,
+        max_steps=1,
+        **readable(),
+    )
+    ((prompts, ids, output),) = trainer.seen
+    rewards = red_by_hand(path, prompts, ids)
+    expected = advantages_by_hand(rewards, 1.0 if credit == "returns" else 0.9)
+    assert max(map(max, expected)) > 0.5
+    for row, values in zip(output["advantages"], expected, strict=True):
+        torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=2e-4, rtol=1e-4)
+        assert not row[len(values) :].any()
+    sums = [sum(row) for row in rewards]
+    (logged,) = [x for x in trainer.state.log_history if "reward" in x]
+    assert logged["rewards/redistribution/mean"] == pytest.approx(sum(sums) / len(sums), abs=1e-4)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("credit", ["returns", "macro"])
+def test_the_reward_at_the_end_alone_is_sequence_credit(credit, scale_rewards, policy, tmp_path):
+    """With lambda 1 every token has the advantage of its completion; macro actions change nothing
+    then.
+    """
+    options = {"scale_rewards": scale_rewards, "beta": 0.1}
+    found = train(tmp_path, policy, credit=credit, credit_lambda=1.0, **options)
+    assert_same_steps(found, train(tmp_path, policy, GRPOTrainer, **options))
+    assert found[0].state.log_history[0]["credit/within"] == pytest.approx(0.0, abs=1e-10)
+
+
+def test_rloo_is_token_credit_with_its_baseline(policy, tmp_path):
+    """TRL's RLOO has one ratio a completion; at the policy that wrote them its gradient is that of
+    dr_grpo, which sums over tokens and divides by a constant.
+    """
+    options = {"max_steps": 1, "reward_funcs": vowels}
+    *_, theirs, _ = train(tmp_path, policy, RLOOTrainer, beta=0.0, **options)
+    *_, mine, _ = train(
+        tmp_path,
+        policy,
+        credit="returns",
+        credit_baseline="rloo",
+        credit_scale="none",
+        loss_type="dr_grpo",
+        **options,
+    )
+    for name, x in theirs[0].items():
+        torch.testing.assert_close(mine[0][name] * WIDTH, x, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_all_rewards_equal_give_no_advantage(policy, tmp_path):
+    for credit in ("returns", "gae", "macro"):
+        trainer, gradients, _ = train(
+            tmp_path, policy, Seen, reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            credit=credit, credit_lambda=1.0, max_steps=1,
+        )  # fmt: skip
+        assert not trainer.seen[0][2]["advantages"].any()
+        assert all(not x.any() for x in gradients[0].values())
+
+
+def by_ngrams(rewards, length):
+    """The sums of each `length` tokens, and back: what each token's has got."""
+    summed = [[sum(row[t : t + length]) for t in range(0, len(row), length)] for row in rewards]
+
+    def spread(rows):
+        return [
+            [values[t // length] for t in range(len(row))]
+            for values, row in zip(rows, rewards, strict=True)
+        ]
+
+    return summed, spread
+
+
+def test_macro_actions_are_gae_over_their_sums(policy, tmp_path):
+    """With reward models of tokens; the scale counts tokens, so it is taken out of both."""
+    given = {"macro_length": 3, "credit_lambda": 0.5, "credit_scale": "none", "max_steps": 1}
+    trainer, *_ = train(tmp_path, policy, Seen, credit="macro", **given, **red(), **readable())
+    ((prompts, ids, output),) = trainer.seen
+    summed, spread = by_ngrams(red_by_hand(judge("llama"), prompts, ids), 3)
+    expected = spread(advantages_by_hand(summed, 0.5, scaled=False))
+    for row, values in zip(output["advantages"], expected, strict=True):
+        torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=1e-4, rtol=1e-4)
+
+
+TEXT = "The fox asked the old owl: what? The sun. 3 + 4 = 7; said the user"
+
+
+@pytest.mark.parametrize("macro", MACROS)
+def test_macro_actions_are_where_they_are_said_to_be(macro):
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer(TEXT)["input_ids"], tokenizer("moon")["input_ids"]]
+    mask = own_tokens(ids, None, len(ids[0]) + 2, "cpu")
+    logprobs = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    args = SimpleNamespace(credit="macro", macro=macro, macro_length=4)
+    units = units_of(Completions(ids, mask, logprobs), args, tokenizer)
+    pieces = [tokenizer.decode([i]) for i in ids[0]]
+    starts = [len("".join(pieces[:t])) for t in range(len(pieces))]
+    firsts = [at + len(x) - len(x.lstrip()) for at, x in zip(starts, pieces, strict=True)]
+    until = [TEXT[: first + 1] for first in firsts]
+    found = units[0, : len(pieces)].tolist()
+    if macro == "random":
+        lengths = [len(list(run)) for _, run in itertools.groupby(found)]
+        assert set(lengths[:-1]) <= {2, 3, 5, 10}
+        return
+    falls = logprobs[0].diff()[: len(pieces) - 1] < 0
+    expected = {
+        "ngram": [t // 4 for t in range(len(pieces))],
+        "word": [len(x.split()) - 1 for x in until],
+        "sentence": [len(re.findall(r"[.?] ", x)) for x in until],
+        "perplexity": [0, *falls.long().cumsum(0).tolist()],
+    }
+    assert found == expected[macro]
+    assert found[-1] > 2 or macro == "sentence"
+
+
+def test_kl_in_the_reward_is_that_of_the_tokens(policy, tmp_path):
+    """RED, Eq. 8: beta times the difference of log-probs, by token; none of it in the loss."""
+    options = {"beta": 0.5, "learning_rate": 0.05}
+    trainer, *_ = train(
+        tmp_path, policy, Seen, credit="returns", kl_in_reward=True, **options, **readable()
+    )
+    _, ids, output = trainer.seen[-1]
+    logps, ref = trainer.logps_seen[-1], output["ref_per_token_logps"]
+    rewards = []
+    for i, row in enumerate(ids):
+        own = [-0.5 * (logps[i, t] - ref[i, t]).item() for t in range(len(row))]
+        own[-1] += vowels([tiny_tokenizer().decode([x for x in row if x != 1])])[0]
+        rewards.append(own)
+    assert max(abs(x) for row in rewards for x in row[:-1]) > 1e-3  # it has moved
+    for row, values in zip(output["advantages"], advantages_by_hand(rewards, 1.0), strict=True):
+        torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=1e-4, rtol=1e-4)
+    assert "kl" not in trainer.state.log_history[0]
+
+
+# -- what is refused, and what comes at the edges
+
+REFUSED = [
+    ({"credit": "token"}, "credit: expected one of sequence, returns, gae, macro, got 'token'"),
+    ({"macro": "parse"}, "macro: expected one of ngram, random, perplexity, word, sentence"),
+    ({"credit_baseline": "mean"}, "credit_baseline: expected one of "),
+    ({"credit_scale": "std"}, "credit_scale: expected one of "),
+    ({"credit_lambda": 1.5}, r"credit_lambda: expected a number in \[0, 1\], got 1.5"),
+    ({"credit_gamma": float("nan")}, "credit_gamma: expected a finite number"),
+    ({"macro_length": 0}, "macro_length: expected a whole number >= 1, got 0"),
+    ({"token_rewards": "redistributed"}, "did you mean 'redistribution'"),
+    ({"token_rewards_model": "x"}, "token_rewards_model: expected None without token_rewards"),
+    ({"token_rewards": "redistribution"}, "model"),
+    ({"token_rewards": "messagewise"}, "token_weights"),
+    ({"credit": "gae", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
+    ({"credit": "gae", "kl_in_reward": True}, "kl_in_reward: expected False with .* beta=0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda x: str(x)[:40])
+def test_options_are_refused_by_name(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TRegGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def red(path=None, **options):
+    return {
+        "token_rewards": "redistribution",
+        "token_rewards_options": {"model": path or judge("llama")} | options,
+        "reward_funcs": None,
+    }
+
+
+def test_a_source_without_its_reference_is_refused(policy, tmp_path):
+    with pytest.raises(
+        ValueError, match="token_rewards: expected a source that needs no reference"
+    ):
+        train(tmp_path, policy, token_rewards="contrastive", reward_funcs=None)
+
+
+@pytest.mark.parametrize("reference", ["its own", "a folder", "below an adapter"])
+def test_a_source_takes_the_reference_that_there_is(reference, policy, tmp_path):
+    more = {
+        "its own": {"beta": 0.1},
+        "a folder": {"token_rewards_model": policy},
+        "below an adapter": {"peft_config": LoraConfig(target_modules=["q_proj"])},
+    }[reference]
+    trainer, *_ = train(
+        tmp_path, policy, Seen, token_rewards="surprise", reward_funcs=None, **more, **readable()
+    )
+    (first, *_) = trainer.seen
+    assert trainer.state.log_history[0]["rewards/surprise/std"] > 0
+    assert first[2]["advantages"].isfinite().all() and first[2]["advantages"].abs().max() > 0.1
+
+
+def test_tools_are_refused_with_token_rewards(policy, tmp_path):
+    trainer_of = functools.partial(TRegGRPOTrainer, policy, None)
+    config = TRegGRPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False,
+        token_rewards="redistribution", token_rewards_options={"model": judge("llama")},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="tools: expected None with token_rewards"):
+        trainer_of(config, Dataset.from_list([{"prompt": "a"}]), tools=[len])
+    with pytest.raises(TypeError, match="args: expected a TRegGRPOConfig, got GRPOConfig"):
+        trainer_of(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_logits_that_are_cast_are_refused(policy, tmp_path):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32: expected False"):
+        make_trainer(tmp_path, policy, cast_lm_head_to_fp32=True)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[usr(x)] for x in PROMPTS]], ids=["text", "turns"])
+def test_completions_that_are_empty_cut_or_garbage_train(prompts, tmp_path_factory, tmp_path):
+    """A policy that often ends at once, whose other tokens are bytes of no character."""
+    model = tiny_llama(VOCAB)
+    model.generation_config.eos_token_id = model.config.eos_token_id = 1
+    with torch.no_grad():
+        model.lm_head.weight[1] *= 4.0
+    folder = tmp_path_factory.mktemp("ends")
+    model.save_pretrained(folder)
+    trainer, gradients, _ = train(
+        tmp_path, str(folder), Seen, prompts=prompts, max_steps=8, temperature=1.5, **red()
+    )
+    lengths = [len(row) for _, ids, _ in trainer.seen for row in ids]
+    ended = [row[-1] == 1 for _, ids, _ in trainer.seen for row in ids]
+    assert 1 in lengths and WIDTH in lengths and any(ended) and not all(ended)
+    assert all(x.isfinite().all() for step in gradients for x in step.values())
+    assert all(output["advantages"].isfinite().all() for *_, output in trainer.seen)
+
+
+def test_what_a_source_refuses_has_no_advantage_and_no_part_in_a_baseline(policy, tmp_path, caplog):
+    """A reward model of few positions, which the longer completions do not fit."""
+    path = judge("llama", max_position_embeddings=14)
+    trainer, *_ = train(
+        tmp_path, policy, Seen, max_steps=1, credit="returns", prompts=PROMPTS[:2],
+        **red(path), **readable(),
+    )  # fmt: skip
+    ((prompts, ids, output),) = trainer.seen
+    fits = [len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
+            for p, x in zip(prompts, ids, strict=True)]  # fmt: skip
+    assert any(fits) and not all(fits)
+    share = trainer.state.log_history[0]["credit/refused"]
+    assert share == pytest.approx(1 - sum(fits) / len(fits))
+    assert "answer too long for the reward model" in caplog.text
+    for row, fit in zip(output["advantages"], fits, strict=True):
+        assert bool(row.any()) == fit
+
+
+def test_weights_are_those_of_the_rewards(policy, tmp_path):
+    """The source's is one more; credit="sequence" is TRL's own step on the sums."""
+
+    def sums(prompts, completion_ids, **_):
+        return [sum(row) for row in red_by_hand(judge("llama"), prompts, completion_ids)]
+
+    options = {"reward_weights": [0.5], "beta": 0.1} | readable()
+    given = red() | {"reward_funcs": [vowels], "token_rewards_weight": 2.0, "credit": "sequence"}
+    found = train(tmp_path, policy, **options | given)
+    options["reward_weights"] = [0.5, 2.0]
+    expected = train(tmp_path, policy, GRPOTrainer, **options, reward_funcs=[vowels, sums])
+    assert_same_steps(found, expected, 1e-4)
+
+
+def test_evaluation_has_a_loss(policy, tmp_path):
+    rows = Dataset.from_list([{"prompt": x} for x in PROMPTS])
+    trainer, _ = make_trainer(
+        tmp_path, policy, eval_dataset=rows, per_device_eval_batch_size=GROUP, **red(), **readable()
+    )
+    found = trainer.evaluate()
+    assert math.isfinite(found["eval_loss"]) and found["eval_credit/refused"] == 0.0
+
+
+def test_a_group_that_lies_in_two_processes_has_one_baseline(policy, tmp_path):
+    """Two completions of a prompt in each of two processes; the completions differ in width too."""
+    path = judge("llama")
+    processes.run(online_worker.__file__, tmp_path, policy, path, ranks=2)
+    seen = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    prompts, ids, advantages = (
+        [row for x in seen for row in x[name]] for name in ("prompts", "ids", "advantages")
+    )
+    assert len(set(prompts)) == 1 and len(set(map(tuple, ids))) == GROUP
+    expected = advantages_by_hand(red_by_hand(path, prompts, ids), 0.9)
+    for row, values in zip(advantages, expected, strict=True):
+        assert row[: len(values)] == pytest.approx(values, abs=2e-4)
