@@ -1,6 +1,7 @@
 """The methods of the online run, and one training run of one of them."""
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,14 +137,16 @@ def train(
         folder: for what the trainer writes.
         judges: the folder of each reward model.
     Returns:
-        method, seed, learning rate, seconds, curve (measurements by step), rewards (those of
-        training, by step), and the last measurement.
+        method, seed, learning rate, seconds of training, CPU seconds of the whole run, the last
+        measurement, rewards (those of training, by step), curve (measurements by step).
     """
+    cpu = time.process_time()
     method, tokenizer = METHODS[name], task.load_tokenizer()
     rate = settings.learning_rate * method.faster
     args = TRegGRPOConfig(
         str(folder),
         seed=seed,
+        dataloader_pin_memory=False,
         max_steps=settings.steps,
         learning_rate=rate,
         lr_scheduler_type="constant",
@@ -181,6 +184,7 @@ def train(
         "seed": seed,
         "learning rate": rate,
         "seconds": seconds,
+        "cpu seconds": time.process_time() - cpu,
         **measuring.curve[-1],
         "rewards": measuring.rewards,
         "curve": measuring.curve,
@@ -190,4 +194,5 @@ def train(
 def quiet() -> None:
     """One thread a process, and no lines but the run's own."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
     demo.quiet()

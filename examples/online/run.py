@@ -126,7 +126,8 @@ class Study:
         settings = record.content["settings"]
         self.training = online.Settings(**settings["training"])
         self.folders = {
-            name: str(args.output.parent / name.replace(" ", "-")) for name in online.JUDGES
+            name: str(args.output.parent / f"{args.output.stem}-{name.replace(' ', '-')}")
+            for name in online.JUDGES
         }
         self.todo = [
             (name, seed)
@@ -252,12 +253,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4")
     parser.add_argument("--steps", type=int, default=known.steps)
     parser.add_argument("--learning_rate", type=float, default=known.learning_rate)
-    parser.add_argument("--output", type=Path, default=Path("online-run/online.json"))
+    parser.add_argument("--output", type=Path, help="default: online-run/online.json")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument(
         "--quick", action="store_true", help="two steps of two methods: whether it runs at all"
     )
     args = parser.parse_args(given)
+    name = "quick.json" if args.quick else "online.json"
+    args.output = args.output or Path("online-run", name)
     args.methods = args.methods or (["sequence", "RED"] if args.quick else list(online.METHODS))
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
     for name in ("steps", "processes", "learning_rate"):
