@@ -60,7 +60,11 @@ METHODS = {
     "truth, sequence": Method(changes=ORACLE | {"credit": "sequence"}),
     "truth, tokens": Method(changes=ORACLE | TOKENS),
     "truth, each token alone": Method(changes=ORACLE | TOKENS | {"credit_lambda": 0.0}),
+    "RED, returns": Method(changes=RED | TOKENS | {"credit_lambda": 1.0}),
+    "RED, sentences": Method(changes=RED | MACRO | {"macro": "sentence", "credit_lambda": 0.0}),
 }
+# added when the others were known: they are not run unless they are named
+FOLLOW_UPS = ("RED, returns", "RED, sentences")
 
 
 @dataclass(frozen=True)

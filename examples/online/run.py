@@ -261,7 +261,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     name = "quick.json" if args.quick else "online.json"
     args.output = args.output or Path("online-run", name)
-    args.methods = args.methods or (["sequence", "RED"] if args.quick else list(online.METHODS))
+    planned = [x for x in online.METHODS if x not in online.FOLLOW_UPS]
+    args.methods = args.methods or (["sequence", "RED"] if args.quick else planned)
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
     for name in ("steps", "processes", "learning_rate"):
         value = getattr(args, name)
