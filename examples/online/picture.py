@@ -20,10 +20,10 @@ from run import half_width
 matplotlib.rcParams |= {"svg.hashsalt": "treg", "svg.fonttype": "none"}
 # method: what it is called in the picture, colour, style
 LINES = {
-    "sequence": ("one number an answer", "black", "-"),
-    "RED": ("RED: the same number, token by token", "C0", "-"),
+    "sequence": ("reward model, one number an answer", "black", "-"),
+    "RED": ("reward model, token by token (RED)", "C0", "-"),
     "RED, macro": ("RED, macro actions of 5 tokens", "C9", "--"),
-    "RED, shuffled": ("RED, shuffled (control)", "C7", ":"),
+    "RED, shuffled": ("RED, shuffled over the tokens", "C7", ":"),
     "truth, sequence": ("the truth, one number an answer", "C1", "--"),
     "truth, tokens": ("the truth, token by token", "C2", "-"),
 }
@@ -57,10 +57,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
         ax.annotate(label, (last, height), color=colour, fontsize=9, annotation_clip=False, **place)
     ax.set_xlim(0, last)
-    ax.set_xlabel("optimizer steps, each on as many sampled answers")
+    ax.set_xlabel("optimizer steps, each on 32 sampled answers")
     ax.set_ylabel("wrong facts of answers, %")
     ax.set_title(
-        "Online RL where the wrong facts are known: questions that were not trained on\n"
+        "Online RL where it is known which facts are wrong: towns that were not trained on\n"
         "mean over seeds, band: 95 % interval; lower is better",
         fontsize=10,
         loc="left",

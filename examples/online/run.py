@@ -83,6 +83,12 @@ class Record:
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self.content, indent=1) + "\n")
 
+    def take(self, row: dict[str, Any]) -> None:
+        """Keep a run, in five significant digits."""
+        digits = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.5g}"))
+        self.rows.append(digits)
+        self.write()
+
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """All that changes a row but its method and its seed."""
@@ -187,8 +193,7 @@ class Study:
 
     def _trained(self, row: dict[str, Any]) -> None:
         self.done += 1
-        self.record.rows.append(row)
-        self.record.write()
+        self.record.take(row)
         shown = ", ".join(f"{x} {row[x]:.3f}" for x in MEASURES)
         say(
             f"{self.done}/{len(self.todo)} {row['method']}, seed {row['seed']}: {shown}; "
