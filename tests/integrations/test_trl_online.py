@@ -298,9 +298,14 @@ def test_rloo_is_token_credit_with_its_baseline(policy, tmp_path):
 def test_all_rewards_equal_give_no_advantage(policy, tmp_path):
     for credit in ("returns", "gae", "macro"):
         trainer, gradients, _ = train(
-            tmp_path, policy, Seen, reward_funcs=lambda completions, **_: [1.0] * len(completions),
-            credit=credit, credit_lambda=1.0, max_steps=1,
-        )  # fmt: skip
+            tmp_path,
+            policy,
+            Seen,
+            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            credit=credit,
+            credit_lambda=1.0,
+            max_steps=1,
+        )
         assert not trainer.seen[0][2]["advantages"].any()
         assert all(not x.any() for x in gradients[0].values())
 
@@ -437,9 +442,12 @@ def test_a_source_takes_the_reference_that_there_is(reference, policy, tmp_path)
 def test_tools_are_refused_with_token_rewards(policy, tmp_path):
     trainer_of = functools.partial(TRegGRPOTrainer, policy, None)
     config = TRegGRPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False,
-        token_rewards="redistribution", token_rewards_options={"model": judge("llama")},
-    )  # fmt: skip
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        token_rewards="redistribution",
+        token_rewards_options={"model": judge("llama")},
+    )
     with pytest.raises(ValueError, match="tools: expected None with token_rewards"):
         trainer_of(config, Dataset.from_list([{"prompt": "a"}]), tools=[len])
     with pytest.raises(TypeError, match="args: expected a TRegGRPOConfig, got GRPOConfig"):
@@ -474,12 +482,20 @@ def test_what_a_source_refuses_has_no_advantage_and_no_part_in_a_baseline(policy
     """A reward model of few positions, which the longer completions do not fit."""
     path = judge("llama", max_position_embeddings=14)
     trainer, *_ = train(
-        tmp_path, policy, Seen, max_steps=1, credit="returns", prompts=PROMPTS[:2],
-        **red(path), **readable(),
-    )  # fmt: skip
+        tmp_path,
+        policy,
+        Seen,
+        max_steps=1,
+        credit="returns",
+        prompts=PROMPTS[:2],
+        **red(path),
+        **readable(),
+    )
     ((prompts, ids, output),) = trainer.seen
-    fits = [len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
-            for p, x in zip(prompts, ids, strict=True)]  # fmt: skip
+    fits = [
+        len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
+        for p, x in zip(prompts, ids, strict=True)
+    ]
     assert any(fits) and not all(fits)
     share = trainer.state.log_history[0]["credit/refused"]
     assert share == pytest.approx(1 - sum(fits) / len(fits))
