@@ -215,6 +215,19 @@ def red_by_hand(path, prompts, completions):
     return rewards
 
 
+def process_by_hand(rewards, lam):
+    """Discounted sums of token rewards, less their mean over the group and over its deviation."""
+    found = []
+    for start in range(0, len(rewards), GROUP):
+        group = rewards[start : start + GROUP]
+        flat = torch.tensor([x for row in group for x in row], dtype=torch.float64)
+        for row in group:
+            normal = [(x - flat.mean()) / (flat.std() + 1e-4) for x in row]
+            sums = [sum(lam**k * x for k, x in enumerate(normal[t:])) for t in range(len(row))]
+            found.append([x.item() for x in sums])
+    return found
+
+
 def advantages_by_hand(rewards, lam, *, scaled=True):
     """GAE whose values are the mean reward of the group, over its root mean square."""
     found = []
@@ -236,8 +249,11 @@ def advantages_by_hand(rewards, lam, *, scaled=True):
 
 
 @pytest.mark.parametrize("tokenizer", [None, judge_tokenizer], ids=["one", "another"])
+@pytest.mark.parametrize("baseline", [None, "group"])
 @pytest.mark.parametrize("credit", ["returns", "gae"])
-def test_red_gives_the_advantages_of_separate_prefix_forwards(credit, tokenizer, policy, tmp_path):
+def test_red_gives_the_advantages_of_separate_prefix_forwards(
+    credit, baseline, tokenizer, policy, tmp_path
+):
     """With the policy's tokenizer, and with a reward model that has another."""
     path = judge("llama", tokenizer)
     trainer, *_ = train(
@@ -249,12 +265,14 @@ def test_red_gives_the_advantages_of_separate_prefix_forwards(credit, tokenizer,
         token_rewards_options={"model": path},
         credit=credit,
         credit_lambda=0.9,
+        credit_baseline=baseline,
         max_steps=1,
         **readable(),
     )
     ((prompts, ids, output),) = trainer.seen
     rewards = red_by_hand(path, prompts, ids)
-    expected = advantages_by_hand(rewards, 1.0 if credit == "returns" else 0.9)
+    by_hand = process_by_hand if baseline is None else advantages_by_hand
+    expected = by_hand(rewards, 1.0 if credit == "returns" else 0.9)
     assert max(map(max, expected)) > 0.5
     for row, values in zip(output["advantages"], expected, strict=True):
         torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=2e-4, rtol=1e-4)
@@ -326,6 +344,7 @@ def by_ngrams(rewards, length):
 def test_macro_actions_are_gae_over_their_sums(policy, tmp_path):
     """With reward models of tokens; the scale counts tokens, so it is taken out of both."""
     given = {"macro_length": 3, "credit_lambda": 0.5, "credit_scale": "none", "max_steps": 1}
+    given["credit_baseline"] = "group"
     trainer, *_ = train(tmp_path, policy, Seen, credit="macro", **given, **red(), **readable())
     ((prompts, ids, output),) = trainer.seen
     summed, spread = by_ngrams(red_by_hand(judge("llama"), prompts, ids), 3)

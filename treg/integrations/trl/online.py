@@ -47,8 +47,9 @@ class TRegGRPOTrainer(GRPOTrainer):
     Paper: RED, arXiv 2411.08302, Eq. 6 to 8 (token_rewards="redistribution", kl_in_reward);
     MA-RLHF, arXiv 2410.02743 (credit="macro"); GRPO's process supervision, arXiv 2402.03300,
     section 4.1.3 (credit_baseline="process").
-    Differs: RED and MA-RLHF train a critic. There is none here: the value of every token is the
-    baseline, the mean reward of the prompt's completions.
+    Differs: RED and MA-RLHF train a critic. There is none here. With token rewards the baseline is
+    the mean reward of a step over the prompt's completions (credit_baseline="process"), else their
+    mean reward, as the value of every token up to the last ("group").
 
     A completion that the source refuses, such as one too long for a reward model, has no advantage
     and no part in a baseline; credit/refused is their share. credit/within says how far tokens of a
