@@ -8,6 +8,7 @@ a tool, say) is skipped, and padded and packed tensors are the same from here on
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from treg.checks import (
@@ -88,6 +89,18 @@ class Layout:
         like = torch.empty(max(int(cu_seqlens[-1]), 0), device=cu_seqlens.device)
         return _packed("tokens", like, cu_seqlens)
 
+    @staticmethod
+    def of_targets(target: Tensor, ignored: int, cu_seqlens: Tensor | None) -> "Layout":
+        """The layout of targets, [B, T], or [N] with cu_seqlens; those that equal `ignored` are not
+        scored.
+        """
+        check_tensor("target", target)
+        scored = target != ignored
+        if cu_seqlens is None:
+            return Layout.of("target", target, scored if target.ndim == 2 else None, None)
+        check_tensor("cu_seqlens", cu_seqlens)
+        return _packed("target", target, cu_seqlens, scored)
+
     @property
     def there(self) -> Tensor:
         """[B, W] bool: whether a row holds a token there."""
@@ -159,7 +172,8 @@ def _padded(mask: Tensor) -> Layout:
     return Layout(mask, row * (width + 1) + column, mask.sum(1), width)
 
 
-def _packed(name: str, like: Tensor, cu_seqlens: Tensor) -> Layout:
+def _packed(name: str, like: Tensor, cu_seqlens: Tensor, scored: Tensor | None = None) -> Layout:
+    """scored: [N] bool, or None: all are."""
     if like.ndim != 1:
         raise ValueError(f"{name}: expected [N] beside cu_seqlens, got {list(like.shape)}")
     _check_cu_seqlens(cu_seqlens)
@@ -167,12 +181,14 @@ def _packed(name: str, like: Tensor, cu_seqlens: Tensor) -> Layout:
         check_device("cu_seqlens", cu_seqlens, like)
     if values_visible(cu_seqlens):
         check_ends(cu_seqlens.tolist(), name, len(like))
+    if scored is None:
+        scored = torch.ones_like(like, dtype=torch.bool)
     ends = cu_seqlens.long().to(like.device)
-    lengths = ends.diff()
-    width = max(int(lengths.max()), 1) if len(lengths) else 1
-    row = torch.repeat_interleave(lengths, output_size=len(like))
-    place = torch.arange(len(like), device=like.device) - ends[row] + row * (width + 1)
-    return Layout(torch.ones_like(like, dtype=torch.bool), place, lengths, width)
+    before = F.pad(scored.cumsum(0), (1, 0))  # scored tokens before each place
+    width = max(int(ends.diff().max()), 1) if len(ends) > 1 else 1
+    row = torch.repeat_interleave(ends.diff(), output_size=len(like))
+    column = torch.where(scored, before[:-1] - before[ends[row]], width)
+    return Layout(scored, row * (width + 1) + column, before[ends].diff(), width)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
