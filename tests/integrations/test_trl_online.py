@@ -4,8 +4,13 @@ advantages with a source.
 
 import functools
 import itertools
+import json
 import math
+import re
+from types import SimpleNamespace
 
+import online_worker
+import processes
 import pytest
 import torch
 
@@ -19,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from treg.integrations.trl import TRegGRPOConfig, TRegGRPOTrainer
+from treg.integrations.trl.credit import MACROS, Completions, own_tokens, units_of
 
 VOCAB, WIDTH, GROUP = 400, 12, 4
 PROMPTS = ["the old owl", "what is", "Once upon a time there was", "a fox"]
@@ -209,7 +215,20 @@ def red_by_hand(path, prompts, completions):
     return rewards
 
 
-def advantages_by_hand(rewards, lam):
+def process_by_hand(rewards, lam):
+    """Discounted sums of token rewards, less their mean over the group and over its deviation."""
+    found = []
+    for start in range(0, len(rewards), GROUP):
+        group = rewards[start : start + GROUP]
+        flat = torch.tensor([x for row in group for x in row], dtype=torch.float64)
+        for row in group:
+            normal = [(x - flat.mean()) / (flat.std() + 1e-4) for x in row]
+            sums = [sum(lam**k * x for k, x in enumerate(normal[t:])) for t in range(len(row))]
+            found.append([x.item() for x in sums])
+    return found
+
+
+def advantages_by_hand(rewards, lam, *, scaled=True):
     """GAE whose values are the mean reward of the group, over its root mean square."""
     found = []
     for start in range(0, len(rewards), GROUP):
@@ -224,14 +243,17 @@ def advantages_by_hand(rewards, lam):
                 advantages.insert(0, advantage)
             rows.append(advantages)
         squares = [sum(a * a for a in row) / len(row) for row in rows]
-        scale = math.sqrt(sum(squares) / (GROUP - 1)) + 1e-4
+        scale = math.sqrt(sum(squares) / (GROUP - 1)) + 1e-4 if scaled else 1.0
         found += [[a / scale for a in row] for row in rows]
     return found
 
 
 @pytest.mark.parametrize("tokenizer", [None, judge_tokenizer], ids=["one", "another"])
+@pytest.mark.parametrize("baseline", [None, "group"])
 @pytest.mark.parametrize("credit", ["returns", "gae"])
-def test_red_gives_the_advantages_of_separate_prefix_forwards(credit, tokenizer, policy, tmp_path):
+def test_red_gives_the_advantages_of_separate_prefix_forwards(
+    credit, baseline, tokenizer, policy, tmp_path
+):
     """With the policy's tokenizer, and with a reward model that has another."""
     path = judge("llama", tokenizer)
     trainer, *_ = train(
@@ -243,12 +265,14 @@ def test_red_gives_the_advantages_of_separate_prefix_forwards(credit, tokenizer,
         token_rewards_options={"model": path},
         credit=credit,
         credit_lambda=0.9,
+        credit_baseline=baseline,
         max_steps=1,
         **readable(),
     )
     ((prompts, ids, output),) = trainer.seen
     rewards = red_by_hand(path, prompts, ids)
-    expected = advantages_by_hand(rewards, 1.0 if credit == "returns" else 0.9)
+    by_hand = process_by_hand if baseline is None else advantages_by_hand
+    expected = by_hand(rewards, 1.0 if credit == "returns" else 0.9)
     assert max(map(max, expected)) > 0.5
     for row, values in zip(output["advantages"], expected, strict=True):
         torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=2e-4, rtol=1e-4)
@@ -292,39 +316,76 @@ def test_rloo_is_token_credit_with_its_baseline(policy, tmp_path):
 def test_all_rewards_equal_give_no_advantage(policy, tmp_path):
     for credit in ("returns", "gae", "macro"):
         trainer, gradients, _ = train(
-            tmp_path, policy, Seen, reward_funcs=lambda completions, **_: [1.0] * len(completions),
-            credit=credit, credit_lambda=1.0, max_steps=1,
-        )  # fmt: skip
+            tmp_path,
+            policy,
+            Seen,
+            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            credit=credit,
+            credit_lambda=1.0,
+            max_steps=1,
+        )
         assert not trainer.seen[0][2]["advantages"].any()
         assert all(not x.any() for x in gradients[0].values())
 
 
-@pytest.mark.parametrize("macro", ["ngram", "random", "perplexity", "word", "sentence"])
-def test_macro_actions_hold_the_tokens_of_one_advantage(macro, policy, tmp_path):
-    trainer, *_ = train(
-        tmp_path,
-        policy,
-        Seen,
-        credit="macro",
-        macro=macro,
-        macro_length=3,
-        credit_lambda=0.5,
-        **readable(),
-    )
+def by_ngrams(rewards, length):
+    """The sums of each `length` tokens, and back: what each token's has got."""
+    summed = [[sum(row[t : t + length]) for t in range(0, len(row), length)] for row in rewards]
+
+    def spread(rows):
+        return [
+            [values[t // length] for t in range(len(row))]
+            for values, row in zip(rows, rewards, strict=True)
+        ]
+
+    return summed, spread
+
+
+def test_macro_actions_are_gae_over_their_sums(policy, tmp_path):
+    """With reward models of tokens; the scale counts tokens, so it is taken out of both."""
+    given = {"macro_length": 3, "credit_lambda": 0.5, "credit_scale": "none", "max_steps": 1}
+    given["credit_baseline"] = "group"
+    trainer, *_ = train(tmp_path, policy, Seen, credit="macro", **given, **red(), **readable())
+    ((prompts, ids, output),) = trainer.seen
+    summed, spread = by_ngrams(red_by_hand(judge("llama"), prompts, ids), 3)
+    expected = spread(advantages_by_hand(summed, 0.5, scaled=False))
+    for row, values in zip(output["advantages"], expected, strict=True):
+        torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=1e-4, rtol=1e-4)
+
+
+TEXT = "The fox asked the old owl: what? The sun. 3 + 4 = 7; said the user"
+
+
+@pytest.mark.parametrize("macro", MACROS)
+def test_macro_actions_are_where_they_are_said_to_be(macro):
     tokenizer = tiny_tokenizer()
-    for _, ids, output in trainer.seen:
-        for row, values in zip(ids, output["advantages"].tolist(), strict=True):
-            starts = [t for t in range(1, len(row)) if values[t] != values[t - 1]]
-            assert len(row) < 6 or starts
-            if macro == "ngram":
-                assert all(t % 3 == 0 or t == len(row) - 1 for t in starts)
-            if macro == "word":
-                said = [tokenizer.decode(row[:t]) for t in starts]
-                assert all(x[-1].isspace() or tokenizer.decode(row)[len(x)].isspace() for x in said)
+    ids = [tokenizer(TEXT)["input_ids"], tokenizer("moon")["input_ids"]]
+    mask = own_tokens(ids, None, len(ids[0]) + 2, "cpu")
+    logprobs = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    args = SimpleNamespace(credit="macro", macro=macro, macro_length=4)
+    units = units_of(Completions(ids, mask, logprobs), args, tokenizer)
+    pieces = [tokenizer.decode([i]) for i in ids[0]]
+    starts = [len("".join(pieces[:t])) for t in range(len(pieces))]
+    firsts = [at + len(x) - len(x.lstrip()) for at, x in zip(starts, pieces, strict=True)]
+    until = [TEXT[: first + 1] for first in firsts]
+    found = units[0, : len(pieces)].tolist()
+    if macro == "random":
+        lengths = [len(list(run)) for _, run in itertools.groupby(found)]
+        assert set(lengths[:-1]) <= {2, 3, 5, 10}
+        return
+    falls = logprobs[0].diff()[: len(pieces) - 1] < 0
+    expected = {
+        "ngram": [t // 4 for t in range(len(pieces))],
+        "word": [len(x.split()) - 1 for x in until],
+        "sentence": [len(re.findall(r"[.?] ", x)) for x in until],
+        "perplexity": [0, *falls.long().cumsum(0).tolist()],
+    }
+    assert found == expected[macro]
+    assert found[-1] > 2 or macro == "sentence"
 
 
 def test_kl_in_the_reward_is_that_of_the_tokens(policy, tmp_path):
-    """RED, Eq. 8: beta times the difference of log-probs, token by token; none of it in the loss."""
+    """RED, Eq. 8: beta times the difference of log-probs, by token; none of it in the loss."""
     options = {"beta": 0.5, "learning_rate": 0.05}
     trainer, *_ = train(
         tmp_path, policy, Seen, credit="returns", kl_in_reward=True, **options, **readable()
@@ -376,7 +437,9 @@ def red(path=None, **options):
 
 
 def test_a_source_without_its_reference_is_refused(policy, tmp_path):
-    with pytest.raises(ValueError, match="token_rewards: expected a source that needs no reference"):
+    with pytest.raises(
+        ValueError, match="token_rewards: expected a source that needs no reference"
+    ):
         train(tmp_path, policy, token_rewards="contrastive", reward_funcs=None)
 
 
@@ -387,7 +450,7 @@ def test_a_source_takes_the_reference_that_there_is(reference, policy, tmp_path)
         "a folder": {"token_rewards_model": policy},
         "below an adapter": {"peft_config": LoraConfig(target_modules=["q_proj"])},
     }[reference]
-    trainer, gradients, _ = train(
+    trainer, *_ = train(
         tmp_path, policy, Seen, token_rewards="surprise", reward_funcs=None, **more, **readable()
     )
     (first, *_) = trainer.seen
@@ -398,9 +461,12 @@ def test_a_source_takes_the_reference_that_there_is(reference, policy, tmp_path)
 def test_tools_are_refused_with_token_rewards(policy, tmp_path):
     trainer_of = functools.partial(TRegGRPOTrainer, policy, None)
     config = TRegGRPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False,
-        token_rewards="redistribution", token_rewards_options={"model": judge("llama")},
-    )  # fmt: skip
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        token_rewards="redistribution",
+        token_rewards_options={"model": judge("llama")},
+    )
     with pytest.raises(ValueError, match="tools: expected None with token_rewards"):
         trainer_of(config, Dataset.from_list([{"prompt": "a"}]), tools=[len])
     with pytest.raises(TypeError, match="args: expected a TRegGRPOConfig, got GRPOConfig"):
@@ -418,11 +484,11 @@ def test_completions_that_are_empty_cut_or_garbage_train(prompts, tmp_path_facto
     model = tiny_llama(VOCAB)
     model.generation_config.eos_token_id = model.config.eos_token_id = 1
     with torch.no_grad():
-        model.lm_head.weight[1] *= 3.0
+        model.lm_head.weight[1] *= 4.0
     folder = tmp_path_factory.mktemp("ends")
     model.save_pretrained(folder)
     trainer, gradients, _ = train(
-        tmp_path, str(folder), Seen, prompts=prompts, max_steps=4, temperature=3.0, **red()
+        tmp_path, str(folder), Seen, prompts=prompts, max_steps=8, temperature=1.5, **red()
     )
     lengths = [len(row) for _, ids, _ in trainer.seen for row in ids]
     ended = [row[-1] == 1 for _, ids, _ in trainer.seen for row in ids]
@@ -435,12 +501,20 @@ def test_what_a_source_refuses_has_no_advantage_and_no_part_in_a_baseline(policy
     """A reward model of few positions, which the longer completions do not fit."""
     path = judge("llama", max_position_embeddings=14)
     trainer, *_ = train(
-        tmp_path, policy, Seen, max_steps=1, credit="returns", prompts=PROMPTS[:2],
-        **red(path), **readable(),
-    )  # fmt: skip
+        tmp_path,
+        policy,
+        Seen,
+        max_steps=1,
+        credit="returns",
+        prompts=PROMPTS[:2],
+        **red(path),
+        **readable(),
+    )
     ((prompts, ids, output),) = trainer.seen
-    fits = [len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
-            for p, x in zip(prompts, ids, strict=True)]  # fmt: skip
+    fits = [
+        len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
+        for p, x in zip(prompts, ids, strict=True)
+    ]
     assert any(fits) and not all(fits)
     share = trainer.state.log_history[0]["credit/refused"]
     assert share == pytest.approx(1 - sum(fits) / len(fits))
@@ -451,6 +525,7 @@ def test_what_a_source_refuses_has_no_advantage_and_no_part_in_a_baseline(policy
 
 def test_weights_are_those_of_the_rewards(policy, tmp_path):
     """The source's is one more; credit="sequence" is TRL's own step on the sums."""
+
     def sums(prompts, completion_ids, **_):
         return [sum(row) for row in red_by_hand(judge("llama"), prompts, completion_ids)]
 
@@ -469,3 +544,17 @@ def test_evaluation_has_a_loss(policy, tmp_path):
     )
     found = trainer.evaluate()
     assert math.isfinite(found["eval_loss"]) and found["eval_credit/refused"] == 0.0
+
+
+def test_a_group_that_lies_in_two_processes_has_one_baseline(policy, tmp_path):
+    """Two completions of a prompt in each of two processes; the completions differ in width too."""
+    path = judge("llama")
+    processes.run(online_worker.__file__, tmp_path, policy, path, ranks=2)
+    seen = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    prompts, ids, advantages = (
+        [row for x in seen for row in x[name]] for name in ("prompts", "ids", "advantages")
+    )
+    assert len(set(prompts)) == 1 and len(set(map(tuple, ids))) == GROUP
+    expected = advantages_by_hand(red_by_hand(path, prompts, ids), 0.9)
+    for row, values in zip(advantages, expected, strict=True):
+        assert row[: len(values)] == pytest.approx(values, abs=2e-4)

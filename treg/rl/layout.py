@@ -30,7 +30,7 @@ class Layout:
     Attributes:
         scored: [B, T], or [N] where sequences are packed, bool.
         place: like scored, int64: the index in flat rows [B, W + 1]. Column W is where tokens that
-            are not scored go; it is cut off.
+            are not scored go; it is cut off, and 0 when they come back.
         lengths: [B] int64, scored tokens of each sequence.
         width: W >= 1, no less than any length.
     """
@@ -119,14 +119,13 @@ class Layout:
     def rows(self, x: Tensor) -> Tensor:
         """[B, W] in x's dtype: the scored tokens from the left, 0 beyond."""
         flat = x.new_zeros(len(self.lengths) * (self.width + 1))
-        # what is not scored goes to the column that is cut off, as 0: the order does not matter
-        flat[self.place] = x.masked_fill(~self.scored, 0)
+        flat[self.place] = x  # what is not scored goes to the column that is cut off
         return flat.view(-1, self.width + 1)[:, : self.width]
 
     def back(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T] or [N]: what rows [B, W] hold at each scored token, 0 at the others."""
         flat = torch.cat([rows, torch.zeros_like(rows[:, :1])], 1).reshape(-1)
-        return flat[self.place].masked_fill(~self.scored, 0).to(dtype)
+        return flat[self.place].to(dtype)
 
     def steps(self, units: Tensor | None) -> Steps:
         """The steps that units make.

@@ -1,7 +1,8 @@
-"""T-REG in TRL's DPOTrainer, and treg's log-probs under TRL trainers that compute them in chunks.
+"""T-REG in TRL's DPOTrainer, token credit in its GRPOTrainer, and treg's log-probs under TRL
+trainers that compute them in chunks.
 
-    TRegGRPOTrainer           GRPO with token-level credit: token rewards of any source, returns, GAE,
-                              macro actions; TRL's generation, reward functions and loss
+    TRegGRPOTrainer           GRPO with an advantage for each token: token rewards of any source,
+                              returns, GAE, macro actions; the rest is TRL's own
     TRegDPOTrainer            TRL's own loss (any loss_type, or several), metrics, evaluation and
                               reference, on log-probs of treg, plus the T-REG regularizer
     patch_chunked_logprobs    one function of TRL swapped: DPO, KTO, SFT, GRPO, RLOO as they are

@@ -1,7 +1,10 @@
-"""Token rewards of a policy's completions: a source of `treg.rewards` as a reward function of TRL's."""
+"""Token rewards of a policy's completions: a source of `treg.rewards` as a reward function of
+TRL's.
+"""
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +45,7 @@ class CompletionRewards:
         """Load the source. trainer: a TRegGRPOTrainer with its models."""
         device, path = trainer.accelerator.device, self.args.token_rewards_model
         model: Any = NoReference("token_rewards", device, FIX)
-        self.reference = None
+        self.reference: Callable = contextlib.nullcontext
         if path is not None:
             from transformers import AutoModelForCausalLM
 
@@ -93,7 +96,8 @@ class CompletionRewards:
         texts = [prompt] if isinstance(prompt, str) else [x.get("content") for x in prompt]
         if not all(isinstance(x, str) for x in texts):
             raise ValueError(
-                f"prompt: expected text or messages of text with token_rewards, got {str(prompt)[:200]}"
+                "prompt: expected text or messages of text with token_rewards, got "
+                f"{str(prompt)[:200]}"
             )
         return Response.sampled(
             prompt,
@@ -107,14 +111,11 @@ class CompletionRewards:
 
     @torch.inference_mode()
     def _scored(self, responses: Sequence[Response]) -> list[Tensor | None]:
-        problems = [self._problem(response) for response in responses]
-        fine = [x for x, problem in zip(responses, problems, strict=True) if problem is None]
-        if self.reference is None:
-            streams = score_checked(self.source, fine)
-        else:
-            with self.reference():
-                streams = score_checked(self.source, fine)
-        found = iter(streams)
+        # a source may run the reference to say what it refuses
+        with self.reference():
+            problems = [self._problem(response) for response in responses]
+            fine = [x for x, problem in zip(responses, problems, strict=True) if problem is None]
+            found = iter(score_checked(self.source, fine))
         return [None if problem else next(found)["token_rewards"] for problem in problems]
 
     def _problem(self, response: Response) -> RowProblem | None:
@@ -124,7 +125,7 @@ class CompletionRewards:
         if problem is not None and problem.reason not in self._told:
             self._told.add(problem.reason)
             log.warning(
-                "%s: a completion gets no reward, and its tokens no advantage: %s: %s; further ones of "
+                "%s: a completion gets no reward, and its tokens no advantage: %s: %s; more of "
                 "this kind are counted as credit/refused",
                 self.__name__,
                 problem.reason,

@@ -50,11 +50,11 @@ def own_tokens(
 
 
 def _ngrams(given: Completions, args: Any, tokenizer: Any) -> Tensor:
-    return ngram_units(given.mask, args.macro_length)
+    return ngram_units(args.macro_length, mask=given.mask)
 
 
 def _random(given: Completions, args: Any, tokenizer: Any) -> Tensor:
-    return random_ngram_units(given.mask)
+    return random_ngram_units(mask=given.mask)
 
 
 def _by_perplexity(given: Completions, args: Any, tokenizer: Any) -> Tensor:
@@ -108,9 +108,7 @@ def reward_of_tokens(
     """
     rewards = token_rewards + at_end(scores, mask=given.mask)
     if args.kl_in_reward:
-        rewards = with_kl(
-            rewards, given.logprobs, given.ref_logprobs, args.beta, mask=given.mask
-        )
+        rewards = with_kl(rewards, given.logprobs, given.ref_logprobs, args.beta, mask=given.mask)
     return rewards
 
 

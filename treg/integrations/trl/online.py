@@ -47,12 +47,14 @@ class TRegGRPOTrainer(GRPOTrainer):
     Paper: RED, arXiv 2411.08302, Eq. 6 to 8 (token_rewards="redistribution", kl_in_reward);
     MA-RLHF, arXiv 2410.02743 (credit="macro"); GRPO's process supervision, arXiv 2402.03300,
     section 4.1.3 (credit_baseline="process").
-    Differs: RED and MA-RLHF train a critic. There is none here: the value of every token is the
-    baseline, the mean reward of the prompt's completions.
+    Differs: RED and MA-RLHF train a critic. There is none here. With token rewards the baseline is
+    the mean reward of a step over the prompt's completions (credit_baseline="process"), else their
+    mean reward, as the value of every token up to the last ("group").
 
     A completion that the source refuses, such as one too long for a reward model, has no advantage
     and no part in a baseline; credit/refused is their share. credit/within says how far tokens of a
-    completion are told apart: of the sum of squares of the advantages, what lies within completions.
+    completion are told apart: of the sum of squares of the advantages, the part that lies within
+    completions.
 
     Log-probs and entropies are by `treg.heads`, which refuses by name a head that it cannot read
     right; models that see images keep TRL's.
@@ -90,24 +92,15 @@ class TRegGRPOTrainer(GRPOTrainer):
                 "16 bits"
             )
         args = copy.copy(args)
-        funcs = [] if reward_funcs is None else reward_funcs
-        funcs = list(funcs) if isinstance(funcs, list) else [funcs]
-        self._rewards: CompletionRewards | None = None
-        if args.token_rewards is not None:
+        self._rewards = None if args.token_rewards is None else CompletionRewards(args)
+        if self._rewards is not None:
             self._check_text_alone(kwargs)
-            self._rewards = CompletionRewards(args)
-            if args.reward_weights is not None:
-                args.reward_weights = [*args.reward_weights, args.token_rewards_weight]
-            elif args.token_rewards_weight != 1.0:
-                args.reward_weights = [1.0] * len(funcs) + [args.token_rewards_weight]
-            if isinstance(reward_processing_classes, list):
-                reward_processing_classes = [*reward_processing_classes, None]
-            elif reward_processing_classes is not None:
-                reward_processing_classes = [reward_processing_classes, None]
-            funcs.append(self._rewards)
+            reward_funcs, reward_processing_classes = self._with_source(
+                args, reward_funcs, reward_processing_classes
+            )
         super().__init__(
             model,
-            funcs,
+            reward_funcs,
             args,
             train_dataset,
             eval_dataset,
@@ -115,15 +108,15 @@ class TRegGRPOTrainer(GRPOTrainer):
             reward_processing_classes,
             **kwargs,
         )
-        for x in (self.model, self.ref_model):
+        if self._is_vlm and self._rewards is not None:
+            raise ValueError(
+                "processing_class: expected a tokenizer with token_rewards, got a processor of "
+                "images"
+            )
+        for x in () if self._is_vlm else (self.model, self.ref_model):
             if x is not None:
                 head_of(self.accelerator, x)
         if self._rewards is not None:
-            if self._is_vlm:
-                raise ValueError(
-                    "processing_class: expected a tokenizer with token_rewards, got a processor of "
-                    "images"
-                )
             self._rewards.load(self)
 
     @staticmethod
@@ -131,9 +124,23 @@ class TRegGRPOTrainer(GRPOTrainer):
         for name in ("tools", "environment_factory", "rollout_func"):
             if kwargs.get(name):
                 raise ValueError(
-                    f"{name}: expected None with token_rewards, whose sources judge single answers, "
-                    "got some; set token_rewards=None, which keeps credit for the reward functions"
+                    f"{name}: expected None with token_rewards, whose sources judge single "
+                    "answers, got some; set token_rewards=None: the credit of the reward functions "
+                    "stays"
                 )
+
+    def _with_source(self, args: TRegGRPOConfig, funcs: Any, tokenizers: Any) -> tuple[list, Any]:
+        """Reward functions and their processing classes with the source as one more; its weight is
+        added to args.
+        """
+        funcs = [] if funcs is None else funcs
+        funcs = list(funcs) if isinstance(funcs, list) else [funcs]
+        weight = args.token_rewards_weight
+        if args.reward_weights is not None or weight != 1.0:
+            args.reward_weights = [*(args.reward_weights or [1.0] * len(funcs)), weight]
+        if tokenizers is not None:
+            tokenizers = [*(tokenizers if isinstance(tokenizers, list) else [tokenizers]), None]
+        return [*funcs, self._rewards], tokenizers
 
     @property
     def tokenizer_of_text(self) -> Any:
@@ -266,7 +273,7 @@ class TRegGRPOTrainer(GRPOTrainer):
         compute_aux_loss=False,
         **others,
     ):
-        if any(x is not None for x in others.values()):
+        if self._is_vlm:
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,

@@ -31,7 +31,8 @@ class TRegGRPOConfig(GRPOConfig):
         "macro": "gae" over macro actions instead of tokens.
         None: "gae" where there are token rewards, else "sequence".
     credit_gamma, credit_lambda: in [0, 1]; the second of "gae" and "macro" alone.
-    credit_baseline: what is taken off the returns, a key of `treg.rl.BASELINES`.
+    credit_baseline: what is taken off the returns, a key of `treg.rl.BASELINES`. None: "process"
+        with token rewards, which tokens earn all along; else "group".
     credit_scale: what advantages are divided by, a key of `treg.rl.SCALES`. None: scale_rewards.
     macro: what a macro action is: "ngram", macro_length tokens; "random", 2, 3, 5 or 10 tokens,
         drawn anew each time; "perplexity", tokens each of which is likelier than the one before;
@@ -60,15 +61,18 @@ class TRegGRPOConfig(GRPOConfig):
     )
     credit: str | None = field(
         default=None,
-        metadata={
-            "help": f"{', '.join(CREDITS)}. Default: gae with token rewards, else sequence."
-        },
+        metadata={"help": f"{', '.join(CREDITS)}. Default: gae with token rewards, else sequence."},
     )
     credit_gamma: float = field(default=1.0, metadata={"help": "Discount, in [0, 1]."})
     credit_lambda: float = field(
         default=0.95, metadata={"help": "Lambda of gae and macro, in [0, 1]."}
     )
-    credit_baseline: str = field(default="group", metadata={"help": ", ".join(BASELINES)})
+    credit_baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{', '.join(BASELINES)}. Default: process with token rewards, else group."
+        },
+    )
     credit_scale: str | None = field(
         default=None, metadata={"help": f"{', '.join(SCALES)}. Default: scale_rewards."}
     )
@@ -85,6 +89,8 @@ class TRegGRPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.credit is None:
             self.credit = "sequence" if self.token_rewards is None else "gae"
+        if self.credit_baseline is None:
+            self.credit_baseline = "group" if self.token_rewards is None else "process"
         for name, known in (
             ("credit", CREDITS),
             ("macro", MACROS),
