@@ -407,19 +407,17 @@ def test_redistribution_and_verls_score(annotated, verl_modules):
         assert one["reward_extra_info"]["sequence_score"] == score
 
 
+SIMPLE = ("contrastive", "implicit", "entropy", "surprise", "constant", "random")
+
+
 @pytest.mark.parametrize(
     ("source", "options"),
     [
         ("redistribution", {"model": judge}),
         ("redistribution", {"model": lambda: judge("llama", judge_tokenizer)}),
-        ("contrastive", {}),
-        ("implicit", {"model": causal_lm}),
-        ("entropy", {}),
-        ("surprise", {}),
-        ("constant", {}),
-        ("random", {}),
+        *((name, {"model": causal_lm} if name == "implicit" else {}) for name in SIMPLE),
     ],
-    ids=str,
+    ids=["RED", "RED of other tokens", *SIMPLE],
 )
 def test_a_response_of_its_end_alone(source, options, annotated, verl_modules):
     """The only token has all there is: R(x, y) - R(x, empty), a log-ratio, or nothing."""
