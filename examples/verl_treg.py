@@ -11,11 +11,12 @@ advantages that keep tokens apart.
         +reward.reward_kwargs.treg.rewards=redistribution \
         +reward.reward_kwargs.treg.rewards_options.model=REWARD_MODEL \
         +reward.reward_kwargs.treg.base=none \
-        algorithm.adv_estimator=treg_grpo
+        algorithm.adv_estimator=treg_process
 
-That is RED, arXiv 2411.08302, in GRPO: the reward model's score of a response, redistributed over
-its tokens, is all the reward there is. T-REG's contrastive prompts beside verl's own score are
-+reward.reward_kwargs.treg.model=REFERENCE instead of the three lines with a plus.
+That is RED, arXiv 2411.08302, in GRPO with process supervision: the reward model's score of a
+response, redistributed over its tokens, is all the reward there is. For T-REG's contrastive prompts
+beside verl's own score, +reward.reward_kwargs.treg.model=REFERENCE takes the place of the three
+lines with a plus.
 
 verl imports this module in each of its processes, also on other machines if they have both
 variables. The first line alone is the head, the second the rewards, the third the advantages.

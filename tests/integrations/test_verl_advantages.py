@@ -132,6 +132,22 @@ def test_tokens_of_a_response_are_told_apart(verl_modules):
     assert own.tolist() == [[6.0, 5.0, 3.0], [2.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("by_std", [True, False])
+def test_process_supervision_by_hand(by_std, verl_modules):
+    """Rewards less their mean 2 over both responses, by their deviation, summed from each token on:
+    raw sums (-1 + 0 + 1, 0 + 1, 1) and 0.
+    """
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [2.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    found, returns = advantages(
+        verl_modules, "treg_process", rewards, mask, uids=["a", "a"], norm_adv_by_std_in_grpo=by_std
+    )
+    spread = torch.tensor([1.0, 2.0, 3.0, 2.0]).std() if by_std else 1.0
+    wanted = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]) / spread
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert returns.tolist() == [[6.0, 5.0, 3.0], [2.0, 0.0, 0.0]]
+
+
 def test_steps_by_perplexity_take_the_log_probs_of_the_batch(verl_modules):
     """A step begins where a token is less likely than the one before."""
     rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2)

@@ -6,7 +6,7 @@ A module that verl imports in each of its processes, say treg_verl.py on their P
 
     verl.install_op()
     verl.install_token_scores()    # for TRegRewardManager
-    verl.install_advantages()      # treg_grpo, treg_rloo, treg_returns, treg_gae, treg_macro
+    verl.install_advantages()      # treg_grpo, treg_process, treg_rloo, treg_returns, ...
 
 verl imports it where the environment says VERL_USE_EXTERNAL_MODULES=treg_verl, which Ray's
 processes must have too (+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES), and
@@ -18,7 +18,7 @@ line of verl.trainer.main_ppo:
     reward.reward_manager.module.path=pkg://treg.integrations.verl
     reward.reward_manager.name=TRegRewardManager
     +reward.reward_kwargs.treg.model=REFERENCE
-    algorithm.adv_estimator=treg_grpo
+    algorithm.adv_estimator=treg_process
 
 Written against verl 0.9.1, whose kernel's signature is the same on its main branch of August 2026.
 """

@@ -51,6 +51,7 @@ class Estimator(NamedTuple):
 ESTIMATORS = {
     "treg_grpo": Estimator("group", "group"),
     "treg_rloo": Estimator("rloo", "none"),
+    "treg_process": Estimator("process", "group"),
     "treg_returns": Estimator("tokens", "tokens"),
     "treg_gae": Estimator(None, None),
     "treg_macro": Estimator(None, None, macro="ngram"),
@@ -108,17 +109,25 @@ def install_advantages() -> None:
         treg_grpo     returns less the mean of the group's sums, by the group's scale; with
                       norm_adv_by_std_in_grpo=False not divided
         treg_rloo     returns less the mean of the sums of the others of the group
+        treg_process  returns of rewards less their mean over all steps of the group, by their
+                      standard deviation: GRPO's process supervision, arXiv 2402.03300, section
+                      4.1.3; with norm_adv_by_std_in_grpo=False not divided
         treg_returns  returns less the mean over all tokens of the batch, by their standard
                       deviation: REINFORCE++
         treg_gae      GAE over a critic's values, whitened as verl's is
         treg_macro    the same over macro actions of 5 tokens: MA-RLHF, arXiv 2410.02743
 
     They are `treg.rl.token_advantages` and `treg.rl.gae` of the rewards of tokens, with
-    algorithm.gamma and algorithm.lam (for the first three lam=1 is the paper's), and what
-    `AdvantageOptions` say. Where a response has its only reward at its last token and gamma = lam =
-    1, the first three are verl's grpo, rloo and reinforce_plus_plus, and treg_gae always is its
-    gae. Differs: the only response of a prompt has the advantage 0 under treg_grpo, where verl
-    takes its score; holes of the mask, such as what tools say, are skipped by all of them.
+    algorithm.gamma and algorithm.lam (where there is no critic the papers have lam=1), and what
+    `AdvantageOptions` say. Under treg_grpo and treg_rloo every token bears the whole mean, also the
+    last ones, which have little left to earn: where rewards stand all along, as RED's do,
+    treg_process compares like with like.
+
+    Where a response has its only reward at its last token and gamma = lam = 1, treg_grpo and
+    treg_rloo are verl's grpo and rloo. treg_returns with lam=1 is its reinforce_plus_plus, and
+    treg_gae its gae, for any rewards. Differs: the only response of a prompt has the advantage 0
+    under treg_grpo, where verl takes its score; holes of the mask, such as what tools say, are
+    skipped by all of them.
 
     The last two need critic.enable=True: verl asks for a critic by itself for its own gae alone. So
     that a critic's values and the log-probs of "perplexity" reach them, verl's compute_advantage is
@@ -187,7 +196,7 @@ def estimate(
         found = gae(token_level_rewards, values, lam=lam, **over)
         return _whitened(found.advantages, mask), found.returns
     scale = options.scale or kind.scale
-    if name == "treg_grpo" and not config.get("norm_adv_by_std_in_grpo", True):
+    if kind.scale == "group" and not config.get("norm_adv_by_std_in_grpo", True):
         scale = options.scale or "none"
     advantages = token_advantages(
         token_level_rewards,
