@@ -329,7 +329,7 @@ def test_sources_give_what_they_give_treg_annotate(
     if reference:
         treg["model"] = annotated.model
     else:
-        monkeypatch.setattr(sampled, "_reference", without_models)
+        monkeypatch.setattr(sampled, "reference_at", without_models)
     if reference and source != "messagewise":
         with pytest.raises(ValueError, match="expected a model that judges responses"):
             make_manager(annotated, make_config(**treg | {"model": None}))
@@ -369,7 +369,7 @@ def test_redistribution_without_verls_score(
     """Eq. 6-7 by forwards of the reward model on each beginning; no reference is loaded, and
     nothing is asked for a score.
     """
-    monkeypatch.setattr(sampled, "_reference", without_models)
+    monkeypatch.setattr(sampled, "reference_at", without_models)
     path, ids = judge("llama", tokenizer), ending(annotated, how)
     options = {"model": path, "beta_c": beta_c}
     config = make_config(rewards="redistribution", rewards_options=options, base="none")

@@ -4,7 +4,7 @@ T tokens of a response.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,18 +21,14 @@ from treg.rewards import (
     TokenRewardSource,
     load_source,
     make_options,
+    options_say,
     streams_given,
 )
 from treg.rewards.base import check_response, score_checked
 from treg.rewards.loading import load_model
-from treg.rewards.nested import NestedOptions
 
 log = logging.getLogger(__name__)
 
-# sources that ask the reference model, whatever their options
-ASK_THE_REFERENCE = ("contrastive", "entropy", "surprise")
-# those whose token rewards add up to a score of the whole response
-ADD_UP_TO_A_SCORE = ("redistribution",)
 REFUSED = ("error", "zero")
 
 
@@ -91,33 +87,46 @@ class SampledOptions:
         """alpha, or what it is where it is not given."""
         if self.alpha is not None:
             return float(self.alpha)
-        return 1.0 if self.rewards in ADD_UP_TO_A_SCORE else 0.1
+        made = make_options(self.rewards, self.rewards_options)
+        return 1.0 if getattr(made, "adds_up_to_a_score", False) else 0.1
 
     @property
     def add_up_to_a_score(self) -> bool:
         """Whether a reward model's score of the response is within the token rewards."""
-        return any(
-            name in ADD_UP_TO_A_SCORE for name, _ in within(self.rewards, self.rewards_options)
-        )
+        return options_say("adds_up_to_a_score", self.rewards, self.rewards_options)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the source is known to ask a reference model."""
-        return any(
-            name in ASK_THE_REFERENCE or (name == "implicit" and made.base is None)
-            for name, made in within(self.rewards, self.rewards_options)
-        )
+        """Whether the source says that it asks a reference model."""
+        return options_say("asks_reference", self.rewards, self.rewards_options)
 
 
-def within(name: str, options: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Name and Options of a source and of all that it takes numbers of."""
-    made = make_options(name, options)
-    found = [(name, made)]
-    for entry in getattr(made, "entries", ()):
-        found += within(entry.name, entry.options)
-    if isinstance(made, NestedOptions):
-        found += within(made.of, made.inner_options)
-    return found
+def scored(source: TokenRewardSource, responses: Sequence[Response]) -> list[Tensor | RowProblem]:
+    """Token rewards [T] of each response, float32 on the CPU, or why the source refuses it."""
+    problems = [_problem(source, response) for response in responses]
+    fine = [x for x, problem in zip(responses, problems, strict=True) if problem is None]
+    found = iter(score_checked(source, fine) if fine else ())
+    return [next(found)["token_rewards"] if x is None else x for x in problems]
+
+
+def _problem(source: TokenRewardSource, response: Response) -> RowProblem | None:
+    if not len(response.ids):
+        return RowProblem("empty response", "it has no token")
+    return check_response(source, response)
+
+
+class Told:
+    """Warns of responses that a source refuses, once a reason. what: that follows from it."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.reasons: set[str] = set()
+
+    def __call__(self, problem: RowProblem) -> None:
+        if problem.reason not in self.reasons:
+            self.reasons.add(problem.reason)
+            text = "%s: %s: %s; further ones of this kind are only counted"
+            log.warning(text, self.what, problem.reason, problem.detail)
 
 
 class SampledRewards:
@@ -131,7 +140,7 @@ class SampledRewards:
         self.options = options
         self.tokenizer = tokenizer
         self.source: TokenRewardSource | None = None
-        self._told: set[str] = set()
+        self._told = Told("a response gets no token rewards")
 
     @torch.inference_mode()
     def __call__(self, response: Response) -> Tensor | None:
@@ -141,15 +150,10 @@ class SampledRewards:
         Raises:
             ValueError: a response that the source refuses; what it cannot load.
         """
-        if not len(response.ids):
-            return self._refused(RowProblem("empty response", "it has no token"))
         if self.source is None:
             self.source = self._loaded()
-        problem = check_response(self.source, response)
-        if problem is not None:
-            return self._refused(problem)
-        (streams,) = score_checked(self.source, [response])
-        return streams["token_rewards"].clone()
+        (found,) = scored(self.source, [response])
+        return self._refused(found) if isinstance(found, RowProblem) else found.clone()
 
     def _loaded(self) -> TokenRewardSource:
         options, model = self.options, None
@@ -158,7 +162,7 @@ class SampledRewards:
             fix = f"give {options.prefix}model"
             model = NoReference(f"{options.prefix}rewards", device, fix)
         else:
-            model = _reference(options.model).to(device)
+            model = reference_at(options.model, device)
         context = Context(model, self.tokenizer, tokens_per_batch=options.tokens_per_batch)
         return load_source(options.rewards, options.rewards_options, context)
 
@@ -170,18 +174,12 @@ class SampledRewards:
                 f"{problem.reason}: {problem.detail}; shorten responses that are too long, or set "
                 f"{options.prefix}refused to 'zero'"
             )
-        if problem.reason not in self._told:
-            self._told.add(problem.reason)
-            log.warning(
-                "a response gets no token rewards: %s: %s; further ones of this kind are only "
-                "counted",
-                problem.reason,
-                problem.detail,
-            )
+        self._told(problem)
 
 
-def _reference(path: str) -> Any:
+def reference_at(path: str, device: Any) -> Any:
+    """The causal LM of a folder or hub name, frozen, on a device."""
     from transformers import AutoModelForCausalLM
 
     what = "a causal language model (AutoModelForCausalLM)"
-    return load_model(AutoModelForCausalLM, "model", path, what, dtype="auto")[0]
+    return load_model(AutoModelForCausalLM, "model", path, what, dtype="auto")[0].to(device)

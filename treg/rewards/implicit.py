@@ -65,6 +65,11 @@ class ImplicitOptions:
         if self.clip is not None:
             check_number("clip", self.clip, positive=True)
 
+    @property
+    def asks_reference(self) -> bool:
+        """Without a base of its own."""
+        return self.base is None
+
 
 class ImplicitSource:
     """Token rewards by two causal LMs, one of which may be the run's own."""
