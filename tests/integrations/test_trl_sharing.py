@@ -108,7 +108,7 @@ def step(trainer):
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.train()
     line = {k: x for k, x in trainer.state.log_history[-2].items() if k not in TIMES}
-    evaluated = {k: x for k, x in before.items() if "runtime" not in k and "per_second" not in k}
+    evaluated = {k: x for k, x in before.items() if "time" not in k and "per_second" not in k}
     return line, gradients.found, evaluated
 
 
