@@ -314,7 +314,7 @@ def test_what_speaks_against_it_is_named(tmp_path, name, caplog):
         trainer = make_trainer(tmp_path, tiny_llama(VOCAB), pairs, reference, **options())
         trainer.train()
     assert not trainer._shared.sharing.on
-    assert caplog.text.count("is off, each answer of a pair runs its prompt") == 1
+    assert caplog.text.count("is off, each answer runs its prompt") == 1
 
 
 def test_flash_attention_is_named(tmp_path, caplog):
