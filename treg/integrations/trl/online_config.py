@@ -40,6 +40,10 @@ class TRegGRPOConfig(GRPOConfig):
     macro_length: >= 1, tokens of an "ngram".
     kl_in_reward: beta * (log pi - log pi_ref) is taken off the reward of each token (RED, Eq. 8),
         and nothing is added to the loss for it.
+    treg_share_prompt: whether what completions begin with, their prompt above all, is run once for
+        all of a batch that share it, by the policy and by the reference; log-probs and gradients
+        are the same. None: where the models can and the first batch shows the same log-probs; else
+        a warning is said. True: else it is an error.
     treg_memory_budget: bytes of temporaries of the head, see `treg.ops.linear_logprobs`.
     """
 
@@ -81,6 +85,10 @@ class TRegGRPOConfig(GRPOConfig):
     kl_in_reward: bool = field(
         default=False,
         metadata={"help": "Take the KL term, times beta, off the rewards of tokens."},
+    )
+    treg_share_prompt: bool | None = field(
+        default=None,
+        metadata={"help": "Run a prompt once for its completions. Default: where models allow it."},
     )
     treg_memory_budget: int | None = field(
         default=None, metadata={"help": "Bytes of temporaries of the head."}
