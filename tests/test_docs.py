@@ -137,6 +137,16 @@ def test_a_step_with_shared_prompts_runs_as_printed():
         assert (found[name] - p.grad).norm() <= 1e-5 * p.grad.norm() > 0, name
 
 
+def test_advantages_as_printed():
+    blocks = python_blocks((ROOT / "docs" / "online.md").read_text())
+    names: dict = {}
+    exec(blocks[0], names)
+    mask, advantages, by_pairs = (names[x] for x in ("mask", "advantages", "by_pairs"))
+    for found in (advantages, by_pairs):
+        assert found[mask].all() and not found[~mask].any()
+    assert by_pairs[2, 0] == by_pairs[2, 2] != by_pairs[2, 3]  # a hole between two tokens of a pair
+
+
 def tiny_row(index: int, length: int) -> dict:
     row = {"index": index, "where": f"row {index}", "prompt_ids": [1, 2]}
     row["prompt_text"] = "?"
@@ -188,7 +198,7 @@ def test_long_text_of_several_parameters_is_not_repeated():
     assert found == f"Args:\n    a: {long.strip()}\n    b: see `a`\n"
 
 
-@pytest.mark.parametrize("package", ["ops", "losses", "rewards", "data", "heads", "trainer"])
+@pytest.mark.parametrize("package", ["ops", "losses", "rl", "rewards", "data", "heads", "trainer"])
 def test_the_reference_has_every_public_name(package):
     pytest.importorskip("latex2mathml")
     pytest.importorskip("mkdocs")

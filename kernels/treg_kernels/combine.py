@@ -40,7 +40,7 @@ def _combine_kernel(
     s = tl.load(s_ptr + at, mask=mask, other=0.0)
     S = tl.sum(s * lift, axis=1)
     # log2 of the odds against the target; -inf where nothing else has mass
-    gap = K + tl.log2(S) - z2_y
+    gap = (K - z2_y) + tl.log2(S)
     # log2(1 + 2**-|gap|), exact also where 1 + x rounds: the classical correction by what was
     # really added
     x = tl.exp2(-tl.abs(gap))
@@ -60,7 +60,8 @@ def _combine_kernel(
         tl.store(lse_ptr + offs_n, tl.where(scored, lse2 * LN2, 0.0), mask=mask_n)
 
     p_y = tl.exp2(-above)
-    shrink = tl.exp2(K - lse2)
+    # from the largest term: beside huge logits lse2 has lost its own sum
+    shrink = tl.exp2((K - largest) - more)
     if is_top1_ptr is not None:
         top = tl.max(tl.load(top_ptr + at, mask=mask, other=float("-inf")), axis=1)
         tl.store(is_top1_ptr + offs_n, scored & (z2_y >= top), mask=mask_n)
@@ -68,7 +69,8 @@ def _combine_kernel(
         # sum_v p_v (lse2 - z2_v), every term >= 0; a tile without mass has k = -1e30, which 0 *
         # would keep finite
         ez = tl.load(ez_ptr + at, mask=mask, other=0.0)
-        terms = tl.where(s > 0.0, (s * (lse2[:, None] - k) - ez) * lift, 0.0)
+        below = (largest[:, None] - k) + more[:, None]
+        terms = tl.where(s > 0.0, (s * below - ez) * lift, 0.0)
         entropy = tl.sum(terms, axis=1) * shrink + p_y * above
         tl.store(entropy_ptr + offs_n, tl.where(scored, entropy * LN2, 0.0), mask=mask_n)
     if mean_logit_ptr is not None:

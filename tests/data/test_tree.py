@@ -7,15 +7,18 @@ from hypothesis import strategies as st
 
 from treg.data.batches import pack_pairs, pair_tokens
 from treg.data.tree import (
+    LEAST_SHARED,
     LENGTH,
     PARENT,
     ROW,
     SHARED,
     START,
+    groups_alike,
     grow,
     one_row,
     padded_rows,
     shared_beginning,
+    shared_groups,
     shared_pairs,
 )
 
@@ -91,6 +94,26 @@ def test_pairs_keep_the_order_of_the_sequences(packed):
     tree = shared_pairs([np.array(x) for x in sequences], packed=packed)
     check(tree, sequences)
     assert tree.tokens == 3 + 5 and len(tree.ids) == (1 if packed else 2)
+
+
+@given(SEQUENCES, st.booleans())
+def test_groups_are_found_in_any_order(sequences, packed):
+    arrays = [np.array(x) for x in sequences]
+    groups = groups_alike(arrays)
+    assert sorted(i for group in groups for i in group) == list(range(len(sequences)))
+    tree = shared_groups(arrays, groups, packed=packed)
+    check(tree, sequences)
+    assert len(tree.ids) == (1 if packed else len(groups))
+    # all that is shared stands once: of one token or more in so short sequences
+    assert tree.tokens == len({tuple(x[:n]) for x in sequences for n in range(1, len(x) + 1)})
+
+
+def test_a_few_tokens_in_common_are_not_shared():
+    template, first, second = [1, 2], [*range(3, 30)], [*range(40, 70)]
+    answers = [[7], [8, 9], [8]]
+    sequences = [np.array([*template, *x, *y]) for y in answers for x in (first, second)]
+    assert len(template) < LEAST_SHARED * min(map(len, sequences))
+    assert groups_alike(sequences) == [[0, 4, 2], [1, 5, 3]]
 
 
 def test_tokens_of_a_pair():

@@ -78,6 +78,36 @@ def test_temperature_and_the_gradient_of_entropies(kind):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
+def test_states_of_tokens_that_are_not_scored_have_no_part(value):
+    """Neither in the entropies of others nor in the gradient of any weight of the head."""
+    model, (ids, mask, labels) = tiny_llama(50).double(), batch()
+    install_head(model)
+    ignored = torch.ones(ids.shape, dtype=torch.bool)
+    ignored[:, :-1] = labels[:, 1:] == -100
+    found = []
+    for filling in (0.0, value):
+
+        def fill(module, args, states, filling=filling):
+            return torch.where(ignored.unsqueeze(-1), filling, states)
+
+        hook = model.model.norm.register_forward_hook(fill)
+        scores = token_logprobs(
+            model,
+            labels,
+            input_ids=ids,
+            attention_mask=mask,
+            outputs=("entropy",),
+            entropy_gradient=True,
+        )
+        hook.remove()
+        loss = (scores.logprobs - 0.3 * scores.entropy).sum()
+        weights = [model.lm_head.weight, model.model.norm.weight]
+        found.append((scores.logprobs, scores.entropy, *torch.autograd.grad(loss, weights)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
 def test_entropies_have_no_gradient_unless_asked_for():
     model, (ids, _, labels) = tiny_llama(50), batch()
     install_head(model)

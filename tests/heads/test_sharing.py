@@ -181,7 +181,7 @@ def test_apart_is_of_the_shape_of_the_batch():
 
 IDS = torch.tensor([[1, 2, 3], [1, 2, 4]])
 BAD = [
-    ({"input_ids": IDS[:1]}, r"input_ids: expected an even number of sequences .* lengths \[3\]"),
+    ({"input_ids": IDS[:1]}, r"input_ids: expected an even number of sequences, .* lengths \[3\]"),
     (
         {"input_ids": IDS, "token_type_ids": torch.zeros_like(IDS)},
         r"share_prompt: expected input_ids, .* got input_ids, token_type_ids; set share_prompt=Fal",
@@ -189,7 +189,7 @@ BAD = [
     ({"inputs_embeds": torch.zeros(2, 3, 32)}, "share_prompt: expected .* got inputs_embeds; set"),
     (
         {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
-        r"even number of sequences with tokens, .* got the lengths \[3, 0\]",
+        r"input_ids: expected sequences with tokens, got the lengths \[3, 0\]",
     ),
     (
         {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 3, 3)},
@@ -495,7 +495,7 @@ def test_processes_agree_before_the_forwards_too(monkeypatch):
     for given in (odd, batch_of([(5, 6, 7)])):
         sharing = PromptSharing(None)
         sharing.settle(
-            *(tiny_llama_with_head(), given, None, torch.float32),
+            *(tiny_llama_with_head(), given, lambda x=given: share_prompts(**x), torch.float32),
             lambda found: (said.append(found), False)[1],
         )
         assert not sharing.on

@@ -1014,6 +1014,23 @@ def test_an_entropy_bonus_is_trls(patched, bias, scale, cap, temperature, upstre
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
+def test_what_ignored_rows_hold_has_no_part(patched, value):
+    made, target = (torch.randn(9, 16), torch.randn(50, 16)), torch.randint(50, (9,))
+    target[[0, 4, 8]] = -100
+    found = []
+    for filling in (0.0, value):
+        hidden, weight = (x.clone().requires_grad_() for x in made)
+        hidden.data[target == -100] = filling
+        logps, entropy, *_ = trl.trainer.utils._ChunkedLogProbFunction.apply(
+            hidden, weight, None, target, 0.8, 32, outputs=("entropy",)
+        )
+        gradients = torch.autograd.grad((logps - 0.3 * entropy).sum(), (hidden, weight))
+        found.append((logps, entropy, *gradients))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
 def dense_logps_and_entropy(hidden, weight, target, temperature):
     """As TRL's own dense path has them."""
     logits = hidden @ weight.T / temperature

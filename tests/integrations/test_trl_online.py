@@ -215,6 +215,19 @@ def red_by_hand(path, prompts, completions):
     return rewards
 
 
+def process_by_hand(rewards, lam):
+    """Discounted sums of token rewards, less their mean over the group and over its deviation."""
+    found = []
+    for start in range(0, len(rewards), GROUP):
+        group = rewards[start : start + GROUP]
+        flat = torch.tensor([x for row in group for x in row], dtype=torch.float64)
+        for row in group:
+            normal = [(x - flat.mean()) / (flat.std() + 1e-4) for x in row]
+            sums = [sum(lam**k * x for k, x in enumerate(normal[t:])) for t in range(len(row))]
+            found.append([x.item() for x in sums])
+    return found
+
+
 def advantages_by_hand(rewards, lam, *, scaled=True):
     """GAE whose values are the mean reward of the group, over its root mean square."""
     found = []
@@ -236,8 +249,11 @@ def advantages_by_hand(rewards, lam, *, scaled=True):
 
 
 @pytest.mark.parametrize("tokenizer", [None, judge_tokenizer], ids=["one", "another"])
+@pytest.mark.parametrize("baseline", [None, "group"])
 @pytest.mark.parametrize("credit", ["returns", "gae"])
-def test_red_gives_the_advantages_of_separate_prefix_forwards(credit, tokenizer, policy, tmp_path):
+def test_red_gives_the_advantages_of_separate_prefix_forwards(
+    credit, baseline, tokenizer, policy, tmp_path
+):
     """With the policy's tokenizer, and with a reward model that has another."""
     path = judge("llama", tokenizer)
     trainer, *_ = train(
@@ -249,12 +265,14 @@ def test_red_gives_the_advantages_of_separate_prefix_forwards(credit, tokenizer,
         token_rewards_options={"model": path},
         credit=credit,
         credit_lambda=0.9,
+        credit_baseline=baseline,
         max_steps=1,
         **readable(),
     )
     ((prompts, ids, output),) = trainer.seen
     rewards = red_by_hand(path, prompts, ids)
-    expected = advantages_by_hand(rewards, 1.0 if credit == "returns" else 0.9)
+    by_hand = process_by_hand if baseline is None else advantages_by_hand
+    expected = by_hand(rewards, 1.0 if credit == "returns" else 0.9)
     assert max(map(max, expected)) > 0.5
     for row, values in zip(output["advantages"], expected, strict=True):
         torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=2e-4, rtol=1e-4)
@@ -298,9 +316,14 @@ def test_rloo_is_token_credit_with_its_baseline(policy, tmp_path):
 def test_all_rewards_equal_give_no_advantage(policy, tmp_path):
     for credit in ("returns", "gae", "macro"):
         trainer, gradients, _ = train(
-            tmp_path, policy, Seen, reward_funcs=lambda completions, **_: [1.0] * len(completions),
-            credit=credit, credit_lambda=1.0, max_steps=1,
-        )  # fmt: skip
+            tmp_path,
+            policy,
+            Seen,
+            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            credit=credit,
+            credit_lambda=1.0,
+            max_steps=1,
+        )
         assert not trainer.seen[0][2]["advantages"].any()
         assert all(not x.any() for x in gradients[0].values())
 
@@ -321,6 +344,7 @@ def by_ngrams(rewards, length):
 def test_macro_actions_are_gae_over_their_sums(policy, tmp_path):
     """With reward models of tokens; the scale counts tokens, so it is taken out of both."""
     given = {"macro_length": 3, "credit_lambda": 0.5, "credit_scale": "none", "max_steps": 1}
+    given["credit_baseline"] = "group"
     trainer, *_ = train(tmp_path, policy, Seen, credit="macro", **given, **red(), **readable())
     ((prompts, ids, output),) = trainer.seen
     summed, spread = by_ngrams(red_by_hand(judge("llama"), prompts, ids), 3)
@@ -437,9 +461,12 @@ def test_a_source_takes_the_reference_that_there_is(reference, policy, tmp_path)
 def test_tools_are_refused_with_token_rewards(policy, tmp_path):
     trainer_of = functools.partial(TRegGRPOTrainer, policy, None)
     config = TRegGRPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False,
-        token_rewards="redistribution", token_rewards_options={"model": judge("llama")},
-    )  # fmt: skip
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        token_rewards="redistribution",
+        token_rewards_options={"model": judge("llama")},
+    )
     with pytest.raises(ValueError, match="tools: expected None with token_rewards"):
         trainer_of(config, Dataset.from_list([{"prompt": "a"}]), tools=[len])
     with pytest.raises(TypeError, match="args: expected a TRegGRPOConfig, got GRPOConfig"):
@@ -474,12 +501,20 @@ def test_what_a_source_refuses_has_no_advantage_and_no_part_in_a_baseline(policy
     """A reward model of few positions, which the longer completions do not fit."""
     path = judge("llama", max_position_embeddings=14)
     trainer, *_ = train(
-        tmp_path, policy, Seen, max_steps=1, credit="returns", prompts=PROMPTS[:2],
-        **red(path), **readable(),
-    )  # fmt: skip
+        tmp_path,
+        policy,
+        Seen,
+        max_steps=1,
+        credit="returns",
+        prompts=PROMPTS[:2],
+        **red(path),
+        **readable(),
+    )
     ((prompts, ids, output),) = trainer.seen
-    fits = [len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
-            for p, x in zip(prompts, ids, strict=True)]  # fmt: skip
+    fits = [
+        len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
+        for p, x in zip(prompts, ids, strict=True)
+    ]
     assert any(fits) and not all(fits)
     share = trainer.state.log_history[0]["credit/refused"]
     assert share == pytest.approx(1 - sum(fits) / len(fits))

@@ -1,19 +1,12 @@
-"""verl's fused head and reward managers, served by treg: against dense PyTorch, and against `treg
-annotate`.
+"""verl's fused head, served by treg: against dense PyTorch.
 
-Runs against verl itself where it can be imported. Elsewhere a stub stands in, with the signatures,
-layouts and order of calls of verl 0.9.1: utils/kernel/linear_cross_entropy.py,
-models/transformers/dense_common.py, experimental/reward_loop/reward_manager (base.py, naive.py),
-experimental/agent_loop/agent_loop.py, protocol.py.
+Runs against verl itself where it can be imported, see tests/support/verl_stub.py.
 """
 
-import asyncio
-import importlib
 import runpy
 import sys
-import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -21,126 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import EPS, assert_within_budget, error
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama
+from verl_stub import REAL
 
 import treg.ops.entropy
-from treg.data import RowProblem
-from treg.data.annotated import read_annotated
 from treg.integrations import verl as integration
-from treg.rewards.annotate import annotate
-
-try:
-    import verl  # noqa: F401
-
-    REAL = True
-except ImportError:
-    REAL = False
-
-KERNEL = "verl.utils.kernel.linear_cross_entropy"
-MANAGERS = "verl.experimental.reward_loop.reward_manager"
-AGENT_LOOP = "verl.experimental.agent_loop.agent_loop"
-# needs Megatron; what matters here is that it imports by value
-FUSED = "verl.models.mcore.model_forward_fused"
-
-
-def stub_modules() -> dict[str, ModuleType]:
-    """verl as far as treg sees it."""
-    pydantic = pytest.importorskip("pydantic")
-
-    class LinearCrossEntropy(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx, hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None
-        ):
-            raise AssertionError("verl's own kernel needs a GPU")
-
-    class NaiveRewardManager:
-        def __init__(
-            self,
-            config,
-            tokenizer,
-            compute_score,
-            reward_router_address=None,
-            reward_model_tokenizer=None,
-        ):
-            self.config, self.tokenizer, self.compute_score = config, tokenizer, compute_score
-
-        async def run_single(self, data):
-            item = data[-1:][0]
-            width = item.batch["responses"].shape[-1]
-            length = item.batch["attention_mask"][-width:].sum()
-            score = self.compute_score(
-                data_source=item.non_tensor_batch["data_source"],
-                solution_str=self.tokenizer.decode(
-                    item.batch["responses"][:length], skip_special_tokens=True
-                ),
-                ground_truth=item.non_tensor_batch["reward_model"]["ground_truth"],
-                extra_info=item.non_tensor_batch.get("extra_info", {}),
-            )
-            return {"reward_score": score, "reward_extra_info": {"acc": score}}
-
-    class AgentLoopOutput(pydantic.BaseModel):
-        prompt_ids: list[int]
-        response_ids: list[int]
-        response_mask: list[int]
-        reward_score: float | None = None
-        metrics: dict
-
-        def as_dict(self):
-            output = self.model_dump(exclude_unset=True)
-            for name, source in (("prompts", "prompt_ids"), ("responses", "response_ids")):
-                output[name] = torch.tensor(output.pop(source), dtype=torch.int64)
-            output["response_mask"] = torch.tensor(output["response_mask"], dtype=torch.int64)
-            score = output.pop("reward_score", None)
-            if score is not None:
-                output["rm_scores"] = torch.zeros_like(output["response_mask"], dtype=torch.float32)
-                output["rm_scores"][-1] = score
-            return output
-
-    found = {name: ModuleType(name) for name in (KERNEL, MANAGERS, AGENT_LOOP)}
-    found[KERNEL].LinearCrossEntropy = LinearCrossEntropy
-    found[KERNEL].linear_cross_entropy = LinearCrossEntropy.apply
-    found[MANAGERS].get_reward_manager_cls = {"naive": NaiveRewardManager}.__getitem__
-    found[AGENT_LOOP].AgentLoopOutput = AgentLoopOutput
-    for name in list(found):
-        for parent in ("verl", *(name.rsplit(".", n)[0] for n in range(1, name.count(".")))):
-            found.setdefault(parent, ModuleType(parent))
-    found["verl"].__version__ = "0.9.1"
-    return found
-
-
-class StubProto:
-    """DataProto: rows by a slice, one row without its batch dimension by an index."""
-
-    def __init__(self, batch, non_tensor_batch):
-        self.batch, self.non_tensor_batch = batch, non_tensor_batch
-
-    def __getitem__(self, at):
-        return StubProto(
-            *({k: x[at] for k, x in part.items()} for part in (self.batch, self.non_tensor_batch))
-        )
-
-
-@pytest.fixture
-def verl_modules(monkeypatch):
-    """verl's modules, with one that imported the kernel by value; what is patched in them is
-    undone.
-    """
-    if not REAL:
-        for name, module in stub_modules().items():
-            monkeypatch.setitem(sys.modules, name, module)
-    loop = asyncio.new_event_loop()  # verl's managers keep the one in which they are made
-    asyncio.set_event_loop(loop)
-    kernel, agent_loop = importlib.import_module(KERNEL), importlib.import_module(AGENT_LOOP)
-    importlib.import_module(MANAGERS)
-    monkeypatch.setattr(kernel, "linear_cross_entropy", kernel.linear_cross_entropy)
-    monkeypatch.setattr(agent_loop.AgentLoopOutput, "as_dict", agent_loop.AgentLoopOutput.as_dict)
-    fused = ModuleType(FUSED)
-    fused.linear_cross_entropy = kernel.linear_cross_entropy
-    monkeypatch.setitem(sys.modules, FUSED, fused)
-    yield SimpleNamespace(kernel=kernel, agent_loop=agent_loop, fused=fused)
-    asyncio.set_event_loop(None)
-    loop.close()
 
 
 def dense(hidden, weight, labels, temperature=1.0, widen=False):
@@ -476,6 +354,7 @@ def test_example(verl_modules):
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "verl_treg.py"))
     assert verl_modules.kernel.linear_cross_entropy is integration.linear_cross_entropy
     assert verl_modules.agent_loop.AgentLoopOutput.as_dict is not before
+    assert "treg_grpo" in verl_modules.core.ADV_ESTIMATOR_REGISTRY
 
 
 def test_install_op_refuses_another_signature(verl_modules, monkeypatch):
@@ -493,290 +372,16 @@ def test_install_op_refuses_another_signature(verl_modules, monkeypatch):
     assert verl_modules.kernel.linear_cross_entropy is before
 
 
-@pytest.mark.parametrize("install", [integration.install_op, integration.install_token_scores])
+@pytest.mark.parametrize(
+    "install",
+    [integration.install_op, integration.install_token_scores, integration.install_advantages],
+)
 def test_without_verl(install, monkeypatch):
     for name in [name for name in sys.modules if name == "verl" or name.startswith("verl.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "verl", None)
     with pytest.raises(ImportError, match=r"verl: expected verl >= 0\.9 with verl\."):
         install()
-
-
-# -- rewards
-
-CHAT = [{"role": "user", "content": "What is better, the sun or the moon?"}]
-ANSWERS = ["The owl said that the sun is better.", "The moon, says the little fox, and is happy."]
-
-
-class Config(dict):
-    __getattr__ = dict.__getitem__
-
-
-def make_config(**treg) -> Config:
-    return Config(
-        reward=Config(reward_kwargs={"treg": treg}), data=Config(apply_chat_template_kwargs=None)
-    )
-
-
-def compute_score(data_source, solution_str, ground_truth, extra_info, **_):
-    return float(len(solution_str.strip())) if data_source == ground_truth else -1.0
-
-
-@pytest.fixture(scope="module")
-def annotated(tmp_path_factory):
-    """A reference model, and what `treg annotate` makes of the two answers with it."""
-    folder = tmp_path_factory.mktemp("reference")
-    tokenizer = tiny_tokenizer()
-    model = tiny_llama(len(tokenizer))
-    model.save_pretrained(folder / "model")
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ANSWERS)
-    row = {"prompt": CHAT, "chosen": chosen, "rejected": rejected}
-    annotate(model, tokenizer, [row], folder / "annotated.parquet", progress=False)
-    (example,), _ = read_annotated(folder / "annotated.parquet")
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        model=str(folder / "model"),
-        file=str(folder / "annotated.parquet"),
-        example=example,
-    )
-
-
-def objects(values):
-    """As verl makes them: an object of each value."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-
-def make_proto(annotated, **more):
-    """Both answers as a batch: prompts padded on the left, responses on the right."""
-    example, pad = annotated.example, annotated.tokenizer.pad_token_id
-    prompt = torch.from_numpy(example["prompt_ids"].astype(np.int64))
-    responses = [
-        torch.from_numpy(example[f"{side}_ids"].astype(np.int64)) for side in ("chosen", "rejected")
-    ]
-    width = max(map(len, responses)) + 2
-    prompts = torch.cat([torch.full((3,), pad), prompt]).expand(2, -1)
-    padded = torch.full((2, width), pad)
-    mask = torch.zeros(2, prompts.shape[1] + width, dtype=torch.int64)
-    mask[:, 3 : prompts.shape[1]] = 1
-    for row, response in enumerate(responses):
-        padded[row, : len(response)] = response
-        mask[row, prompts.shape[1] : prompts.shape[1] + len(response)] = 1
-    batch = {"prompts": prompts.contiguous(), "responses": padded, "attention_mask": mask}
-    others = {
-        "raw_prompt": [
-            CHAT,
-            np.array(CHAT, dtype=object),
-        ],  # the agent loop makes arrays of the messages
-        "data_source": ["a", "b"],
-        "reward_model": [{"ground_truth": "a"}] * 2,
-        "extra_info": [{}, {}],
-        "__num_turns__": [2, 2],
-    } | more
-    others = {name: objects(values) for name, values in others.items() if values is not None}
-    if not REAL:
-        return StubProto(batch, others)
-    from tensordict import TensorDict
-    from verl import DataProto
-
-    return DataProto(batch=TensorDict(batch, batch_size=2), non_tensor_batch=others)
-
-
-def make_manager(annotated, config):
-    return integration.TRegRewardManager(
-        config=config, tokenizer=annotated.tokenizer, compute_score=compute_score
-    )
-
-
-def run(manager, data) -> list[dict]:
-    """Both answers at once, as verl's worker does."""
-
-    async def each():
-        return await asyncio.gather(*(manager.run_single(data[i : i + 1]) for i in range(2)))
-
-    return asyncio.get_event_loop().run_until_complete(each())
-
-
-def expected_scores(annotated, alpha):
-    rows = []
-    for side, text, right in (("chosen", ANSWERS[0], True), ("rejected", ANSWERS[1], False)):
-        row = alpha * torch.from_numpy(annotated.example[f"{side}_token_rewards"].copy())
-        row[-1] += len(text) if right else -1.0
-        rows.append(row)
-    return rows
-
-
-@pytest.mark.parametrize("source", ["model", "annotated"])
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_scores_are_those_of_treg_annotate(source, alpha, annotated, verl_modules):
-    options = {
-        "model": {"model": annotated.model, "device": "cpu"},
-        "annotated": {"annotated": annotated.file},
-    }[source]
-    manager = make_manager(annotated, make_config(alpha=alpha, **options))
-    data = make_proto(annotated)
-    found = run(manager, data)
-    rows = expected_scores(annotated, alpha)
-    for one, row in zip(found, rows, strict=True):
-        torch.testing.assert_close(torch.tensor(one["reward_score"]), row, rtol=1e-4, atol=1e-5)
-    assert [one["reward_extra_info"]["acc"] for one in found] == [len(ANSWERS[0]), -1.0]
-    assert [one["reward_extra_info"]["sequence_score"] for one in found] == [len(ANSWERS[0]), -1.0]
-    for one, side in zip(found, ("chosen", "rejected"), strict=True):
-        total = annotated.example[f"{side}_token_rewards"].sum()
-        assert one["reward_extra_info"]["token_reward"] == pytest.approx(total, abs=1e-4)
-
-    scores = type(manager).assemble_rm_scores(data, [one["reward_score"] for one in found])
-    assert scores.shape == data.batch["responses"].shape and scores.dtype == torch.float32
-    for one, row in zip(scores, rows, strict=True):
-        torch.testing.assert_close(one[: len(row)], row, rtol=1e-4, atol=1e-5)
-        assert not one[len(row) :].any()
-
-
-def test_requests_have_verls_template_arguments(annotated, verl_modules, tmp_path):
-    config = make_config(model=annotated.model, device="cpu")
-    config.data["apply_chat_template_kwargs"] = {"style": "short"}
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ANSWERS)
-    row = {
-        "prompt": CHAT,
-        "chosen": chosen,
-        "rejected": rejected,
-        "chat_template_kwargs": {"style": "short"},
-    }
-    model = tiny_llama(len(annotated.tokenizer))
-    annotate(model, annotated.tokenizer, [row], tmp_path / "annotated.parquet", progress=False)
-    (example,), _ = read_annotated(tmp_path / "annotated.parquet")
-    found = make_manager(annotated, config).token_rewards(make_proto(annotated)[0])
-    torch.testing.assert_close(
-        found, torch.tensor(example["chosen_token_rewards"]), rtol=1e-4, atol=1e-5
-    )
-    assert not np.allclose(
-        example["chosen_token_rewards"], annotated.example["chosen_token_rewards"], atol=1e-3
-    )
-
-
-def test_one_response_at_a_time(annotated, verl_modules, monkeypatch):
-    """verl scores many at once; a model whose head is read is changed while it runs."""
-    inside, most = [], []
-
-    def scored(self, source, response):
-        inside.append(response)
-        time.sleep(0.05)
-        most.append(len(inside))
-        inside.pop()
-        return torch.zeros(len(response.ids))
-
-    monkeypatch.setattr(integration.TRegRewardManager, "_scored", scored)
-    monkeypatch.setattr(integration.TRegRewardManager, "_load_source", lambda _: SimpleNamespace())
-    run(make_manager(annotated, make_config(model=annotated.model)), make_proto(annotated))
-    assert most == [1, 1]
-
-
-def test_scores_of_a_running_agent_loop(annotated, verl_modules):
-    """One response without padding, and its scores through AgentLoopOutput."""
-    side = annotated.example["rejected_ids"].tolist()
-    prompt = annotated.example["prompt_ids"].tolist()
-    data = make_proto(annotated, prompt_len=[len(prompt)] * 2, response_len=[0, len(side)])
-    # verl lays the mask over the two of them as if nothing lay between
-    data.batch["prompts"] = torch.tensor([prompt + [0] * 4] * 2)
-    data.batch["responses"] = torch.tensor([side + [0] * 3] * 2)
-    lengths = len(prompt) + len(side)
-    data.batch["attention_mask"] = torch.tensor([[1] * lengths + [0] * 7] * 2)
-    manager = make_manager(annotated, make_config(alpha=0.5, annotated=annotated.file))
-    # the score of such a batch is verl's affair
-    manager.base.run_single = lambda data: asyncio.sleep(0, {"reward_score": 3})
-    scores = asyncio.get_event_loop().run_until_complete(manager.run_single(data))["reward_score"]
-    expected = 0.5 * torch.from_numpy(annotated.example["rejected_token_rewards"].copy())
-    expected[-1] += 3
-    torch.testing.assert_close(torch.tensor(scores), expected)
-
-    integration.install_token_scores()
-    integration.install_token_scores()
-    metrics = {} if not REAL else verl_modules.agent_loop.AgentLoopMetrics()
-    output = verl_modules.agent_loop.AgentLoopOutput(
-        prompt_ids=prompt, response_ids=side, response_mask=[1] * len(side), metrics=metrics
-    )
-    output.reward_score = scores
-    fields = output.as_dict()
-    torch.testing.assert_close(fields["rm_scores"], expected)
-    assert fields["responses"].tolist() == side and output.reward_score == scores
-    output.reward_score = 2.5
-    assert output.as_dict()["rm_scores"].tolist() == [0.0] * (len(side) - 1) + [2.5]
-    output.reward_score = None
-    assert "rm_scores" not in output.as_dict()
-    output.reward_score = scores[1:]
-    with pytest.raises(ValueError, match=f"expected a list of {len(side)} scores"):
-        output.as_dict()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "expected a model that judges responses, or an annotated file"),
-        ({"model": "a", "annotated": "b"}, "model='a' and annotated='b'"),
-        ({"model": "a", "alpha": -1}, "alpha: expected a number >= 0"),
-        ({"model": "a", "beta": 1}, r"expected keys among .*got \['beta'\]"),
-        (
-            {"model": "a", "rewards": "messagewise"},
-            "rewards: expected .* no token_weights, got 'messagewise', which gives token_rewards, ",
-        ),
-    ],
-)
-def test_options_refuse(options, message, annotated, verl_modules):
-    with pytest.raises(ValueError, match=message):
-        make_manager(annotated, make_config(**options))
-
-
-def test_manager_refuses(annotated, verl_modules):
-    manager = make_manager(annotated, make_config(annotated=annotated.file))
-    with pytest.raises(ValueError, match="__num_turns__"):
-        run(manager, make_proto(annotated, **{"__num_turns__": [4, 4]}))
-    other = make_proto(annotated)
-    other.batch["responses"][0, 0] += 1
-    with pytest.raises(ValueError, match="input_ids: expected sequences of"):
-        run(manager, other)
-    with pytest.raises(ValueError, match="reward_score: expected a list of"):
-        type(manager).assemble_rm_scores(make_proto(annotated), [[1.0], [2.0]])
-    with pytest.raises(ValueError, match="got float"):
-        type(manager).assemble_rm_scores(make_proto(annotated), [1.0, 2.0])
-    empty = make_proto(annotated)
-    empty.batch["attention_mask"][:, empty.batch["prompts"].shape[1] :] = 0
-    with pytest.raises(ValueError, match="empty response"):
-        manager.token_rewards(empty[0])
-
-
-@pytest.mark.parametrize("prompt", [None, [[{"role": "user", "content": [{"type": "image"}]}]] * 2])
-def test_judging_refuses_prompts_that_are_not_text(prompt, annotated, verl_modules):
-    manager = make_manager(annotated, make_config(model=annotated.model))
-    with pytest.raises(ValueError, match="raw_prompt: expected messages of text"):
-        run(manager, make_proto(annotated, raw_prompt=prompt))
-
-
-def test_judging_refuses_what_the_model_cannot_hold(annotated, verl_modules, tmp_path):
-    tiny_llama(len(annotated.tokenizer), max_position_embeddings=64).save_pretrained(tmp_path)
-    manager = make_manager(annotated, make_config(model=str(tmp_path), device="cpu"))
-    with pytest.raises(ValueError, match="the model has 64 positions"):
-        run(manager, make_proto(annotated))
-
-
-def test_a_source_of_edits_has_nothing_to_compare_with(annotated, verl_modules):
-    """A response of verl's comes without another answer."""
-    manager = make_manager(annotated, make_config(model=annotated.model, rewards="edits"))
-    with pytest.raises(ValueError, match=r"the source 'edits' .* got no other answer"):
-        run(manager, make_proto(annotated))
-
-
-def test_a_refusal_asks_nothing_of_the_model(annotated, verl_modules):
-    """An own source may have a model whose head cannot be read."""
-
-    class Refuses:
-        def check(self, response):
-            return RowProblem("no opinion")
-
-    manager = make_manager(annotated, make_config(model=annotated.model))
-    manager.source = Refuses()
-    with pytest.raises(ValueError, match=r"responses: expected ones .* got no opinion"):
-        run(manager, make_proto(annotated))
 
 
 if __name__ == "__main__":  # a process of test_op_over_a_split_vocabulary

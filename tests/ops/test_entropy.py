@@ -1,11 +1,12 @@
 """The gradient of entropies against float64 autograd through dense logits."""
 
 import bisect
+import math
 
 import pytest
 import torch
 from batches import batch_of_tiles, call_of
-from helpers import DTYPES, EPS, assert_within_budget, error
+from helpers import DTYPES, EPS, IMPLS, assert_within_budget, device_of, error
 from looks import patch_looks
 from memory import PeakMemory
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -192,6 +193,82 @@ def test_a_row_with_a_gradient_that_holds_nan_is_not_hidden():
     assert dweight.isnan().all()
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e30])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_entropies_of_huge_logits_that_tie(impl, offset):
+    """Log 3 of three words that are equally likely, in two tiles, however large their logits."""
+    device = device_of(impl)
+    hidden, weight = torch.zeros(5, D, device=device), torch.randn(300, D, device=device)
+    bias = torch.randn(300, device=device)
+    bias[[3, 7, 290]] = offset
+    found = linear_logprobs(
+        hidden,
+        weight,
+        torch.tensor([3, 7, 290, 3, -100], device=device),
+        bias=bias,
+        outputs=("entropy", "log_sum_sq_probs"),
+        impl=impl,
+    )
+    scored = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], device=device)
+    for x, sign in ((found.entropy, 1.0), (found.log_sum_sq_probs, -1.0), (found.logprobs, -1.0)):
+        torch.testing.assert_close(x, sign * math.log(3.0) * scored, rtol=1e-6, atol=0.0)
+
+
+IGNORED_HIDDEN = (1e30, float("inf"), float("nan"))
+FORBIDDEN = {
+    "a few": [0, 5, 128, 299],
+    "whole tiles": [*range(128), *range(256, 300)],
+    "all but two": [x for x in range(300) if x not in (130, 200)],
+    "all but one": [x for x in range(300) if x != 130],
+}
+
+
+@pytest.mark.parametrize("forbidden", FORBIDDEN)
+@pytest.mark.parametrize("value", [-float("inf"), -1e30, -3e38])
+@pytest.mark.parametrize("head", [{}, {"temperature": 0.7}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.pairwise
+def test_ignored_rows_hold_anything_while_words_are_forbidden(impl, dtype, head, value, forbidden):
+    """Entropies and their gradients are those of the scored rows alone, in float64."""
+    device, bias = device_of(impl), torch.randn(300)
+    bias[FORBIDDEN[forbidden]] = value
+    hidden, weight = torch.randn(12, D).to(dtype), (0.3 * torch.randn(300, D)).to(dtype)
+    target = torch.full((12,), 130)
+    ignored = [0, 3, 11]
+    target[ignored] = -100
+    scored = target != -100
+    hidden[ignored] = torch.tensor(IGNORED_HIDDEN, dtype=dtype).unsqueeze(1)
+    leaves = [x.to(device).requires_grad_() for x in (hidden, weight, bias)]
+    target = target.to(device)
+    known = linear_logprobs(
+        *leaves[:2], target, bias=leaves[2], outputs=("entropy",), impl=impl, **head
+    ).entropy
+    entropy = differentiable_entropy(known, leaves[0], target, Head(*leaves[1:], **head))
+    upstream = torch.randn(12)
+    found = gradients(entropy, upstream.to(device), leaves)
+    wide = [x.double().requires_grad_() for x in (hidden[scored], weight, bias)]
+    exact = entropy_of(transformed(wide[0] @ wide[1].T + wide[2], **head))
+    expected = gradients(exact, upstream[scored].double(), wide)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    near = {"rtol": tolerance, "atol": tolerance}
+    assert not entropy[~scored].any() and not found[0][~scored].any()
+    torch.testing.assert_close(entropy[scored].detach().cpu().double(), exact.detach(), **near)
+    for a, b in zip((found[0][scored], *found[1:]), expected, strict=True):
+        assert a.isfinite().all()
+        assert (a.cpu().double() - b).norm() <= tolerance * (b.norm() + 1.0)
+
+
+def transformed(z, softcap=None, temperature=1.0):
+    return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+
+
+def entropy_of(z):
+    """sum_v -p log p of logits, -inf among them, whose probability of 0 has no part."""
+    logp = z.log_softmax(-1)
+    return -(logp.exp() * logp.masked_fill(logp.isinf(), 0.0)).sum(-1)
+
+
 def test_words_that_a_bias_forbids():
     """A logit of -inf has probability 0 and no part in the entropy."""
     hidden, weight, bias = operands(bias=True)
@@ -267,6 +344,30 @@ def test_parts_of_the_vocabulary(name):
     assert error(dhidden, expected[0]) <= EXACT
     for parts, b in zip(zip(*rows, strict=True), expected[1:], strict=True):
         assert error(torch.cat(parts), b) <= EXACT
+
+
+def test_a_part_of_forbidden_words():
+    """Each of its logits is -inf, and an ignored row holds NaN: it adds nothing to any gradient."""
+    hidden, weight, bias = operands(bias=True)
+    target, upstream = targets(), torch.randn(N, dtype=torch.float64)
+    target[1] = -100
+    scored = target != -100
+    with torch.no_grad():
+        bias[:21] = -float("inf")
+        hidden[1] = float("nan")
+    z = hidden[scored] @ weight.T + bias
+    expected = gradients(entropy_of(z), upstream[scored], (hidden, weight, bias))
+    known, lse = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    known[scored], lse[scored] = entropy_of(z).detach(), z.detach().logsumexp(-1)
+    dhidden = torch.zeros_like(hidden)
+    for part in (slice(0, 21), slice(21, V)):
+        w, b = (x.detach()[part].requires_grad_() for x in (weight, bias))
+        found = differentiable_entropy(known, hidden, target, Head(w, b), lse=lse)
+        share, *own = gradients(found, upstream, (hidden, w, b))
+        dhidden += share
+        for a, whole in zip(own, expected[1:], strict=True):
+            assert error(a, whole[part]) <= EXACT
+    assert error(dhidden, expected[0]) <= EXACT
 
 
 def test_under_autocast():

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 
+import helpers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,9 @@ from ragged import LENGTHS, assert_near, both, make_mask, numbers, padded, runs,
 
 from treg.rl import BASELINES, SCALES, group_advantages, token_advantages
 
-GROUPS = [7, 7, 3, 7, 3, -1, 3, 7]  # one of them alone; a sequence without a token
+# A sequence without a token, with others in its group and alone; one with a token alone.
+GROUPS = [7, 7, 3, 7, 3, -1, 3, 7]
+APART = [7, 5, 3, 7, 3, -1, 3, 7]
 EPS = 1e-4
 
 
@@ -89,10 +92,10 @@ def slow_advantages(rewards, groups, units, gamma, lam, baseline, scale):
 def test_against_loops(baseline, scale, gamma, lam):
     rewards = numbers(seed=1)
     names = {"gamma": gamma, "lam": lam, "baseline": baseline, "scale": scale}
-    for units in (None, unit_numbers()):
-        found = both(token_advantages, rewards, groups=torch.tensor(GROUPS), units=units, **names)
+    for units, groups in itertools.product((None, unit_numbers()), (GROUPS, APART)):
+        found = both(token_advantages, rewards, groups=torch.tensor(groups), units=units, **names)
         each = units or [list(range(n)) for n in LENGTHS]
-        assert_near(found, slow_advantages(rewards, GROUPS, each, **names))
+        assert_near(found, slow_advantages(rewards, groups, each, **names))
 
 
 def test_by_hand():
@@ -117,6 +120,15 @@ def test_by_hand():
     assert tokens.tolist() == [[-0.75, -1.75], [1.25, 1.25]]
     found = token_advantages(rewards, 2, baseline="tokens", scale="tokens", eps=0.0)
     torch.testing.assert_close(found, tokens / 2.25**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_narrow_input_is_rounded_once(dtype):
+    rewards = [torch.tensor(x).to(dtype).tolist() for x in numbers(seed=1)]
+    found = both(token_advantages, rewards, groups=torch.tensor(GROUPS), dtype=dtype)
+    each = [list(range(n)) for n in LENGTHS]
+    expected = slow_advantages(rewards, GROUPS, each, 1.0, 1.0, "group", "group")
+    assert_near(found, expected, helpers.EPS[dtype])
 
 
 # -- one number a sequence: TRL 1.16, GRPOTrainer and RLOOTrainer
@@ -195,6 +207,16 @@ def test_equal_rewards_give_exactly_nothing(baseline, scale, eps, dtype):
     whole = torch.zeros(6, 4, dtype=torch.int64)
     rows = torch.tensor([0.1, 0.7, -0.2, 0.3], dtype=dtype).repeat(6, 1)
     assert not token_advantages(rows, 3, units=whole, **names).any()
+
+
+def test_equal_steps_of_ragged_sequences_give_exactly_nothing():
+    found = both(
+        token_advantages,
+        [[0.1] * n for n in LENGTHS],
+        groups=torch.tensor(GROUPS),
+        baseline="process",
+    )
+    assert found == [[0.0] * n for n in LENGTHS]
 
 
 def test_equal_sums_of_tokens_that_differ_do_not_blow_up():

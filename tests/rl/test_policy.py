@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +229,15 @@ def test_every_row_names_what_there_is():
         assert row.surrogate in SURROGATES and row.reduction in REDUCTIONS, name
         assert row.level in RATIO_LEVELS and row.paper, name
     assert {x.surrogate for x in LOSS_TYPES.values()} == SURROGATES.keys()
+
+
+def test_the_page_lists_every_row():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "online.md").read_text()
+    for name, row in LOSS_TYPES.items():
+        cells = (f"`{name}`", f"`{row.surrogate}`", f"`{row.reduction}`", f"`{row.level}`")
+        assert f"| {' | '.join((*cells, row.paper))} |" in page, name
+    for name in (*RATIO_LEVELS, *SURROGATES, *REDUCTIONS, *KL_ESTIMATORS):
+        assert f"`{name}`" in page, name
 
 
 @pytest.mark.parametrize(

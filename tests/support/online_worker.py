@@ -40,6 +40,7 @@ if __name__ == "__main__":
         token_rewards_options={"model": judge},
         credit="gae",
         credit_lambda=0.9,
+        credit_baseline="group",
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,

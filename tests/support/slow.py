@@ -22,6 +22,7 @@ FILES = (
     "integrations/test_openrlhf.py",
     "integrations/test_swift.py",
     "integrations/test_trl.py",
+    "integrations/test_trl_online_sharing.py",
     "integrations/test_trl_own.py",
     "integrations/test_trl_sharing.py",
     "integrations/test_verl.py",

@@ -94,6 +94,11 @@ TORCH = {
     "ipo, frozen head": Call(loss={"loss_type": "ipo", "alpha": 0.0}, needs=("hidden",)),
 }
 ANY[FAR] = Call(target="far", rows=2, kept="none")
+# each word of the first rank has a logit of -inf
+FORBIDDEN = {"bias": True, "target": "forbidden", "outputs": ("lse", "entropy", "log_sum_sq_probs")}
+ANY["forbidden"] = Call(**FORBIDDEN)
+ANY["forbidden, not looked at"] = Call({"temperature": 0.7}, blind=True, **FORBIDDEN)
+ANY["forbidden, none kept"] = Call(rows=2, kept="none", **FORBIDDEN)
 ANY["common offset"] = Call(target="offset", rows=2, kept="none")
 CALLS = {
     f"{impl}: {name}": dataclasses.replace(call, impl=impl)
@@ -113,9 +118,11 @@ def case_of(name: str, world: int) -> Case:
 
     sizes = call.parts(world)
     V = sum(sizes)
-    low, high = {"last rank": (V - sizes[-1], V), "first rank": (0, sizes[0])}.get(
-        call.target, (0, V)
-    )
+    low, high = {
+        "last rank": (V - sizes[-1], V),
+        "first rank": (0, sizes[0]),
+        "forbidden": (sizes[0] + 1, V),
+    }.get(call.target, (0, V))
     target = torch.randint(low, high, (N,), generator=generator)
     hidden, weight = randn(N, D), randn(V, D) * 0.3
     if call.target in (
@@ -146,7 +153,11 @@ def case_of(name: str, world: int) -> Case:
         }
         if call.loss.get("loss_type") not in ("simpo", "orpo"):
             rest["ref_logps"] = -3 * torch.tensor(LENGTHS) * rand(len(LENGTHS))
-    return Case(hidden, weight, randn(V) if call.bias else None, rest)
+    bias = randn(V) if call.bias else None
+    if call.target == "forbidden":
+        assert bias is not None
+        bias[: sizes[0] + 1] = -float("inf")
+    return Case(hidden, weight, bias, rest)
 
 
 def upstream(out):
@@ -211,6 +222,8 @@ def run(name: str) -> dict:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     call, whole = CALLS[name], case_of(name, world)
+    if call.target == "forbidden":
+        whole.hidden[whole.rest["target"] == -100] = float("nan")
     sizes = call.parts(world)
     start = sum(sizes[:rank])
 

@@ -328,7 +328,7 @@ def test_what_speaks_against_it_is_named_at_once(tmp_path, make, options, messag
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, make(), pairs, **options)
     assert not trainer._sharing.on and not trainer.data_collator.share_prompt
-    assert caplog.text.count("is off, each answer of a pair runs its prompt") == 1
+    assert caplog.text.count("is off, each answer runs its prompt") == 1
     assert not trainer._sharing.asked
     caplog.clear()
     make_trainer(tmp_path, make(), pairs, share_prompt=False, **options)

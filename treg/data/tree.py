@@ -25,6 +25,10 @@ IntArray = npt.NDArray[np.integer]
 # of that branch's sequence it shares.
 ROW, START, LENGTH, PARENT, SHARED = range(5)
 
+# of a sequence's tokens, what it must share with another one to go on from it: a beginning that
+# shares none is plain causal attention, which is faster than one with a mask
+LEAST_SHARED = 0.1
+
 
 @dataclass(frozen=True)
 class TokenTree:
@@ -97,15 +101,52 @@ def shared_pairs(
 
     Args:
         sequences: of 2B sequences the B chosen ones first; a pair is i and B + i.
-        packed: whether all pairs go into one row, one after the other; else a row a pair.
-        pad, multiple: of rows, see `padded_rows`.
+        packed, pad, multiple: as in `shared_groups`.
     Returns:
         A tree whose paths are in the order of the sequences.
     """
     pairs = len(sequences) // 2
-    trees = [grow([sequences[i], sequences[pairs + i]]) for i in range(pairs)]
+    groups = [(i, pairs + i) for i in range(pairs)]
+    return shared_groups(sequences, groups, packed=packed, pad=pad, multiple=multiple)
+
+
+def shared_groups(
+    sequences: Sequence[IntArray],
+    groups: Sequence[Sequence[int]],
+    *,
+    packed: bool,
+    pad: int = 0,
+    multiple: int = 1,
+) -> TokenTree:
+    """Groups of sequences, each of which shares what it begins with with the one before it.
+
+    Args:
+        groups: the numbers of the sequences of each group; each sequence is in one group.
+        packed: whether all groups go into one row, one after the other; else a row a group.
+        pad, multiple: of rows, see `padded_rows`.
+    Returns:
+        A tree whose paths are in the order of the sequences.
+    """
+    trees = [grow([sequences[i] for i in group]) for group in groups]
     tree = one_row(trees) if packed else padded_rows(trees, pad, multiple)
-    return replace(tree, paths=tree.paths[::2] + tree.paths[1::2])
+    order = np.argsort(np.concatenate(groups))
+    return replace(tree, paths=[tree.paths[i] for i in order])
+
+
+def groups_alike(sequences: Sequence[IntArray]) -> list[list[int]]:
+    """The numbers of sequences, in any order, in groups that begin alike, for `shared_groups`.
+
+    A group is sorted by its tokens, so that it shares all that it can. Sequences that have only a
+    few tokens in common, such as the first ones of a chat template, are in groups of their own.
+    """
+    found: list[list[int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()):
+        last = sequences[found[-1][-1]] if found else sequences[i][:0]
+        if shared_beginning(last, sequences[i]) > LEAST_SHARED * len(sequences[i]):
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def one_row(trees: Sequence[TokenTree]) -> TokenTree:

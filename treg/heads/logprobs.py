@@ -15,7 +15,7 @@ from treg.ops import LinearLogprobs, linear_logprobs
 from treg.ops.entropy import differentiable_entropy
 from treg.ops.head import Head
 
-# what a batch has for each token, and rows of pairs can have too
+# what a batch has for each token, and shared rows can have too
 BATCH = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -46,7 +46,7 @@ def token_logprobs(
         share_prompt: whether S is 2B sequences, the B chosen ones first, and the model sees what i
             and B + i begin with once (`treg.heads.share_prompts`): it is the same up to rounding,
             and a model where it is not is refused. Or the rows that `share_prompts` made of these
-            inputs already, which serve policy and reference alike.
+            inputs already, of pairs or of other sequences, which serve policy and reference alike.
         temperature: > 0, at which answers were sampled: the model's own logits (with its scale and
             softcap) are divided by it.
         entropy_gradient: whether the output "entropy" has its exact gradient too. Where a loss uses
@@ -119,7 +119,7 @@ def score_tokens(
 def shared_inputs(
     inputs: Mapping[str, Any], rows: bool | SharedRows = True
 ) -> tuple[SharedRows, dict[str, Any]]:
-    """The rows that pairs share, made here unless they are given, and what the model's forward
+    """The rows that sequences share, made here unless they are given, and what the model's forward
     takes in place of inputs.
 
     Raises:

@@ -1,9 +1,11 @@
-"""A pair's prompt run once: rows of pairs out of ordinary batches, and the check of a first batch
-that nothing changes but rounding.
+"""A prompt run once: shared rows out of ordinary batches, and the check of a first batch that
+nothing changes but rounding.
 
 A batch of pairs has 2B sequences, the B chosen ones first, and i and B + i share what they begin
-with. In rows of pairs (`treg.data.tree`) that stands once: P + R_w + R_l tokens of the model where
-the sequences alone have 2P + R_w + R_l.
+with. In shared rows (`treg.data.tree`) that stands once: P + R_w + R_l tokens of the model where
+the sequences alone have 2P + R_w + R_l. Of a batch of other sequences, such as the G completions of
+each prompt in online training, those that begin alike are found: P + G R tokens instead of
+G (P + R).
 """
 
 import logging
@@ -16,7 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from treg.data.tree import IntArray, model_inputs, places_in, shared_pairs
+from treg.data.tree import (
+    IntArray,
+    groups_alike,
+    model_inputs,
+    places_in,
+    shared_groups,
+    shared_pairs,
+)
 from treg.heads.attention import check_attention
 from treg.heads.checks import evaluated
 from treg.heads.install import check_branches, run_head
@@ -36,13 +45,13 @@ LIMITS = {
     torch.float16: (3e-3, 2e-2),
     torch.bfloat16: (2e-2, 2e-1),
 }
-CHECKED = 4  # pairs of the first batch
+CHECKED = 8  # sequences of the first batch
 ELSEWHERE = "another process found a difference"
 
 
 @dataclass(frozen=True)
 class SharedRows:
-    """A batch of pairs in rows that they share.
+    """A batch in rows that its sequences share.
 
     inputs: what a model whose head is installed takes: input_ids and position_ids [rows, width],
         and branches [n, 5].
@@ -54,43 +63,63 @@ class SharedRows:
     places: Tensor
 
     def apart(self, hidden: Tensor, places: Tensor | None = None) -> Tensor:
-        """Hidden states [rows, width, D] of these rows as those of the batch, [2B, T, D]; of
+        """Hidden states [rows, width, D] of these rows as those of the batch, [S, T, D]; of
         padding what stands anywhere.
 
         Args:
             places: those of some tokens alone, of any shape, which is then the result's instead of
-                [2B, T].
+                [S, T].
         """
         places = self.places if places is None else places
         return hidden.flatten(0, 1)[places.to(hidden.device)]
 
 
 def share_prompts(
-    input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    pairs: bool = True,
+    packed: bool | None = None,
 ) -> SharedRows:
-    """A batch of pairs in rows that they share.
+    """A batch in rows that its sequences share.
 
     Args:
-        input_ids: [2B, T], the B chosen sequences first, padded on either side; or [1, L], all
-            sequences one after the other, then position_ids tell where they begin.
+        input_ids: [S, T], padded on either side; or [1, L], all S sequences one after the other,
+            then position_ids tell where they begin.
         attention_mask: of the shape of input_ids, 0 where there is padding; None: there is none.
         position_ids: of a row of several sequences, [1, L]: 0 where one begins. Of padded rows they
             are needed where padding is on the left: without them a model counts it as tokens.
+        pairs: whether S is 2B, the B chosen ones first, and i and B + i share what they begin with.
+            Else the sequences come in any order, and those that begin alike are found.
+        packed: whether all goes into one row, without padding; else what shares a beginning has a
+            row. None: as the batch has it. One row costs least where attention runs branch by
+            branch (sdpa, flex_attention), but not where it takes a mask of the whole row (eager).
     Returns:
-        Rows on the device of input_ids: [B, T'] or [1, L']. They are made by the host, which waits
-        for tensors of a device once each.
+        Rows on the device of input_ids: [B, T'] of pairs, [groups, T'] or [1, L']. They are made by
+        the host, which waits for tensors of a device once each.
     Raises:
-        ValueError: another number of sequences than an even one, or an empty one; an attention_mask
-            of another shape, or with holes; positions that are not 0, 1, 2, ... in each sequence,
-            or none beside padding on the left.
+        ValueError: of pairs an odd number of sequences; an empty sequence; an attention_mask of
+            another shape, or with holes; positions that are not 0, 1, 2, ... in each sequence, or
+            none beside padding on the left.
     """
-    sequences = _sequences(input_ids, attention_mask, position_ids)
+    places = _sequences(input_ids, attention_mask, position_ids)
+    packed = len(input_ids) == 1 if packed is None else packed
+    if pairs and len(places) % 2:
+        raise ValueError(
+            "input_ids: expected an even number of sequences, the chosen ones first, got the "
+            f"lengths {list(map(len, places))}; other ones take pairs=False"
+        )
     ids = input_ids.cpu().numpy().reshape(-1)
-    tree = shared_pairs([ids[x] for x in sequences], packed=len(input_ids) == 1)
-    places = places_in(tree, sequences, ids.size)
+    sequences = [ids[x] for x in places]
+    if pairs:
+        tree = shared_pairs(sequences, packed=packed)
+    else:
+        tree = shared_groups(sequences, groups_alike(sequences), packed=packed)
+    found = places_in(tree, places, ids.size)
     device = input_ids.device
     inputs = model_inputs(tree, device)
-    return SharedRows(inputs, torch.from_numpy(places).reshape(input_ids.shape).to(device))
+    return SharedRows(inputs, torch.from_numpy(found).reshape(input_ids.shape).to(device))
 
 
 def _sequences(
@@ -114,10 +143,10 @@ def _sequences(
         sequences: list[IntArray] = [*np.split(places, starts[starts > 0])]
     else:
         sequences = [*np.split(places, np.cumsum(kept.sum(1))[:-1])]
-    if len(sequences) % 2 or not all(map(len, sequences)):
+    if not all(map(len, sequences)):
         raise ValueError(
-            "input_ids: expected an even number of sequences with tokens, the chosen ones first, "
-            f"got the lengths {list(map(len, sequences))}"
+            "input_ids: expected sequences with tokens, got the lengths "
+            f"{list(map(len, sequences))}"
         )
     if any(len(x) != x[-1] - x[0] + 1 for x in sequences):
         raise ValueError(
@@ -166,7 +195,7 @@ class PromptSharing:
         if self.asked:
             cause = reason if isinstance(reason, Exception) else None
             raise ValueError(f"{self.option}: {reason}; set {self.option}=False") from cause
-        log.warning("%s is off, each answer of a pair runs its prompt: %s", self.option, reason)
+        log.warning("%s is off, each answer runs its prompt: %s", self.option, reason)
         self.on = False
 
     def try_on(self, spec: HeadSpec) -> None:
@@ -189,18 +218,18 @@ class PromptSharing:
         self,
         model: nn.Module,
         apart: Mapping[str, Any],
-        shared: SharedRows | None,
+        shared: SharedRows | Callable[[], SharedRows],
         dtype: torch.dtype,
         agreed: Callable[[bool], bool] = bool,
     ) -> None:
-        """Compare the log-probs of the first batch, some pairs of it, with those of its sequences
-        apart.
+        """Compare the log-probs of the first batch, some sequences of it, with those of its
+        sequences apart.
 
         Args:
             model: as it is trained, wrapped or not; its head is installed.
             apart: input_ids and attention_mask or position_ids, as `share_prompts` takes them.
-            shared: the same in rows that pairs share. None: they are made here, and what speaks
-                against it speaks against sharing.
+            shared: the same in rows that they share; or what makes these, and what it cannot put
+                into rows speaks against sharing.
             dtype: what the model computes in.
             agreed: whether all processes have found so, from whether this one has.
         Raises:
@@ -209,16 +238,16 @@ class PromptSharing:
         """
         self.settled = True
         problem = ""
-        if shared is None:
+        if not isinstance(shared, SharedRows):
             try:
-                shared = share_prompts(**apart)
+                shared = shared()
             except ValueError as error:
                 problem = str(error)
             # before the forwards, in which processes wait for each other
             if not agreed(not problem):
                 self.give_up(problem or ELSEWHERE)
                 return
-        assert shared is not None
+        assert isinstance(shared, SharedRows)
         try:
             found = compare(model, apart, shared)
         except torch.OutOfMemoryError:
@@ -266,16 +295,15 @@ def precision_of(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def compare(model: nn.Module, apart: Mapping[str, Any], shared: SharedRows) -> Comparison:
-    """The log-probs of some pairs of a batch in rows that they share, and apart with padding on the
-    right and on the left. The model runs in eval mode, three times, whatever the batch.
+    """The log-probs of some sequences of a batch in rows that they share, and apart with padding on
+    the right and on the left. The model runs in eval mode, three times, whatever the batch.
     """
     ids = apart["input_ids"]
     sequences = _sequences(ids, apart.get("attention_mask"), apart.get("position_ids"))
-    pairs = len(sequences) // 2
-    # the longest sequence among them: of some models it says what positions mean
-    by_length = sorted(range(pairs), key=lambda i: max(map(len, sequences[i::pairs])))
-    some = sorted({*by_length[: CHECKED // 2], *by_length[-(CHECKED // 2) :]})
-    chosen = [sequences[i] for i in (*some, *(pairs + i for i in some))]
+    # the longest among them: of some models it says what positions mean
+    by_length = sorted(sequences, key=len)
+    few = CHECKED // 2
+    chosen = by_length if len(by_length) <= CHECKED else by_length[:few] + by_length[-few:]
     flat, places = ids.reshape(-1), shared.places.reshape(-1)
     tokens = [flat[torch.from_numpy(x).to(flat.device)] for x in chosen]
     targets = torch.cat([x[1:] for x in tokens])

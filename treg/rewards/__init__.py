@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         columns_read,
         load_source,
         make_options,
+        options_say,
         source_class,
         streams_given,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "load_source",
     "make_options",
     "nearest",
+    "options_say",
     "source_class",
     "streams_given",
 ]
@@ -59,6 +61,7 @@ _LOADED_LATER = {
         "columns_read",
         "load_source",
         "make_options",
+        "options_say",
         "source_class",
         "streams_given",
     ),

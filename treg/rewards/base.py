@@ -204,11 +204,17 @@ class Context:
         return None if layer is None else int(layer.weight.shape[0])
 
 
+# what Options may say of their source, as a class attribute or a property; not said: False
+# asks_reference: it needs the reference model. adds_up_to_a_score: the token rewards of a response
+# add up to what a reward model says of it, so that the same score beside them would count twice
+FACTS = ("asks_reference", "adds_up_to_a_score")
+
+
 class TokenRewardSource(Protocol):
     """What `treg annotate` and the trainers ask of a source of token rewards."""
 
     # a frozen dataclass; its fields, of the types str, int, float, bool and lists of them, become
-    # options of the command line and of YAML files
+    # options of the command line and of YAML files; it may say some of FACTS
     Options: ClassVar[type]
 
     def __init__(self, options: Any, context: Context): ...

@@ -206,6 +206,8 @@ class ContrastiveOptions:
     Differs: all but prompts are readings of our own, off by default.
     """
 
+    asks_reference: ClassVar[bool] = True
+
     prompts: str | ContrastivePrompts | None = field(
         default=None,
         metadata={

@@ -51,6 +51,8 @@ def entropy_segments(entropy: Tensor, threshold: float) -> Tensor:
 class EntropyOptions(NestedOptions):
     """threshold: nats; 0 makes nearly every token a segment, a very large one the response."""
 
+    asks_reference: ClassVar[bool] = True
+
     of: str = field(
         default="surprise", metadata={"help": "The source whose token rewards are summed."}
     )

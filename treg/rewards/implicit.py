@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from treg.data import RowProblem
 from treg.data.annotated import PROBE, model_fingerprint
-from treg.rewards.base import Context, check_number
+from treg.rewards.base import Context, NoReference, check_number
 from treg.rewards.loading import (
     check_whole,
     is_adapter,
@@ -64,6 +64,11 @@ class ImplicitOptions:
         check_number("beta", self.beta, positive=True)
         if self.clip is not None:
             check_number("clip", self.clip, positive=True)
+
+    @property
+    def asks_reference(self) -> bool:
+        """Without a base of its own."""
+        return self.base is None
 
 
 class ImplicitSource:
@@ -159,15 +164,18 @@ def implicit_rewards(
 
 
 def _causal_lm(context: Context, option: str, path: str) -> Any:
-    """A whole model, in the dtype of the run's model and on its device.
+    """A whole model, in the dtype of the run's model and on its device; where the run has none, in
+    its checkpoint's.
 
     Raises:
         ValueError: another tokenizer than the run's, or another size of the vocabulary.
     """
     own = context.model
-    model, missing = load_model(AutoModelForCausalLM, option, path, WHAT, dtype=own.dtype)
+    alone = isinstance(own, NoReference)
+    dtype = "auto" if alone else own.dtype
+    model, missing = load_model(AutoModelForCausalLM, option, path, WHAT, dtype=dtype)
     check_whole(missing, option, path, WHAT)
-    sizes = [x.get_output_embeddings().weight.shape[0] for x in (model, own)]
+    sizes = [x.get_output_embeddings().weight.shape[0] for x in (model, model if alone else own)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"rewards.{option}: expected the vocabulary of the run's model, {sizes[1]} tokens, got "

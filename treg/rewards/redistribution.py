@@ -70,6 +70,8 @@ class RedistributionOptions:
     dtype: of the reward model; None: float32 on a CPU, else its checkpoint's.
     """
 
+    adds_up_to_a_score: ClassVar[bool] = True
+
     model: str = field(
         metadata={"help": "Folder or hub name of the reward model, a sequence classifier."}
     )

@@ -97,6 +97,17 @@ def columns_read(name: str, options: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(found)
 
 
+def options_say(fact: str, name: str, options: Mapping[str, Any]) -> bool:
+    """Whether the Options of a source, or of one that it takes numbers of, say a fact of
+    `treg.rewards.base.FACTS`.
+    """
+    made = make_options(name, options)
+    inner = [(entry.name, entry.options) for entry in getattr(made, "entries", ())]
+    if hasattr(made, "inner_options"):
+        inner.append((made.of, made.inner_options))
+    return getattr(made, fact, False) or any(options_say(fact, *given) for given in inner)
+
+
 def _check_source(name: str, found: Any) -> None:
     """ValueError unless found has what `TokenRewardSource` says."""
     kind = getattr(found, "Options", None)

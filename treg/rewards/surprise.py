@@ -26,6 +26,8 @@ UNITS = ("token", "word")
 class SurpriseOptions:
     """unit: "token", or "word": each token gets the lowest reward of its word's tokens."""
 
+    asks_reference: ClassVar[bool] = True
+
     unit: Literal["token", "word"] = field(
         default="token",
         metadata={"help": "token, or word: each token gets the lowest reward of its word."},

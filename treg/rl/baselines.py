@@ -10,7 +10,7 @@ from treg.rl.groups import group_numbers, means, totals
 from treg.rl.layout import Layout
 from treg.rl.returns import check_fraction
 from treg.rl.scales import SCALES, Batch, Centred
-from treg.rl.steps import one_to_the_left, sums_from_right
+from treg.rl.steps import one_to_the_left, row_sums, sums_from_right
 
 
 @torch.no_grad()
@@ -37,7 +37,8 @@ def token_advantages(
     The result is A / (s + eps), and tokens of a unit share it. With gamma = lam = 1, A_ik is what
     the steps from k on earn, less b_i.
 
-    baseline:
+    What `baseline` makes of b_i:
+
         group    b_i = the mean of S over i's group. GRPO, arXiv 2402.03300, section 4.1.2
         rloo     b_i = the mean of S over the others of the group; 0 where there is none. RLOO,
                  arXiv 2402.14740
@@ -46,7 +47,9 @@ def token_advantages(
                  all steps of the group. GRPO, section 4.1.3
         tokens   as none, and then less the mean of A over all tokens of the batch: b_i, for all i.
                  REINFORCE++, arXiv 2501.03262
-    scale:
+
+    What `scale` makes of s:
+
         group    s^2 = 1 / (n - 1) * sum_i mean_t (A_it + b_i - c)^2, over the n sequences of the
                  group; mean_t is over the tokens of a sequence, c is the mean of b over the group,
                  and n - 1 is at least 1. Of process: sum over the n steps of (R_im - c)^2
@@ -177,6 +180,7 @@ def _tokens(batch: Batch) -> Centred:
     return Centred(A, A, level, batch.shares)
 
 
+# A new one is a function and a row.
 BASELINES: dict[str, Callable[[Batch], Centred]] = {
     "group": _group,
     "rloo": _rloo,
@@ -188,7 +192,7 @@ BASELINES: dict[str, Callable[[Batch], Centred]] = {
 
 def _group_means(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """[B] each: the mean of the sums of a group, the sums, and how many sequences they are of."""
-    sums = sums_from_right(batch.rewards, 1.0)[:, 0]
+    sums = row_sums(batch.rewards)
     scored = batch.steps.there[:, :1].double()
     counts = totals(scored[:, 0], batch.group)
     return means(sums[:, None], scored, batch.group), sums, counts

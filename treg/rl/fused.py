@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from treg import checks
 from treg.ops import linear_logprobs
 from treg.ops.entropy import differentiable_entropy
 from treg.ops.head import Head
-from treg.rl.policy import DEFAULT, PolicyLoss, Rows, check_layout, check_options, loss_of_rows
+from treg.rl.layout import Layout
+from treg.rl.policy import DEFAULT, PolicyLoss, Rows, check_options, loss_of_rows
 from treg.rl.policy_options import PolicyOptions
 
 IGNORED = -100  # a target that is not scored
@@ -51,8 +51,7 @@ def fused_policy_loss(
     Raises:
         TypeError: what must be a tensor is none. ValueError: any other bad input, by name.
     """
-    checks.check_tensor("target", target)
-    check_layout("target", target, cu_seqlens)
+    rows = Rows.of(Layout.of_targets(target, IGNORED, cu_seqlens))
     check_options(options)
     head = Head(weight, bias, logit_scale, softcap, temperature, IGNORED)
     found = linear_logprobs(
@@ -82,5 +81,4 @@ def fused_policy_loss(
         "entropy": entropy,
         "ratio_weights": ratio_weights,
     }
-    rows = Rows.of(target != IGNORED, cu_seqlens)
     return loss_of_rows(rows, found.logprobs, others, options, num_items, accumulation_steps)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from treg.checks import check_device, check_tensor
+from treg.rl.steps import row_sums
 
 
 def totals(x: Tensor, group: Tensor) -> Tensor:
@@ -17,8 +18,8 @@ def means(x: Tensor, weights: Tensor, group: Tensor) -> Tensor:
     lows = torch.where(counted, x, torch.inf).amin(1)
     low = torch.full_like(lows, torch.inf).scatter_reduce_(0, group, lows, "amin")[group]
     low = torch.where(low.isfinite(), low, 0.0)
-    above = torch.where(counted, weights * (x - low[:, None]), 0.0).sum(1)
-    return low + totals(above, group) / totals(weights.sum(1), group).clamp(min=1)
+    above = row_sums(torch.where(counted, weights * (x - low[:, None]), 0.0))
+    return low + totals(above, group) / totals(row_sums(weights), group).clamp(min=1)
 
 
 def group_numbers(groups: Tensor | int, lengths: Tensor) -> Tensor:

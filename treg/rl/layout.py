@@ -8,6 +8,7 @@ a tool, say) is skipped, and padded and packed tensors are the same from here on
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from treg.checks import (
@@ -30,7 +31,7 @@ class Layout:
     Attributes:
         scored: [B, T], or [N] where sequences are packed, bool.
         place: like scored, int64: the index in flat rows [B, W + 1]. Column W is where tokens that
-            are not scored go; it is cut off.
+            are not scored go; it is cut off, and 0 when they come back.
         lengths: [B] int64, scored tokens of each sequence.
         width: W >= 1, no less than any length.
     """
@@ -88,6 +89,18 @@ class Layout:
         like = torch.empty(max(int(cu_seqlens[-1]), 0), device=cu_seqlens.device)
         return _packed("tokens", like, cu_seqlens)
 
+    @staticmethod
+    def of_targets(target: Tensor, ignored: int, cu_seqlens: Tensor | None) -> "Layout":
+        """The layout of targets, [B, T], or [N] with cu_seqlens; those that equal `ignored` are not
+        scored.
+        """
+        check_tensor("target", target)
+        scored = target != ignored
+        if cu_seqlens is None:
+            return Layout.of("target", target, scored if target.ndim == 2 else None, None)
+        check_tensor("cu_seqlens", cu_seqlens)
+        return _packed("target", target, cu_seqlens, scored)
+
     @property
     def there(self) -> Tensor:
         """[B, W] bool: whether a row holds a token there."""
@@ -119,14 +132,13 @@ class Layout:
     def rows(self, x: Tensor) -> Tensor:
         """[B, W] in x's dtype: the scored tokens from the left, 0 beyond."""
         flat = x.new_zeros(len(self.lengths) * (self.width + 1))
-        # what is not scored goes to the column that is cut off, as 0: the order does not matter
-        flat[self.place] = x.masked_fill(~self.scored, 0)
+        flat[self.place] = x  # what is not scored goes to the column that is cut off
         return flat.view(-1, self.width + 1)[:, : self.width]
 
     def back(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T] or [N]: what rows [B, W] hold at each scored token, 0 at the others."""
         flat = torch.cat([rows, torch.zeros_like(rows[:, :1])], 1).reshape(-1)
-        return flat[self.place].masked_fill(~self.scored, 0).to(dtype)
+        return flat[self.place].to(dtype)
 
     def steps(self, units: Tensor | None) -> Steps:
         """The steps that units make.
@@ -160,7 +172,8 @@ def _padded(mask: Tensor) -> Layout:
     return Layout(mask, row * (width + 1) + column, mask.sum(1), width)
 
 
-def _packed(name: str, like: Tensor, cu_seqlens: Tensor) -> Layout:
+def _packed(name: str, like: Tensor, cu_seqlens: Tensor, scored: Tensor | None = None) -> Layout:
+    """scored: [N] bool, or None: all are."""
     if like.ndim != 1:
         raise ValueError(f"{name}: expected [N] beside cu_seqlens, got {list(like.shape)}")
     _check_cu_seqlens(cu_seqlens)
@@ -168,12 +181,14 @@ def _packed(name: str, like: Tensor, cu_seqlens: Tensor) -> Layout:
         check_device("cu_seqlens", cu_seqlens, like)
     if values_visible(cu_seqlens):
         check_ends(cu_seqlens.tolist(), name, len(like))
+    if scored is None:
+        scored = torch.ones_like(like, dtype=torch.bool)
     ends = cu_seqlens.long().to(like.device)
-    lengths = ends.diff()
-    width = max(int(lengths.max()), 1) if len(lengths) else 1
-    row = torch.repeat_interleave(lengths, output_size=len(like))
-    place = torch.arange(len(like), device=like.device) - ends[row] + row * (width + 1)
-    return Layout(torch.ones_like(like, dtype=torch.bool), place, lengths, width)
+    before = F.pad(scored.cumsum(0), (1, 0))  # scored tokens before each place
+    width = max(int(ends.diff().max()), 1) if len(ends) > 1 else 1
+    row = torch.repeat_interleave(ends.diff(), output_size=len(like))
+    column = torch.where(scored, before[:-1] - before[ends[row]], width)
+    return Layout(scored, row * (width + 1) + column, before[ends].diff(), width)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor) -> None:

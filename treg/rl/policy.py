@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treg import checks
 from treg.rl.kl import KL_ESTIMATORS, off_policy_kl
+from treg.rl.layout import Layout
 from treg.rl.policy_options import REDUCTIONS, PolicyOptions
 from treg.rl.surrogates import Tokens, ratio_at
 
@@ -81,9 +82,8 @@ def policy_loss(
     Raises:
         TypeError: what must be a tensor is none. ValueError: any other bad input, by name.
     """
-    scored = _scored(logprobs, mask, cu_seqlens)
     return loss_of_rows(
-        Rows.of(scored, cu_seqlens),
+        Rows.of(Layout.of("logprobs", logprobs, mask, cu_seqlens)),
         logprobs,
         {
             "advantages": advantages,
@@ -99,45 +99,33 @@ def policy_loss(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
-    """The tokens of a padded or packed tensor in padded rows, where what is not scored is 0."""
+    """The scored tokens of a batch in rows [B, W], see `Layout`, and numbers of sequences."""
 
-    scored: Tensor  # [B, T] bool
-    shape: torch.Size  # of the tensors of tokens, [B, T] or [N]
-    places: Tensor | None = None  # [B, T] int64: which of N a token is
+    layout: Layout
+    scored: Tensor  # [B, W] bool, whether a row holds a token there
+    lengths: Tensor  # [B, 1] float64, scored tokens
 
     @classmethod
-    def of(cls, scored: Tensor, cu_seqlens: Tensor | None) -> "Rows":
-        """scored: bool, [B, T], or [N] beside cu_seqlens."""
-        if cu_seqlens is None:
-            return cls(scored, scored.shape)
-        ends = cu_seqlens.to(scored.device, torch.int64)
-        lengths = ends.diff().unsqueeze(1)
-        longest = int(lengths.max()) if lengths.numel() else 0
-        steps = torch.arange(longest, device=scored.device)
-        inside = steps < lengths
-        places = torch.where(inside, ends[:-1].unsqueeze(1) + steps, 0)
-        return cls(scored[places] & inside, scored.shape, places)
+    def of(cls, layout: Layout) -> "Rows":
+        return cls(layout, layout.there, layout.lengths.unsqueeze(1).double())
 
     @property
-    def lengths(self) -> Tensor:
-        """[B, 1] float64, numbers of scored tokens."""
-        return self.scored.sum(1, keepdim=True).double()
+    def shape(self) -> torch.Size:
+        """Of the tensors of tokens, [B, T] or [N]."""
+        return self.layout.scored.shape
 
     def read(self, x: Tensor) -> Tensor:
-        """[B, T] float64 of one number a token, [B, 1] of one a sequence."""
-        wide, used = x.double(), self.scored
-        if x.shape != self.shape:
-            wide, used = wide.unsqueeze(1), self.lengths > 0
-        elif self.places is not None:
-            wide = wide[self.places]
-        return torch.where(used, wide, 0.0)
+        """[B, W] float64 of one number a token, [B, 1] of one a sequence."""
+        if x.shape == self.shape:
+            return self.layout.rows(x.double())
+        return torch.where(self.lengths > 0, x.double().unsqueeze(1), 0.0)
 
     def mean(self, x: Tensor, among: Tensor | None = None) -> Tensor:
-        """Over scored tokens of x [B, T], or over sequences that have one of x [B, 1]; 0 of none.
+        """Over scored tokens of x [B, W], or over sequences that have one of x [B, 1]; 0 of none.
 
-        among: [B, T] bool, those of them that count.
+        among: [B, W] bool, those of them that count.
         """
         used = self.scored if x.shape == self.scored.shape else self.lengths > 0
         used = used if among is None else used & among
@@ -253,48 +241,12 @@ def _reduced(
 def _longest(rows: Rows, options: PolicyOptions) -> float:
     if options.max_length is not None:
         return options.max_length
-    if rows.places is not None:
+    if len(rows.shape) == 1:
         raise ValueError(
             f"max_length: expected a number > 0 for packed tensors and "
             f"reduction={options.reduction!r}, got None; set it in the options"
         )
-    return max(rows.scored.shape[1], 1)
-
-
-def _scored(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Which tokens are scored, of the shape of logprobs."""
-    checks.check_tensor("logprobs", logprobs)
-    checks.check_tensor("mask", mask, optional=True)
-    check_layout("logprobs", logprobs, cu_seqlens)
-    if mask is None:
-        return torch.ones_like(logprobs, dtype=torch.bool)
-    if cu_seqlens is not None:
-        raise ValueError(
-            "mask: expected None beside cu_seqlens, got a tensor; pack the scored tokens alone"
-        )
-    checks.check_mask(mask, logprobs)
-    return mask
-
-
-def check_layout(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """ValueError unless x is [B, T], or [N] beside cu_seqlens [B+1]."""
-    checks.check_tensor("cu_seqlens", cu_seqlens, optional=True)
-    if cu_seqlens is None:
-        if x.ndim != 2:
-            raise ValueError(
-                f"{name}: expected [B, T], or [N] with cu_seqlens, got {list(x.shape)} without"
-            )
-        return
-    if x.ndim != 1:
-        raise ValueError(f"{name}: expected [N] beside cu_seqlens, got {list(x.shape)}")
-    good = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] > 0
-    if not good or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens: expected [B+1] int32 or int64, got {list(cu_seqlens.shape)} "
-            f"{cu_seqlens.dtype}"
-        )
-    if checks.values_visible(cu_seqlens):
-        checks.check_ends(cu_seqlens.tolist(), name, x.shape[0])
+    return max(rows.shape[1], 1)
 
 
 def check_options(options: PolicyOptions) -> None:
@@ -342,14 +294,13 @@ def _check_given(
 def _check_tensors(given: dict[str, Tensor | None], rows: Rows) -> None:
     logprobs = given["logprobs"]
     assert logprobs is not None
-    scored = rows.scored
     for name, x in given.items():
         if name not in ("logprobs", "advantages") and x is None:
             continue
         checks.check_tensor(name, x)
         assert x is not None
         by_sequence = name in ("advantages", "ratio_weights")
-        count = scored.shape[0]
+        count = len(rows.lengths)
         if x.shape != rows.shape and not (by_sequence and tuple(x.shape) == (count,)):
             or_one = f"[{count}], or " if by_sequence else ""
             raise ValueError(

@@ -25,7 +25,8 @@ REDUCTIONS = {
     "constant": Reduction("sequences", longest=True),
     "token_mean": Reduction("tokens"),
     "items": Reduction("tokens", over_step=True),
-    # verl's names (loss_agg_mode)
+    # verl's names (loss_agg_mode). Its 0.8 does not divide by sequences in the fourth: that is
+    # num_items=1.
     "token-mean": Reduction("tokens", over_step=True),
     "token-sum": Reduction("nothing"),
     "seq-mean-token-sum": Reduction("scored sequences", over_step=True),

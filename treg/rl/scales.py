@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treg.rl.groups import means, totals
-from treg.rl.steps import Steps
+from treg.rl.steps import Steps, row_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def _spread(centred: Centred, group: Tensor) -> Tensor:
     w = centred.weights
     middle = means(centred.level[:, None].expand_as(w), w, group)
     squares = w * (centred.residuals + (centred.level - middle)[:, None]).square()
-    squares, counts = (totals(x.sum(1), group) for x in (squares, w))
+    squares, counts = (totals(row_sums(x), group) for x in (squares, w))
     return (squares / (counts - 1).clamp(min=1)).sqrt()
 
 
@@ -72,6 +72,7 @@ def _of_tokens(centred: Centred, batch: Batch) -> Tensor:
     )
 
 
+# None: no division. A new one is a function and a row.
 SCALES: dict[str, Callable[[Centred, Batch], Tensor] | None] = {
     "group": _of_groups,
     "batch": _of_batch,

@@ -25,6 +25,11 @@ def sums_from_right(x: Tensor, factor: float, runs: Tensor | None = None) -> Ten
     return x
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """[B, W] -> [B]. As no other sum does, it has the same bits whatever W is."""
+    return sums_from_right(x, 1.0)[:, 0]
+
+
 def one_to_the_left(x: Tensor) -> Tensor:
     """[B, W] -> [B, W]: at each column what the next one holds, 0 at the last."""
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)

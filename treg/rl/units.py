@@ -87,7 +87,7 @@ def ngram_units(n: int, *, mask: Tensor | None = None, cu_seqlens: Tensor | None
         cu_seqlens: [B + 1] int32 or int64, where packed sequences begin and end. One of both must
             be given.
     Returns:
-        [B, T] or [N], int64.
+        [B, T] or [N], int64, on the device of the mask or of cu_seqlens.
     Raises:
         TypeError: an argument that must be a tensor is none. ValueError: n that is no whole number
             >= 1; a mask that is not [B, T] bool; both mask and cu_seqlens, or none.
@@ -119,7 +119,7 @@ def random_ngram_units(
         cu_seqlens: [B + 1] int32 or int64, where packed sequences begin and end. One of both must
             be given.
     Returns:
-        [B, T] or [N], int64.
+        [B, T] or [N], int64, on the device of the mask or of cu_seqlens.
     Raises:
         TypeError: an argument that must be a tensor is none. ValueError: no lengths, or one that is
             no whole number >= 1; a mask that is not [B, T] bool; both mask and cu_seqlens, or none.

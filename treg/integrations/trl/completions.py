@@ -3,7 +3,6 @@ TRL's.
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,8 @@ import torch
 from torch import Tensor
 
 from treg.data import RowProblem
+from treg.integrations.sampled import Told, reference_at, scored
 from treg.rewards import Context, NoReference, Response, load_source
-from treg.rewards.base import check_response, score_checked
-from treg.rewards.loading import load_model
-
-log = logging.getLogger(__name__)
 
 # what TRL hands to a reward function beside the columns of the data
 NOT_COLUMNS = {"trainer_state", "log_extra", "log_metric", "environments"}
@@ -39,7 +35,7 @@ class CompletionRewards:
         # of the last call: [T] of each completion; None where the source refuses it
         self.found: list[Tensor | None] = []
         self.refused = 0
-        self._told: set[str] = set()
+        self._told = Told(f"{self.__name__}: a completion has no reward, its tokens no advantage")
 
     def load(self, trainer: Any) -> None:
         """Load the source. trainer: a TRegGRPOTrainer with its models."""
@@ -47,11 +43,7 @@ class CompletionRewards:
         model: Any = NoReference("token_rewards", device, FIX)
         self.reference: Callable = contextlib.nullcontext
         if path is not None:
-            from transformers import AutoModelForCausalLM
-
-            what = "a causal language model (AutoModelForCausalLM)"
-            model, _ = load_model(AutoModelForCausalLM, "model", path, what, dtype="auto")
-            model = model.to(device)
+            model = reference_at(path, device)
         elif trainer.ref_model is not None or hasattr(trainer.model, "peft_config"):
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 model = NoReference("token_rewards", device, "set token_rewards_model")
@@ -113,22 +105,8 @@ class CompletionRewards:
     def _scored(self, responses: Sequence[Response]) -> list[Tensor | None]:
         # a source may run the reference to say what it refuses
         with self.reference():
-            problems = [self._problem(response) for response in responses]
-            fine = [x for x, problem in zip(responses, problems, strict=True) if problem is None]
-            found = iter(score_checked(self.source, fine))
-        return [None if problem else next(found)["token_rewards"] for problem in problems]
-
-    def _problem(self, response: Response) -> RowProblem | None:
-        if not len(response.ids):
-            return RowProblem("empty completion", "it has no token")
-        problem = check_response(self.source, response)
-        if problem is not None and problem.reason not in self._told:
-            self._told.add(problem.reason)
-            log.warning(
-                "%s: a completion gets no reward, and its tokens no advantage: %s: %s; more of "
-                "this kind are counted as credit/refused",
-                self.__name__,
-                problem.reason,
-                problem.detail,
-            )
-        return problem
+            found = scored(self.source, responses)
+        for x in found:
+            if isinstance(x, RowProblem):
+                self._told(x)
+        return [None if isinstance(x, RowProblem) else x for x in found]

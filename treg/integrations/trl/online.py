@@ -4,6 +4,7 @@ log-probs and advantages of treg.
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from treg.integrations.trl.credit import (
 from treg.integrations.trl.heads import as_reference, head_of
 from treg.integrations.trl.online_config import TRegGRPOConfig
 from treg.integrations.trl.routers import balance, router_logits
+from treg.integrations.trl.sharing import SharedGroups
 
 # of a batch, what goes on to a model that sees images
 NOT_FORWARDED = {
@@ -47,8 +49,9 @@ class TRegGRPOTrainer(GRPOTrainer):
     Paper: RED, arXiv 2411.08302, Eq. 6 to 8 (token_rewards="redistribution", kl_in_reward);
     MA-RLHF, arXiv 2410.02743 (credit="macro"); GRPO's process supervision, arXiv 2402.03300,
     section 4.1.3 (credit_baseline="process").
-    Differs: RED and MA-RLHF train a critic. There is none here: the value of every token is the
-    baseline, the mean reward of the prompt's completions.
+    Differs: RED and MA-RLHF train a critic. There is none here. With token rewards the baseline is
+    the mean reward of a step over the prompt's completions (credit_baseline="process"), else their
+    mean reward, as the value of every token up to the last ("group").
 
     A completion that the source refuses, such as one too long for a reward model, has no advantage
     and no part in a baseline; credit/refused is their share. credit/within says how far tokens of a
@@ -56,7 +59,13 @@ class TRegGRPOTrainer(GRPOTrainer):
     completions.
 
     Log-probs and entropies are by `treg.heads`, which refuses by name a head that it cannot read
-    right; models that see images keep TRL's.
+    right; models that see images keep TRL's. What completions begin with, their prompt above all,
+    is run once for all of a batch that share it (treg_share_prompt): of G completions of R tokens a
+    model sees P + G R tokens instead of G (P + R).
+
+    Differs: positions count from the first token of each prompt, as they do in generation. TRL
+    gives a model none, so padding on the left counts. Of models with rotary positions that is the
+    same; of those with absolute ones (GPT-2) TRL's log-probs are not those of the samples.
 
     Args:
         reward_funcs: as in GRPOTrainer; may be None where args has token_rewards.
@@ -91,6 +100,7 @@ class TRegGRPOTrainer(GRPOTrainer):
                 "16 bits"
             )
         args = copy.copy(args)
+        self._shared = SharedGroups(self, args)
         self._rewards = None if args.token_rewards is None else CompletionRewards(args)
         if self._rewards is not None:
             self._check_text_alone(kwargs)
@@ -114,7 +124,7 @@ class TRegGRPOTrainer(GRPOTrainer):
             )
         for x in () if self._is_vlm else (self.model, self.ref_model):
             if x is not None:
-                head_of(self.accelerator, x)
+                self._shared.try_on(head_of(self.accelerator, x))
         if self._rewards is not None:
             self._rewards.load(self)
 
@@ -311,7 +321,12 @@ class TRegGRPOTrainer(GRPOTrainer):
         """Log-probs and entropies [B, T-1], and the routers' loss, of some rows."""
         spec = head_of(self.accelerator, model)
         flags = {"output_router_logits": True} if aux_loss else {}
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        # as transformers' generate() does; a model that sees images counts in its own way
+        if not self._is_vlm and "position_ids" in inspect.signature(spec.model.forward).parameters:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         with self.accelerator.autocast(), router_logits(spec, aux_loss) as routed:
+            shared = self._shared.rows(model, spec, inputs)
             found = token_logprobs(
                 model,
                 labels,
@@ -319,9 +334,9 @@ class TRegGRPOTrainer(GRPOTrainer):
                 entropy_gradient=entropy and self._entropy_bonus_enabled,
                 temperature=self.temperature,
                 memory_budget=self.args.treg_memory_budget,
-                input_ids=ids,
-                attention_mask=mask,
+                share_prompt=shared,
+                **inputs,
                 **flags,
             )
-        loss = balance(spec, routed[-1], mask) if routed else None
+        loss = balance(spec, routed[-1], mask, shared or None) if routed else None
         return found.logprobs, found.entropy, loss

@@ -31,7 +31,8 @@ class TRegGRPOConfig(GRPOConfig):
         "macro": "gae" over macro actions instead of tokens.
         None: "gae" where there are token rewards, else "sequence".
     credit_gamma, credit_lambda: in [0, 1]; the second of "gae" and "macro" alone.
-    credit_baseline: what is taken off the returns, a key of `treg.rl.BASELINES`.
+    credit_baseline: what is taken off the returns, a key of `treg.rl.BASELINES`. None: "process"
+        with token rewards, which tokens earn all along; else "group".
     credit_scale: what advantages are divided by, a key of `treg.rl.SCALES`. None: scale_rewards.
     macro: what a macro action is: "ngram", macro_length tokens; "random", 2, 3, 5 or 10 tokens,
         drawn anew each time; "perplexity", tokens each of which is likelier than the one before;
@@ -39,6 +40,10 @@ class TRegGRPOConfig(GRPOConfig):
     macro_length: >= 1, tokens of an "ngram".
     kl_in_reward: beta * (log pi - log pi_ref) is taken off the reward of each token (RED, Eq. 8),
         and nothing is added to the loss for it.
+    treg_share_prompt: whether what completions begin with, their prompt above all, is run once for
+        all of a batch that share it, by the policy and by the reference; log-probs and gradients
+        are the same. None: where the models can and the first batch shows the same log-probs; else
+        a warning is said. True: else it is an error.
     treg_memory_budget: bytes of temporaries of the head, see `treg.ops.linear_logprobs`.
     """
 
@@ -66,7 +71,12 @@ class TRegGRPOConfig(GRPOConfig):
     credit_lambda: float = field(
         default=0.95, metadata={"help": "Lambda of gae and macro, in [0, 1]."}
     )
-    credit_baseline: str = field(default="group", metadata={"help": ", ".join(BASELINES)})
+    credit_baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{', '.join(BASELINES)}. Default: process with token rewards, else group."
+        },
+    )
     credit_scale: str | None = field(
         default=None, metadata={"help": f"{', '.join(SCALES)}. Default: scale_rewards."}
     )
@@ -76,6 +86,10 @@ class TRegGRPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Take the KL term, times beta, off the rewards of tokens."},
     )
+    treg_share_prompt: bool | None = field(
+        default=None,
+        metadata={"help": "Run a prompt once for its completions. Default: where models allow it."},
+    )
     treg_memory_budget: int | None = field(
         default=None, metadata={"help": "Bytes of temporaries of the head."}
     )
@@ -83,6 +97,8 @@ class TRegGRPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.credit is None:
             self.credit = "sequence" if self.token_rewards is None else "gae"
+        if self.credit_baseline is None:
+            self.credit_baseline = "group" if self.token_rewards is None else "process"
         for name, known in (
             ("credit", CREDITS),
             ("macro", MACROS),

@@ -34,8 +34,8 @@ def balance(
 ) -> Tensor:
     """The load-balancing loss of a mixture of experts, as its own forward computes it.
 
-    router_logits: [tokens, experts] of each layer; with shared of the rows that pairs share, and
-        what a pair shares counts for both of its sequences nevertheless.
+    router_logits: [tokens, experts] of each layer; with shared of the rows that sequences share,
+        and what they share counts for each of them nevertheless.
     """
     config = spec.model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)

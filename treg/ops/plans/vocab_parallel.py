@@ -26,10 +26,14 @@ anew:
     E_y = -(scale / factor) * slope_y * (p - 1) / w_o       on the owner
     E_0 = -(scale / factor) * slope_0 * p^r_0               elsewhere
 
+Word 0 is the first one that the bias does not forbid with -inf. A rank whose every word is
+forbidden has lse_r = -inf and w_r = 0, and no part in any sum.
+
 w_o is kept above 1/256 of a rounding there, which changes nothing that is not below the rounding of
 E_y.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -224,13 +228,18 @@ class VocabParallel(Kept):
         room = self._room(own)
         stash = self._of_kept_rows(own, room)
         # a rank without the target asks for its first word's log-prob
-        asked = replace(own, target=torch.where(target == ABSENT, 0, target))
-        found = score_rows(asked, outputs, stash)
+        first, empty = _first_word(batch)
+        asked = torch.where(target == ABSENT, first, target)
+        found = score_rows(replace(own, target=asked), outputs, stash)
+        if empty is not None:
+            found = _without_mass(found, empty)
+            if stash is not None:
+                stash.masked_fill_(empty, 0.0)
         factor = found.pop("factor", None)
         merged = self._merge(batch, found)
         if stash is not None and factor is not None:
-            first = batch.rows.section(0, stash.shape[0])
-            factor = _widen(batch, first, found, merged, stash, factor)
+            rows = batch.rows.section(0, stash.shape[0])
+            factor = _widen(batch, rows, asked, found, merged, stash, factor)
         unscored = target == IGNORED
         values = {"logprobs": merged.logprobs, "lse": merged.lse, **merged.outputs}
         scores = {}
@@ -283,13 +292,34 @@ class VocabParallel(Kept):
         share = (lse_r - lse).exp()
         outputs = {}
         if "entropy" in ranks:
-            outputs["entropy"] = (share * (ranks["entropy"] + lse - lse_r)).sum(0)
+            own = ranks["entropy"] + lse - lse_r
+            outputs["entropy"] = (share * torch.where(lse_r == -math.inf, 0.0, own)).sum(0)
         if "mean_logit" in ranks:
             outputs["mean_logit"] = (ranks["mean_logit"] * count).sum(0) / count.sum(0)
         if "log_sum_sq_probs" in ranks:
             squares = ranks["log_sum_sq_probs"] + 2.0 * (lse_r - lse)
             outputs["log_sum_sq_probs"] = squares.logsumexp(0)
         return _Merged(logprobs, lse, share[dist.get_rank(self.shard.group)], outputs)
+
+
+def _first_word(batch: Batch) -> tuple[Tensor | int, Tensor | None]:
+    """This rank's first word whose logit is not -inf, and whether there is none (None: there is);
+    0-dimensional tensors, for which no device is waited for.
+    """
+    bias, head = batch.head.bias, batch.head
+    if bias is None or head.softcap is not None or not bias.shape[0]:
+        return 0, None
+    allowed = bias.detach() != -math.inf
+    return allowed.int().argmax(), ~allowed.any()
+
+
+def _without_mass(found: Scores, empty: Tensor) -> Scores:
+    """What `score_rows` found, and where this rank is empty what a sum over no words is."""
+    nothing = {"logprobs": 0.0, "entropy": 0.0, "factor": 0.0, "log_sum_sq_probs": -math.inf}
+    changed = {x: found[x].masked_fill(empty, nothing[x]) for x in nothing if x in found}
+    norm = found["norm"].masked_fill(empty, 0.0)
+    norm[:, 0].masked_fill_(empty, -math.inf)
+    return {**found, **changed, "norm": norm}
 
 
 class _Merged(NamedTuple):
@@ -359,13 +389,14 @@ def _check_targets(
 def _widen(
     batch: Batch,
     rows: RowSelection,
+    asked: Tensor,
     found: Scores,
     merged: _Merged,
     stash: Tensor,
     factor: Tensor,
 ) -> Tensor:
     """Turn the stash of some rows from this rank's softmax to the whole one, in place; returns its
-    factors.
+    factors. asked: [N], the target, or the word that stands for it on this rank.
     """
     head, tiles = batch.head, batch.tiles
     target = rows.read(batch.target)
@@ -380,6 +411,6 @@ def _widen(
     part = torch.where(owner, rows.read(merged.logprobs).expm1() / share, lp.exp())
     wide = factor.double()
     entry = torch.where(wide == 0.0, 0.0, -head.scale / wide * slope * part)
-    at = target.clamp(min=0).unsqueeze(-1)
+    at = rows.read(asked).clamp(min=0).unsqueeze(-1)
     stash.scatter_(1, at, entry.unsqueeze(-1).to(stash.dtype))
     return (wide * share).to(factor.dtype)
