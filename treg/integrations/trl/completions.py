@@ -51,7 +51,7 @@ class CompletionRewards:
                 self.reference = trainer.as_reference
                 bare = trainer.accelerator.unwrap_model
                 model = bare(trainer.model if trainer.ref_model is None else trainer.ref_model)
-        self.tokenizer = trainer.tokenizer_of_text
+        self.tokenizer = trainer.processing_class
         self.template_kwargs = dict(trainer.chat_template_kwargs)
         context = Context(
             model, self.tokenizer, tokens_per_batch=self.args.token_rewards_tokens_per_batch

@@ -151,10 +151,6 @@ class TRegGRPOTrainer(GRPOTrainer):
             tokenizers = [*(tokenizers if isinstance(tokenizers, list) else [tokenizers]), None]
         return [*funcs, self._rewards], tokenizers
 
-    @property
-    def tokenizer_of_text(self) -> Any:
-        return self._tokenizer
-
     def as_reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The reference model, in eval mode."""
         return as_reference(self.accelerator, self.model, self.ref_model)
@@ -231,11 +227,8 @@ class TRegGRPOTrainer(GRPOTrainer):
         known = output.get("old_per_token_logps")
         if known is not None:
             return known
-        mode_size = (
-            self.args.per_device_train_batch_size
-            if self.model.training
-            else self.args.per_device_eval_batch_size
-        )
+        args, training = self.args, self.model.training
+        rows = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         others = {name: x for name, x in output.items() if name not in NOT_FORWARDED}
         with torch.no_grad():
             logps, _, _ = self._get_per_token_logps_and_entropies(
@@ -243,7 +236,7 @@ class TRegGRPOTrainer(GRPOTrainer):
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 output["completion_ids"].shape[1],
-                batch_size=mode_size,
+                batch_size=rows,
                 **others,
             )
         return logps
@@ -322,8 +315,8 @@ class TRegGRPOTrainer(GRPOTrainer):
         spec = head_of(self.accelerator, model)
         flags = {"output_router_logits": True} if aux_loss else {}
         inputs = {"input_ids": ids, "attention_mask": mask}
-        # as transformers' generate() does; a model that sees images counts in its own way
-        if not self._is_vlm and "position_ids" in inspect.signature(spec.model.forward).parameters:
+        # as transformers' generate() does
+        if "position_ids" in inspect.signature(spec.model.forward).parameters:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         with self.accelerator.autocast(), router_logits(spec, aux_loss) as routed:
             shared = self._shared.rows(model, spec, inputs)
