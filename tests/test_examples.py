@@ -400,3 +400,23 @@ def test_online_refuses_another_record(online, tmp_path):
     file.write_text("{}")
     with pytest.raises(ValueError, match="output: expected a record of this script"):
         online.run.Record(file, settings)
+
+
+def test_online_picture(online, tmp_path, monkeypatch):
+    """The same rows give the same bytes, with the name of every line that is there."""
+    monkeypatch.delitem(sys.modules, "picture", raising=False)
+    picture = importlib.import_module("picture")
+    rows = []
+    for method in ("sequence", "RED"):
+        for seed in (0, 1):
+            curve = [{"step": x, "wrong facts": 0.3 - 0.01 * x - 0.02 * seed} for x in (0, 5)]
+            rows.append({"method": method, "seed": seed, "curve": curve})
+    drawn = []
+    for name in ("a.svg", "b.svg"):
+        picture.draw(rows, tmp_path / name)
+        drawn.append((tmp_path / name).read_text())
+    assert drawn[0] == drawn[1]
+    for method, (label, _, _) in picture.LINES.items():
+        assert (label in drawn[0]) == (method in ("sequence", "RED"))
+    ends = picture.apart([(1.0, "a", ""), (1.2, "b", ""), (9.0, "c", "")], 0.5)
+    assert [height for height, _, _ in ends] == [1.0, 1.5, 9.0]

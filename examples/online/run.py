@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -284,7 +285,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         study = Study(args, record, Path(scratch))
         if study.todo:
-            command = " ".join(["python", *sys.argv])
+            command = shlex.join(["python", *sys.argv])
             commands = record.content.setdefault("commands", [])
             commands += [command] * (command not in commands)
             record.content["environment"] = environment(args.processes)
