@@ -7,7 +7,7 @@ from surroundings import shared_data
 from tiny import tiny_llama, tiny_tokenizer
 
 from treg.data import EncodeOptions, load_pairs
-from treg.rewards import Context, load_source
+from treg.rewards import Context, Response, load_source
 from treg.rewards.response import ResponsePairs
 
 CHAT, PLAIN = tiny_tokenizer(), tiny_tokenizer(chat=False)
@@ -175,3 +175,21 @@ def test_an_answer_that_was_cut_after_its_first_message_is_refused(name):
     assert problem.detail == "chosen: cut after the first of its messages; raise max_length"
     left, _ = responses(row, max_length=first - 3)  # a part of the first message alone
     assert left.cut and made.check(left) is None and "the owl".startswith(left.text)
+
+
+@pytest.mark.parametrize("text", ["the fox asked", "🦊 déjà 東京"])
+def test_a_special_token_within_a_sampled_answer_says_nothing(text):
+    """A policy may sample one anywhere, between the bytes of a character too."""
+    tokenizer = tiny_tokenizer()
+    plain = tokenizer(text)["input_ids"]
+    prompt, special = tokenizer("what is")["input_ids"], tokenizer.all_special_ids[-1]
+    for place in range(1, len(plain)):
+        ids = [*plain[:place], special, special, *plain[place:], tokenizer.eos_token_id]
+        response = Response.sampled("what is", prompt, ids, tokenizer)
+        alone = Response.sampled("what is", prompt, [*plain, tokenizer.eos_token_id], tokenizer)
+        assert response.text == text and response.spans is not None
+        pieces = [*response.pieces[:place], *response.pieces[place + 2 :]]
+        assert pieces == alone.pieces and response.pieces[place : place + 2] == ["", ""]
+        held = [*response.spans[:place].tolist(), *response.spans[place + 2 :].tolist()]
+        lengths = [end - start for start, end in held]
+        assert lengths == [end - start for start, end in alone.spans.tolist()]

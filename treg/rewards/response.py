@@ -210,8 +210,16 @@ class Response:
 
     @cached_property
     def pieces(self) -> list[str]:
-        """What each of the T tokens adds to the decoded text, see `token_pieces`."""
-        return token_pieces(self.ids.tolist(), self.tokenizer)
+        """What each of the T tokens adds to the decoded text, see `token_pieces`. Where the text is
+        what the tokens say, special tokens within it say nothing.
+        """
+        ids, special = self.ids.tolist(), set(self.tokenizer.all_special_ids) if self.cut else set()
+        said = [i for i, x in enumerate(ids) if i >= self.content or x not in special]
+        found = [""] * len(ids)
+        pieces = token_pieces([ids[i] for i in said], self.tokenizer)
+        for i, piece in zip(said, pieces, strict=True):
+            found[i] = piece
+        return found
 
     @cached_property
     def spans(self) -> np.ndarray | None:
