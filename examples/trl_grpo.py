@@ -71,7 +71,6 @@ def main() -> None:
         judge = more.reward_model or random_judge(folder)
         config.token_rewards = "redistribution"
         config.token_rewards_options = {"model": judge}
-        config.credit = "gae" if config.credit == "sequence" else config.credit
         trainer = TRegGRPOTrainer(
             more.model,
             args=config,

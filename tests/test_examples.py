@@ -103,6 +103,27 @@ def test_trl_dpo(tmp_path):
     assert (tmp_path / "4" / "model.safetensors").exists()
 
 
+def test_trl_grpo(tmp_path):
+    """Tokens of an answer are told apart."""
+    pytest.importorskip("trl")
+    options = ["--max_steps", "1", "--disable_tqdm", "True", "--num_generations", "4"]
+    more = ["--per_device_train_batch_size", "4", "--max_completion_length", "16"]
+    output = run(
+        [
+            sys.executable,
+            EXAMPLES / "trl_grpo.py",
+            *options,
+            *more,
+            "--output_dir",
+            tmp_path / "out",
+        ],
+        tmp_path,
+    )
+    (within,) = re.findall(r"'credit/within': '([0-9.e-]+)'", output)
+    assert 0.05 < float(within) <= 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "hide", ["", "import sys; sys.modules['liger_kernel'] = None; "], ids=["present", "absent"]
 )

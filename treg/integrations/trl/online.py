@@ -100,6 +100,7 @@ class TRegGRPOTrainer(GRPOTrainer):
                 "16 bits"
             )
         args = copy.copy(args)
+        args.settle()
         self._shared = SharedGroups(self, args)
         self._rewards = None if args.token_rewards is None else CompletionRewards(args)
         if self._rewards is not None:

@@ -1,5 +1,6 @@
 """GRPOConfig, and what treg's trainer needs beside it."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +96,16 @@ class TRegGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        # refused here, before any model loads
+        copy.copy(self).settle()
+        super().__post_init__()
+
+    def settle(self) -> None:
+        """Put what follows from the others in place of None. The trainer does so with its copy.
+
+        Raises:
+            ValueError: an option that is none, by name.
+        """
         if self.credit is None:
             self.credit = "sequence" if self.token_rewards is None else "gae"
         if self.credit_baseline is None:
@@ -122,11 +133,10 @@ class TRegGRPOConfig(GRPOConfig):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
         self._check_source()
-        super().__post_init__()
         self._check_together()
 
     def _check_source(self) -> None:
-        """Refused here, before any model loads."""
+        """ValueError for a source that there is not, or options that it does not have."""
         if self.token_rewards is None:
             for name in ("token_rewards_options", "token_rewards_model"):
                 if getattr(self, name) is not None:
