@@ -7,7 +7,9 @@ import itertools
 import json
 import math
 import re
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import online_worker
 import processes
@@ -23,6 +25,7 @@ from tiny import tiny_llama, tiny_tokenizer, usr
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from treg.data import RowProblem
 from treg.integrations.trl import TRegGRPOConfig, TRegGRPOTrainer
 from treg.integrations.trl.credit import MACROS, Completions, own_tokens, units_of
 
@@ -72,7 +75,7 @@ def make_trainer(tmp_path, model, kind=TRegGRPOTrainer, reward_funcs=vowels, **o
     config = TRegGRPOConfig if issubclass(kind, TRegGRPOTrainer) else CONFIGS[kind]
     steps = Steps()
     more = {x: options.pop(x) for x in ("peft_config", "eval_dataset") if x in options}
-    prompts = options.pop("prompts", PROMPTS)
+    rows = options.pop("rows", None) or [{"prompt": x} for x in options.pop("prompts", PROMPTS)]
     options = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
@@ -95,7 +98,7 @@ def make_trainer(tmp_path, model, kind=TRegGRPOTrainer, reward_funcs=vowels, **o
         model,
         reward_funcs,
         config(**options),
-        Dataset.from_list([{"prompt": x} for x in prompts]),
+        Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
         callbacks=[steps],
         **more,
@@ -558,3 +561,102 @@ def test_a_group_that_lies_in_two_processes_has_one_baseline(policy, tmp_path):
     expected = advantages_by_hand(red_by_hand(path, prompts, ids), 0.9)
     for row, values in zip(advantages, expected, strict=True):
         assert row[: len(values)] == pytest.approx(values, abs=2e-4)
+
+
+def test_token_rewards_and_others_are_weighted_and_discounted(policy, tmp_path):
+    """gamma times lambda is the discount of what follows; the other reward is at the end."""
+    given = {"token_rewards_weight": 2.0, "reward_weights": [0.5], "reward_funcs": [vowels]}
+    credit = {"credit": "gae", "credit_gamma": 0.8, "credit_lambda": 0.5, "credit_scale": "none"}
+    trainer, *_ = train(
+        *(tmp_path, policy, Seen),
+        **red() | given | credit | readable(),
+        credit_baseline="none",
+        max_steps=1,
+    )
+    ((prompts, ids, output),) = trainer.seen
+    rewards = [[2.0 * x for x in row] for row in red_by_hand(judge("llama"), prompts, ids)]
+    said = [{"content": tiny_tokenizer().decode([x for x in row if x != 1])} for row in ids]
+    for row, score in zip(rewards, vowels([[x] for x in said]), strict=True):
+        row[-1] += 0.5 * score
+    expected = [
+        [sum(0.4**k * x for k, x in enumerate(row[t:])) for t in range(len(row))] for row in rewards
+    ]
+    for row, values in zip(output["advantages"], expected, strict=True):
+        torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=2e-4, rtol=1e-4)
+    # the table of completions has their means
+    means = [sum(values) / len(values) for values in expected]
+    assert list(trainer._logs["advantages"]) == pytest.approx(means, abs=2e-4)
+
+
+@dataclass(frozen=True)
+class BonusOptions:
+    pass
+
+
+class Bonus:
+    """A source that gives each token the number in a column; it refuses the negative ones."""
+
+    Options: ClassVar[type] = BonusOptions
+    streams: ClassVar[tuple[str, ...]] = ("token_rewards",)
+    seen: ClassVar[list] = []
+
+    def __init__(self, options, context):
+        pass
+
+    def settings(self):
+        return {}
+
+    def check(self, response):
+        negative = response.row["bonus"] < 0
+        return RowProblem("negative bonus", "it is below 0") if negative else None
+
+    def score(self, responses):
+        self.seen.extend(responses)
+        return [
+            {"token_rewards": torch.full((len(x.ids),), float(x.row["bonus"]))} for x in responses
+        ]
+
+
+def test_a_source_sees_columns_and_the_template_and_may_refuse_what_others_score(policy, tmp_path):
+    rows = [{"prompt": [usr(x)], "bonus": 0.5 - i} for i, x in enumerate(PROMPTS[:2])]
+    Bonus.seen.clear()
+    trainer, *_ = train(
+        *(tmp_path, policy, Seen),
+        rows=rows,
+        token_rewards=f"{__name__}:Bonus",
+        reward_funcs=[vowels],
+        credit="returns",
+        credit_baseline="group",
+        chat_template_kwargs={"style": "brief"},
+        max_steps=1,
+        **readable(),
+    )
+    ((prompts, ids, output),) = trainer.seen
+    assert {x.template_kwargs["style"] for x in Bonus.seen} == {"brief"}
+    scored = [prompt == rows[0]["prompt"] for prompt in prompts]
+    assert sum(scored) == len(Bonus.seen) == GROUP
+    for row, fine in zip(output["advantages"], scored, strict=True):
+        assert bool(row.any()) == fine
+    first = next(i for i, fine in enumerate(scored) if fine)
+    assert Bonus.seen[0].ids.tolist() == list(ids[first])
+
+
+def test_tokens_of_tools_are_not_the_policys():
+    mask = own_tokens([[5, 6, 7], [8]], [[1, 0, 1], [1]], 4, "cpu")
+    assert mask.tolist() == [[True, False, True, False], [True, False, False, False]]
+
+
+def test_perplexity_is_the_references_where_there_is_one():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    falls, rises = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-3.0, -2.0, -1.0]])
+    args = SimpleNamespace(credit="macro", macro="perplexity")
+    given = Completions([[5, 6, 7]], mask, rises)
+    assert units_of(given, args, None).tolist() == [[0, 0, 0]]
+    assert units_of(replace(given, ref_logprobs=falls), args, None).tolist() == [[0, 1, 2]]
+
+
+def test_weights_of_another_number_of_rewards_are_refused(policy, tmp_path):
+    with pytest.raises(ValueError, match="reward_weights: expected 1, one for each of reward_f"):
+        make_trainer(
+            tmp_path, policy, **red() | {"reward_funcs": vowels}, reward_weights=[1.0, 2.0]
+        )

@@ -189,7 +189,8 @@ def test_a_special_token_within_a_sampled_answer_says_nothing(text):
         alone = Response.sampled("what is", prompt, [*plain, tokenizer.eos_token_id], tokenizer)
         assert response.text == text and response.spans is not None
         pieces = [*response.pieces[:place], *response.pieces[place + 2 :]]
-        assert pieces == alone.pieces and response.pieces[place : place + 2] == ["", ""]
+        assert pieces == alone.pieces and pieces[-1] == tokenizer.eos_token
+        assert response.pieces[place : place + 2] == ["", ""]
         held = [*response.spans[:place].tolist(), *response.spans[place + 2 :].tolist()]
         lengths = [end - start for start, end in held]
         assert lengths == [end - start for start, end in alone.spans.tolist()]

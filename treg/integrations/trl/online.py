@@ -145,7 +145,12 @@ class TRegGRPOTrainer(GRPOTrainer):
         """
         funcs = [] if funcs is None else funcs
         funcs = list(funcs) if isinstance(funcs, list) else [funcs]
-        weight = args.token_rewards_weight
+        weight, given = args.token_rewards_weight, args.reward_weights
+        if given is not None and len(given) != len(funcs):
+            raise ValueError(
+                f"reward_weights: expected {len(funcs)}, one for each of reward_funcs, got "
+                f"{len(given)}; that of the token rewards is token_rewards_weight"
+            )
         if args.reward_weights is not None or weight != 1.0:
             args.reward_weights = [*(args.reward_weights or [1.0] * len(funcs)), weight]
         if tokenizers is not None:
