@@ -543,10 +543,17 @@ def test_weights_are_those_of_the_rewards(policy, tmp_path):
 def test_evaluation_has_a_loss(policy, tmp_path):
     rows = Dataset.from_list([{"prompt": x} for x in PROMPTS])
     trainer, _ = make_trainer(
-        tmp_path, policy, eval_dataset=rows, per_device_eval_batch_size=GROUP, **red(), **readable()
+        tmp_path,
+        policy,
+        eval_dataset=rows,
+        per_device_eval_batch_size=1,
+        num_generations_eval=1,
+        **red(),
+        **readable(),
     )
     found = trainer.evaluate()
     assert math.isfinite(found["eval_loss"]) and found["eval_credit/refused"] == 0.0
+    assert len(trainer._logs["advantages"]) == len(trainer._logs["completion"])
 
 
 def test_a_group_that_lies_in_two_processes_has_one_baseline(policy, tmp_path):
