@@ -500,30 +500,24 @@ def test_completions_that_are_empty_cut_or_garbage_train(prompts, tmp_path_facto
     assert all(output["advantages"].isfinite().all() for *_, output in trainer.seen)
 
 
-def test_what_a_source_refuses_has_no_advantage_and_no_part_in_a_baseline(policy, tmp_path, caplog):
-    """A reward model of few positions, which the longer completions do not fit."""
-    path = judge("llama", max_position_embeddings=14)
+def test_a_completion_that_is_too_long_for_the_reward_model_has_no_advantage(
+    policy, tmp_path, caplog
+):
+    path, long = judge("llama", max_position_embeddings=100), "the old owl " * 60
     trainer, *_ = train(
-        tmp_path,
-        policy,
-        Seen,
-        max_steps=1,
+        *(tmp_path, policy, Seen),
+        prompts=["a fox", long],
         credit="returns",
-        prompts=PROMPTS[:2],
+        max_steps=1,
         **red(path),
         **readable(),
     )
-    ((prompts, ids, output),) = trainer.seen
-    fits = [
-        len(tiny_tokenizer()(p + tiny_tokenizer().decode(x))["input_ids"]) <= 14
-        for p, x in zip(prompts, ids, strict=True)
-    ]
-    assert any(fits) and not all(fits)
-    share = trainer.state.log_history[0]["credit/refused"]
-    assert share == pytest.approx(1 - sum(fits) / len(fits))
+    ((prompts, _, output),) = trainer.seen
+    assert set(prompts) == {"a fox", long}
+    for row, prompt in zip(output["advantages"], prompts, strict=True):
+        assert bool(row.any()) == (prompt == "a fox")
+    assert trainer.state.log_history[0]["credit/refused"] == 0.5
     assert "answer too long for the reward model" in caplog.text
-    for row, fit in zip(output["advantages"], fits, strict=True):
-        assert bool(row.any()) == fit
 
 
 def test_weights_are_those_of_the_rewards(policy, tmp_path):
@@ -532,7 +526,8 @@ def test_weights_are_those_of_the_rewards(policy, tmp_path):
     def sums(prompts, completion_ids, **_):
         return [sum(row) for row in red_by_hand(judge("llama"), prompts, completion_ids)]
 
-    options = {"reward_weights": [0.5], "beta": 0.1} | readable()
+    # one step: after it the two policies are as far apart as roundings make them
+    options = {"reward_weights": [0.5], "beta": 0.1, "max_steps": 1} | readable()
     given = red() | {"reward_funcs": [vowels], "token_rewards_weight": 2.0, "credit": "sequence"}
     found = train(tmp_path, policy, **options | given)
     options["reward_weights"] = [0.5, 2.0]
@@ -646,6 +641,41 @@ def test_a_source_sees_columns_and_the_template_and_may_refuse_what_others_score
         assert bool(row.any()) == fine
     first = next(i for i, fine in enumerate(scored) if fine)
     assert Bonus.seen[0].ids.tolist() == list(ids[first])
+
+
+class EveryThird(Bonus):
+    """Refuses every third completion."""
+
+    def check(self, response):
+        self.asked = getattr(self, "asked", 0) + 1
+        return RowProblem("third", "it is one of them") if self.asked % 3 == 0 else None
+
+
+def test_what_a_source_refuses_has_no_part_in_the_baseline(policy, tmp_path):
+    rows = [{"prompt": x, "bonus": 0.25} for x in PROMPTS[:2]]
+    trainer, *_ = train(
+        *(tmp_path, policy, Seen),
+        rows=rows,
+        token_rewards=f"{__name__}:EveryThird",
+        reward_funcs=[vowels],
+        credit="returns",
+        credit_baseline="group",
+        credit_scale="none",
+        max_steps=1,
+        **readable(),
+    )
+    ((_, ids, output),) = trainer.seen
+    fine = [i for i in range(2 * GROUP) if (i + 1) % 3]
+    rewards = [[0.25] * len(row) for row in ids]
+    for row, said in zip(rewards, ids, strict=True):
+        row[-1] += vowels([tiny_tokenizer().decode([x for x in said if x != 1])])[0]
+    for i in range(2 * GROUP):
+        group = [sum(rewards[k]) for k in fine if k // GROUP == i // GROUP]
+        mean = sum(group) / len(group)
+        expected = [sum(rewards[i][t:]) - mean if i in fine else 0.0 for t in range(len(ids[i]))]
+        found = output["advantages"][i]
+        torch.testing.assert_close(found[: len(ids[i])], torch.tensor(expected))
+        assert not found[len(ids[i]) :].any()
 
 
 def test_tokens_of_tools_are_not_the_policys():
