@@ -11,64 +11,19 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from online_trainers import GROUP, VOCAB, make_trainer
 from placed import by_place
-from tiny import tiny_llama, tiny_tokenizer
-from transformers import TrainerCallback
+from tiny import tiny_llama
 
-from treg.integrations.trl import TRegGRPOConfig, TRegGRPOTrainer
-
-VOCAB, WIDTH, GROUP = 400, 9, 4
+WIDTH = 9
 PROMPTS = ["the old owl", "what is", "Once upon a time there was a little fox", "a fox"]
 SEEN_FIRST = 24  # places of a row that the check of a few tokens looks at
 
 
-def vowels(completions, **kwargs):
-    return [float(sum(text.count(c) for c in "aeiou")) for text in completions]
-
-
-class Steps(TrainerCallback):
-    """Gradients of every step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-
-def online_trainer(folder, model, prompts=PROMPTS, kind=TRegGRPOTrainer, **options):
-    """model: one, or its folder, which a reference needs."""
-    steps = Steps()
-    more = {x: options.pop(x) for x in ("peft_config",) if x in options}
-    options = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "per_device_train_batch_size": 2 * GROUP,
-        "num_generations": GROUP,
-        "max_completion_length": WIDTH,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "max_grad_norm": 0.0,
-        "model_init_kwargs": {"dtype": torch.float32} if isinstance(model, str) else None,
-    } | options
-    config = TRegGRPOConfig if kind is TRegGRPOTrainer else kind._config
-    data = Dataset.from_list([{"prompt": x} for x in prompts])
-    trainer = kind(
-        *(model, vowels, config(**options), data),
-        processing_class=tiny_tokenizer(),
-        callbacks=[steps],
-        **more,
-    )
-    return trainer, steps
+def online_trainer(folder, model, prompts=PROMPTS, **options):
+    """The trainer, and its steps."""
+    short = {"max_completion_length": WIDTH, "max_steps": 1, "prompts": prompts}
+    return make_trainer(folder, model, **short | options)
 
 
 def ending(model):
