@@ -30,6 +30,7 @@ TESTS = {
         "losses/test_objective.py",
     ),
     "others": (
+        "rl/test_fused.py",
         "ops/test_compile.py",
         "ops/test_filtered.py",
         "ops/test_bad_input.py",
