@@ -147,7 +147,7 @@ def test_time_that_is_kept_for_a_step_is_enough_to_begin_one_of_its_jobs():
 
 def test_tests_of_the_plan_are_there():
     found = [arg for job in PLAN["tests"].jobs for arg in job.command if arg.startswith("tests/")]
-    assert len(found) == 10 and all((gpu_process.ROOT / path).is_file() for path in found)
+    assert len(found) == 11 and all((gpu_process.ROOT / path).is_file() for path in found)
 
 
 def test_cells_of_bars_run_what_their_bars_name():
