@@ -526,6 +526,40 @@ def test_what_a_source_refuses_has_no_advantage_and_no_part_in_a_baseline(policy
         assert bool(row.any()) == fit
 
 
+def test_what_a_source_refuses_has_no_part_in_sequence_credit_either(policy, tmp_path):
+    """Another function scores it, so that TRL alone would compare that score with whole sums."""
+    trainer, *_ = train(
+        *(tmp_path, policy, Seen),
+        max_steps=1,
+        credit="sequence",
+        prompts=PROMPTS[:2],
+        **red(judge("llama", max_position_embeddings=14)) | {"reward_funcs": [vowels]},
+        **readable(),
+    )
+    ((_, _, output),) = trainer.seen
+    column = trainer.reward_funcs.index(trainer._rewards)
+    judged = torch.tensor([x is not None for x in trainer._rewards.found]).view(-1, GROUP)
+    advantages = output["advantages"].view(-1, GROUP)
+    assert judged.any() and not judged.all()
+    assert not advantages[~judged].any()
+    sums = advantages.new_tensor(
+        [
+            float("nan") if x is None else x.double().sum().item() + y
+            for x, y in zip(
+                trainer._rewards.found,
+                vowels(trainer.processing_class.batch_decode(trainer._generated[1])),
+                strict=True,
+            )
+        ]
+    ).view(-1, GROUP)
+    assert trainer._rewards_per_func[:, column].isnan().tolist() == (~judged).flatten().tolist()
+    for found, row, kept in zip(advantages, sums, judged, strict=True):
+        mine = row[kept]
+        size = mine.std() if len(mine) > 1 else torch.zeros(())
+        expected = (mine - mine.mean()) / (size + 1e-4)
+        torch.testing.assert_close(found[kept], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_weights_are_those_of_the_rewards(policy, tmp_path):
     """The source's is one more; credit="sequence" is TRL's own step on the sums."""
 
