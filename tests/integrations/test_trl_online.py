@@ -422,6 +422,14 @@ REFUSED = [
     ({"token_rewards": "messagewise"}, "token_weights"),
     ({"credit": "gae", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
     ({"credit": "gae", "kl_in_reward": True}, "kl_in_reward: expected False with .* beta=0"),
+    (
+        {"kl_in_reward": True, "beta": 0.1, "credit": "gae", "mask_truncated_completions": True},
+        "mask_truncated_completions: expected False with kl_in_reward",
+    ),
+    (
+        {"credit": "macro", "macro": "perplexity", "mask_truncated_completions": True},
+        "mask_truncated_completions: expected False .*'perplexity'",
+    ),
 ]
 
 
