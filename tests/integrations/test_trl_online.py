@@ -351,6 +351,14 @@ REFUSED = [
     ({"token_rewards": "messagewise"}, "token_weights"),
     ({"credit": "gae", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
     ({"credit": "gae", "kl_in_reward": True}, "kl_in_reward: expected False with .* beta=0"),
+    (
+        {"kl_in_reward": True, "beta": 0.1, "credit": "gae", "mask_truncated_completions": True},
+        "mask_truncated_completions: expected False with kl_in_reward",
+    ),
+    (
+        {"credit": "macro", "macro": "perplexity", "mask_truncated_completions": True},
+        "mask_truncated_completions: expected False .*'perplexity'",
+    ),
 ]
 
 
@@ -447,6 +455,40 @@ def test_a_completion_that_is_too_long_for_the_reward_model_has_no_advantage(
         assert bool(row.any()) == (prompt == "a fox")
     assert trainer.state.log_history[0]["credit/refused"] == 0.5
     assert "answer too long for the reward model" in caplog.text
+
+
+def test_what_a_source_refuses_has_no_part_in_sequence_credit_either(policy, tmp_path):
+    """Another function scores it, so that TRL alone would compare that score with whole sums."""
+    trainer, *_ = train(
+        *(tmp_path, policy, Seen),
+        max_steps=1,
+        credit="sequence",
+        prompts=PROMPTS[:2],
+        **red(judge("llama", max_position_embeddings=14)) | {"reward_funcs": [vowels]},
+        **readable(),
+    )
+    ((_, _, output),) = trainer.seen
+    column = trainer.reward_funcs.index(trainer._rewards)
+    judged = torch.tensor([x is not None for x in trainer._rewards.found]).view(-1, GROUP)
+    advantages = output["advantages"].view(-1, GROUP)
+    assert judged.any() and not judged.all()
+    assert not advantages[~judged].any()
+    sums = advantages.new_tensor(
+        [
+            float("nan") if x is None else x.double().sum().item() + y
+            for x, y in zip(
+                trainer._rewards.found,
+                vowels(trainer.processing_class.batch_decode(trainer._generated[1])),
+                strict=True,
+            )
+        ]
+    ).view(-1, GROUP)
+    assert trainer._rewards_per_func[:, column].isnan().tolist() == (~judged).flatten().tolist()
+    for found, row, kept in zip(advantages, sums, judged, strict=True):
+        mine = row[kept]
+        size = mine.std() if len(mine) > 1 else torch.zeros(())
+        expected = (mine - mine.mean()) / (size + 1e-4)
+        torch.testing.assert_close(found[kept], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_are_those_of_the_rewards(policy, tmp_path):

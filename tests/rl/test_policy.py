@@ -316,6 +316,14 @@ REFUSED = {
     "mask int": ({"mask": CASE["mask"].long()}, "mask: expected torch.bool, got torch.int64"),
     "mask [B]": ({"mask": CASE["mask"][:, 0]}, r"mask: expected shape \[4, 7\]"),
     "num_items 0": ({"num_items": 0}, "num_items: expected a finite number > 0, got 0"),
+    "num_items tensor 0": (
+        {"num_items": torch.tensor(0)},
+        "num_items: expected a finite number > 0, got 0",
+    ),
+    "num_items tensor < 0": (
+        {"num_items": torch.tensor([-2.0])},
+        "num_items: expected a finite number > 0, got -2.0",
+    ),
     "num_items [2]": ({"num_items": torch.ones(2)}, r"num_items: expected one number, got \[2\]"),
     "accumulation_steps": ({"accumulation_steps": 0}, "accumulation_steps: .* > 0, got 0"),
 }

@@ -35,7 +35,7 @@ def token_advantages(
         S_i      = sum_m R_im
 
     The result is A / (s + eps), and tokens of a unit share it. With gamma = lam = 1, A_ik is what
-    the steps from k on earn, less b_i.
+    the steps from k on earn, less b_i (of process, less b_i for each of them).
 
     What `baseline` makes of b_i:
 
@@ -52,15 +52,17 @@ def token_advantages(
 
         group    s^2 = 1 / (n - 1) * sum_i mean_t (A_it + b_i - c)^2, over the n sequences of the
                  group; mean_t is over the tokens of a sequence, c is the mean of b over the group,
-                 and n - 1 is at least 1. Of process: sum over the n steps of (R_im - c)^2
-        batch    the same over all sequences
+                 and n - 1 is at least 1. Of process: the standard deviation of R over all steps of
+                 the group
+        batch    the same over all of the batch
         tokens   s = the standard deviation of A over all tokens of the batch. REINFORCE++
         none     A as it is
 
     Where the reward stands at the last token alone, or one unit is a sequence, and gamma = lam = 1,
-    A + b is S: with baseline group, scale group is the standard deviation of the rewards of the
-    group, batch that of all rewards, as in TRL's GRPO. Where all rewards are equal the result is
-    then exactly 0. Where only the sums are equal, s is the size of what the tokens differ by.
+    A + b is S, for all baselines but process: with baseline group, scale group is the standard
+    deviation of the rewards of the group, batch that of all rewards, as in TRL's GRPO. Where all
+    rewards are equal the result is then exactly 0. Where only the sums are equal, s is the size of
+    what the tokens differ by.
     Differs: GRPO is defined for a reward at the end, and by steps as process; the papers name no
     eps.
 

@@ -73,9 +73,10 @@ def policy_loss(
         ratio_weights: [B] or like logprobs, >= 0: factors of the surrogate that correct for the
             engine that sampled. vespo has them in its sequence ratio instead.
         num_items: > 0, the number of tokens (or sequences) that a reduction over a whole step
-            divides by, divided by the number of processes. None: of these tensors.
-        accumulation_steps: > 0, of one step: what is divided by numbers of these tensors, and the
-            entropy bonus, are divided by it as well.
+            divides by, divided by the number of processes; of a tensor the value is checked on a
+            CPU, or under `treg.set_debug(True)`. None: of these tensors.
+        accumulation_steps: > 0, of one step: without num_items the loss is divided by it, and the
+            entropy bonus in any case.
         mask: [B, T] bool, True where a token is the policy's own and scored. None: all are. What
             stands at other tokens (NaN even) is not read.
         cu_seqlens: [B+1] int32 or int64, where packed sequences begin and end; without mask.
@@ -268,10 +269,7 @@ def _check_given(
                 f"num_items: expected None with reduction={options.reduction!r}, which counts what "
                 "is here, got a number; use reduction='items', or leave it out"
             )
-        if not isinstance(num_items, Tensor):
-            checks.check_number("num_items", num_items, positive=True)
-        elif num_items.numel() != 1:
-            raise ValueError(f"num_items: expected one number, got {list(num_items.shape)}")
+        _check_num_items(num_items)
     if options.beta != 0.0 and given["ref_logprobs"] is None:
         raise ValueError(f"ref_logprobs: expected a tensor for beta={options.beta}, got None")
     if not options.needs_entropy:
@@ -289,6 +287,16 @@ def _check_given(
             f"entropy: expected one with a gradient for {why}, got a detached one, whose bonus "
             "would change nothing; treg.heads.logprobs.token_logprobs has entropy_gradient=True"
         )
+
+
+def _check_num_items(num_items: float | Tensor) -> None:
+    if not isinstance(num_items, Tensor):
+        checks.check_number("num_items", num_items, positive=True)
+        return
+    if num_items.numel() != 1:
+        raise ValueError(f"num_items: expected one number, got {list(num_items.shape)}")
+    if checks.values_visible(num_items):
+        checks.check_number("num_items", num_items.item(), positive=True)
 
 
 def _check_tensors(given: dict[str, Tensor | None], rows: Rows) -> None:

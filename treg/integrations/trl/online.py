@@ -54,9 +54,9 @@ class TRegGRPOTrainer(GRPOTrainer):
     mean reward, as the value of every token up to the last ("group").
 
     A completion that the source refuses, such as one too long for a reward model, has no advantage
-    and no part in a baseline; credit/refused is their share. credit/within says how far tokens of a
-    completion are told apart: of the sum of squares of the advantages, the part that lies within
-    completions.
+    and no part in a baseline or in the logged rewards, whatever other functions say of it;
+    credit/refused is their share. credit/within says how far tokens of a completion are told apart:
+    of the sum of squares of the advantages, the part that lies within completions.
 
     Log-probs and entropies are by `treg.heads`, which refuses by name a head that it cannot read
     right; models that see images keep TRL's. What completions begin with, their prompt above all,
@@ -171,6 +171,10 @@ class TRegGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._rewards is not None:
+            # a sum without the token rewards cannot be compared with whole ones
+            refused = found[:, self.reward_funcs.index(self._rewards)].isnan()
+            found = found.masked_fill(refused[:, None], torch.nan)
         self._rewards_per_func = found
         return found
 
@@ -219,7 +223,6 @@ class TRegGRPOTrainer(GRPOTrainer):
         token_rewards = found.new_zeros(len(found), width)
         if self._rewards is not None:
             column = self.reward_funcs.index(self._rewards)
-            judged &= ~found[:, column].isnan()
             for i, row in enumerate(self._rewards.found):
                 if row is not None:
                     token_rewards[i, : len(row)] = row.to(token_rewards)

@@ -8,7 +8,7 @@ from trl import GRPOConfig
 
 from treg.checks import check_number
 from treg.data.reading import json_object
-from treg.integrations.trl.credit import CREDITS, MACROS
+from treg.integrations.trl.credit import CREDITS, MACROS, needs_logprobs
 from treg.rewards import streams_given
 from treg.rl import BASELINES, SCALES
 
@@ -40,7 +40,8 @@ class TRegGRPOConfig(GRPOConfig):
         "word"; "sentence".
     macro_length: >= 1, tokens of an "ngram".
     kl_in_reward: beta * (log pi - log pi_ref) is taken off the reward of each token (RED, Eq. 8),
-        and nothing is added to the loss for it.
+        and nothing is added to the loss for it. Not with mask_truncated_completions, which leaves
+        no log-probs of what was cut; so macro="perplexity" too.
     treg_share_prompt: whether what completions begin with, their prompt above all, is run once for
         all of a batch that share it, by the policy and by the reference; log-probs and gradients
         are the same. None: where the models can and the first batch shows the same log-probs; else
@@ -162,6 +163,12 @@ class TRegGRPOConfig(GRPOConfig):
             raise ValueError(
                 "kl_in_reward: expected False with credit='sequence' or beta=0, got True with "
                 f"credit={self.credit!r} and beta={self.beta}; set beta, and a credit of tokens"
+            )
+        if self.mask_truncated_completions and needs_logprobs(self):
+            # TRL hides them from the models, so that all their log-probs are 0
+            raise ValueError(
+                "mask_truncated_completions: expected False with kl_in_reward or macro="
+                "'perplexity', which take log-probs of all completions of a baseline, got True"
             )
 
     @property
