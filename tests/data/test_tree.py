@@ -126,3 +126,11 @@ def test_tokens_of_a_pair():
     assert len(pack_pairs([example, dict(example)], 12, share_prompt=True)) == 1
     with pytest.raises(ValueError, match=r"token_budget: .* 6 tokens, got 5"):
         pack_pairs([example], 5, share_prompt=True)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_group_goes_on_from_none_before_it(packed):
+    sequences = [np.array(x) for x in ([1, 2, 3], [1, 2, 4], [1, 5, 6], [1, 5, 7])]
+    tree = shared_groups(sequences, [(0, 1), (2, 3)], packed=packed)
+    assert tree.branches[:, PARENT].tolist() == [-1, 0, -1, 2]
+    assert tree.branches[:, SHARED].tolist() == [0, 2, 0, 2]
