@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from treg.data import RowProblem
 from treg.integrations.trl import TRegGRPOConfig, TRegGRPOTrainer
-from treg.integrations.trl.credit import MACROS, Completions, own_tokens, units_of
+from treg.integrations.trl.credit import MACROS, Completions, own_tokens, share_within, units_of
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +283,15 @@ def test_macro_actions_are_gae_over_their_sums(policy, tmp_path):
     expected = spread(advantages_by_hand(summed, 0.5, scaled=False))
     for row, values in zip(output["advantages"], expected, strict=True):
         torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_the_share_within_completions_is_that_of_the_sum_of_squares(size):
+    """Of 1 + 9 + 4, the tokens of the first completion differ from their mean by 1 each."""
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages = size * torch.tensor([[1.0, 3.0], [2.0, 7.0]])
+    assert share_within(advantages, mask) == pytest.approx(2 / 14)
+    assert share_within(torch.zeros(2, 2), mask) == 0.0
 
 
 TEXT = "The fox asked the old owl: what? The sun. 3 + 4 = 7; said the user"
