@@ -677,3 +677,21 @@ def test_weights_of_another_number_of_rewards_are_refused(policy, tmp_path):
         make_trainer(
             tmp_path, policy, **red() | {"reward_funcs": vowels}, reward_weights=[1.0, 2.0]
         )
+
+
+class Drawing(Bonus):
+    """It draws from the random numbers of the process when it is loaded."""
+
+    def __init__(self, options, context):
+        torch.rand(7)
+
+
+def test_a_source_that_draws_when_it_is_loaded_changes_no_sample(policy, tmp_path):
+    rows = [{"prompt": x, "bonus": 0.25} for x in PROMPTS[:2]]
+    given = {"rows": rows, "reward_funcs": [vowels], "max_steps": 1}
+    samples = []
+    for kind in ("Bonus", "Drawing"):
+        source = f"{__name__}:{kind}"
+        trainer, *_ = train(tmp_path, policy, Seen, token_rewards=source, **given)
+        samples.append(trainer.seen[0][1])
+    assert samples[0] == samples[1]

@@ -56,7 +56,9 @@ class CompletionRewards:
         context = Context(
             model, self.tokenizer, tokens_per_batch=self.args.token_rewards_tokens_per_batch
         )
-        self.source = load_source(self.args.token_rewards, self.args.source_options, context)
+        # what a library draws while it loads a model must not change what the policy samples
+        with torch.random.fork_rng(devices=[]):
+            self.source = load_source(self.args.token_rewards, self.args.source_options, context)
 
     def __call__(
         self,
