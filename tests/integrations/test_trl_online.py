@@ -695,3 +695,12 @@ def test_a_source_that_draws_when_it_is_loaded_changes_no_sample(policy, tmp_pat
         trainer, *_ = train(tmp_path, policy, Seen, token_rewards=source, **given)
         samples.append(trainer.seen[0][1])
     assert samples[0] == samples[1]
+
+
+def test_an_infinite_reward_is_refused_by_the_name_of_its_function(policy, tmp_path):
+    def endless(completions, **_):
+        return [float("inf"), *[None] * (len(completions) - 1)]
+
+    message = "reward_funcs: expected finite numbers or None, got inf from 'endless'"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, policy, credit="gae", reward_funcs=[vowels, endless])

@@ -216,7 +216,18 @@ class TRegGRPOTrainer(GRPOTrainer):
     def _split_rewards(self, width: int, mine: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Of this process' completions: token rewards [B, C] and the sum of the other rewards [B],
         weighted, float64; and [B] bool: those that are judged.
+
+        Raises:
+            ValueError: a reward that is infinite.
         """
+        endless = self._rewards_per_func.isinf()  # of all processes, so that all stop
+        if endless.any():
+            row, column = endless.nonzero()[0].tolist()
+            raise ValueError(
+                "reward_funcs: expected finite numbers or None, got "
+                f"{self._rewards_per_func[row, column].item()} from "
+                f"{self.reward_func_names[column]!r}; bound what it gives"
+            )
         found = self._rewards_per_func[mine].double()
         weights = self.reward_weights.to(found)
         judged = ~found.isnan().all(1)
