@@ -342,6 +342,10 @@ def test_kl_in_the_reward_is_that_of_the_tokens(policy, tmp_path):
     for row, values in zip(output["advantages"], advantages_by_hand(rewards, 1.0), strict=True):
         torch.testing.assert_close(row[: len(values)], torch.tensor(values), atol=1e-4, rtol=1e-4)
     assert "kl" not in trainer.state.log_history[0]
+    moved = [(logps[i, t] - ref[i, t]).item() for i, row in enumerate(ids) for t in range(len(row))]
+    logged = [x["credit/kl"] for x in trainer.state.log_history if "credit/kl" in x]
+    assert logged[-1] == pytest.approx(sum(moved) / len(moved), abs=1e-4)
+    assert abs(logged[-1]) > 1e-3
 
 
 # -- what is refused, and what comes at the edges
@@ -354,7 +358,14 @@ REFUSED = [
     ({"credit_lambda": 1.5}, r"credit_lambda: expected a number in \[0, 1\], got 1.5"),
     ({"credit_gamma": float("nan")}, "credit_gamma: expected a finite number"),
     ({"macro_length": 0}, "macro_length: expected a whole number >= 1, got 0"),
-    ({"token_rewards": "redistributed"}, "did you mean 'redistribution'"),
+    ({"credit": "gea"}, "got 'gea'; did you mean 'gae'"),
+    ({"credit_scale": "std"}, "one of group, batch, tokens, none, or None for scale_rewards, got"),
+    ({"credit": "gae", "macro": "word"}, "macro: expected 'ngram', its default, where credit is"),
+    ({"token_rewards": "redistributed"}, "^token_rewards: .* did you mean 'redistribution'"),
+    (
+        {"token_rewards": "redistribution", "token_rewards_options": {"modle": "x"}},
+        r"^token_rewards_options\.modle: .* did you mean 'model'",
+    ),
     ({"token_rewards_model": "x"}, "token_rewards_model: expected None without token_rewards"),
     ({"token_rewards": "redistribution"}, "model"),
     ({"token_rewards": "messagewise"}, "token_weights"),
@@ -390,6 +401,40 @@ def test_a_source_without_its_reference_is_refused(policy, tmp_path):
         ValueError, match="token_rewards: expected a source that needs no reference"
     ):
         train(tmp_path, policy, token_rewards="contrastive", reward_funcs=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"token_rewards": "surprise", "token_rewards_model": "/no/such"},
+            "^token_rewards_model: no such folder: /no/such",
+        ),
+        (
+            {
+                "token_rewards": "redistribution",
+                "token_rewards_options": {"model": "/no/such"},
+            },
+            r"^token_rewards_options\.model: no such folder: /no/such",
+        ),
+        ({}, "reward_funcs: expected at least one where token_rewards is None, got none"),
+    ],
+    ids=["reference", "judge", "neither"],
+)
+def test_what_cannot_be_loaded_is_said_by_the_names_of_the_config(
+    options, message, policy, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, policy, reward_funcs=None, **options)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_data_without_prompts_are_refused_before_training(name, policy, tmp_path):
+    data = {"train_dataset": Dataset.from_list([{"prompt": "a"}])}
+    data[name] = Dataset.from_list([{"question": "a"}])
+    config = TRegGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=f"{name}: expected a column 'prompt', .* got question"):
+        TRegGRPOTrainer(policy, vowels, config, **data)
 
 
 @pytest.mark.parametrize("reference", ["its own", "a folder", "below an adapter"])

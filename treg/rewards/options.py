@@ -29,7 +29,11 @@ def check_types(kind: type, given: Mapping[str, Any]) -> None:
     annotations = typing.get_type_hints(kind)
     for name, value in given.items():
         if not _fits(value, annotations[name]):
-            raise ValueError(f"rewards.{name}: expected {_said(annotations[name])}, got {value!r}")
+            got = repr(value)
+            # such as that of a model: its layers would fill a page
+            if "\n" in got or len(got) > 200:
+                got = f"an object of the type {type(value).__name__}"
+            raise ValueError(f"rewards.{name}: expected {_said(annotations[name])}, got {got}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:

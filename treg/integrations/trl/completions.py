@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treg.data import RowProblem
 from treg.integrations.sampled import Told, reference_at, scored
+from treg.integrations.trl.online_config import REFERENCE_NAMES, SOURCE_NAMES, named
 from treg.rewards import Context, NoReference, Response, load_source
 
 # what TRL hands to a reward function beside the columns of the data
@@ -43,7 +44,8 @@ class CompletionRewards:
         model: Any = NoReference("token_rewards", device, FIX)
         self.reference: Callable = contextlib.nullcontext
         if path is not None:
-            model = reference_at(path, device)
+            with named(REFERENCE_NAMES):
+                model = reference_at(path, device)
         elif trainer.ref_model is not None or hasattr(trainer.model, "peft_config"):
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 model = NoReference("token_rewards", device, "set token_rewards_model")
@@ -57,7 +59,7 @@ class CompletionRewards:
             model, self.tokenizer, tokens_per_batch=self.args.token_rewards_tokens_per_batch
         )
         # what a library draws while it loads a model must not change what the policy samples
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), named(SOURCE_NAMES):
             self.source = load_source(self.args.token_rewards, self.args.source_options, context)
 
     def __call__(

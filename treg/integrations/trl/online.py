@@ -53,6 +53,8 @@ class TRegGRPOTrainer(GRPOTrainer):
     the mean reward of a step over the prompt's completions (credit_baseline="process"), else their
     mean reward, as the value of every token up to the last ("group").
 
+    With kl_in_reward, credit/kl is the mean over tokens of log pi - log pi_ref, in nats.
+
     A completion that the source refuses, such as one too long for a reward model, has no advantage
     and no part in a baseline or in the logged rewards, whatever other functions say of it;
     credit/refused is their share. credit/within says how far tokens of a completion are told apart:
@@ -72,7 +74,8 @@ class TRegGRPOTrainer(GRPOTrainer):
         The others: as in GRPOTrainer.
     Raises:
         ValueError: token_rewards with images, tools or environments; a source that needs a
-            reference where there is none; cast_lm_head_to_fp32.
+            reference where there is none; cast_lm_head_to_fp32; neither token_rewards nor reward
+            functions; data without a column "prompt".
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "treg"]
@@ -101,6 +104,8 @@ class TRegGRPOTrainer(GRPOTrainer):
             )
         args = copy.copy(args)
         args.settle()
+        self._check_given(args, reward_funcs, kwargs)
+        self._check_prompts(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._shared = SharedGroups(self, args)
         self._rewards = None if args.token_rewards is None else CompletionRewards(args)
         if self._rewards is not None:
@@ -128,6 +133,27 @@ class TRegGRPOTrainer(GRPOTrainer):
                 self._shared.try_on(head_of(self.accelerator, x))
         if self._rewards is not None:
             self._rewards.load(self)
+
+    @staticmethod
+    def _check_given(args: TRegGRPOConfig, funcs: Any, kwargs: dict[str, Any]) -> None:
+        none = funcs is None or (isinstance(funcs, list) and not funcs)
+        if none and args.token_rewards is None and not kwargs.get("environment_factory"):
+            raise ValueError(
+                "reward_funcs: expected at least one where token_rewards is None, got none; give "
+                "reward_funcs, or set token_rewards in args"
+            )
+
+    @staticmethod
+    def _check_prompts(**data: Any) -> None:
+        """ValueError for a dataset whose columns are known and have no prompt."""
+        for name, given in data.items():
+            for x in given.values() if isinstance(given, dict) else [given]:
+                columns = getattr(x, "column_names", None)
+                if columns and "prompt" not in columns:
+                    raise ValueError(
+                        f"{name}: expected a column 'prompt', of text or of messages, got "
+                        f"{', '.join(columns)}; rename one with rename_column"
+                    )
 
     @staticmethod
     def _check_text_alone(kwargs: dict[str, Any]) -> None:
@@ -203,6 +229,8 @@ class TRegGRPOTrainer(GRPOTrainer):
         )
         token_rewards, scores, judged = self._split_rewards(width, mine)
         given.mask[~judged] = False
+        if self.args.kl_in_reward:
+            self._log_kl(given, mode)
         rewards = reward_of_tokens(given, token_rewards, scores, self.args)
         units = units_of(given, self.args, self._tokenizer)
         rewards, mask = self._of_all(rewards), self._of_all(given.mask.long()).bool()
@@ -266,6 +294,16 @@ class TRegGRPOTrainer(GRPOTrainer):
         if self.accelerator.num_processes == 1:
             return x
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
+
+    def _log_kl(self, given: Completions, mode: str) -> None:
+        """The mean over all processes' tokens of log pi - log pi_ref. TRL logs it with its loss,
+        which has none here.
+        """
+        assert given.logprobs is not None and given.ref_logprobs is not None
+        moved = (given.logprobs - given.ref_logprobs)[given.mask].double()
+        sums = torch.stack([moved.sum(), moved.new_tensor(len(moved))])[None]
+        total, count = self.accelerator.gather(sums).sum(0).tolist()
+        self._metrics[mode]["credit/kl"].append(total / max(count, 1))
 
     def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """In the table of completions, their mean over tokens takes the place of TRL's."""

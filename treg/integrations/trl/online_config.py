@@ -1,6 +1,9 @@
 """GRPOConfig, and what treg's trainer needs beside it."""
 
+import contextlib
 import copy
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +13,31 @@ from treg.checks import check_number
 from treg.data.reading import json_object
 from treg.integrations.trl.credit import CREDITS, MACROS, needs_logprobs
 from treg.rewards import streams_given
+from treg.rewards.names import nearest
 from treg.rl import BASELINES, SCALES
+
+# how `treg.rewards` begins its errors, after the options of `treg annotate` -> the names here
+SOURCE_NAMES = {"rewards:": "token_rewards:", "rewards.": "token_rewards_options."}
+REFERENCE_NAMES = {"rewards.model:": "token_rewards_model:"}
+
+
+@contextlib.contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """What is refused in here is said by the names that the config has.
+
+    Args:
+        names: beginnings of the names that errors have -> what stands in their place.
+    Raises:
+        ValueError: that of within, with the other names.
+    """
+    try:
+        yield
+    except ValueError as error:
+        pattern = "|".join(map(re.escape, names))
+        text = re.sub(rf"(?:^|--)({pattern})", lambda found: names[found[1]], str(error))
+        if type(error) is not ValueError or text == str(error):
+            raise
+        raise ValueError(text) from error.__cause__
 
 
 @dataclass
@@ -111,17 +138,7 @@ class TRegGRPOConfig(GRPOConfig):
             self.credit = "sequence" if self.token_rewards is None else "gae"
         if self.credit_baseline is None:
             self.credit_baseline = "group" if self.token_rewards is None else "process"
-        for name, known in (
-            ("credit", CREDITS),
-            ("macro", MACROS),
-            ("credit_baseline", BASELINES),
-            ("credit_scale", [*SCALES, None]),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(map(str, known))}, got "
-                    f"{getattr(self, name)!r}"
-                )
+        self._check_choices()
         check_number("token_rewards_weight", self.token_rewards_weight)
         for name in ("credit_gamma", "credit_lambda"):
             check_number(name, getattr(self, name))
@@ -136,6 +153,23 @@ class TRegGRPOConfig(GRPOConfig):
         self._check_source()
         self._check_together()
 
+    def _check_choices(self) -> None:
+        """ValueError for a name that is none, with the nearest one."""
+        for name, known in (
+            ("credit", CREDITS),
+            ("macro", MACROS),
+            ("credit_baseline", BASELINES),
+            ("credit_scale", SCALES),
+        ):
+            value, or_none = getattr(self, name), name == "credit_scale"
+            if value in known or (or_none and value is None):
+                continue
+            raise ValueError(
+                f"{name}: expected one of {', '.join(known)}"
+                f"{', or None for scale_rewards' if or_none else ''}, got {value!r}"
+                f"{nearest(str(value), known)}"
+            )
+
     def _check_source(self) -> None:
         """ValueError for a source that there is not, or options that it does not have."""
         if self.token_rewards is None:
@@ -145,7 +179,8 @@ class TRegGRPOConfig(GRPOConfig):
                         f"{name}: expected None without token_rewards, got {getattr(self, name)!r}"
                     )
             return
-        streams = streams_given(self.token_rewards, self.source_options)
+        with named(SOURCE_NAMES):
+            streams = streams_given(self.token_rewards, self.source_options)
         if "token_rewards" not in streams or "token_weights" in streams:
             raise ValueError(
                 "token_rewards: expected a source of token_rewards and no token_weights, got "
@@ -153,6 +188,11 @@ class TRegGRPOConfig(GRPOConfig):
             )
 
     def _check_together(self) -> None:
+        if self.credit != "macro" and self.macro != "ngram":
+            raise ValueError(
+                "macro: expected 'ngram', its default, where credit is not 'macro', got "
+                f"{self.macro!r} with credit={self.credit!r}; set credit='macro'"
+            )
         if self.credit != "sequence" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "multi_objective_aggregation: expected 'sum_then_normalize' with credit="
