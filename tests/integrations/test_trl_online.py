@@ -437,6 +437,17 @@ def test_data_without_prompts_are_refused_before_training(name, policy, tmp_path
         TRegGRPOTrainer(policy, vowels, config, **data)
 
 
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("rows", [{}, {"prompt": []}], ids=["no columns", "no rows"])
+def test_data_without_rows_are_refused_before_training(name, rows, policy, tmp_path):
+    data = {"train_dataset": Dataset.from_list([{"prompt": "a"}])}
+    data[name] = Dataset.from_dict(rows)
+    config = TRegGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    message = f"{name}: expected rows with a prompt, got a dataset of 0 rows"
+    with pytest.raises(ValueError, match=message):
+        TRegGRPOTrainer(policy, vowels, config, **data)
+
+
 @pytest.mark.parametrize("reference", ["its own", "a folder", "below an adapter"])
 def test_a_source_takes_the_reference_that_there_is(reference, policy, tmp_path):
     more = {

@@ -5,7 +5,7 @@ log-probs and advantages of treg.
 import contextlib
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, ClassVar
 
 import torch
@@ -75,7 +75,7 @@ class TRegGRPOTrainer(GRPOTrainer):
     Raises:
         ValueError: token_rewards with images, tools or environments; a source that needs a
             reference where there is none; cast_lm_head_to_fp32; neither token_rewards nor reward
-            functions; data without a column "prompt".
+            functions; data without rows, or without a column "prompt".
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "treg"]
@@ -145,9 +145,14 @@ class TRegGRPOTrainer(GRPOTrainer):
 
     @staticmethod
     def _check_prompts(**data: Any) -> None:
-        """ValueError for a dataset whose columns are known and have no prompt."""
+        """ValueError for a dataset that has no rows, or whose columns are known and no prompt."""
         for name, given in data.items():
             for x in given.values() if isinstance(given, dict) else [given]:
+                if isinstance(x, Sized) and len(x) == 0:
+                    raise ValueError(
+                        f"{name}: expected rows with a prompt, got a dataset of 0 rows; look at "
+                        "what loads or filters it"
+                    )
                 columns = getattr(x, "column_names", None)
                 if columns and "prompt" not in columns:
                     raise ValueError(
