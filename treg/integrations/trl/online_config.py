@@ -202,7 +202,8 @@ class TRegGRPOConfig(GRPOConfig):
         if self.kl_in_reward and (self.credit == "sequence" or self.beta == 0.0):
             raise ValueError(
                 "kl_in_reward: expected False with credit='sequence' or beta=0, got True with "
-                f"credit={self.credit!r} and beta={self.beta}; set beta, and a credit of tokens"
+                f"credit={self.credit!r} and beta={self.beta}; set beta to the weight of the KL "
+                "term, such as 0.04, and credit to 'returns', 'gae' or 'macro'"
             )
         if self.mask_truncated_completions and needs_logprobs(self):
             # TRL hides them from the models, so that all their log-probs are 0
