@@ -77,6 +77,11 @@ class HeadSpec:
         return hidden
 
     @cached_property
+    def takes_positions(self) -> bool:
+        """Whether the model's forward takes position_ids."""
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    @cached_property
     def _without_cache(self) -> dict[str, bool]:
         return without_cache(self.backbone)  # reading a signature takes 0.4 ms
 

@@ -4,7 +4,6 @@ log-probs and advantages of treg.
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Sequence, Sized
 from typing import Any, ClassVar
 
@@ -379,7 +378,7 @@ class TRegGRPOTrainer(GRPOTrainer):
         flags = {"output_router_logits": True} if aux_loss else {}
         inputs = {"input_ids": ids, "attention_mask": mask}
         # as transformers' generate() does
-        if "position_ids" in inspect.signature(spec.model.forward).parameters:
+        if spec.takes_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         with self.accelerator.autocast(), router_logits(spec, aux_loss) as routed:
             shared = self._shared.rows(model, spec, inputs)
