@@ -106,6 +106,26 @@ def check_number(name: str, x, *, positive: bool = False, optional: bool = False
         )
 
 
+def check_not_negative(name: str, x, *, optional: bool = False) -> None:
+    """A finite real number >= 0."""
+    check_number(name, x, optional=optional)
+    if x is not None and x < 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {x!r}")
+
+
+def check_fraction(name: str, x) -> None:
+    """A finite real number in [0, 1]."""
+    check_number(name, x)
+    if not 0 <= x <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {x!r}")
+
+
+def check_count(name: str, x) -> None:
+    """A whole number >= 1."""
+    if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+        raise ValueError(f"{name}: expected a whole number >= 1, got {x!r}")
+
+
 def check_shape(name: str, x: Tensor, shape, why: str) -> None:
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {list(shape)} ({why}), got {list(x.shape)}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from treg.checks import check_number
+from treg.checks import check_count, check_not_negative
 from treg.data import RowProblem
 from treg.rewards import (
     DEFAULT_SOURCE,
@@ -73,14 +73,8 @@ class SampledOptions:
             )
 
     def _check_numbers(self) -> None:
-        check_number(f"{self.prefix}alpha", self.alpha, optional=True)
-        if self.alpha is not None and self.alpha < 0:
-            raise ValueError(f"{self.prefix}alpha: expected a number >= 0, got {self.alpha!r}")
-        tokens = self.tokens_per_batch
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise ValueError(
-                f"{self.prefix}tokens_per_batch: expected a whole number >= 1, got {tokens!r}"
-            )
+        check_not_negative(f"{self.prefix}alpha", self.alpha, optional=True)
+        check_count(f"{self.prefix}tokens_per_batch", self.tokens_per_batch)
 
     @property
     def weight(self) -> float:

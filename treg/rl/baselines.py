@@ -5,10 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from treg.checks import check_finite, check_floating, check_number, check_tensor
+from treg.checks import (
+    check_finite,
+    check_floating,
+    check_fraction,
+    check_not_negative,
+    check_tensor,
+)
 from treg.rl.groups import group_numbers, means, totals
 from treg.rl.layout import Layout
-from treg.rl.returns import check_fraction
 from treg.rl.scales import SCALES, Batch, Centred
 from treg.rl.steps import one_to_the_left, row_sums, sums_from_right
 
@@ -94,9 +99,7 @@ def token_advantages(
     size = _row("scale", scale, SCALES)
     check_fraction("gamma", gamma)
     check_fraction("lam", lam)
-    check_number("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+    check_not_negative("eps", eps)
     layout = Layout.of("rewards", rewards, mask, cu_seqlens)
     steps = layout.steps(units)
     R = steps.sums(layout.take("rewards", rewards))

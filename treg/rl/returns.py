@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treg.checks import check_number
+from treg.checks import check_fraction
 from treg.rl.layout import Layout
 from treg.rl.steps import one_to_the_left, sums_from_right
 
@@ -117,9 +117,3 @@ def gae(
         after = torch.where(steps.last, last[:, None], after)
     A = sums_from_right(R + gamma * after - V, gamma * lam)
     return GAE(*(layout.back(steps.spread(x), rewards.dtype) for x in (A, A + V)))
-
-
-def check_fraction(name: str, x: float) -> None:
-    check_number(name, x)
-    if not 0 <= x <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {x!r}")

@@ -11,12 +11,12 @@ from treg.checks import (
     check_device,
     check_finite,
     check_floating,
+    check_fraction,
+    check_not_negative,
     check_number,
     check_tensor,
 )
 from treg.rl.layout import Layout
-from treg.rl.returns import check_fraction
-from treg.rl.steps import one_to_the_left
 
 
 @torch.no_grad()
@@ -73,9 +73,7 @@ def with_kl(
             that do not fit; both mask and cu_seqlens; coef below 0; a number of a scored token that
             is not finite (values are checked on a CPU, or under `treg.set_debug(True)`).
     """
-    check_number("coef", coef)
-    if coef < 0:
-        raise ValueError(f"coef: expected a number >= 0, got {coef!r}")
+    check_not_negative("coef", coef)
     layout = Layout.of("rewards", rewards, mask, cu_seqlens)
     r = layout.take("rewards", rewards)
     ratios = _log_ratios(layout, logprobs=logprobs, ref_logprobs=ref_logprobs)
@@ -192,7 +190,7 @@ def contrastive_offset(scores: Tensor, base_scores: Tensor) -> Tensor:
 
 def _at_end(layout: Layout, scores: Tensor) -> Tensor:
     """[B, W] float64."""
-    last = layout.there & ~one_to_the_left(layout.there)
+    last = layout.steps(None).last
     return torch.where(last, layout.take_sequences("scores", scores)[:, None], 0.0)
 
 

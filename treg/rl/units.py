@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from treg.checks import check_count
 from treg.rl.layout import Layout
 from treg.rl.steps import one_to_the_right
 
@@ -92,7 +93,7 @@ def ngram_units(n: int, *, mask: Tensor | None = None, cu_seqlens: Tensor | None
         TypeError: an argument that must be a tensor is none. ValueError: n that is no whole number
             >= 1; a mask that is not [B, T] bool; both mask and cu_seqlens, or none.
     """
-    _check_length("n", n)
+    check_count("n", n)
     layout = Layout.where(mask, cu_seqlens)
     return layout.back(_columns(layout) // n, torch.int64)
 
@@ -127,7 +128,7 @@ def random_ngram_units(
     if not len(lengths):
         raise ValueError("lengths: expected whole numbers >= 1, got none")
     for length in lengths:
-        _check_length("lengths", length)
+        check_count("lengths", length)
     layout = Layout.where(mask, cu_seqlens)
     device = layout.lengths.device
     drawing = device if generator is None else generator.device
@@ -147,8 +148,3 @@ def _columns(layout: Layout) -> Tensor:
     """[B, W] int64: j at the j-th scored token."""
     count = len(layout.lengths)
     return torch.arange(layout.width, device=layout.lengths.device).repeat(count, 1)
-
-
-def _check_length(name: str, n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"{name}: expected a whole number >= 1, got {n!r}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from treg.checks import check_number
+from treg.checks import check_count, check_fraction, check_number
 from treg.data.reading import json_object
 from treg.integrations.trl.credit import CREDITS, MACROS, needs_logprobs
 from treg.rewards import streams_given
@@ -141,15 +141,9 @@ class TRegGRPOConfig(GRPOConfig):
         self._check_choices()
         check_number("token_rewards_weight", self.token_rewards_weight)
         for name in ("credit_gamma", "credit_lambda"):
-            check_number(name, getattr(self, name))
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name}: expected a number in [0, 1], got {getattr(self, name)!r}"
-                )
+            check_fraction(name, getattr(self, name))
         for name in ("macro_length", "token_rewards_tokens_per_batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+            check_count(name, getattr(self, name))
         self._check_source()
         self._check_together()
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treg.checks import check_number
+from treg.checks import check_count, check_not_negative
 from treg.integrations.verl.modules import imported, replaced_everywhere, version
 from treg.rl import (
     BASELINES,
@@ -84,14 +84,8 @@ class AdvantageOptions:
                 raise ValueError(
                     f"algorithm.treg.{name}: expected one of {', '.join(known)}, got {value!r}"
                 )
-        check_number("algorithm.treg.eps", self.eps)
-        if self.eps < 0:
-            raise ValueError(f"algorithm.treg.eps: expected a number >= 0, got {self.eps!r}")
-        length = self.macro_length
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise ValueError(
-                f"algorithm.treg.macro_length: expected a whole number >= 1, got {length!r}"
-            )
+        check_not_negative("algorithm.treg.eps", self.eps)
+        check_count("algorithm.treg.macro_length", self.macro_length)
 
     @classmethod
     def of(cls, config: Any) -> "AdvantageOptions":
