@@ -1,5 +1,6 @@
 """DPOConfig, and what treg's trainer needs beside it."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,21 @@ from treg.checks import check_number
 from treg.data.reading import json_object
 from treg.integrations.trl.own import own_options
 from treg.rewards import DEFAULT_SOURCE, streams_given
+
+
+def own_copy(args: Any, kind: type, model: Any, suffix: str) -> Any:
+    """A copy of a trainer's args, which the trainer may change; without any, the defaults with an
+    output_dir that is named after the model, as TRL names it.
+
+    Raises:
+        TypeError: args of another kind.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return kind(f"{name.split('/')[-1] or 'model'}-{suffix}")
+    if not isinstance(args, kind):
+        raise TypeError(f"args: expected a {kind.__name__}, got {type(args).__name__}")
+    return copy.copy(args)
 
 
 @dataclass

@@ -3,7 +3,6 @@ log-probs and advantages of treg.
 """
 
 import contextlib
-import copy
 from collections.abc import Sequence, Sized
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from trl import GRPOTrainer
 
 from treg.heads.logprobs import token_logprobs
 from treg.integrations.trl.completions import CompletionRewards
+from treg.integrations.trl.config import own_copy
 from treg.integrations.trl.credit import (
     Completions,
     advantages_of,
@@ -91,17 +91,12 @@ class TRegGRPOTrainer(GRPOTrainer):
         reward_processing_classes: Any = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = TRegGRPOConfig(f"{name.split('/')[-1] or 'model'}-GRPO")
-        elif not isinstance(args, TRegGRPOConfig):
-            raise TypeError(f"args: expected a TRegGRPOConfig, got {type(args).__name__}")
+        args = own_copy(args, TRegGRPOConfig, model, "GRPO")
         if args.cast_lm_head_to_fp32:
             raise ValueError(
                 "cast_lm_head_to_fp32: expected False, got True; treg's head rounds no logits to "
                 "16 bits"
             )
-        args = copy.copy(args)
         args.settle()
         self._check_given(args, reward_funcs, kwargs)
         self._check_prompts(train_dataset=train_dataset, eval_dataset=eval_dataset)

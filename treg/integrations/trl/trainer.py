@@ -3,7 +3,6 @@ treg.
 """
 
 import contextlib
-import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS
 from treg.data.examples import check_made_with
 from treg.heads import HeadSpec
 from treg.heads.logprobs import score_tokens, token_logprobs
-from treg.integrations.trl.config import TRegDPOConfig
+from treg.integrations.trl.config import TRegDPOConfig, own_copy
 from treg.integrations.trl.data import (
     RewardCollator,
     ScoredCollator,
@@ -98,12 +97,8 @@ class TRegDPOTrainer(DPOTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = TRegDPOConfig(f"{name.split('/')[-1] or 'model'}-T-REG")
-        elif not isinstance(args, TRegDPOConfig):
-            raise TypeError(f"args: expected a TRegDPOConfig, got {type(args).__name__}")
-        args, files = copy.copy(args), {}
+        args = own_copy(args, TRegDPOConfig, model, "T-REG")
+        files: dict = {}
         options = own_options(args)
         self._own = None if options is None else OwnLoss(options, args.treg_memory_budget)
         if self._own is not None:
