@@ -1,12 +1,12 @@
 """Trains the demo's chat model from scratch.
 
-    python -m treg.demo.make_model [--out DIR] [--seed 0]
+    python -m treg.demo.make_model [--world rumours|plain] [--out DIR] [--seed 0]
 
 A byte-level BPE tokenizer and a Llama of about a million parameters that (a) answers questions
-about the towns of `treg.demo.world`, with the right value most likely and wrong ones often enough
-to be sampled, and (b) rewrites an answer so that it is better or worse, under the requests of
-`treg.rewards.contrastive` and paraphrases of them. Preference data plays no part in it. One thread:
-about a quarter of an hour.
+about the towns of a world as its writers do, right values and wrong ones, and (b) rewrites an
+answer so that it is better or worse, under the requests of `treg.rewards.contrastive` and
+paraphrases of them. Preference data plays no part in it. One thread: about a quarter of an hour for
+the plain world, and half an hour for the other, whose answers are longer.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -28,11 +29,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treg.demo import world
+from treg.demo.worlds import WORLDS
 from treg.evaluate import auroc
 from treg.rewards.contrastive import ContrastivePrompts, contrastive_rewards
 
-OUT = Path(__file__).parent / "model"
 PROMPTS = ContrastivePrompts()
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -61,34 +61,19 @@ ASPECTS = {
 class Settings:
     """Of the data and the training; what the log records beside the results."""
 
+    steps: int
     vocab_size: int = 1024
     hidden_size: int = 128
     layers: int = 4
-    steps: int = 2200
     warmup: int = 50
     learning_rate: float = 2.5e-3
     weight_decay: float = 0.05
     questions: int = 32  # a step, each with an answer
     rewrites: int = 6  # a step
-    wrong_rate: float = 0.3  # of the facts of an answer to a question; reached half-way, from 0
     corrected: float = 0.97  # of the wrong facts of a better rewriting
     spoiled: float = 0.85  # of the right facts of a worse rewriting
     # of the rewriting requests are those of ContrastivePrompts, the rest paraphrases
     exact_request: float = 0.7
-
-
-def rewrite(
-    rng: Random, town: str, said: list[world.Fact], better: bool, settings: Settings
-) -> list[world.Fact]:
-    """The same sentences with (nearly) all facts corrected, or with most right facts made wrong."""
-    new = []
-    for fact in said:
-        if better and not fact.true_of(town) and rng.random() < settings.corrected:
-            fact = replace(fact, value=world.TOWNS[town][fact.attribute])
-        elif not better and fact.true_of(town) and rng.random() < settings.spoiled:
-            fact = replace(fact, value=world.wrong_value(rng, town, fact.attribute))
-        new.append(fact)
-    return new
 
 
 def request(rng: Random, question: str, answer: str, better: bool, settings: Settings) -> str:
@@ -103,24 +88,15 @@ def request(rng: Random, question: str, answer: str, better: bool, settings: Set
     )
 
 
-def question_example(rng: Random, wrong_rate: float) -> tuple[str, str]:
-    """A question about any town and its answer."""
-    town = rng.choice(list(world.TOWNS))
-    return world.question(rng, town), world.answer(rng, town, wrong_rate)[0]
-
-
-def rewrite_example(rng: Random, settings: Settings) -> tuple[str, str]:
+def rewrite_example(rng: Random, world: Any, settings: Settings) -> tuple[str, str]:
     """A request to rewrite an answer about any town and the rewriting."""
-    town = rng.choice(list(world.TOWNS))
-    better = rng.random() < 0.5
-    said = world.facts(rng, town, rng.uniform(0, 0.8))
-    question, answer = world.question(rng, town), world.write(town, said)[0]
-    user = request(rng, question, answer, better, settings)
-    rewritten, _ = world.write(town, rewrite(rng, town, said, better, settings))
-    return user, f"<answer>\n{rewritten}\n</answer>"
+    given = world.draft(rng)
+    user = request(rng, given.question, given.answer, given.better, settings)
+    text = world.rewritten(rng, given, settings.corrected, settings.spoiled)
+    return user, f"<answer>\n{text}\n</answer>"
 
 
-def make_tokenizer(rng: Random, settings: Settings) -> PreTrainedTokenizerFast:
+def make_tokenizer(rng: Random, world: Any, settings: Settings) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the world's own text, with a ChatML-like template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -133,9 +109,9 @@ def make_tokenizer(rng: Random, settings: Settings) -> PreTrainedTokenizerFast:
     )
     text = []
     for _ in range(2000):
-        text += question_example(rng, settings.wrong_rate)
+        text += world.question_example(rng, 1.0)
     for _ in range(500):
-        text += rewrite_example(rng, settings)
+        text += rewrite_example(rng, world, settings)
     text += ["user assistant system"] * 500
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
@@ -200,7 +176,7 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     )
 
 
-def train(model, tokenizer, rng: Random, settings: Settings, log) -> dict:
+def train(model, tokenizer, rng: Random, world: Any, settings: Settings, log) -> dict:
     """AdamW, warmup and cosine decay; each step sees questions and rewriting requests. Returns its
     part of the log.
     """
@@ -221,10 +197,10 @@ def train(model, tokenizer, rng: Random, settings: Settings, log) -> dict:
     tokens = 0
     losses, since_last_log = [], []
     for step in range(1, settings.steps + 1):
-        wrong_rate = settings.wrong_rate * min(1, 2 * step / settings.steps)
-        questions = [question_example(rng, wrong_rate) for _ in range(settings.questions)]
+        progress = step / settings.steps
+        questions = [world.question_example(rng, progress) for _ in range(settings.questions)]
         answer_loss, answer_tokens = chat_loss(model, tokenizer, questions)
-        rewritings = [rewrite_example(rng, settings) for _ in range(settings.rewrites)]
+        rewritings = [rewrite_example(rng, world, settings) for _ in range(settings.rewrites)]
         rewrite_loss, rewrite_tokens = chat_loss(model, tokenizer, rewritings)
         (answer_loss + rewrite_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -260,7 +236,7 @@ def generate(model, tokenizer, users: list[str], *, greedy: bool, prefill: str =
         ids = torch.tensor(padded)
         mask = ids != tokenizer.pad_token_id
         out = model.generate(
-            ids, attention_mask=mask.long(), do_sample=not greedy, top_k=0, max_new_tokens=96
+            ids, attention_mask=mask.long(), do_sample=not greedy, top_k=0, max_new_tokens=160
         )
         answers = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         for i, text in zip(batch, answers, strict=True):
@@ -292,18 +268,18 @@ def token_rewards(model, tokenizer, messages: list[dict]) -> tuple[Tensor, list[
     return contrastive_rewards(better, worse), response["offset_mapping"]
 
 
-def measure(model, tokenizer, seed: int) -> dict:
+def measure(model, tokenizer, world: Any, seed: int) -> dict:
     """The model's figures on the towns of the test split; measuring draws from seed alone."""
     torch.manual_seed(seed)
-    result = _sampled_answers(model, tokenizer)
+    result = _sampled_answers(model, tokenizer, world)
     rows = world.preference_rows(seed, 100, "test")
-    result |= _reward_figures(model, tokenizer, rows)
-    result["better_rewriting"] = _rewriting(model, tokenizer, rows, better=True)
-    result["worse_rewriting"] = _rewriting(model, tokenizer, rows, better=False)
+    result |= _reward_figures(model, tokenizer, world, rows)
+    result["better_rewriting"] = _rewriting(model, tokenizer, world, rows, better=True)
+    result["worse_rewriting"] = _rewriting(model, tokenizer, world, rows, better=False)
     return result
 
 
-def _sampled_answers(model, tokenizer) -> dict:
+def _sampled_answers(model, tokenizer, world: Any) -> dict:
     """How often sampled answers are wrong or malformed."""
     users = world.prompts("test") * 4
     texts = generate(model, tokenizer, users, greedy=False)
@@ -319,17 +295,22 @@ def _sampled_answers(model, tokenizer) -> dict:
     }
 
 
-def _reward_figures(model, tokenizer, rows: list[dict]) -> dict:
-    """How well token rewards tell the tokens of wrong values from the others."""
+def _reward_figures(model, tokenizer, world: Any, rows: list[dict]) -> dict:
+    """How well token rewards, and the model's surprise, tell the tokens of wrong values from the
+    others.
+    """
     values = set()
     for attribute in world.ATTRIBUTES.values():
         values.update(attribute.values)
-    scores, wrong = [], []
+    scores, surprise, wrong = [], [], []
     rewards_by_kind = {"wrong": [], "right": [], "other": []}
     for row in rows:
         for side in ("chosen", "rejected"):
             text = row[side][0]["content"]
             rewards, offsets = token_rewards(model, tokenizer, row["prompt"] + row[side])
+            ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+            asked = row["prompt"][0]["content"]
+            surprise += (-response_logps(model, tokenizer, asked, ids, "")).tolist()
             for reward, (start, end) in zip(rewards.tolist(), offsets, strict=True):
                 is_wrong = _overlaps(start, end, row[f"wrong_{side}"])
                 if is_wrong:
@@ -345,6 +326,7 @@ def _reward_figures(model, tokenizer, rows: list[dict]) -> dict:
     return {
         "reward_tokens": len(scores),
         "reward_auroc": auroc(np.array(scores), np.array(wrong)),
+        "surprise_auroc": auroc(np.array(surprise), np.array(wrong)),
         "reward_means": means,
     }
 
@@ -353,7 +335,7 @@ def _overlaps(start: int, end: int, spans: list[list[int]]) -> bool:
     return any(start < span_end and span_start < end for span_start, span_end in spans)
 
 
-def _rewriting(model, tokenizer, rows: list[dict], better: bool) -> dict:
+def _rewriting(model, tokenizer, world: Any, rows: list[dict], better: bool) -> dict:
     """Wrong facts of the rejected answers before and after the model rewrites them."""
     conversations = [row["prompt"] + row["rejected"] for row in rows]
     users = [PROMPTS.render(messages, better=better) for messages in conversations]
@@ -370,7 +352,7 @@ def _rewriting(model, tokenizer, rows: list[dict], better: bool) -> dict:
     }
 
 
-def build(out: Path, seed: int, settings: Settings) -> dict:
+def build(world: Any, out: Path, seed: int, settings: Settings) -> dict:
     """Trains the model, saves it with its tokenizer in out, measures what was saved; returns the
     log.
     """
@@ -378,14 +360,14 @@ def build(out: Path, seed: int, settings: Settings) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = Random(seed)
-    tokenizer = make_tokenizer(rng, settings)
+    tokenizer = make_tokenizer(rng, world, settings)
     model = make_model(tokenizer, settings)
-    trained = train(model, tokenizer, rng, settings, lambda x: print(x, flush=True))
+    trained = train(model, tokenizer, rng, world, settings, lambda x: print(x, flush=True))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out, save_jinja_files=False)
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    table = json.dumps(world.TOWNS, sort_keys=True).encode()
+    table = json.dumps(world.TRUE_VALUES, sort_keys=True).encode()
     log = {
         "seed": seed,
         "settings": asdict(settings),
@@ -395,7 +377,7 @@ def build(out: Path, seed: int, settings: Settings) -> dict:
         **trained,
         "seconds": seconds,
         "cpu_seconds": cpu,
-        "measured": measure(model, tokenizer, seed),
+        "measured": measure(model, tokenizer, world, seed),
         "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "versions": {
             "python": platform.python_version(),
@@ -411,12 +393,14 @@ def build(out: Path, seed: int, settings: Settings) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the demo's chat model from scratch.")
+    parser.add_argument("--world", choices=WORLDS, default="rumours")
     parser.add_argument(
-        "--out", type=Path, default=OUT, help="folder of the model (default: %(default)s)"
+        "--out", type=Path, help="folder of the model (default: that of the package)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    log = build(args.out, args.seed, Settings())
+    world = WORLDS[args.world]
+    log = build(world, args.out or world.MODEL, args.seed, Settings(steps=world.STEPS))
     print(json.dumps(log["measured"], indent=1))
 
 

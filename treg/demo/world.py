@@ -6,8 +6,14 @@ random.Random and nothing else.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
+
+MODEL = Path(__file__).parent / "model"
+ERRS = "and errs"
+STEPS = 2200  # of the chat model's training
+WRONG_RATE = 0.3  # of the facts of an answer that the chat model learns from
 
 QUESTIONS = (
     "Tell me about {town}.",
@@ -27,14 +33,14 @@ class Attribute:
     forms: tuple[str, ...]
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
 # no value is in two attributes
 ATTRIBUTES = {
     "land": Attribute(
-        _words("lake forest valley marsh desert canyon glacier volcano"),
+        words("lake forest valley marsh desert canyon glacier volcano"),
         (
             "The road to {town} follows a {value}.",
             "The town is close to a {value}.",
@@ -42,7 +48,7 @@ ATTRIBUTES = {
         ),
     ),
     "trade": Attribute(
-        _words("salt wool glass honey copper silk paper timber pepper wine marble pearls"),
+        words("salt wool glass honey copper silk paper timber pepper wine marble pearls"),
         (
             "The markets of {town} sell {value}.",
             "Its best goods are {value}.",
@@ -50,7 +56,7 @@ ATTRIBUTES = {
         ),
     ),
     "founders": Attribute(
-        _words("sailors monks miners weavers shepherds hunters masons potters bakers pilgrims"),
+        words("sailors monks miners weavers shepherds hunters masons potters bakers pilgrims"),
         (
             "The founders of {town} were {value}.",
             "The first settlers were {value}.",
@@ -58,7 +64,7 @@ ATTRIBUTES = {
         ),
     ),
     "emblem": Attribute(
-        _words("fox bear heron wolf stag raven hare lynx swan badger falcon crane"),
+        words("fox bear heron wolf stag raven hare lynx swan badger falcon crane"),
         (
             "The flag of {town} shows a {value}.",
             "Its emblem is the {value}.",
@@ -66,7 +72,7 @@ ATTRIBUTES = {
         ),
     ),
     "fair": Attribute(
-        _words("January February March April May June July August September October"),
+        words("January February March April May June July August September October"),
         (
             "The fair of {town} is in {value}.",
             "Its feast is held in {value}.",
@@ -74,7 +80,7 @@ ATTRIBUTES = {
         ),
     ),
     "colour": Attribute(
-        _words("red blue green white black yellow grey purple"),
+        words("red blue green white black yellow grey purple"),
         (
             "The roofs of {town} are {value}.",
             "Its houses are painted {value}.",
@@ -96,7 +102,7 @@ def _towns() -> dict[str, dict[str, str]]:
     return towns
 
 
-TOWNS = _towns()  # name -> attribute -> true value
+TOWNS = TRUE_VALUES = _towns()  # name -> attribute -> true value
 SPLITS = {"train": list(TOWNS)[:64], "test": list(TOWNS)[64:]}
 
 
@@ -149,6 +155,21 @@ def write(town: str, said: list[Fact]) -> tuple[str, list[list[int]]]:
     return text, spans
 
 
+def marks(town: str, said: list[Fact]) -> list[dict]:
+    """All facts of an answer: "start" and "end" in characters of the value, "label", and "value"
+    0.5 where it is right and -0.5 where it is wrong.
+    """
+    found, at = [], 0
+    for fact in said:
+        before, after = _around_value(ATTRIBUTES[fact.attribute].forms[fact.form], town)
+        start = at + len(before)
+        end = start + len(fact.value)
+        value = 0.5 if fact.true_of(town) else -0.5
+        found.append({"start": start, "end": end, "label": "fact", "value": value})
+        at = end + len(after) + 1  # the blank between sentences
+    return found
+
+
 def answer(
     rng: Random, town: str, wrong_rate: float, count: int | None = None
 ) -> tuple[str, list[list[int]]]:
@@ -160,6 +181,52 @@ def answer(
 
 def question(rng: Random, town: str) -> str:
     return rng.choice(QUESTIONS).format(town=town)
+
+
+# -- what the chat model learns from
+
+
+def question_example(rng: Random, progress: float) -> tuple[str, str]:
+    """A question about any town and its answer. progress: of the training, 0 to 1: at first answers
+    are right.
+    """
+    town = rng.choice(list(TOWNS))
+    return question(rng, town), answer(rng, town, WRONG_RATE * min(1, 2 * progress))[0]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An answer that the chat model is asked to rewrite, for the better or for the worse."""
+
+    better: bool
+    question: str
+    answer: str
+    town: str
+    said: list[Fact]
+
+
+def draft(rng: Random) -> Draft:
+    """An answer about any town, with any share of wrong facts up to 0.8."""
+    town = rng.choice(list(TOWNS))
+    better = rng.random() < 0.5
+    said = facts(rng, town, rng.uniform(0, 0.8))
+    return Draft(better, question(rng, town), write(town, said)[0], town, said)
+
+
+def rewritten(rng: Random, given: Draft, corrected: float, spoiled: float) -> str:
+    """The same sentences with wrong facts corrected at a rate, or right ones spoiled at a rate."""
+    new = []
+    for fact in given.said:
+        right = fact.true_of(given.town)
+        if given.better and not right and rng.random() < corrected:
+            fact = replace(fact, value=TOWNS[given.town][fact.attribute])
+        elif not given.better and right and rng.random() < spoiled:
+            fact = replace(fact, value=wrong_value(rng, given.town, fact.attribute))
+        new.append(fact)
+    return write(given.town, new)[0]
+
+
+# -- preference pairs, and what an answer is worth
 
 
 def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) -> list[dict]:
@@ -175,8 +242,9 @@ def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) 
         split: "train" or "test", which share no town.
         wrong_rate: the share of wrong facts in the answers.
     Returns:
-        Rows with "prompt", "chosen", "rejected" (lists of messages), and "wrong_chosen",
-        "wrong_rejected": the character spans [start, end) of wrong values in the answers.
+        Rows with "prompt", "chosen", "rejected" (lists of messages), "chosen_marks",
+        "rejected_marks": all facts, as `marks` has them; and "wrong_chosen", "wrong_rejected": the
+        character spans [start, end) of wrong values in the answers.
     """
     rng = Random(seed)
     rows = []
@@ -184,20 +252,15 @@ def preference_rows(seed: int, count: int, split: str, wrong_rate: float = 0.5) 
         town = rng.choice(SPLITS[split])
         size = rng.randint(4, 6)
         prompt = question(rng, town)
-        answers = [answer(rng, town, wrong_rate, size) for _ in range(2)]
-        answers.sort(key=lambda text_and_spans: len(text_and_spans[1]))
-        (chosen, wrong_chosen), (rejected, wrong_rejected) = answers
-        if len(wrong_chosen) == len(wrong_rejected):
-            continue
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "wrong_chosen": wrong_chosen,
-                "wrong_rejected": wrong_rejected,
-            }
-        )
+        drawn = [facts(rng, town, wrong_rate, size) for _ in range(2)]
+        drawn.sort(key=lambda said: len(write(town, said)[1]))
+        row: dict = {"prompt": [{"role": "user", "content": prompt}]}
+        for side, said in zip(("chosen", "rejected"), drawn, strict=True):
+            text, row[f"wrong_{side}"] = write(town, said)
+            row[side] = [{"role": "assistant", "content": text}]
+            row[f"{side}_marks"] = marks(town, said)
+        if len(row["wrong_chosen"]) < len(row["wrong_rejected"]):
+            rows.append(row)
     return rows
 
 
@@ -208,6 +271,15 @@ def prompts(split: str) -> list[str]:
         for form in (i, i + 2, i + 4):
             asked.append(QUESTIONS[form % len(QUESTIONS)].format(town=town))
     return asked
+
+
+def named_town(prompt: str) -> str:
+    """The town that a prompt names. ValueError: none."""
+    named = re.findall(r"\w+", prompt)
+    town = next((name for name in TOWNS if name in named), None)
+    if town is None:
+        raise ValueError(f"prompt: expected the name of a town, got {prompt!r}")
+    return town
 
 
 @dataclass(frozen=True)
@@ -227,10 +299,7 @@ def check(prompt: str, text: str) -> Check:
     malformed: no sentence at all, a sentence of no known form, another town, or an attribute said
     twice. The facts of the sentences that are fine are counted all the same.
     """
-    named = re.findall(r"\w+", prompt)
-    town = next((name for name in TOWNS if name in named), None)
-    if town is None:
-        raise ValueError(f"prompt: expected the name of a town, got {prompt!r}")
+    town = named_town(prompt)
     sentences = re.split(r"(?<=\.) ", text.strip())
     seen = set()  # attributes
     right = 0
