@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from treg.data import load_pairs  # noqa: E402
 from treg.demo import world  # noqa: E402
-from treg.demo.run import MODEL  # noqa: E402
+from treg.demo.world import MODEL  # noqa: E402
 from treg.rewards import Context, load_source  # noqa: E402
 from treg.rewards.annotate import annotate_pairs  # noqa: E402
 

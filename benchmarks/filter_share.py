@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treg.data import EncodeOptions, load_pairs
 from treg.demo import world
-from treg.demo.run import MODEL
+from treg.demo.world import MODEL
 from treg.ops import linear_logprobs
 from treg.ops.call import Batch, Call
 from treg.ops.head import Head

@@ -21,12 +21,7 @@ the extra `train`; a quarter of an hour on two cores at most.
 
 import argparse
 import copy
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,13 +37,15 @@ from treg.data import EncodeOptions
 from treg.data.annotated import read_annotated
 from treg.demo import run as demo
 from treg.demo import world
-from treg.files import replacing
+from treg.demo.detection import ALL, REWARD, detection
+from treg.demo.records import Record, environment
 from treg.losses import OBJECTIVES
 from treg.rewards.annotate import AnnotateOptions, annotate
 from treg.trainer import TRegTrainer
 
 HELPER_SEED = 1000  # of the models that token rewards need
 REWARD_EPOCHS, REWARD_RATE = 3, 1e-4
+PACKAGES = ("torch", "transformers", "accelerate")
 MEASURES = ("wrong facts", "malformed", "ranked right", "seconds")
 
 
@@ -146,11 +143,11 @@ class Study:
     def __init__(self, pairs: int, steps: int, folder: Path):
         self.steps = steps
         self.folder = folder
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(demo.MODEL)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(world.MODEL)
         self.start: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            demo.MODEL, dtype=torch.float32
+            world.MODEL, dtype=torch.float32
         )
-        self.rows = [with_marks(row) for row in world.preference_rows(0, pairs, "train")]
+        self.rows = world.preference_rows(0, pairs, "train")
         self.held_out_rows = world.preference_rows(1, demo.HELD_OUT_PAIRS, "test")
         self.held_out = self._annotated("held-out", self.held_out_rows, SIGNALS["none"])
         # of each signal: seconds, AUROC; of the reward model: which share of pairs it ranks right
@@ -183,7 +180,7 @@ class Study:
             self._examples[name] = self._annotated(name, self.rows, filled)
             seconds = time.perf_counter() - start
             file = self.folder / f"{name}.parquet"
-            auroc = demo.wrong_token_auroc(file, self.rows, self.tokenizer)["-rhat"]
+            auroc = detection(file, self.rows, self.tokenizer)[REWARD][ALL]
             self.signals[name] = {"seconds": seconds, "auroc": auroc}
             say(f"signal {name}: {seconds:.1f} s, AUROC of wrong tokens {auroc:.3f}")
         return self._examples[name]
@@ -240,7 +237,7 @@ class Study:
         """The start with a linear head, trained by -log sigma(R_w - R_l)."""
         torch.manual_seed(HELPER_SEED)
         model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-            demo.MODEL, num_labels=1, dtype=torch.float32
+            world.MODEL, num_labels=1, dtype=torch.float32
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=REWARD_RATE)
         for _ in range(REWARD_EPOCHS):
@@ -273,22 +270,6 @@ class Study:
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
 
 
-def with_marks(row: dict) -> dict:
-    """A row with the truth about its answers: 0.5 at each right value, -0.5 at each wrong one."""
-    marked = dict(row)
-    values = {value for attribute in world.ATTRIBUTES.values() for value in attribute.values}
-    for side in ("chosen", "rejected"):
-        marks, at = [], 0
-        for word in row[side][0]["content"].split(" "):
-            value = word.rstrip(".")
-            if value in values:
-                span = [at, at + len(value)]
-                marks.append([*span, -0.5 if span in row[f"wrong_{side}"] else 0.5])
-            at += len(word) + 1
-        marked[f"{side}_marks"] = marks
-    return marked
-
-
 def swapped(example: Mapping[str, Any]) -> dict[str, Any]:
     """An example whose chosen answer is the rejected one, and the other way round."""
     other = {"chosen": "rejected", "rejected": "chosen"}
@@ -296,58 +277,6 @@ def swapped(example: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in example.items():
         found["_".join(other.get(part, part) for part in name.split("_"))] = value
     return found
-
-
-class Record:
-    """The JSON file of results: what was asked for, and a row for each run that is done."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self.content: dict[str, Any] = {"settings": settings, "signals": {}, "rows": []}
-        if path.exists():
-            self.content = json.loads(path.read_text())
-            if not {"settings", "rows"} <= self.content.keys():
-                raise ValueError(f"output: expected a record of this script, got {path}")
-            self._take(json.loads(json.dumps(settings)))
-
-    def _take(self, settings: dict[str, Any]) -> None:
-        """Refuse settings that are not those of the rows; methods may be added."""
-        made_with = self.content["settings"]
-        methods = made_with["methods"]
-        expected = settings | {"methods": methods | settings["methods"]}
-        for name, value in methods.items():
-            if expected["methods"][name] != value:
-                raise ValueError(
-                    f"output: expected a record with {name} as {expected['methods'][name]}, got "
-                    f"{value} in {self.path}; give another file, or remove it"
-                )
-        for name, value in settings.items():
-            if name != "methods" and made_with.get(name) != value:
-                raise ValueError(
-                    f"output: expected a record with {name} {value}, got {made_with.get(name)} in "
-                    f"{self.path}; give another file, or remove it"
-                )
-        self.content["settings"] = expected
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.content["rows"]
-
-    def started(self) -> None:
-        """Keep the command that makes the rows to come, and where."""
-        command = " ".join(["python", *sys.argv])
-        commands = self.content.setdefault("commands", [])
-        if command not in commands:
-            commands.append(command)
-        self.content["environment"] = environment()
-
-    def has(self, method: str, seed: int, rate: float | None) -> bool:
-        wanted = (method, seed, rate)
-        return any((x["method"], x["seed"], x["learning rate"]) == wanted for x in self.rows)
-
-    def write(self) -> None:
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -372,26 +301,6 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Where a record was made."""
-    packages = ("torch", "transformers", "accelerate")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
-        "load_average": os.getloadavg()[:2],
-    }
-
-
 def compare(args: argparse.Namespace, folder: Path) -> Record:
     """Train and measure what the record does not have."""
     record = Record(args.output, settings_of(args))
@@ -399,24 +308,23 @@ def compare(args: argparse.Namespace, folder: Path) -> Record:
     for seed in dict.fromkeys(args.seeds):
         for name in dict.fromkeys(("before", *args.methods)):
             rate = None if name == "before" else args.learning_rate or METHODS[name].rate
-            if not record.has(name, seed, rate):
+            if not record.has(**{"method": name, "seed": seed, "learning rate": rate}):
                 todo.append((name, seed, rate))
     if not todo:
         return record
     start = time.perf_counter()
     study = Study(args.pairs, args.steps, folder)
     say(f"{len(todo)} runs of {args.steps} steps on {len(study.rows)} pairs")
-    record.started()
+    record.began(" ".join(["python", *sys.argv]), environment(1, PACKAGES))
     for i, (name, seed, rate) in enumerate(todo, 1):
         row = {"method": name, "seed": seed, "learning rate": rate}
         policy = study.start
         if rate is not None:  # the start ranks no pair: all of its margins are 0
             policy, row["seconds"] = study.train(METHODS[name], seed, rate)
             row["ranked right"] = study.ranked_right(policy)
-        row |= demo.answer_questions(policy, study.tokenizer, seed)
-        record.rows.append(row)
-        record.content["signals"] |= study.signals
-        record.write()
+        row |= demo.answer_questions(world, policy, study.tokenizer, seed)
+        record.content.setdefault("signals", {}).update(study.signals)
+        record.take(row)
         say(
             f"{i}/{len(todo)} {name}, seed {seed}: "
             f"{', '.join(f'{x} {row[x]:.3f}' for x in MEASURES if x in row)}; "

@@ -146,8 +146,8 @@ def compare(tmp_path, monkeypatch):
     """compare_methods.py as a module, on a small held-out world."""
     monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 4)
     monkeypatch.setattr(demo, "SAMPLES", 1)
-    asked = demo.world.prompts
-    monkeypatch.setattr(demo.world, "prompts", lambda split: asked(split)[:16])
+    asked = world.prompts
+    monkeypatch.setattr(world, "prompts", lambda split: asked(split)[:16])
     spec = importlib.util.spec_from_file_location(
         "compare_methods", EXAMPLES / "compare_methods.py"
     )
@@ -180,11 +180,11 @@ def test_compare_methods(compare, tmp_path, monkeypatch, capsys):
         assert len(shares) == (2 if row["method"] == "before" else 3)
         assert all(0 <= share <= 1 for share in shares)
         assert f"| {row['method']} |" in output
-    expected = demo.run(str(tmp_path / "demo"), seeds=1, pairs=20)
+    expected = demo.run(str(tmp_path / "demo"), seeds=1, pairs=20, world="plain")
     theirs = [expected["before"], *expected["runs"][:2]]
     for row, other in zip(first["rows"], theirs, strict=True):
         for name in ("wrong facts", "malformed", "facts an answer"):
-            assert row[name] == other[name]
+            assert row[name] == pytest.approx(other[name], rel=1e-4)  # kept in five digits
         assert row.get("ranked right") == other.get("accuracy")
 
 
@@ -196,7 +196,7 @@ def test_compare_methods_refuses_another_record(change, compare, tmp_path):
     more = compare.settings_of(compare.arguments(["--methods", "dpo", "ipo"]))
     assert compare.Record(file, more).content["settings"] == json.loads(json.dumps(more))
     other = {"pairs": 20} if change == "pairs" else {"methods": {"dpo": {"loss_type": "ipo"}}}
-    named = "pairs" if change == "pairs" else "dpo as"
+    named = "pairs" if change == "pairs" else "methods"
     with pytest.raises(ValueError, match=f"expected a record with {named} "):
         compare.Record(file, settings | other)
 
@@ -213,19 +213,6 @@ def test_compare_methods_refuses_numbers(given, compare, capsys):
     with pytest.raises(SystemExit):
         compare.arguments(given.split())
     assert given.split()[0].strip("-") in capsys.readouterr().err
-
-
-def test_compare_methods_marks_every_fact(compare):
-    """The marks of an answer are as many as its facts, and hold their values."""
-    for row in world.preference_rows(3, 50, "train"):
-        marked = compare.with_marks(row)
-        for side in ("chosen", "rejected"):
-            text, marks = row[side][0]["content"], marked[f"{side}_marks"]
-            found = world.check(row["prompt"][0]["content"], text)
-            values = [value for _, _, value in marks]
-            assert (values.count(0.5), values.count(-0.5)) == (found.right, found.wrong)
-            wrong = [[start, end] for start, end, value in marks if value < 0]
-            assert wrong == row[f"wrong_{side}"]
 
 
 def test_compare_methods_table(compare):
@@ -372,7 +359,7 @@ def test_online_beginnings(alike, online):
     task, rng = online.online_task, random.Random(0)
     tokenizer = task.load_tokenizer()
     rows = [task.reward_pair(rng, 6, alike) for _ in range(4)]
-    model = task.load_reward_model(str(demo.MODEL))
+    model = task.load_reward_model(str(world.MODEL))
     found, said = task.scores(model, tokenizer, rows)
     answers = [(row, side) for side in ("chosen", "rejected") for row in rows]
     for i, (row, side) in enumerate(answers):

@@ -11,7 +11,6 @@ import transformers
 from online_truth import worth
 from torch import Tensor
 
-from treg.demo import run as demo
 from treg.demo import world
 from treg.evaluate import auroc
 
@@ -39,11 +38,11 @@ class RewardSettings:
 
 
 def load_tokenizer() -> Any:
-    return transformers.AutoTokenizer.from_pretrained(demo.MODEL, padding_side="left")
+    return transformers.AutoTokenizer.from_pretrained(world.MODEL, padding_side="left")
 
 
 def load_policy() -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(world.MODEL, dtype=torch.float32)
 
 
 def load_reward_model(folder: str) -> Any:
@@ -148,7 +147,7 @@ def train_reward_model(folder: Path, settings: RewardSettings) -> dict[str, floa
     torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer()
     model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-        demo.MODEL, num_labels=1, dtype=torch.float32
+        world.MODEL, num_labels=1, dtype=torch.float32
     )
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))

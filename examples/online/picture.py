@@ -14,7 +14,8 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from run import half_width
+
+from treg.demo.records import half_width
 
 # the same results give the same bytes
 matplotlib.rcParams |= {"svg.hashsalt": "treg", "svg.fonttype": "none"}

@@ -15,15 +15,10 @@ the extras `train` and `trl`. What was expected, and what came out: examples/onl
 """
 
 import argparse
-import importlib.metadata
-import json
 import math
 import multiprocessing
 import os
-import platform
 import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,59 +31,13 @@ from typing import Any
 import online_task as task
 import online_train as online
 
-from treg.files import replacing
+from treg.demo.records import Record, cell, environment
 
 MEASURES = ("wrong facts", "malformed", "facts an answer", "tokens", "worth", "seconds")
 SHARES = ("wrong facts", "malformed")
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 QUICK = {"steps": 2, "prompts": 2, "generations": 2, "every": 1, "samples": 1}
 QUICK_REWARD = {"steps": 4, "pairs": 4, "single": 2}
-
-
-class Record:
-    """The JSON file of results: what was asked for, and a row for each run that is done."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        settings = json.loads(json.dumps(settings))
-        self.content: dict[str, Any] = {"settings": settings, "reward models": {}, "rows": []}
-        if path.exists():
-            self.content = json.loads(path.read_text())
-            if not {"settings", "rows"} <= self.content.keys():
-                raise ValueError(f"output: expected a record of this script, got {path}")
-            self._take(settings)
-
-    def _take(self, settings: dict[str, Any]) -> None:
-        """Refuse settings that are not those of the rows; methods may be added."""
-        made_with = self.content["settings"]
-        methods = made_with["methods"] | settings["methods"]
-        for name, value in ({"methods": {}} | made_with).items():
-            expected = settings[name] | value if name == "methods" else settings.get(name)
-            if expected != (methods if name == "methods" else value):
-                raise ValueError(
-                    f"output: expected a record with {name} {expected}, got {value} in "
-                    f"{self.path}; give another file, or remove it"
-                )
-        self.content["settings"] = settings | {"methods": methods}
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.content["rows"]
-
-    def has(self, method: str, seed: int) -> bool:
-        return any((x["method"], x["seed"]) == (method, seed) for x in self.rows)
-
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
-
-    def take(self, row: dict[str, Any]) -> None:
-        """Keep a run, in five significant digits."""
-        digits = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.5g}"))
-        self.rows.append(digits)
-        self.write()
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,26 +51,6 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "training": asdict(training),
         "reward models": {name: asdict(x) for name, x in judges.items()},
         "methods": {name: asdict(online.METHODS[name]) for name in args.methods},
-    }
-
-
-def environment(processes: int) -> dict[str, Any]:
-    """Where a record was made."""
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "processes": processes,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
-        "load_average": os.getloadavg()[:2],
     }
 
 
@@ -169,13 +98,17 @@ class Study:
         waiting: dict[str, list[tuple[str, int]]] = {}
         for run in self.todo:
             needed = online.judges_of(asdict(online.METHODS[run[0]]))
-            missing = [x for x in needed if x not in self.record.content["reward models"]]
+            missing = [x for x in needed if x not in self._judges()]
             missing += [x for x in needed if not Path(self.folders[x]).exists()]
             if missing:
                 waiting.setdefault(missing[0], []).append(run)
             else:
                 ready.append(run)
         return ready, waiting
+
+    def _judges(self) -> dict[str, Any]:
+        """What is known of each reward model that is trained."""
+        return self.record.content.setdefault("reward models", {})
 
     def _submit(self, pool: ProcessPoolExecutor, name: str, seed: int) -> Any:
         folder = self.scratch / f"{list(online.METHODS).index(name)}-{seed}"
@@ -188,7 +121,7 @@ class Study:
         )
 
     def _judged(self, name: str, measured: dict[str, float]) -> None:
-        self.record.content["reward models"][name] = measured
+        self._judges()[name] = measured
         self.record.write()
         say(f"{name}: {', '.join(f'{what} {x:.3g}' for what, x in measured.items())}")
 
@@ -224,26 +157,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells.append("" if name == "sequence" else cell(apart, percent=True, sign="+"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of a mean by Student's t."""
-    if len(values) < 2:
-        return math.nan
-    quantile = T975[min(len(values) - 2, len(T975) - 1)]
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def cell(values: Sequence[float], percent: bool = False, sign: str = "") -> str:
-    """Mean and, of more than one value, (half the width of the interval)."""
-    if not values:
-        return ""
-    factor, end = (100, " %") if percent else (1, "")
-    form = ".1f" if percent or max(map(abs, values)) >= 10 else ".2f"
-    text = format(statistics.mean(values) * factor, sign + form) + end
-    if len(values) > 1:
-        text += f" ({half_width(values) * factor:{form}})"
-    return text
 
 
 def say(text: str) -> None:
@@ -285,10 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         study = Study(args, record, Path(scratch))
         if study.todo:
-            command = shlex.join(["python", *sys.argv])
-            commands = record.content.setdefault("commands", [])
-            commands += [command] * (command not in commands)
-            record.content["environment"] = environment(args.processes)
+            record.began(shlex.join(["python", *sys.argv]), environment(args.processes, PACKAGES))
             study.run()
             record.content["seconds"] = record.content.get("seconds", 0.0) + (
                 time.perf_counter() - start

@@ -23,7 +23,7 @@ from treg.cli.loading import encode_options, load_model, signal_of
 from treg.cli.options import NOT_SHOWN, parse
 from treg.cli.other_names import ALIASES, INSTEAD
 from treg.data import EncodeOptions
-from treg.demo.run import MODEL
+from treg.demo.world import MODEL
 from treg.losses import OBJECTIVES
 from treg.rewards import SOURCES
 from treg.rewards.shaping import STEPS

@@ -229,8 +229,7 @@ def test_trainers_under_fsdp2(tmp_path):
     pytest.importorskip("trl")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from treg.demo.run import MODEL
-    from treg.demo.world import preference_rows
+    from treg.demo.world import MODEL, preference_rows
     from treg.rewards.annotate import annotate
 
     data = tmp_path / "annotated.parquet"

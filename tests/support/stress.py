@@ -38,7 +38,7 @@ import treg.rewards.annotate
 from treg.cli import main
 from treg.data.annotated import read_annotated
 from treg.demo import world
-from treg.demo.run import MODEL
+from treg.demo.world import MODEL
 
 PAIRS, OTHER_SEED = 20, 5
 PART_PAIRS = 8  # so that there are three

@@ -1,7 +1,8 @@
 """The demo: token rewards on a small world with known truth, and what they change in training.
 
 annotate    preference pairs are scored by the tiny chat model under the contrastive prompts; since
-            it is known which tokens are wrong, -rhat is judged as a detector of them (AUROC)
+            it is known which tokens are wrong, -rhat and the model's surprise are judged as
+            detectors of them (AUROC)
 train       DPO and T-REG, from the same model, on the same pairs in the same order, for the same
             steps
 evaluate    held-out pairs (reward accuracy, margin); held-out questions are answered by sampling,
@@ -25,15 +26,14 @@ import transformers
 
 from treg.data import SIDES, EncodeOptions
 from treg.data.annotated import read_annotated
-from treg.demo import world
-from treg.evaluate import auroc
+from treg.demo.detection import detection, in_spans
+from treg.demo.worlds import WORLDS
 from treg.rewards.annotate import AnnotateOptions, annotate
-from treg.rewards.response import content_length
 from treg.trainer import TRegConfig, TRegTrainer
-from treg.viz import token_pieces, write_page
+from treg.viz import write_page
 from treg.viz.views import pair_views
 
-MODEL = Path(__file__).parent / "model"
+WORLD = "rumours"
 CONTROL = "T-REG, shuffled"
 METHODS = {"DPO": 0.0, "T-REG": 0.5, CONTROL: 0.5}  # alpha
 BETA = 0.1
@@ -45,6 +45,7 @@ HELD_OUT_PAIRS = 128
 SHOWN = 40  # pairs of the page
 TRUTH = "wrong fact"  # what is marked on it
 SAMPLES = 3  # answers to each held-out question
+LONGEST = 192  # tokens of an answer
 # what is measured of a policy
 COLUMNS = (
     "wrong facts",
@@ -59,7 +60,9 @@ COLUMNS = (
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
-def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> dict[str, Any]:
+def run(
+    output: str = "treg-demo", seeds: int = 5, pairs: int | None = None, world: str = WORLD
+) -> dict[str, Any]:
     """Run the demo, print what it measures, and leave data, page and a JSON of the results in
     output.
 
@@ -67,11 +70,15 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
         output: folder, made where it is missing.
         seeds: training runs of each method.
         pairs: preference pairs to train on; None: 200.
+        world: a key of WORLDS.
     Returns:
-        What results.json holds: auroc, before, runs, table, pairs, device.
+        What results.json holds: world, auroc, before, runs, table, pairs, device.
     Raises:
-        ValueError: seeds or pairs below 1.
+        ValueError: seeds or pairs below 1; no such world.
     """
+    if world not in WORLDS:
+        raise ValueError(f"world: expected one of {', '.join(WORLDS)}, got {world!r}")
+    place = WORLDS[world]
     pairs = PAIRS if pairs is None else pairs
     for name, value in (("seeds", seeds), ("pairs", pairs)):
         if value < 1:
@@ -79,34 +86,40 @@ def run(output: str = "treg-demo", seeds: int = 5, pairs: int | None = None) -> 
     out, start = Path(output), time.perf_counter()
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place.MODEL)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(place.MODEL, dtype=torch.float32)
     model = model.to(device)
     print(
         f"treg demo on {device}: a chat model of {model.num_parameters() / 1e6:.1f} M parameters "
-        f"that knows {len(world.TOWNS)} invented towns, and errs"
+        f"that knows {len(place.TOWNS)} invented towns, {place.ERRS}"
     )
 
     rows = {
-        "train": world.preference_rows(0, pairs, "train"),
-        "held-out": world.preference_rows(1, HELD_OUT_PAIRS, "test"),
+        "train": place.preference_rows(0, pairs, "train"),
+        "held-out": place.preference_rows(1, HELD_OUT_PAIRS, "test"),
     }
-    files, detection = {}, {}
+    files, found = {}, {}
     for name, pair_rows in rows.items():
         files[name] = _annotate(model, tokenizer, pair_rows, out / name)
     for name, pair_rows in rows.items():
-        detection[name] = wrong_token_auroc(files[name], pair_rows, tokenizer)
-    _print_detection(detection)
+        found[name] = detection(files[name], pair_rows, tokenizer)
+    _print_detection(found)
 
     print(
         f"\ntraining: {len(METHODS)} methods x {seeds} seeds, {pairs} pairs, {EPOCHS} epoch, "
         f"beta {BETA}, alpha {METHODS['T-REG']}, learning rate {LEARNING_RATE}"
     )
-    before = {"method": "before", "seed": 0, **answer_questions(model, tokenizer, seed=0)}
-    trained = _train_all(model, tokenizer, files, out, seeds)
+    before = {"method": "before", "seed": 0, **answer_questions(place, model, tokenizer, seed=0)}
+    trained = _train_all(place, model, tokenizer, files, out, seeds)
     table = _table(before, trained.runs)
     _print_table(*table)
-    results = {"auroc": detection, "before": before, "runs": trained.runs, "table": table}
+    results = {
+        "world": world,
+        "auroc": found,
+        "before": before,
+        "runs": trained.runs,
+        "table": table,
+    }
     results |= {"pairs": pairs, "device": device}
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
@@ -133,7 +146,7 @@ def _write_page(
     ):
         sides = {}
         for side in SIDES:
-            wrong = _tokens_in(rows[example["index"]][f"wrong_{side}"], getattr(pair, side).pieces)
+            wrong = in_spans(rows[example["index"]][f"wrong_{side}"], getattr(pair, side).pieces)
             sides[side] = replace(getattr(pair, side), marked=np.flatnonzero(wrong).tolist())
         pairs.append(replace(pair, **sides))
     facts = {
@@ -145,10 +158,7 @@ def _write_page(
         "learning rate": LEARNING_RATE,
         "device": results["device"],
     }
-    detection = [
-        [f"{name} pairs", *(f"{x:.3f}" for x in found.values())]
-        for name, found in results["auroc"].items()
-    ]
+    header, *detected = _detection_table(results["auroc"])
     write_page(
         path,
         pairs,
@@ -161,9 +171,9 @@ def _write_page(
                 *results["table"],
             ),
             (
-                "AUROC as detectors of the tokens that state a wrong fact (0.5 is chance)",
-                ["", *results["auroc"]["held-out"]],
-                detection,
+                "AUROC as detectors of wrong facts (1 finds them all, 0.5 is chance)",
+                header,
+                detected,
             ),
         ],
         alpha=METHODS["T-REG"],
@@ -192,46 +202,23 @@ def _annotate(model: Any, tokenizer: Any, rows: Sequence[dict], stem: Path) -> P
     return target
 
 
-def wrong_token_auroc(file: Path, rows: Sequence[dict], tokenizer: Any) -> dict[str, float]:
-    """How well the token rewards, and the model's own surprise, tell the tokens of wrong values
-    from the others.
-
-    A token is positive if its text overlaps the span of a wrong value. Tokens that end a response
-    are left out.
-    """
-    examples, _ = read_annotated(file)
-    wrong = []
-    scores = {"-rhat": [], "-log pi_ref": []}
-    for example in examples:
-        for side in SIDES:
-            ids = example[f"{side}_ids"]
-            n = content_length(ids.tolist(), tokenizer)
-            wrong_spans = rows[example["index"]][f"wrong_{side}"]
-            wrong.append(_tokens_in(wrong_spans, token_pieces(ids[:n], tokenizer)))
-            scores["-rhat"].append(-example[f"{side}_token_rewards"][:n])
-            scores["-log pi_ref"].append(-example[f"ref_{side}_token_logps"][:n])
-    is_wrong = np.concatenate(wrong)
-    return {name: auroc(np.concatenate(parts), is_wrong) for name, parts in scores.items()}
+def _print_detection(found: dict[str, dict[str, dict[str, float]]]) -> None:
+    print("\nAUROC as detectors of wrong facts (1 finds them all, 0.5 is chance)")
+    table = _detection_table(found)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
+        numbers = "  ".join(x.rjust(w) for x, w in zip(cells, widths[1:], strict=True))
+        print(f"  {name.ljust(widths[0])}  {numbers}")
 
 
-def _tokens_in(spans: Sequence[Sequence[int]], pieces: Sequence[str]) -> np.ndarray:
-    """[T] bool: the tokens whose text overlaps one of the character spans [start, end)."""
-    ends = np.cumsum([len(piece) for piece in pieces])
-    starts = np.concatenate([[0], ends[:-1]])
-    inside = np.zeros(len(pieces), bool)
-    for span_start, span_end in spans:
-        inside |= (starts < span_end) & (ends > span_start)
-    return inside
-
-
-def _print_detection(detection: dict[str, dict[str, float]]) -> None:
-    print(
-        "\nAUROC as detectors of the tokens that state a wrong fact "
-        "(0.5 is chance; the model knows this world well)"
-    )
-    for name, aurocs in detection.items():
-        numbers = ", ".join(f"{score} {value:.3f}" for score, value in aurocs.items())
-        print(f"  {name:9} pairs: {numbers}")
+def _detection_table(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+    """A header, and a row for each set of pairs and score."""
+    columns = next(iter(next(iter(found.values())).values()))
+    rows = [["", *columns]]
+    for pairs, scores in found.items():
+        for score, aurocs in scores.items():
+            rows.append([f"{pairs} pairs, {score}", *(f"{x:.3f}" for x in aurocs.values())])
+    return rows
 
 
 def shuffled(examples: Sequence[dict], tokenizer: Any, seed: int) -> list[dict]:
@@ -261,7 +248,7 @@ class Trained:
 
 
 def _train_all(
-    model: Any, tokenizer: Any, files: dict[str, Path], out: Path, seeds: int
+    world: Any, model: Any, tokenizer: Any, files: dict[str, Path], out: Path, seeds: int
 ) -> Trained:
     """Every method with every seed."""
     trained = Trained([], {}, {})
@@ -270,6 +257,7 @@ def _train_all(
         data[CONTROL] = shuffled(data["T-REG"], tokenizer, seed)
         for method, alpha in METHODS.items():
             policy, measured, log = train_once(
+                world,
                 model,
                 tokenizer,
                 data[method],
@@ -308,6 +296,7 @@ def config(out: Path, seed: int, **changes: Any) -> TRegConfig:
 
 
 def train_once(
+    world: Any,
     model: Any,
     tokenizer: Any,
     train: Sequence[dict],
@@ -329,7 +318,7 @@ def train_once(
     peak = memory.mib()
     scores = trainer.evaluate()
     measured = {
-        **answer_questions(policy, tokenizer, seed),
+        **answer_questions(world, policy, tokenizer, seed),
         "accuracy": scores["eval_rewards/accuracies"],
         "margin": scores["eval_rewards/margins"],
         "alignment": scores["eval_treg/alignment"],
@@ -339,12 +328,25 @@ def train_once(
     return policy, measured, trainer.state.log_history
 
 
-@torch.inference_mode()
-def answer_questions(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
+def answer_questions(world: Any, model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
     """Answers to held-out questions, sampled at temperature 1: the share of wrong facts, and of
     malformed answers.
     """
     questions = world.prompts("test") * SAMPLES
+    answers = sampled(model, tokenizer, questions, seed)
+    checks = [world.check(q, answer) for q, answer in zip(questions, answers, strict=True)]
+    wrong = sum(check.wrong for check in checks)
+    facts = wrong + sum(check.right for check in checks)
+    return {
+        "wrong facts": wrong / max(facts, 1),
+        "facts an answer": facts / len(checks),
+        "malformed": sum(check.malformed for check in checks) / len(checks),
+    }
+
+
+@torch.inference_mode()
+def sampled(model: Any, tokenizer: Any, questions: Sequence[str], seed: int) -> list[str]:
+    """An answer to each question, sampled at temperature 1."""
     texts = []
     for question in questions:
         messages = [{"role": "user", "content": question}]
@@ -362,20 +364,12 @@ def answer_questions(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
         do_sample=True,
         temperature=1.0,
         top_k=0,
-        max_new_tokens=128,
+        max_new_tokens=LONGEST,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     prompt_length = batch["input_ids"].shape[1]
-    answers = tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
-    checks = [world.check(q, answer) for q, answer in zip(questions, answers, strict=True)]
-    wrong = sum(check.wrong for check in checks)
-    facts = wrong + sum(check.right for check in checks)
-    return {
-        "wrong facts": wrong / max(facts, 1),
-        "facts an answer": facts / len(checks),
-        "malformed": sum(check.malformed for check in checks) / len(checks),
-    }
+    return tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
 
 
 class _PeakMemory:
