@@ -152,6 +152,9 @@ def test_sources_with_other_columns_are_refused_by_name():
         check_alike(["a", "b"], [rewarded, plain], [{}, {}])
     with pytest.raises(ValueError, match="b: expected no chosen_token_rewards, as in a, got chos"):
         check_alike(["a", "b"], [plain, rewarded], [{}, {}])
+    marked = [x | {"chosen_marks": [1.0], "rejected_marks": [0.0, -1.0]} for x in plain]
+    with pytest.raises(ValueError, match="b: expected chosen_marks, rejected_marks, as in a, got"):
+        check_alike(["a", "b"], [marked, plain], [{}, {}])
 
 
 def test_token_rewards_that_were_made_otherwise_are_refused_by_name():
@@ -169,6 +172,21 @@ def test_token_rewards_that_were_made_otherwise_are_refused_by_name():
     del shaped["streams"]["token_rewards"]["shaping"][:]
     with pytest.raises(ValueError, match=r"streams\.token_rewards\.source 'contrastive', got 's'"):
         check_alike(["a", "b", "c"], sets, [file, longer, shaped])
+
+
+def test_of_a_sum_of_sources_those_count_that_are_in_it():
+    """Marks beside it differ with the rows of each file."""
+
+    def file(mixed, marks):
+        sources = {"a": {"source": "surprise", "settings": mixed}}
+        sources["marks"] = {"source": "spans", "settings": {"rows": marks}}
+        made = {"source": "several", "settings": {"sources": sources, "mix": {"a": 1.0}}}
+        return {"streams": {"token_rewards": made, **sources}}
+
+    sets = [rows(1)] * 2
+    check_alike(["a", "b"], sets, [file({"unit": "token"}, "1"), file({"unit": "token"}, "2")])
+    with pytest.raises(ValueError, match=r"sources\.a\.settings\.unit 'token', got 'word'"):
+        check_alike(["a", "b"], sets, [file({"unit": "token"}, "1"), file({"unit": "word"}, "1")])
 
 
 @pytest.mark.parametrize(

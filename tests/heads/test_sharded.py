@@ -230,15 +230,21 @@ def test_trainers_under_fsdp2(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from treg.demo.world import MODEL, preference_rows
-    from treg.rewards.annotate import annotate
+    from treg.rewards.annotate import AnnotateOptions, annotate
 
     data = tmp_path / "annotated.parquet"
+    sources = [
+        {"stream": "contrastive", "name": "contrastive"},
+        {"stream": "marks", "name": "spans", "column": "wrong_{side}"},
+    ]
+    mixed = {"sources": sources, "mix": {"contrastive": 1.0}}
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
     annotate(
         model,
         AutoTokenizer.from_pretrained(MODEL),
         preference_rows(0, 8, "train"),
         data,
+        AnnotateOptions(per_token=True, rewards="several", rewards_options=mixed),
         progress=False,
     )
     logs = {}
@@ -254,6 +260,7 @@ def test_trainers_under_fsdp2(tmp_path):
                 if unmoved and key in ("rewards/accuracies", "treg/alignment"):
                     continue
                 assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (kind, key)
+    assert {"shift/bad", "shift/unmarked"} <= logs["fsdp"]["TRegTrainer"][1].keys()
     for ours, theirs in zip(
         logs["alone"]["TRegTrainer"][:2], logs["alone"]["TRegDPOTrainer"][:2], strict=True
     ):

@@ -117,7 +117,11 @@ def test_columns_that_cannot_be_kept(tmp_path, column, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "chosen_ids", "rejected_token_rewards", "ref_chosen_logps", "prompt", "tools"]
+    "name",
+    [
+        *("index", "chosen_ids", "rejected_token_rewards", "chosen_marks", "ref_chosen_logps"),
+        *("prompt", "tools"),
+    ],
 )
 def test_names_that_cannot_be_kept(name):
     with pytest.raises(ValueError, match=f"keep_columns: expected columns beside .*got '{name}'"):

@@ -111,6 +111,15 @@ def make_pairs(n: int, seed: int = 0) -> list[dict]:
     return pairs
 
 
+def with_marks(pairs: list[dict], seed: int = 7) -> list[dict]:
+    """Examples whose tokens are marked at random: good, bad or not at all."""
+    random, found = np.random.default_rng(seed), []
+    for pair in pairs:
+        marks = {s: random.choice([-0.5, 0.0, 2.0], len(pair[f"{s}_ids"])) for s in SIDES}
+        found.append(pair | {f"{s}_marks": x.astype(np.float32) for s, x in marks.items()})
+    return found
+
+
 def dense_logps(model: torch.nn.Module, pair: dict, side: str) -> torch.Tensor:
     """Log-probs of a completion's tokens, by the model's own logits of this one sequence."""
     prompt, completion = (torch.from_numpy(pair[f"{x}_ids"]).long() for x in ("prompt", side))
@@ -265,7 +274,7 @@ def shared_trainer(name: str, output_dir: Path, batch: int, callbacks=(), **more
     family, source, options = SHARED[name]
     model = make_model(family).double()
     ref_model = make_model(family).double() if source == "model" else None
-    pairs, held_out = make_pairs(24), make_pairs(5, seed=9)
+    pairs, held_out = with_marks(make_pairs(24)), with_marks(make_pairs(5, seed=9))
     if source == "sums":
         pairs, held_out = with_reference(pairs, model), with_reference(held_out, model)
     model = with_lora(model) if source == "adapters" else perturb(model)

@@ -38,6 +38,7 @@ def test_the_ratio_of_gradients_is_autograds(loss_type):
         rejected_logps=out.rejected_rewards.detach(),
         reg_loss=out.reg_loss.detach(),
         weights=out.weights.detach(),
+        token_logps=logps,
         kl=None,
         entropy=None,
         is_top1=None,

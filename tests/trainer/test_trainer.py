@@ -911,6 +911,8 @@ def test_two_processes_are_one(tmp_path, two_processes, name):
     trainer = shared_trainer(name, tmp_path, 4, [gradients])
     trainer.train()
     metrics = trainer.evaluate()
+    # of marked tokens, where the reference's log-prob of each token is there
+    assert ("eval_shift/good" in metrics) == (SHARED[name][1] != "sums")
     for rank in range(2):
         found, lines, evaluated = torch.load(two_processes / f"{name}-{rank}.pt")
         for a, b in zip(found, gradients.steps, strict=True):

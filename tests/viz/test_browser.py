@@ -48,7 +48,8 @@ def made_pairs():
 def path(tmp_path_factory):
     pytest.importorskip("jinja2")
     path = tmp_path_factory.mktemp("browser") / "page.html"
-    history = {"run": [{"step": s, "loss": 1 / s} for s in (1, 2, 3)]}
+    shift = {"shift/good": 0.1, "shift/bad": -2.0}
+    history = {"run": [{"step": s, "loss": 1 / s, **shift} for s in (1, 2, 3)]}
     write_page(path, made_pairs(), title="t", settings={}, history=history, truth="made up")
     return path
 

@@ -9,6 +9,7 @@ import pytest
 from treg.viz import PairView, Side
 from treg.viz.by_token import disagreement, rms_of, standing_out, token_table
 from treg.viz.charts import BINS, histogram, line_chart, nice_ticks, scatter
+from treg.viz.curves import Panel
 from treg.viz.page import _short_path, short_paths
 from treg.viz.prompts import folded, template_texts
 from treg.viz.signal import correlation_interval, detection_of, signal_of, verdict, wilson
@@ -266,12 +267,12 @@ class TestCharts:
     def test_lines_have_gaps_where_numbers_are_missing(self):
         lines = {"run": [(1, 0.0), (2, float("nan")), (3, 1.0), (4, 0.5)]}
         path = re.search(
-            r'class="line run0 dash0" d="([^"]*)"', line_chart("loss", lines, {"run": 0})
+            r'class="line run0 dash0" d="([^"]*)"', line_chart("loss", Panel(lines), {"run": 0})
         )
         assert path[1] == "M46.0 198.0h0M262.0 10.0h0L370.0 104.0"
 
     def test_names_are_text(self):
-        svg = line_chart("<b>\u202e", {"run": [(1, 1.0)]}, {"run": 0})
+        svg = line_chart("<b>\u202e", Panel({"run": [(1, 1.0)]}), {"run": 0})
         assert "<b>" not in svg and "&lt;b&gt;⟨U+202E⟩" in svg
 
     def test_ticks(self):

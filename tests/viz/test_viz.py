@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from treg.viz import PairView, Side, agreement, plot_curves, print_pairs, token_pieces, write_page
-from treg.viz.curves import LEGEND, PANEL
+from treg.viz.curves import LEGEND, PANEL, panels_of
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog. Don't stop!  Two spaces, \n\n a tab\t.",
@@ -359,6 +359,17 @@ HISTORY = {
 }
 
 
+# of the second run no token was marked as good
+SHIFTS = {
+    "dpo": [
+        {"step": s, "loss": 1 / s, "shift/good": -0.1 * s, "shift/bad": -0.2 * s}
+        | {"shift/bad_rejected": -0.3 * s, "shift/unmarked": 0.0, "eval_shift/good": 0.1 * s}
+        for s in (1, 2)
+    ],
+    "treg": [{"step": s, "loss": 1 / s, "shift/bad": -0.4 * s} for s in (1, 2)],
+}
+
+
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory):
     pytest.importorskip("jinja2")
@@ -563,6 +574,57 @@ class TestCurves:
         # two seeds of one method share a colour
         assert lines == ["line run0 dash0", "line run0 dash0", "line run1 dash0", "line run1 dash0"]
         assert "dpo (2 seeds)" in page.text and "treg $x" in page.text
+
+    def test_good_and_bad_tokens_have_a_panel_together(self, tmp_path):
+        panels = panels_of(SHIFTS)
+        shift, rejected = "shift of good and bad tokens", "shift in rejected answers"
+        assert list(panels) == ["loss", shift, rejected, "shift/unmarked", f"eval_{shift}"]
+        assert panels["loss"].bad is None and panels["shift/unmarked"].bad is None
+        assert panels[shift].lines == {"dpo": [(1, -0.1), (2, -0.2)]}
+        assert panels[shift].bad == {"dpo": [(1, -0.2), (2, -0.4)], "treg": [(1, -0.4), (2, -0.8)]}
+        assert panels[rejected].lines == {} and list(panels[rejected].bad) == ["dpo"]
+        assert panels[f"eval_{shift}"].bad == {}
+
+    def test_shifts_of_tokens_on_the_page(self, tmp_path):
+        """Bad tokens dashed, and a line at 0 though every number is below it."""
+        pytest.importorskip("jinja2")
+        write_page(tmp_path / "p.html", [pair()], title="t", settings={}, history=SHIFTS)
+        page = Page(tmp_path / "p.html")
+        charts = [
+            a["aria-label"].removesuffix(" over the optimizer steps") for a in page.tags("svg")
+        ]
+        assert charts[-3:] == ["loss", "shift of good and bad tokens", "shift in rejected answers"]
+        paths = [(a["class"], a["d"]) for a in page.tags("path")]
+        lines = [name for name, _ in paths if name.startswith("line")]
+        assert lines == [
+            *("line run0 dash0", "line run1 dash0"),
+            *("line run0 dash0", "line run0 bad", "line run1 bad"),
+            "line run0 bad",
+        ]
+        zeros = [d for name, d in paths if name == "axis" and "V" not in d]
+        assert zeros == ["M46 10.0H370"] * 2
+        assert page.text.count("log π − log π_ref, nats; solid good, dashed bad") == 2
+
+    def test_shifts_of_tokens_in_the_picture(self, monkeypatch):
+        figure = pytest.importorskip("matplotlib.figure")
+        saved = []
+        monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: saved.append(self))
+        plot_curves(SHIFTS, io.BytesIO())
+        axes = {x.get_title("left"): x for x in saved[0].axes}
+        shift = axes["shift of good and bad tokens"]
+        drawn = [x for x in shift.lines if len(x.get_xdata()) == 2]
+        styles = [(x.get_color(), x.get_linestyle(), list(x.get_ydata())) for x in drawn]
+        blue, orange = "#0072b2", "#e69f00"
+        assert styles[:3] == [
+            (blue, "-", [-0.1, -0.2]),
+            (blue, "--", [-0.2, -0.4]),
+            (orange, "--", [-0.4, -0.8]),
+        ]
+        assert styles[3][2] == [0.0, 0.0] and shift.get_ylim()[1] >= 0
+        assert [x.get_text() for x in shift.get_legend().get_texts()] == ["good", "bad"]
+        assert axes["loss"].get_legend() is None
+        (legend,) = saved[0].legends
+        assert [x.get_linestyle() for x in legend.get_lines()] == ["-", "-"]
 
     def test_nothing_to_draw(self):
         pytest.importorskip("matplotlib")

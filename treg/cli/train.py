@@ -37,7 +37,7 @@ from treg.cli.runs import claim_run, finish, finished, going_on_from
 from treg.cli.samples import Samples, check_whole, read_prompts
 from treg.data import EncodeOptions, EncodeWork, load_pairs
 from treg.data.annotated import is_annotated, read_annotated, read_meta, streams_of
-from treg.data.batches import LOSS_STREAMS
+from treg.data.batches import BATCH_STREAMS
 from treg.data.examples import examples_of
 from treg.data.mixture import (
     Mixture,
@@ -247,10 +247,10 @@ def _check_beside(options: Options, name: str, paths: Sequence[str]) -> None:
             "--rewards names the source that annotates the raw ones"
         )
     made = annotate_options(options.rewards, options.encode, per_token=True)
-    given = set(streams_given(made.rewards, made.source_options)).intersection(LOSS_STREAMS)
+    given = set(streams_given(made.rewards, made.source_options)).intersection(BATCH_STREAMS)
     for path in annotated:
         meta = read_meta(path)
-        there = set(streams_of(meta)).intersection(LOSS_STREAMS)
+        there = set(streams_of(meta)).intersection(BATCH_STREAMS)
         if there != given:
             raise ValueError(
                 f"{name}: expected {', '.join(sorted(given))} in {path}, as --rewards "

@@ -21,10 +21,13 @@ filtered, shuffled and put together with those of other files that are described
 program that keeps the two last columns.
 
 A stream is a named per-token signal, such as token_rewards (what a source gives) or token_weights
-(u_t in a margin). `streams` says of each its source, its settings and the shaping; without
-`streams` the file has one, token_rewards by contrastive prompts, whose settings are among the
-file's. The reference columns may be missing, as in files for objectives without a reference. Other
-columns are passed on to the examples. Files of earlier versions have neither text nor checksums.
+(u_t in a margin). The stream marks enters no loss: a number above 0 says that a token is truly
+good, one below 0 that it is truly bad, and `TRegTrainer` logs how far such tokens move.
+
+`streams` says of each its source, its settings and the shaping; without `streams` the file has one,
+token_rewards by contrastive prompts, whose settings are among the file's. The reference columns may
+be missing, as in files for objectives without a reference. Other columns are passed on to the
+examples. Files of earlier versions have neither text nor checksums.
 """
 
 import json
@@ -32,7 +35,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS
+from treg.data.batches import BATCH_STREAMS, MASK_COLUMNS
 from treg.data.columns import (
     CHECKSUM,
     DESCRIPTION,
@@ -298,8 +301,8 @@ def read_annotated(source: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     table = table_of(source)
     described = DESCRIPTION in table.column_names or b"treg" in (table.schema.metadata or {})
     meta = _meta_of(table, source) if described else {}
-    # the loss takes what is there, whether the metadata name it or not
-    taken = [x for x in LOSS_STREAMS if set(stream_columns(x)) & set(table.column_names)]
+    # a batch carries what is there, whether the metadata name it or not
+    taken = [x for x in BATCH_STREAMS if set(stream_columns(x)) & set(table.column_names)]
     streams = tuple(dict.fromkeys((*streams_of(meta), *taken)))
     groups = groups_of(table.column_names, streams)
     columns = [column for group in groups.values() for column in group]

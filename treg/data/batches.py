@@ -21,7 +21,10 @@ MASK_COLUMNS = ("chosen_scored", "rejected_scored")
 # per-token signals that the losses take
 LOSS_STREAMS = ("token_rewards", "token_weights", "kl_weights")
 WEIGHT_STREAMS = ("token_weights", "kl_weights")  # those of them that are at least 0
-PER_TOKEN_OR_SEQUENCE = ("scored", "target", "lengths", "ref_logps", *LOSS_STREAMS)
+# > 0 on tokens that are truly good, < 0 on truly bad ones, 0 on the others; logs alone read them
+MARKS = "marks"
+BATCH_STREAMS = (*LOSS_STREAMS, MARKS)  # all per-token signals that a batch carries
+PER_TOKEN_OR_SEQUENCE = ("scored", "target", "lengths", "ref_logps", *BATCH_STREAMS)
 # of a batch; the others are the model's
 LOSS_KEYS = (*PER_TOKEN_OR_SEQUENCE, "num_tokens", "pair_values", "shared")
 
@@ -45,7 +48,7 @@ class PairCollator:
     Returns a dict: the model's input_ids and attention_mask or position_ids (the last token of a
         sequence, which predicts nothing, is left out); scored [N] int64, the rows of the flattened
         hidden states that are scored; target [N] int64; lengths [2B], numbers of scored tokens;
-        where the examples have them, the LOSS_STREAMS, [N] float32, and ref_logps, [2B] float64
+        where the examples have them, the BATCH_STREAMS, [N] float32, and ref_logps, [2B] float64
         sums or, if all have ref_chosen_token_logps, [N] float32; with pair_columns pair_values,
         [columns, B] float64. Those from lengths on are numpy arrays, because trainers move the
         tensors of a batch, and some round them to the model's dtype.
@@ -95,7 +98,7 @@ class PairCollator:
         batch["target"] = torch.from_numpy(target.astype(np.int64))
         batch["lengths"] = np.array([int(mask.sum()) for mask in masks])
         batch["num_tokens"] = np.array(sum(map(len, inputs)))
-        for stream in LOSS_STREAMS:
+        for stream in BATCH_STREAMS:
             if (values := _gather(pairs, f"{{}}_{stream}")) is not None:
                 batch[stream] = kept(values).astype(np.float32)
         if (per_token := _gather(pairs, "ref_{}_token_logps")) is not None:

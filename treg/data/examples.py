@@ -17,7 +17,7 @@ from treg.data.annotated import (
     read_annotated,
     stream_columns,
 )
-from treg.data.batches import LOSS_STREAMS, MASK_COLUMNS, pair_numbers
+from treg.data.batches import BATCH_STREAMS, MASK_COLUMNS, pair_numbers
 from treg.data.encode import EncodeOptions, Pair, load_pairs
 from treg.data.fingerprints import (
     FORM,
@@ -133,7 +133,7 @@ class ExampleLoader:
             pair_numbers(examples, self.pair_columns)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        streams = [stream_columns(stream) for stream in LOSS_STREAMS]
+        streams = [stream_columns(stream) for stream in BATCH_STREAMS]
         for group in (ID_COLUMNS, *streams, REF_COLUMNS, REF_TOKEN_COLUMNS, MASK_COLUMNS):
             _check_same_columns(examples, group, name)
         check_vocabulary(name, examples, self.reference)

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from treg.data.annotated import first_difference
-from treg.data.batches import LOSS_STREAMS
+from treg.data.batches import BATCH_STREAMS, LOSS_STREAMS
 from treg.data.columns import (
     ID_COLUMNS,
     REF_COLUMNS,
@@ -238,7 +238,7 @@ def check_alike(
     *,
     made: bool = True,
 ) -> None:
-    """ValueError unless all sources have the columns that a loss takes of the first, and were
+    """ValueError unless all sources have the columns that a batch takes of the first, and were
     annotated as it was (see `check_made_alike`).
 
     Masks of scored tokens may be missing: where they are, every token is scored.
@@ -246,7 +246,7 @@ def check_alike(
     metas: what each file says of itself; {} where it is no annotated file. made: whether it counts
         how they were annotated.
     """
-    streams = [stream_columns(stream) for stream in LOSS_STREAMS]
+    streams = [stream_columns(stream) for stream in BATCH_STREAMS]
     for group in (*streams, REF_COLUMNS, REF_TOKEN_COLUMNS):
         for name, rows in zip(names, sets, strict=True):
             wanted, got = ([x for x in group if x in of[0]] for of in (sets[0], rows))
@@ -297,10 +297,21 @@ def _made(meta: Mapping[str, Any], with_settings: bool) -> dict[str, Any]:
     own = {k: x for k, x in settings.items() if k not in OF_THE_FILE}
     unnamed = {"token_rewards": {"source": UNNAMED, "settings": own, "shaping": []}}
     given = meta.get("streams", unnamed)
-    streams = {x: {"shaping": []} | given[x] for x in LOSS_STREAMS if x in given}
+    streams = {x: {"shaping": []} | _of_the_mix(given[x]) for x in LOSS_STREAMS if x in given}
     if not with_settings:
         streams = {x: {k: y[k] for k in PLANNED if k in y} for x, y in streams.items()}
     return {"encode": encode, "streams": streams}
+
+
+def _of_the_mix(stream: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a stream; of a weighted sum of others only the sources that are in it,
+    not those whose streams stand beside it, as marks do.
+    """
+    settings = stream.get("settings")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("mix"), Mapping):
+        return dict(stream)
+    summed = {k: x for k, x in settings.get("sources", {}).items() if k in settings["mix"]}
+    return {**stream, "settings": {**settings, "sources": summed}}
 
 
 def load_sources(

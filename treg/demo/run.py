@@ -44,6 +44,14 @@ PAIRS = 200
 HELD_OUT_PAIRS = 128
 SHOWN = 40  # pairs of the page
 TRUTH = "wrong fact"  # what is marked on it
+# the truth takes no part in training: its tokens are watched
+REWARDS = {
+    "sources": [
+        {"stream": "contrastive", "name": "contrastive"},
+        {"stream": "marks", "name": "spans", "column": "{side}_marks"},
+    ],
+    "mix": {"contrastive": 1.0},
+}
 SAMPLES = 3  # answers to each held-out question
 LONGEST = 192  # tokens of an answer
 # what is measured of a policy
@@ -196,7 +204,13 @@ def _annotate(model: Any, tokenizer: Any, rows: Sequence[dict], stem: Path) -> P
     target.unlink(missing_ok=True)
     shutil.rmtree(f"{target}.parts", ignore_errors=True)
     start = time.perf_counter()
-    options = AnnotateOptions(EncodeOptions(512), tokens_per_batch=8192, per_token=True)
+    options = AnnotateOptions(
+        EncodeOptions(512),
+        tokens_per_batch=8192,
+        per_token=True,
+        rewards="several",
+        rewards_options=REWARDS,
+    )
     report = annotate(model, tokenizer, source, target, options, progress=False)
     print(f"annotated {report.kept} {stem.name} pairs in {time.perf_counter() - start:.1f} s")
     return target

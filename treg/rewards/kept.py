@@ -7,7 +7,7 @@ from typing import Any
 
 from treg.data import Pair, RowProblem
 from treg.data.annotated import kept_types, stream_columns
-from treg.data.batches import LOSS_STREAMS
+from treg.data.batches import BATCH_STREAMS
 from treg.data.columns import OWN_COLUMNS
 from treg.data.examples import check_columns
 from treg.data.names import READ_COLUMNS
@@ -74,7 +74,7 @@ def check_names(names: Sequence[str], streams: Sequence[str]) -> None:
     if isinstance(names, str):
         raise ValueError(f"keep_columns: expected a list of columns, got {names!r}")
     own = set(OWN_COLUMNS)
-    for stream in (*LOSS_STREAMS, *streams):
+    for stream in (*BATCH_STREAMS, *streams):
         own |= set(stream_columns(stream))
     for name in names:
         if name in own or name in READ_COLUMNS:

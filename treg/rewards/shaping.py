@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treg.data.batches import WEIGHT_STREAMS
+from treg.data.batches import MARKS, WEIGHT_STREAMS
 from treg.rewards.base import TokenRewardSource, check_finite, of_the_answer, score_checked
 from treg.rewards.names import nearest
 from treg.rewards.response import Response
@@ -178,8 +178,10 @@ def shape(rewards: Tensor, places: Tensor, steps: Sequence[Step]) -> Tensor:
 
 
 def shaped_streams(streams: Iterable[str]) -> list[str]:
-    """Those that steps apply to: all but weights, which must not become negative."""
-    return [stream for stream in streams if stream not in WEIGHT_STREAMS]
+    """Those that steps apply to: all but weights, which must not become negative, and marks, whose
+    0 says that a token is not marked.
+    """
+    return [stream for stream in streams if stream not in (*WEIGHT_STREAMS, MARKS)]
 
 
 def score_shaped(

@@ -1,5 +1,6 @@
 """What a trainer needs of its data: how they are read, and where the reference comes from."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,12 @@ from torch import nn
 
 from treg.data import ExampleLoader
 from treg.data.annotated import REF_COLUMNS, REF_TOKEN_COLUMNS, stream_columns
+from treg.data.batches import MARKS
 from treg.losses import LossOptions
 from treg.trainer.config import TRegConfig
+from treg.trainer.metrics import SHIFT
+
+log = logging.getLogger(__name__)
 
 Examples = Sequence[Mapping[str, Any]]
 
@@ -77,6 +82,29 @@ def reference_source(
             f"annotate{option}`, give a ref_model, or train adapters"
         )
     return "adapters" if ref_model is None else "model"
+
+
+def tell_of_marks(options: LossOptions, sets: Mapping[str, Examples | None], source: str) -> None:
+    """A warning where data have marks of tokens and nothing has the reference's log-prob of each
+    token, without which it is not known how far they move.
+
+    sets: examples by the name of their argument. source: of `reference_source`.
+    """
+    if source in ("model", "adapters") and not options.with_kl:
+        return  # it runs in every step
+    lack = []
+    for name, examples in sets.items():
+        there = examples[0].keys() if examples is not None else ()
+        if stream_columns(MARKS)[0] in there and REF_TOKEN_COLUMNS[0] not in there:
+            lack.append(name)
+    if lack:
+        log.warning(
+            "%s: there are marks, but no %s, so that %s/* are not logged; run `treg annotate` with "
+            "--per_token",
+            ", ".join(lack),
+            ", ".join(REF_TOKEN_COLUMNS),
+            SHIFT,
+        )
 
 
 def _needed_streams(options: LossOptions) -> dict[str, str]:

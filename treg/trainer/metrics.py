@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treg.data import SIDES
 from treg.results import TRegLoss
 
 RATIO = "treg/gradient_ratio"
+SHIFT = "shift"  # what the names of `record_shift` begin with
 
 
 class PairMetrics:
@@ -63,8 +65,10 @@ class PairMetrics:
             if alpha > 0 and not weighted:
                 own = _weights_of_tokens(result.weights, lengths, length_normalised)
                 self.add(RATIO, (alpha * own * rewards).square(), own.square().sum())
-            if ref_logps is not None and ref_logps.shape == result.token_logps.shape:
-                ratio = result.token_logps - ref_logps
+            ratio = _log_ratio(result.token_logps, ref_logps)
+            if ratio is None:
+                self.add_nothing("treg/alignment")
+            else:
                 counted = (rewards != 0) & (ratio != 0)
                 self.add("treg/alignment", counted & ((rewards > 0) == (ratio > 0)), counted.sum())
         if result.entropy is not None:
@@ -74,6 +78,43 @@ class PairMetrics:
         if result.mean_logit is not None:
             self.add("logits/chosen", result.mean_logit[:chosen])
             self.add("logits/rejected", result.mean_logit[chosen:])
+
+    def record_shift(
+        self, logps: Tensor, ref_logps: Tensor | None, marks: Tensor, lengths: np.ndarray
+    ) -> None:
+        """Add what training has done to marked tokens of a batch: means over tokens, in nats, of
+
+            log pi(y_t) - log pi_ref(y_t)
+
+        shift/good over the tokens with a mark above 0, shift/bad over those with one below 0,
+        shift/unmarked over the others, of both answers; shift/good_chosen, shift/bad_chosen,
+        shift/good_rejected, shift/bad_rejected over those of one answer. A mean over no token is
+        left out.
+
+        Args:
+            logps: [N] nats, of the policy; chosen first. marks: [N].
+            ref_logps: [N] nats, of the reference; where they are [2B] sums or None, nothing is
+                known of tokens.
+            lengths: [2B] tokens of each sequence.
+        """
+        sums = counts = logps.new_zeros(3, 2, dtype=torch.float64)  # kinds of marks, answers
+        ratio = _log_ratio(logps.detach(), ref_logps)
+        if ratio is not None:
+            chosen = int(lengths[: len(lengths) // 2].sum())
+            kinds = torch.stack([marks > 0, marks < 0, marks == 0])
+            parts = [(kinds[:, :chosen], ratio[:chosen]), (kinds[:, chosen:], ratio[chosen:])]
+            # not a product: a log-prob of minus infinity is another token's
+            own = [torch.where(kind, x, 0.0).sum(1, dtype=torch.float64) for kind, x in parts]
+            sums = torch.stack(own, 1)
+            counts = torch.stack([kind.sum(1, dtype=torch.float64) for kind, _ in parts], 1)
+        for k, kind in enumerate(("good", "bad", "unmarked")):
+            self.add(f"{SHIFT}/{kind}", sums[k], counts[k].sum())
+            for s, side in enumerate(SIDES if kind != "unmarked" else ()):
+                self.add(f"{SHIFT}/{kind}_{side}", sums[k, s], counts[k, s])
+
+    def add_nothing(self, name: str) -> None:
+        """Add a name: all processes must have the same ones, whatever their batches hold."""
+        self.sums.setdefault(name, (0.0, 0.0))
 
     def add(self, name: str, x: Tensor, count: Tensor | int | None = None) -> None:
         """Add the elements of x, or as many as count says."""
@@ -98,6 +139,13 @@ class PairMetrics:
         if RATIO in found:  # the sums are those of squares
             found[RATIO] **= 0.5
         return found
+
+
+def _log_ratio(logps: Tensor, ref_logps: Tensor | None) -> Tensor | None:
+    """[N] log pi(y_t) - log pi_ref(y_t); None where ref_logps are not of tokens."""
+    if ref_logps is None or ref_logps.shape != logps.shape:
+        return None
+    return logps - ref_logps
 
 
 def _weights_of_tokens(weights: Tensor, lengths: np.ndarray, length_normalised: bool) -> Tensor:

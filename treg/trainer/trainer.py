@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treg.data import LOSS_KEYS, PairCollator, first_pairs, pack_pairs
-from treg.data.batches import LOSS_STREAMS
+from treg.data.batches import BATCH_STREAMS, LOSS_STREAMS, MARKS
 from treg.data.mixture import sources_of
 from treg.heads import check_sequences, install_head, run_head
 from treg.ops import fused_treg_loss, linear_logprobs
@@ -22,7 +22,7 @@ from treg.results import TRegLoss
 from treg.trainer.card import keep_from_hub, write_card
 from treg.trainer.checkpoints import SealedCheckpoints
 from treg.trainer.config import TRegConfig
-from treg.trainer.data import example_loader, reference_source
+from treg.trainer.data import example_loader, reference_source, tell_of_marks
 from treg.trainer.metrics import PairMetrics
 from treg.trainer.sharing import computed_in, in_shared_rows, sharing_of
 
@@ -47,7 +47,8 @@ class TRegTrainer(SealedCheckpoints):
         train_dataset, eval_dataset: the path of an annotated file, or its examples; or, with
             alpha=0, anything that `treg.data.load_pairs` reads; or several of these, as paths in a
             list or as a `treg.data.Mixture` with weights. eval_dataset also as a dict of them.
-            Token rewards and token weights go into the loss wherever the data have them.
+            Token rewards and token weights go into the loss wherever the data have them. Marks do
+            not: of marked tokens it is logged how far their log-probs move (`PairMetrics`).
         processing_class: the tokenizer; None: the model's.
         peft_config: wraps the model with adapters.
     Raises:
@@ -94,6 +95,7 @@ class TRegTrainer(SealedCheckpoints):
         self.trained_on = [str(x) for x in sources_of(train_dataset) if isinstance(x, (str, Path))]
         self.data_shares = load.shares
         self._source = reference_source(options, loaded, ref_model, adapters)
+        tell_of_marks(options, loaded, self._source)
         train_dataset, *rest = loaded.values()
         if isinstance(eval_dataset, Mapping):
             eval_dataset = dict(zip(eval_dataset, rest, strict=True))
@@ -210,6 +212,12 @@ class TRegTrainer(SealedCheckpoints):
             alpha=self._alpha_of_ratio(),
             length_normalised=objective.length_normalised,
         )
+        if batch[MARKS] is not None:
+            # where the loss takes no log-probs of the reference, the data may have them
+            ref_logps = reference.get("ref_logps", batch["ref_logps"])
+            self._metrics[mode].record_shift(
+                result.token_logps, ref_logps, batch[MARKS], batch["lengths"]
+            )
         return result
 
     @property
@@ -246,7 +254,7 @@ class TRegTrainer(SealedCheckpoints):
         lengths, device = batch["lengths"], batch["target"].device
         batch["pairs"] = len(lengths) // 2
         batch["cu_seqlens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        for name in (*LOSS_STREAMS, "ref_logps"):
+        for name in (*BATCH_STREAMS, "ref_logps"):
             batch[name] = _on_device(batch.get(name), device)
         numbers = _on_device(batch.get("pair_values"), device)
         if numbers is not None:

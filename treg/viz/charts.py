@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from treg.viz.curves import Lines
+from treg.viz.curves import Panel
 from treg.viz.tokens import visible
 
 WIDTH, HEIGHT = 380, 236
@@ -159,28 +159,39 @@ def scatter(
     return frame.drawn(name, x_label, "", ticks, "".join(parts))
 
 
-def line_chart(name: str, lines: Lines, looks: Mapping[str, int]) -> str:
-    """One quantity over the optimizer steps, a line a run. Numbers that are not finite are gaps.
+def line_chart(name: str, panel: Panel, looks: Mapping[str, int]) -> str:
+    """A panel over the optimizer steps, a line a run, or two where it has bad tokens: these are
+    dashed, those of good tokens solid, and a line marks 0. Numbers that are not finite are gaps.
 
     looks: the number of each run's colour in the style.
     """
-    points = [point for line in lines.values() for point in line if math.isfinite(point[1])]
-    frame = Frame(_range([x for x, _ in points]), _range([y for _, y in points]))
+    both, marked = (panel.lines, panel.bad or {}), panel.bad is not None
+    every = [line for lines in both for line in lines.values()]
+    points = [point for line in every for point in line if math.isfinite(point[1])]
+    heights = [y for _, y in points] + [0.0] * marked
+    frame = Frame(_range([x for x, _ in points]), _range(heights))
     parts = []
-    for run, line in lines.items():
-        path, pen = [], "M"
-        for step, value in line:
-            if math.isfinite(value):
-                path.append(f"{pen}{frame.at_x(step):.1f} {frame.at_y(value):.1f}")
-                # a point alone is a dot
-                path.append("h0" if pen == "M" else "")
-            pen = "L" if math.isfinite(value) else "M"
-        look = looks[run]
-        parts.append(f'<path class="line run{look % 7} dash{look // 7 % 3}" d="{"".join(path)}"/>')
+    if marked:
+        parts.append(f'<path class="axis" d="M{LEFT} {frame.at_y(0):.1f}H{WIDTH - RIGHT}"/>')
+    for lines, style in zip(both, ("dash0" if marked else "", "bad"), strict=True):
+        for run, line in lines.items():
+            look = looks[run]
+            named = f"line run{look % 7} {style or f'dash{look // 7 % 3}'}"
+            parts.append(f'<path class="{named}" d="{_path(frame, line)}"/>')
     ticks = Ticks(nice_ticks(*frame.x), nice_ticks(*frame.y))
-    return frame.drawn(
-        f"{name} over the optimizer steps", "optimizer step", "", ticks, "".join(parts)
-    )
+    name = f"{name} over the optimizer steps"
+    return frame.drawn(name, "optimizer step", "", ticks, "".join(parts))
+
+
+def _path(frame: Frame, line: Sequence[tuple[float, float]]) -> str:
+    """A line of a chart; a point alone is a dot."""
+    path, pen = [], "M"
+    for step, value in line:
+        if math.isfinite(value):
+            path.append(f"{pen}{frame.at_x(step):.1f} {frame.at_y(value):.1f}")
+            path.append("h0" if pen == "M" else "")
+        pen = "L" if math.isfinite(value) else "M"
+    return "".join(path)
 
 
 def _range(values: Sequence[float]) -> Range:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 # the `state.log_history` of a transformers Trainer, by run
@@ -22,18 +23,38 @@ FIRST_CURVES = (
     "loss",
     "rewards/accuracies",
     "rewards/margins",
+    *(f"shift/{kind}{side}" for side in ("", "_chosen", "_rejected") for kind in ("good", "bad")),
     "treg/reg_loss",
     "treg/alignment",
     "learning_rate",
 )
+# what has one panel for good and bad tokens, also in evaluations: eval_shift/bad_chosen
+SHIFT = re.compile("(?P<before>.*)shift/(?P<kind>good|bad)(?P<side>|_chosen|_rejected)$")
+SHIFT_TITLES = {
+    "": "shift of good and bad tokens",
+    "_chosen": "shift in chosen answers",
+    "_rejected": "shift in rejected answers",
+}
+BAD_STYLE = (0, (4, 2.5))  # dashes of bad tokens
 NO_CURVE = re.compile("(step|epoch|total_flos|train_.*|.*_runtime|.*_per_second)$")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What has one pair of axes: the lines of a quantity; or lines of good tokens, and with them
+    bad, those of bad tokens, drawn dashed, and a line at 0.
+    """
+
+    lines: Lines = field(default_factory=dict)
+    bad: Lines | None = None
 
 
 def plot_curves(
     history: History, path_or_buffer: str | os.PathLike | IO[bytes], *, dark: bool = False
 ) -> None:
     """Draw every number logged more than once over the optimizer steps: a panel a quantity, a line
-    a run, one PNG.
+    a run, one PNG. Shifts of good and of bad tokens have a panel together, good ones solid and bad
+    ones dashed, whatever the style of their method is elsewhere.
 
     Args:
         history: log records by run; runs named "dpo/0" and "dpo/1" are seeds of one method and
@@ -45,24 +66,26 @@ def plot_curves(
     """
     from matplotlib.figure import Figure  # no pyplot, so no global state; savefig draws with Agg
 
-    quantities = quantities_of(history)
+    panels = panels_of(history)
     method_of, seeds = methods_of(history)
     looks = _looks(list(seeds))
 
-    columns, rows = min(3, len(quantities)), -(-len(quantities) // 3)
+    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
     size = columns * PANEL[0] / DPI, (rows * PANEL[1] + LEGEND) / DPI
     ink, ground = ("#dfe3ea", "#1b1e24") if dark else ("#14171c", "white")
     figure = Figure(size, DPI, facecolor=ground, layout="constrained")
     drawn = {}  # a line of each method, for the legend
-    for n, (name, lines) in enumerate(quantities.items()):
+    for n, (name, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, n + 1, facecolor=ground)
-        for run, points in lines.items():
-            method = method_of[run]
-            steps, values = zip(*points, strict=True)
-            marker = "" if len(points) > 12 else "o"
-            (drawn[method],) = axes.plot(
-                steps, values, **looks[method], lw=1.4, marker=marker, ms=3
-            )
+        styles = {} if panel.bad is None else {"ls": "-"}
+        for run, points in panel.lines.items():
+            line = _drawn(axes, points, looks[method_of[run]] | styles)
+            drawn.setdefault(method_of[run], line)
+        for run, points in (panel.bad or {}).items():
+            line = _drawn(axes, points, looks[method_of[run]] | {"ls": BAD_STYLE})
+            drawn.setdefault(method_of[run], line)
+        if panel.bad is not None:
+            _mark_zero(axes, ink)
         axes.set_title(_plain(name), loc="left", fontsize=10, color=ink)
         axes.set_xlabel("optimizer step", fontsize=9, color=ink)
         axes.tick_params(labelsize=8, colors=ink)
@@ -80,6 +103,21 @@ def plot_curves(
         labelcolor=ink,
     )
     figure.savefig(path_or_buffer, format="png")
+
+
+def _drawn(axes: Any, points: list[tuple[float, float]], look: dict[str, Any]) -> Any:
+    """The line of a run."""
+    steps, values = zip(*points, strict=True)
+    (line,) = axes.plot(steps, values, **look, lw=1.4, marker="" if len(points) > 12 else "o", ms=3)
+    return line
+
+
+def _mark_zero(axes: Any, ink: str) -> None:
+    """A line where no token has moved, and what solid and dashed lines are."""
+    axes.axhline(0.0, color=ink, lw=0.8, alpha=0.6, zorder=1)
+    axes.set_ylabel("nats", fontsize=9, color=ink)
+    handles = [axes.plot([], [], color=ink, lw=1.4, ls=ls)[0] for ls in ("-", BAD_STYLE)]
+    axes.legend(handles, ["good", "bad"], fontsize=8, frameon=False, labelcolor=ink, handlelength=3)
 
 
 def methods_of(history: History) -> tuple[dict[str, str], Counter[str]]:
@@ -116,6 +154,22 @@ def quantities_of(history: History) -> dict[str, Lines]:
             "history: expected a number beside a 'step' in at least one record, got none"
         )
     return logged_more_than_once or logged
+
+
+def panels_of(history: History) -> dict[str, Panel]:
+    """The panels of a history by their titles, in the order of `quantities_of`."""
+    panels: dict[str, Panel] = {}
+    together: dict[str, tuple[Lines, Lines]] = {}
+    for name, lines in quantities_of(history).items():
+        found = SHIFT.match(name)
+        if found is None:
+            panels[name] = Panel(lines)
+            continue
+        title = found["before"] + SHIFT_TITLES[found["side"]]
+        good, bad = together.setdefault(title, ({}, {}))
+        (good if found["kind"] == "good" else bad).update(lines)
+        panels[title] = Panel(good, bad)
+    return panels
 
 
 def _looks(methods: list[str]) -> dict[str, dict[str, Any]]:

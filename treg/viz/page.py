@@ -15,7 +15,7 @@ from treg.data import common_prefix
 from treg.files import replacing
 from treg.viz.by_token import disagreement, rms_of, standing_out, token_table
 from treg.viz.charts import MOST_POINTS, histogram, line_chart, scatter, short
-from treg.viz.curves import FIRST_CURVES, History, method_label, methods_of, quantities_of
+from treg.viz.curves import FIRST_CURVES, History, method_label, methods_of, panels_of
 from treg.viz.prompts import folded
 from treg.viz.signal import correlation_interval, detection_of, signal_of, verdict
 from treg.viz.tokens import (
@@ -35,6 +35,7 @@ from treg.viz.tokens import (
 PageTable = tuple[str, Sequence[str], Sequence[Sequence[object]]]  # title, header, rows
 QUANTILES = (0.8, 0.9, COLOUR_QUANTILE, 0.99, 1.0)  # at which the reader may let colours end
 FAR = 0.995  # the quantile of |x| where the charts end
+SHIFT_CAPTION = "log π − log π_ref, nats; solid good, dashed bad"
 SNIPPET = 240  # characters of a prompt in the list
 
 
@@ -256,20 +257,24 @@ def _counts(groups: dict[str, np.ndarray]) -> str:
 
 
 def _curves(history: History | None) -> dict[str, Any] | None:
-    """The curves of a history: charts, (title, picture) each, and methods, the labels of the
-    colours.
+    """The curves of a history: charts, (title, picture, caption) each, and methods, the labels of
+    the colours.
     """
     from markupsafe import Markup
 
     if history is None:
         return None
-    quantities = quantities_of(_first_curves(history))
+    panels = panels_of(_first_curves(history))
     method_of, seeds = methods_of(history)
     place = {method: n for n, method in enumerate(seeds)}
     looks = {run: place[method] for run, method in method_of.items()}
-    drawn = {looks[run] for lines in quantities.values() for run in lines}
+    drawn = {looks[run] for x in panels.values() for run in (*x.lines, *(x.bad or ()))}
+    charts = []
+    for title, panel in panels.items():
+        caption = "" if panel.bad is None else SHIFT_CAPTION
+        charts.append((title, Markup(line_chart(title, panel, looks)), caption))
     return {
-        "charts": [(x, Markup(line_chart(x, lines, looks))) for x, lines in quantities.items()],
+        "charts": charts,
         "methods": [(n, method_label(x, seeds)) for n, x in enumerate(seeds) if n in drawn],
     }
 
