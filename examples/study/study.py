@@ -46,7 +46,6 @@ MEASURES = {
     "bad": False,
 }
 PACKAGES = ("torch", "transformers", "accelerate")
-BASELINES = ("DPO", "SimPO")
 
 
 def baseline_of(name: str) -> str:
@@ -200,8 +199,10 @@ def settings_of(args: argparse.Namespace) -> runs.Settings:
     if args.rates:
         settings = replace(settings, rates=settings.rates | args.rates)
     if args.quick:
-        return runs.quick(settings)
-    return runs.large(settings) if args.large else settings
+        settings = runs.quick(settings)
+    elif args.large:
+        settings = runs.large(settings)
+    return replace(settings, judge_steps=args.judge_steps or settings.judge_steps)
 
 
 def _rate(text: str) -> tuple[str, float]:
@@ -220,6 +221,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, help="instead of whole slices")
     add("--seeds", nargs="+", type=int, help="default: 0 to 4; with --large 0 to 19")
     add("--rates", nargs="+", type=_rate, metavar="NAME=NUMBER", help="learning rates")
+    add("--judge_steps", type=int, help="of the reward model's training")
     add("--output", type=Path, help="default: study-run/study.json")
     add("--processes", type=int, default=2, help="of one thread each")
     size = parser.add_mutually_exclusive_group()
@@ -236,8 +238,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
             args.methods = ["DPO", "DPO-REG", "RED"]
     if args.seeds is None:
         args.seeds = [0] if args.quick else list(range(20 if args.large else 5))
-    if args.processes < 1:
-        parser.error(f"processes: expected a positive integer, got {args.processes}")
+    for name in ("processes", "judge_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"{name}: expected a positive integer, got {value}")
     return args
 
 

@@ -33,6 +33,7 @@ def draw_all(rows: Rows, folder: Path) -> list[Path]:
     for name, draw in (
         ("study", draw_methods),
         ("study-shift", draw_shift),
+        ("study-frontier", draw_frontier),
         ("study-sweeps", draw_sweeps),
     ):
         figure = draw(rows)
@@ -113,6 +114,64 @@ def draw_shift(rows: Rows) -> Any:
     axes[0].set_ylabel("mean of log π − log π_ref, nats")
     axes[0].legend(frameon=False)
     return figure
+
+
+def draw_frontier(rows: Rows) -> Any:
+    """Wrong facts against what they cost: how far the policy has gone, and malformed answers.
+    Methods below DPO's line do better than DPO with another learning rate.
+    """
+    names = [x for x in MAIN if values_of(rows, x, "KL")]
+    line = [x for x in ("before", "DPO", "DPO, twice the rate") if values_of(rows, x, "KL")]
+    if len(line) < 3:
+        return None
+    costs = {"KL": (1, "KL from the start, nats an answer"), "malformed": (100, "malformed, %")}
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 5.2), sharey=True, layout="constrained")
+    for ax, (cost, (factor, label)) in zip(axes, costs.items(), strict=True):
+
+        def place(name: str, cost: str = cost, factor: int = factor) -> tuple[float, float]:
+            x = statistics.mean(values_of(rows, name, cost))
+            return factor * x, 100 * statistics.mean(values_of(rows, name, "wrong facts"))
+
+        ax.plot(*zip(*map(place, line), strict=True), color="black", lw=1, ls=":")
+        places = {name: place(name) for name in ("before", *names)}
+        for name, (x, y) in places.items():
+            colour = "0.6" if name in (*CONTROLS, "before") else "C0"
+            colour = "black" if name in line else colour
+            ax.plot(x, y, "o", ms=5, color=colour)
+        for group in close_together(places):
+            text = "; ".join(group)
+            where = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(text, places[group[0]], fontsize=7.5, **where)
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.2)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(x=0.2)
+    axes[0].set_ylabel("wrong facts, %")
+    figure.suptitle(
+        "What fewer wrong facts cost; dotted: DPO before, at its learning rate, and at twice the "
+        "rate",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+def close_together(places: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """Names whose points are so close that they have one label: within 10 % of the width and 5 % of
+    the height of the first one's.
+    """
+    width, height = (max(x) - min(x) for x in zip(*places.values(), strict=True))
+    groups: list[list[str]] = []
+    for name, (x, y) in places.items():
+        for group in groups:
+            a, b = places[group[0]]
+            if abs(x - a) < 0.1 * width and abs(y - b) < 0.05 * height:
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def draw_sweeps(rows: Rows) -> Any:

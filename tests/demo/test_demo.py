@@ -6,20 +6,30 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from treg.data.annotated import write_annotated
 from treg.demo import run as demo
-from treg.demo.make_model import auroc
+from treg.demo.detection import ALL, REWARD, SURPRISE, detection
+from treg.demo.worlds import WORLDS
+from treg.evaluate import auroc
 
 
-def test_demo(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("world", WORLDS)
+def test_demo(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 6)
     monkeypatch.setattr(demo, "SAMPLES", 1)
-    asked = demo.world.prompts
-    monkeypatch.setattr(demo.world, "prompts", lambda split: asked(split)[:16])
-    results = demo.run(str(tmp_path), seeds=2, pairs=20)
+    place = WORLDS[world]
+    asked = place.prompts
+    monkeypatch.setattr(place, "prompts", lambda split: asked(split)[:16])
+    results = demo.run(str(tmp_path), seeds=2, pairs=20, world=world)
     text = capsys.readouterr().out
+    assert results["world"] == world
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert all(found["-rhat"] > 0.8 for found in results["auroc"].values())
+    for found in results["auroc"].values():
+        assert all(x > 0.8 for x in found[REWARD].values())
+        assert (found[SURPRISE][ALL] > 0.99) == (world == "plain")
+        assert world == "plain" or found[SURPRISE]["rumour"] < 0.3
     assert [(x["method"], x["seed"]) for x in results["runs"]] == [
         (m, s) for s in range(2) for m in demo.METHODS
     ]
@@ -41,8 +51,10 @@ def test_demo(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "report.html").read_text()
     # the marked tokens are the wrong values of the world
     pairs = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["pairs"]
-    rows = demo.world.preference_rows(1, 6, "test")
+    rows = place.preference_rows(1, 6, "test")
     assert len(pairs) == 6 and "AUROC of −r̂" in page
+    # how far right and wrong values have moved is on it too
+    assert "good" in page and "bad" in page
     for pair, row in zip(pairs, rows, strict=True):
         for side in ("chosen", "rejected"):
             text = row[side][0]["content"]
@@ -52,10 +64,59 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert "held-out.jsonl:1" in page and all(m in page for m in demo.METHODS)
 
 
+def test_detection_is_the_auroc_of_the_marked_tokens(tmp_path):
+    """Against scores and marks that are gathered word by word."""
+    place = WORLDS["rumours"]
+    tokenizer = AutoTokenizer.from_pretrained(place.MODEL)
+    rows = place.preference_rows(5, 8, "test")
+    rng, examples = np.random.default_rng(0), []
+    known: dict[str, list] = {REWARD: [], SURPRISE: [], "kind": []}
+    for index, row in enumerate(rows):
+        example = {"index": index, "where": f"row {index}", "prompt_ids": [1, 2]}
+        for side in ("chosen", "rejected"):
+            text = row[side][0]["content"]
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            rewards = rng.normal(size=len(ids) + 1).astype(np.float32) / 9
+            logps = -rng.random(len(ids) + 1).astype(np.float32)
+            example |= {
+                f"{side}_ids": [*ids, tokenizer.eos_token_id],
+                f"{side}_token_rewards": rewards,
+                f"ref_{side}_token_logps": logps,
+                f"ref_{side}_logps": float(logps.astype(np.float64).sum()),
+            }
+            at = 0
+            for i, token in enumerate(ids):
+                end = at + len(tokenizer.decode([token]))
+                kind = ""
+                for mark in row[f"{side}_marks"]:
+                    if at < mark["end"] and end > mark["start"]:
+                        kind = f"{mark['label']} {'wrong' if mark['value'] < 0 else 'right'}"
+                known["kind"].append(kind)
+                known[REWARD].append(-rewards[i])
+                known[SURPRISE].append(-logps[i])
+                at = end
+        examples.append(example)
+    file = tmp_path / "a.parquet"
+    write_annotated(file, examples, {}, per_token=True)
+    kinds = np.array(known["kind"])
+    wrong = np.char.endswith(kinds, "wrong")
+    for name, found in detection(file, rows, tokenizer).items():
+        scores = np.array(known[name])
+        assert found[ALL] == pytest.approx(auroc(scores, wrong))
+        for kind in place.KINDS:
+            own = np.char.startswith(kinds, kind)
+            assert found[kind] == pytest.approx(auroc(scores[own], wrong[own]))
+
+
 @pytest.mark.parametrize("bad", [{"seeds": 0}, {"pairs": 0}])
 def test_refused(bad, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected a positive integer, got 0"):
         demo.run(str(tmp_path), **bad)
+
+
+def test_refuses_another_world(tmp_path):
+    with pytest.raises(ValueError, match="world: expected one of rumours, plain, got 'flat'"):
+        demo.run(str(tmp_path), world="flat")
 
 
 def test_auroc_is_the_share_of_ordered_pairs():
