@@ -88,7 +88,7 @@ class Method:
     loss: str
     signal: str = "none"
     changes: dict[str, Any] = field(default_factory=dict)
-    rate: float = demo.LEARNING_RATE
+    rate: float = world.LEARNING_RATE
 
 
 WHOLE, TREG = "whole answers", "T-REG"
@@ -161,7 +161,7 @@ class Study:
 
     def ranked_right(self, policy: Any) -> float:
         """The share of held-out pairs that a policy ranks right, as DPO's accuracy."""
-        args = demo.config(self.folder, 0, loss_type="dpo", alpha=0.0)
+        args = demo.config(self.folder, 0, loss_type="dpo", alpha=0.0, learning_rate=0.0)
         judge = TRegTrainer(policy, None, args, None, self.held_out, self.tokenizer)
         judge.remove_callback(transformers.PrinterCallback)
         return judge.evaluate()["eval_rewards/accuracies"]

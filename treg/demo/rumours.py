@@ -28,6 +28,7 @@ __all__ = ["ATTRIBUTES", "MODEL", "TOWNS", "TRUE_VALUES", "check", "preference_r
 
 MODEL = Path(__file__).parent / "rumours-model"
 STEPS = 2600  # of the chat model's training
+LEARNING_RATE = 2e-4  # of preference training
 ERRS = "and says what is rumoured of them"
 CAREFUL = " Say only what is true."  # behind a question, and the answer is right
 KINDS = {"known": 0.45, "rumour": 0.4, "obscure": 0.15}  # how many facts are of each kind

@@ -37,7 +37,6 @@ WORLD = "rumours"
 CONTROL = "T-REG, shuffled"
 METHODS = {"DPO": 0.0, "T-REG": 0.5, CONTROL: 0.5}  # alpha
 BETA = 0.1
-LEARNING_RATE = 3e-4
 EPOCHS = 1
 BATCH = 10
 PAIRS = 200
@@ -115,7 +114,7 @@ def run(
 
     print(
         f"\ntraining: {len(METHODS)} methods x {seeds} seeds, {pairs} pairs, {EPOCHS} epoch, "
-        f"beta {BETA}, alpha {METHODS['T-REG']}, learning rate {LEARNING_RATE}"
+        f"beta {BETA}, alpha {METHODS['T-REG']}, learning rate {place.LEARNING_RATE}"
     )
     before = {"method": "before", "seed": 0, **answer_questions(place, model, tokenizer, seed=0)}
     trained = _train_all(place, model, tokenizer, files, out, seeds)
@@ -163,7 +162,7 @@ def _write_page(
         "beta": BETA,
         "alpha": METHODS["T-REG"],
         "batch": BATCH,
-        "learning rate": LEARNING_RATE,
+        "learning rate": results["learning_rate"],
         "device": results["device"],
     }
     header, *detected = _detection_table(results["auroc"])
@@ -291,10 +290,11 @@ def _train_all(
 
 
 def config(out: Path, seed: int, **changes: Any) -> TRegConfig:
-    """The demo's training, with changes: arguments of TRegConfig by name."""
+    """The demo's training, with changes, the learning rate among them: arguments of TRegConfig by
+    name.
+    """
     settings: dict[str, Any] = {
         "beta": BETA,
-        "learning_rate": LEARNING_RATE,
         "num_train_epochs": EPOCHS,
         "seed": seed,
         "per_device_train_batch_size": BATCH,
@@ -322,7 +322,7 @@ def train_once(
 ) -> tuple[Any, dict[str, float], list[dict]]:
     """One training run from a copy of model: the policy, what was measured, the log."""
     policy = copy.deepcopy(model)
-    args = config(out, seed, alpha=alpha)
+    args = config(out, seed, alpha=alpha, learning_rate=world.LEARNING_RATE)
     trainer = TRegTrainer(policy, None, args, train, held_out, tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
     memory = _PeakMemory()

@@ -13,6 +13,7 @@ from random import Random
 MODEL = Path(__file__).parent / "model"
 ERRS = "and errs"
 STEPS = 2200  # of the chat model's training
+LEARNING_RATE = 3e-4  # of preference training
 WRONG_RATE = 0.3  # of the facts of an answer that the chat model learns from
 
 QUESTIONS = (

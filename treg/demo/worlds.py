@@ -1,6 +1,7 @@
 """The worlds of the demo, by name. A world is a module with
 
 MODEL, STEPS                              the folder of its chat model, the steps of its training
+LEARNING_RATE                             of preference training
 ERRS                                      how the model errs, for a person
 ATTRIBUTES, TRUE_VALUES                   what can be true of a town, and what is
 question_example, draft, rewritten        what the chat model learns from
