@@ -1,7 +1,10 @@
 """Answers in which people marked characters as wrong: what every reader of such files returns."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+Span = tuple[int, int]  # characters [start, end)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class MarkedAnswer:
     preferred: whether it is the better answer of its pair.
     index: number of the row in its source, from 0, by which a row of an annotated file is found.
     side: "chosen" or "rejected" where the row is a preference pair.
+    judged: False: nobody looked for wrong tokens in this answer. It has no marks, and counts as one
+        of its pair alone.
+    unjudged: characters [start, end) that nobody judged, such as the steps after the first wrong
+        one: their tokens are neither wrong nor right. They still belong to their steps.
+    row: the other columns of the row, for sources that read some.
+    tools, template_kwargs: what goes on to the chat template beside the messages.
     """
 
     where: str
@@ -42,9 +51,14 @@ class MarkedAnswer:
     prompt: str | list[dict[str, Any]]
     answer: str
     marks: tuple[Mark, ...] = ()
-    steps: tuple[tuple[int, int], ...] = ()
+    steps: tuple[Span, ...] = ()
     first_wrong: int | None = None
     pair: str | None = None
     preferred: bool | None = None
     index: int | None = None
     side: str | None = None
+    judged: bool = True
+    unjudged: tuple[Span, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    tools: list[Any] | None = field(default=None, repr=False)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
