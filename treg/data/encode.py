@@ -169,6 +169,9 @@ class _Encoder:
         encoded = self.answers.encoded([_prompted(row) for _, row in rows])
         found: list[Any] = []
         for (index, row), ids in zip(rows, encoded, strict=True):
+            if isinstance(ids, RowProblem):
+                found.append(ids)
+                continue
             try:
                 found.append((_pair(index, row, ids, self.options), list(ids.notes)))
             except RowProblem as problem:
@@ -187,12 +190,8 @@ def _prompted(row: Preference) -> Prompted:
     )
 
 
-def _pair(
-    index: int, row: Preference, found: PromptedIds | RowProblem, options: EncodeOptions
-) -> Pair:
-    """The pair of a row. RowProblem: it has none, or both answers are one."""
-    if isinstance(found, RowProblem):
-        raise found
+def _pair(index: int, row: Preference, found: PromptedIds, options: EncodeOptions) -> Pair:
+    """The pair of a row. RowProblem: both answers are one."""
     chosen, rejected = (found.ids[side] for side in SIDES)
     if np.array_equal(chosen, rejected):
         detail = "after truncation" if found.cut else ""
