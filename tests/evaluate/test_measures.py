@@ -262,7 +262,7 @@ def test_intervals():
 
 
 def test_arrays_of_other_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"r: expected one value for each of the 2 judged tokens"):
+    with pytest.raises(ValueError, match=r"r: expected one value for each of the 2 tokens"):
         ScoredAnswer("d", {"r": np.ones(3)}, np.zeros(2, bool), np.zeros(2, bool))
     with pytest.raises(ValueError, match="r: expected finite scores"):
         answer([np.nan], [])
@@ -283,3 +283,23 @@ def test_halves_are_apart_and_stay():
     assert all(in_half(x, "all", 0) for x in names)
     with pytest.raises(ValueError, match="half: expected first, second or all, got 'third'"):
         in_half("d", "third", 0)
+
+
+def test_tokens_that_nobody_judged():
+    """They count in steps and in sums of answers, and in no measure of tokens."""
+    judged = np.array([True, True, True, False])
+    steps = [0, 0, 1, 2]
+    first = answer([3, 2, -1, -9], [2], "a", steps=steps, first_wrong=1, judged=judged)
+    assert first_error(first, "r") == (0, pytest.approx(1 / 3))
+    scored = Scored([first])
+    assert scored.of("r").tolist() == [3, 2, -1] and scored.wrong.tolist() == [False, False, True]
+    assert values_of(scored)["within_document"] == 1
+    never = np.zeros(2, bool)
+    pair = [
+        answer([1, 1], [], "p", pair="p", preferred=True, judged=never),
+        answer([0, 0], [], "p", pair="p", preferred=False, judged=never),
+    ]
+    found = values_of(Scored(pair))
+    assert found["pair_accuracy"] == 1 and np.isnan(found["zeros"])
+    labels = answer([1, 2, 3, 4], [0, 3], labels={"a": [0, 3]}, judged=np.arange(4) > 0)
+    assert Scored([first, labels]).labels["a"].tolist() == [5]

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from treg.evaluate.bootstrap import Draws, Interval, bootstrap, interval
 from treg.evaluate.ranking import Ranking
@@ -226,8 +227,6 @@ def _point(scored: Scored, name: str, ranking: Ranking, shares: Shares) -> Draws
     """The values themselves, as one draw of every document once; AUROC and average precision are
     scikit-learn's.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     ones = np.ones(len(scored.documents))
     finds, wrong = -scored.of(name), scored.wrong
     *_, by_label = ranking(ones)

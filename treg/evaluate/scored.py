@@ -1,4 +1,4 @@
-"""Scores of marked answers: of each judged token what every score gives it, and what the marks say.
+"""Scores of marked answers: of each token what every score gives it, and what the marks say.
 
 A score is a reward: the higher it is, the better the token should be. What finds wrong tokens is
 minus the score.
@@ -16,11 +16,13 @@ NO_STEP = -1
 
 @dataclass(frozen=True, eq=False)
 class ScoredAnswer:
-    """One answer with n judged tokens.
+    """One answer that says n tokens.
 
     document: what the bootstrap draws; answers of one document are drawn together.
     scores: by name, [n] floating, finite.
     wrong: [n] bool: marked as wrong. right: [n] bool: marked as right.
+    judged: [n] bool: the tokens that somebody looked at; None: all. Only they count in measures of
+        tokens; sums over answers and steps take all.
     labels: by error type, [n] bool: the tokens that are marked as wrong with this type.
     steps: [n] int: the step that each token is in, counted from 0; NO_STEP: in none.
     first_wrong: the first wrong step; None: there is none, or no steps are known.
@@ -39,16 +41,18 @@ class ScoredAnswer:
     pair: str | None = None
     preferred: bool | None = None
     ends: Mapping[str, float] = field(default_factory=dict)
+    judged: np.ndarray | None = None
 
     def __post_init__(self):
         count = len(self.wrong)
         arrays = {"wrong": self.wrong, "right": self.right, **self.scores, **self.labels}
-        if self.steps is not None:
-            arrays["steps"] = self.steps
+        for name in ("steps", "judged"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
         for name, values in arrays.items():
             if values.shape != (count,):
                 raise ValueError(
-                    f"{name}: expected one value for each of the {count} judged tokens, got an "
+                    f"{name}: expected one value for each of the {count} tokens, got an "
                     f"array of shape {list(values.shape)}"
                 )
         for name, values in self.scores.items():
@@ -57,10 +61,14 @@ class ScoredAnswer:
                     f"{name}: expected finite scores, got others in the document {self.document!r}"
                 )
 
+    def of_judged(self, values: np.ndarray) -> np.ndarray:
+        """Those of [n] values that belong to judged tokens."""
+        return values if self.judged is None else values[self.judged]
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """All answers, and their tokens one after the other: N tokens of D documents.
+    """All answers, and their judged tokens one after the other: N tokens of D documents.
 
     answers: at least one, each with the same scores.
     """
@@ -83,19 +91,19 @@ class Scored:
         return tuple(self.answers[0].scores)
 
     def of(self, name: str) -> np.ndarray:
-        """[N] float64: a score of every token."""
-        parts = [answer.scores[name] for answer in self.answers]
+        """[N] float64: a score of every judged token."""
+        parts = [answer.of_judged(answer.scores[name]) for answer in self.answers]
         return np.concatenate(parts).astype(np.float64)
 
     @cached_property
     def wrong(self) -> np.ndarray:
         """[N] bool."""
-        return np.concatenate([answer.wrong for answer in self.answers])
+        return np.concatenate([x.of_judged(x.wrong) for x in self.answers])
 
     @cached_property
     def right(self) -> np.ndarray:
         """[N] bool."""
-        return np.concatenate([answer.right for answer in self.answers])
+        return np.concatenate([x.of_judged(x.right) for x in self.answers])
 
     @cached_property
     def documents(self) -> dict[str, int]:
@@ -116,7 +124,7 @@ class Scored:
     @cached_property
     def lengths(self) -> np.ndarray:
         """[answers] int64: judged tokens of each answer."""
-        return np.array([len(answer.wrong) for answer in self.answers])
+        return np.array([len(x.of_judged(x.wrong)) for x in self.answers])
 
     @cached_property
     def labels(self) -> dict[str, np.ndarray]:
@@ -127,10 +135,16 @@ class Scored:
         starts = np.cumsum(self.lengths) - self.lengths
         for start, answer in zip(starts, self.answers, strict=True):
             for label, mask in answer.labels.items():
-                found.setdefault(label, []).append(np.flatnonzero(mask) + start)
+                found.setdefault(label, []).append(np.flatnonzero(answer.of_judged(mask)) + start)
         joined = {label: np.concatenate(parts) for label, parts in found.items()}
         order = sorted(joined, key=lambda label: (-len(joined[label]), label))
         return {label: joined[label] for label in order if len(joined[label])}
+
+
+def check_half(half: str) -> None:
+    """ValueError for a word that names no half of the data."""
+    if half not in ("first", "second", "all"):
+        raise ValueError(f"half: expected first, second or all, got {half!r}")
 
 
 def in_half(document: str, half: str, seed: int) -> bool:
@@ -139,7 +153,6 @@ def in_half(document: str, half: str, seed: int) -> bool:
     A hash of the document's name and the seed decides. So a document stays in its half when others
     are added or left out, and answers of one document stay together.
     """
-    if half not in ("first", "second", "all"):
-        raise ValueError(f"half: expected first, second or all, got {half!r}")
+    check_half(half)
     digest = hashlib.sha256(f"{seed} {document}".encode()).digest()
     return half == "all" or (digest[0] % 2 == 0) == (half == "first")

@@ -1,4 +1,4 @@
-"""Marked answers through sources of token rewards, in batches: every score of every judged token.
+"""Marked answers through sources of token rewards, in batches: every score of every token.
 
 An answer that one of the columns refuses is left out for all, so that the scores are compared on
 the same tokens.
@@ -25,7 +25,7 @@ NO_MODEL = 65536  # tokens of a part where no model runs
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class Placed:
     """An answer, its tokens, and what the marks say of them (`treg.evaluate.place`)."""
 
     answer: MarkedAnswer
@@ -38,8 +38,13 @@ class Judged:
         return len(self.response.prompt_ids) + len(self.response.ids)
 
 
+def progress(shown: bool) -> Progress:
+    """A bar over answers."""
+    return Progress(shown, "evaluate", "answers", lambda item: item.tokens)
+
+
 def score_answers(
-    judged: Sequence[Judged],
+    placed: Sequence[Placed],
     columns: Sequence[Columns],
     context: Context,
     *,
@@ -58,9 +63,9 @@ def score_answers(
     Raises:
         ValueError: no answer is left.
     """
-    report = Report(strict=strict, seen=len(judged))
+    report = Report(strict=strict, seen=len(placed))
     kept: list[int] = []
-    for i, item in enumerate(judged):
+    for i, item in enumerate(placed):
         problem = _problem(item, columns, context)
         if problem is None:
             kept.append(i)
@@ -70,25 +75,25 @@ def score_answers(
     if not kept:
         raise ValueError(f"data: expected an answer that can be scored, found none: {report}")
     found: dict[int, ScoredAnswer] = {}
-    parts = cut(kept, judged, _part_tokens(context))
-    bar = bar or Progress(False)
-    with bar.over([[judged[i] for i in part] for part in parts]), torch.inference_mode():
+    parts = cut(kept, placed, _part_tokens(context))
+    bar = bar or progress(False)
+    with bar.over([[placed[i] for i in part] for part in parts]), torch.inference_mode():
         for part in parts:
-            given = [(judged[i].answer, judged[i].response) for i in part]
+            given = [(placed[i].answer, placed[i].response) for i in part]
             scored = [column.score(given) for column in columns]
             for i, *of_answer in zip(part, *scored, strict=True):
                 values: dict[str, np.ndarray] = {}
                 for by_name in of_answer:
                     values |= {name: x.float().numpy() for name, x in by_name.items()}
-                found[i] = scored_answer(judged[i], values)
+                found[i] = scored_answer(placed[i], values)
             bar.part_done()
     return [found[i] for i in kept], report
 
 
-def _problem(item: Judged, columns: Sequence[Columns], context: Context) -> RowProblem | None:
+def _problem(item: Placed, columns: Sequence[Columns], context: Context) -> RowProblem | None:
     """Why an answer is left out: the first of what the model and the columns say of it."""
-    if not item.marks.judged.any():
-        return RowProblem("no judged token", "the answer says nothing", item.answer.where)
+    if not item.marks.content.any():
+        return RowProblem("no token", "the answer says nothing", item.answer.where)
     runs = not isinstance(context.model, NoReference)
     problem = context.unknown_token(item.response) if runs else None
     for column in columns:
@@ -103,7 +108,7 @@ def _part_tokens(context: Context) -> int:
     return part_tokens(context.model)
 
 
-def cut(numbers: Sequence[int], judged: Sequence[Judged], most_tokens: int) -> list[list[int]]:
+def cut(numbers: Sequence[int], placed: Sequence[Placed], most_tokens: int) -> list[list[int]]:
     """Numbers of answers in parts of at most most_tokens and MOST_ANSWERS, the longest first.
 
     Answers of one document follow one another: what they begin with, as both answers of a pair
@@ -111,19 +116,19 @@ def cut(numbers: Sequence[int], judged: Sequence[Judged], most_tokens: int) -> l
     """
     longest: dict[str, int] = {}
     for i in numbers:
-        document = judged[i].answer.document
-        longest[document] = max(longest.get(document, 0), judged[i].tokens)
+        document = placed[i].answer.document
+        longest[document] = max(longest.get(document, 0), placed[i].tokens)
     first = {document: k for k, document in enumerate(longest)}
 
     def place(i: int) -> tuple[int, int, int]:
-        document = judged[i].answer.document
+        document = placed[i].answer.document
         return -longest[document], first[document], i
 
     most = min(MOST_ANSWERS, max(2, -(-len(numbers) // LEAST_PARTS)))
     parts: list[list[int]] = []
     tokens = 0
     for i in sorted(numbers, key=place):
-        own = judged[i].tokens
+        own = placed[i].tokens
         if not parts or len(parts[-1]) >= most or tokens + own > most_tokens:
             parts.append([])
             tokens = 0
@@ -132,23 +137,24 @@ def cut(numbers: Sequence[int], judged: Sequence[Judged], most_tokens: int) -> l
     return parts
 
 
-def scored_answer(item: Judged, values: dict[str, np.ndarray]) -> ScoredAnswer:
-    """What the judged tokens get, and what the marks say of them.
+def scored_answer(item: Placed, values: dict[str, np.ndarray]) -> ScoredAnswer:
+    """What the tokens of an answer get, and what the marks say of them.
 
     values: [T] by score, of all tokens of the response.
     """
     answer, marks = item.answer, item.marks
-    judged = marks.judged
-    steps = marks.steps[judged]
+    said = marks.content
+    steps, judged = marks.steps[said], marks.judged[said]
     return ScoredAnswer(
         document=answer.document,
-        scores={name: x[judged].astype(np.float64) for name, x in values.items()},
-        wrong=marks.wrong[judged],
-        right=marks.right[judged],
-        labels={name: mask[judged] for name, mask in marks.labels.items()},
+        scores={name: x[said].astype(np.float64) for name, x in values.items()},
+        wrong=marks.wrong[said],
+        right=marks.right[said],
+        labels={name: mask[said] for name, mask in marks.labels.items()},
         steps=None if (steps == NO_STEP).all() else steps,
         first_wrong=answer.first_wrong,
         pair=answer.pair,
         preferred=answer.preferred,
-        ends={name: float(x[~judged].sum()) for name, x in values.items()},
+        ends={name: float(x[~said].sum()) for name, x in values.items()},
+        judged=None if judged.all() else judged,
     )

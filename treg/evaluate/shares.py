@@ -172,6 +172,8 @@ def _bins(values: np.ndarray) -> tuple[np.ndarray, Calibration]:
     """Which of at most BINS bins of about equally many tokens each score is in; equal scores are in
     one bin.
     """
+    if not len(values):
+        return np.empty(0, np.int64), Calibration((), (), ())
     inner = np.quantile(values, np.arange(1, BINS) / BINS, method="higher")
     # a bin begins with its lowest score
     begins = np.unique(np.concatenate([values.min(keepdims=True), inner]))

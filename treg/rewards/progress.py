@@ -13,9 +13,15 @@ MOST = 0.95  # of a part that is not done: more of it is not claimed
 
 
 @contextlib.contextmanager
-def counted_rows(shown: bool) -> Iterator[Callable[[int], Any]]:
-    """A count of the rows that are read, with rows/s; what is yielded is told of more of them."""
-    with tqdm(unit="row", unit_scale=True, desc="read", disable=not shown, delay=1) as bar:
+def counted_rows(
+    shown: bool, unit: str = "row", what: str = "read", total: int | None = None
+) -> Iterator[Callable[..., Any]]:
+    """A count of the rows that are read, or of other things, with how many a second; what is
+    yielded is told of more of them.
+    """
+    with tqdm(
+        unit=unit, unit_scale=True, desc=what, total=total, disable=not shown, delay=1
+    ) as bar:
         yield bar.update
 
 
