@@ -28,7 +28,7 @@ from treg.evaluate.shares import STEP_SCORES
 from treg.evaluate.told import conclusions, head_lines, label_table, table
 from treg.files import write_json
 from treg.rewards import DEFAULT_SOURCE, Context, NoReference, load_source
-from treg.rewards.annotate import process_state
+from treg.rewards.annotate import AnnotateOptions, process_state
 from treg.rewards.made_with import fingerprint_of
 from treg.rewards.progress import Progress, counted_rows
 from treg.viz.credit_plots import check_plots_path, plot_credit
@@ -45,8 +45,9 @@ def run(argv: list[str]) -> None:
     answers, rows = run.answers()
     file = run.file()
     tokenizer = run.tokenizer(file)
-    placed, report = place(answers, tokenizer, run.encode(file), strict=marked.strict)
     shown = process_state().is_main_process
+    options = run.encode(file)
+    placed, report = place(answers, tokenizer, options, strict=marked.strict, shown=shown)
     bar = progress(shown)
     context = run.context(tokenizer, bar)
     columns, settings = run.columns(context, file)
@@ -72,14 +73,23 @@ def run(argv: list[str]) -> None:
 
 
 def place(
-    answers: Sequence[MarkedAnswer], tokenizer: Any, options: EncodeOptions, *, strict: bool
+    answers: Sequence[MarkedAnswer],
+    tokenizer: Any,
+    options: EncodeOptions,
+    *,
+    strict: bool,
+    shown: bool,
 ) -> tuple[list[Placed], Report]:
     """The tokens of answers and what the marks say of them; and of how many answers that cannot be
     said, by reason.
+
+    shown: whether there is a bar.
     """
     report = Report(strict=strict)
     placed = []
-    for answer, response in zip(answers, responses(answers, tokenizer, options), strict=True):
+    with counted_rows(shown, "answer", "encode", len(answers)) as on_answers:
+        found = responses(answers, tokenizer, options, on_answers=on_answers)
+    for answer, response in zip(answers, found, strict=True):
         if isinstance(response, RowProblem):
             report.problem(response)
             continue
@@ -129,6 +139,8 @@ class _Run:
         for name, path in (("json", own.json), ("plots", own.plots)):
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{name}: no such folder: {Path(path).parent}")
+        if self.source is not None:
+            _ = self.source_options
         if own.streams is not None and own.annotated is None:
             raise ValueError("streams: expected --annotated FILE with it, got none")
         if own.model is None and (self.source is not None or own.tokenizer is None):
@@ -143,6 +155,11 @@ class _Run:
         if self.rewards.rewards is None and self.own.annotated is not None:
             return None
         return self.rewards.rewards or DEFAULT_SOURCE
+
+    @property
+    def source_options(self) -> AnnotateOptions:
+        """The source's options and the steps of shaping."""
+        return annotate_options(self.rewards, EncodeOptions(), per_token=False)
 
     def answers(self) -> tuple[list[MarkedAnswer], Report]:
         """The answers of the half, those of the first documents."""
@@ -216,7 +233,7 @@ class _Run:
         if self.own.model is not None:
             settings["model_fingerprint"] = fingerprint_of(context.model)
         if self.source is not None:
-            options = annotate_options(self.rewards, EncodeOptions(), per_token=False)
+            options = self.source_options
             source = load_source(self.source, options.source_options, context)
             given.append(("rewards", SourceColumns(self.source, source, options.steps)))
             steps = [str(step) for step in options.steps]

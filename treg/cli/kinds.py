@@ -254,7 +254,9 @@ class MarkedOptions:
     GROUP: ClassVar[str] = "data"
     OWN: ClassVar[str] = "format"
 
-    data: list[str] = field(metadata=_told("One or several files of answers with marks.", "PATH"))
+    data: list[str] = field(
+        metadata=_told("One or several files of answers with marks.", "PATH [...]")
+    )
     format: str = _required(f"How the file marks them: {', '.join(FORMATS)}.", "NAME")
     half: str = _option(
         "all",
