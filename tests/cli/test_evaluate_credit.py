@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("pyarrow")
 
 from treg.cli import main  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = tiny.tiny_tokenizer(chat=False)
 ANSWERS = [
     "the old owl said that the answer is 42.",
@@ -167,6 +169,19 @@ def test_a_page(folder, tmp_path, capsys):
     evaluated(folder, tmp_path, "--rewards", "surprise", "--draws", 5, "--plots", page)
     assert "<h1>marked.jsonl (spans) with model</h1>" in page.read_text()
     assert f"wrote {page}" in capsys.readouterr().out
+
+
+def test_the_same_in_python_as_the_page_has_it(folder, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(folder)
+    exec(block.replace("MODEL", "model").replace('"contrastive"', '"surprise"'), {})
+    said = capsys.readouterr().out
+    evaluated(folder, tmp_path, "--rewards", "surprise")
+    shown = capsys.readouterr().out
+    for word in ("entropy", "position", "The best baseline is"):
+        (line,) = (x for x in said.splitlines() if x.strip().startswith(word))
+        assert line.split() in [x.split() for x in shown.splitlines()]
 
 
 def test_an_answer_that_is_too_long_is_counted(folder, tmp_path, capsys):
