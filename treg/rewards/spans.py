@@ -40,6 +40,7 @@ from treg.rewards.response import Response, differs
 from treg.rewards.span_forms import check_bounds, span_fields, span_list
 
 ANY_LABEL = "*"
+CHARACTER_TOKENS = 4  # that a character has at most: one a byte
 Span = tuple[int, int, float]  # start, end, value
 
 
@@ -177,9 +178,24 @@ def characters_of_tokens(response: Response) -> np.ndarray | None:
 
     A token that holds a part of a character counts with the whole of it.
     """
-    pieces, whole = response.pieces, text_of(response.completion)
-    places = response.spans
+    whole, places = text_of(response.completion), response.spans
     if places is None or not whole.startswith(response.text.rstrip("\ufffd")):
         return None
-    unfinished = np.array([piece == "" for piece in pieces], dtype=np.int32)
-    return places + np.stack([np.zeros_like(unfinished), unfinished], 1)
+    begun = _begun(response).astype(np.int32)
+    return places + np.stack([np.zeros_like(begun), begun], 1)
+
+
+def _begun(response: Response) -> np.ndarray:
+    """[T] bool: the tokens whose last bytes are of a character that a later token completes."""
+    pieces, ids = response.pieces, response.ids
+    found = np.array([piece == "" for piece in pieces], dtype=bool)
+    for i in np.flatnonzero(~found[:-1]):
+        # only characters of several bytes are shared, and only by tokens that follow one another
+        if pieces[i + 1].isascii() and pieces[i + 1]:
+            continue
+        last = ids[max(0, i + 1 - CHARACTER_TOKENS) : i + 1].tolist()
+        said = response.tokenizer.decode(
+            last, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        found[i] = said.endswith("\ufffd") and not pieces[i].endswith("\ufffd")
+    return found
