@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from treg.data import SIDES
-from treg.results import TRegLoss
+from treg.ops import TRegLoss
 
 RATIO = "treg/gradient_ratio"
 SHIFT = "shift"  # what the names of `record_shift` begin with
