@@ -1,6 +1,7 @@
 """Which tokens of an answer its marks reach, against a walk over the bytes of every token."""
 
 import functools
+import json
 import random
 from dataclasses import replace
 
@@ -11,8 +12,10 @@ from token_bytes import characters_held
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from treg.data import EncodeOptions, RowProblem, load_pairs
+from treg.data.mixture import load_sources
 from treg.evaluate.documents import Mark, MarkedAnswer
 from treg.evaluate.place import NO_STEP, responses, token_marks
+from treg.evaluate.readers import read_marked
 from treg.rewards.response import ResponsePairs
 
 PROMPT = "what did the fox say?\n"
@@ -220,3 +223,17 @@ def test_text_that_the_tokens_do_not_say_is_refused():
     answer, response = made("cafe\u0301", tokenizer)
     with pytest.raises(RowProblem, match=r"marks cannot be placed.*normalize the data to NFC"):
         token_marks(response, answer)
+
+
+def test_rows_are_numbered_as_annotate_numbers_them(tmp_path):
+    """Rows that are refused count, in one file and over several."""
+    row = {"prompt": "q", "chosen": "the fox", "rejected": "the owl", "rejected_spans": []}
+    files = []
+    for name in ("a", "b"):
+        files.append(tmp_path / f"{name}.jsonl")
+        lines = [json.dumps(x) for x in (row, row | {"chosen": ""}, row | {"rejected": "no"})]
+        files[-1].write_text("\n".join(lines))
+    pairs, _ = load_sources([str(x) for x in files], CHAT, EncodeOptions())
+    answers, _ = read_marked(files, "spans")
+    assert [x.index for x in answers[::2]] == [pair.index for pair in pairs] == [0, 2, 3, 5]
+    assert [x.where for x in answers[::2]] == [pair.row.where for pair in pairs]

@@ -318,7 +318,7 @@ def test_folders_and_zip_files_of_pairs(tmp_path):
         found = read(source, "pairs")
         assert [x.marks[0].label for x in found[::2]] == ["a_train", "b_test"]
         assert [x.index for x in found] == [0, 0, 1, 1]
-    assert found[2].where == f"{packed}/data/b_test.jsonl:1"
+    assert found[2].where.removeprefix(str(packed)) == "/".join(["", "data", "b_test.jsonl:1"])
     broken = tmp_path / "broken.zip"
     broken.write_bytes(b"no zip")
     with pytest.raises(ValueError, match="expected a zip file"):
