@@ -1,16 +1,21 @@
 """Which tokens of an answer its marks reach, against a walk over the bytes of every token."""
 
+import functools
+import json
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from tiny import bot, shared_data, tiny_tokenizer, usr
+from token_bytes import characters_held
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from treg.data import EncodeOptions, RowProblem, load_pairs
+from treg.data.mixture import load_sources
 from treg.evaluate.documents import Mark, MarkedAnswer
 from treg.evaluate.place import NO_STEP, responses, token_marks
+from treg.evaluate.readers import read_marked
 from treg.rewards.response import ResponsePairs
 
 PROMPT = "what did the fox say?\n"
@@ -23,6 +28,7 @@ TEXTS = {
 }
 
 
+@functools.cache
 def tokenizer_at(*parts):
     return AutoTokenizer.from_pretrained(shared_data(*parts))
 
@@ -35,43 +41,6 @@ TOKENIZERS = {
     "gpt2": lambda: GPT2Tokenizer.from_pretrained(shared_data("tok", "gpt2")),
     "tinystories": lambda: tokenizer_at("lm", "tinystories-656k"),
 }
-
-
-def byte_values():
-    """The byte that each character of a byte-level vocabulary stands for."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [x for x in range(256) if x not in plain]
-    return {chr(x): x for x in plain} | {chr(256 + i): x for i, x in enumerate(others)}
-
-
-BYTES = byte_values()
-
-
-def bytes_of(tokenizer):
-    """The bytes that each token says."""
-    added, blank = tokenizer.added_tokens_decoder, "▁" in tokenizer.get_vocab()
-
-    def of(token_id):
-        token = tokenizer.convert_ids_to_tokens(int(token_id))
-        if blank or token_id in added:
-            return token.replace("▁", " ").encode()
-        return bytes(BYTES[x] for x in token)
-
-    return of
-
-
-def characters_held(response, text):
-    """Of each token the numbers of the characters of the text that it holds a byte of."""
-    of, held = bytes_of(response.tokenizer), []
-    before, own = [[of(x) for x in ids] for ids in (response.prompt_ids, response.ids)]
-    # the answer is the last thing that is said but for what ends the turn
-    place = len(b"".join(before)) - b"".join([*before, *own]).rindex(text.encode())
-    of_byte = [i for i, char in enumerate(text) for _ in char.encode()]
-    for piece in own:
-        inside = range(max(0, place), min(len(of_byte), place + len(piece)))
-        held.append({of_byte[k] for k in inside})
-        place += len(piece)
-    return held
 
 
 def made(text, tokenizer, prompt=PROMPT, max_length=512, **fields):
@@ -254,3 +223,17 @@ def test_text_that_the_tokens_do_not_say_is_refused():
     answer, response = made("cafe\u0301", tokenizer)
     with pytest.raises(RowProblem, match=r"marks cannot be placed.*normalize the data to NFC"):
         token_marks(response, answer)
+
+
+def test_rows_are_numbered_as_annotate_numbers_them(tmp_path):
+    """Rows that are refused count, in one file and over several."""
+    row = {"prompt": "q", "chosen": "the fox", "rejected": "the owl", "rejected_spans": []}
+    files = []
+    for name in ("a", "b"):
+        files.append(tmp_path / f"{name}.jsonl")
+        lines = [json.dumps(x) for x in (row, row | {"chosen": ""}, row | {"rejected": "no"})]
+        files[-1].write_text("\n".join(lines))
+    pairs, _ = load_sources([str(x) for x in files], CHAT, EncodeOptions())
+    answers, _ = read_marked(files, "spans")
+    assert [x.index for x in answers[::2]] == [pair.index for pair in pairs] == [0, 2, 3, 5]
+    assert [x.where for x in answers[::2]] == [pair.row.where for pair in pairs]

@@ -85,6 +85,8 @@ def token_marks(response: Response, answer: MarkedAnswer) -> TokenMarks:
     Raises:
         RowProblem: the answer's text cannot be found in what the tokens say.
     """
+    if not answer.judged and response.says is not None:
+        return _unjudged(response.says)  # where its characters lie takes time, and is not asked
     places = characters_of_tokens(response)
     if places is None:
         raise RowProblem("marks cannot be placed", differs(response), answer.where)
@@ -112,12 +114,18 @@ def token_marks(response: Response, answer: MarkedAnswer) -> TokenMarks:
     judged = content & (wrong | right | ~reached(answer.unjudged))
     return TokenMarks(
         content,
-        judged if answer.judged else np.zeros_like(content),
+        judged,
         wrong,
         right,
         {label: reached(spans) for label, spans in by_label.items()},
         steps,
     )
+
+
+def _unjudged(says: np.ndarray) -> TokenMarks:
+    """Of an answer that nobody judged: its tokens alone."""
+    none = np.zeros(len(says), dtype=bool)
+    return TokenMarks(says, none, none, none, {}, np.full(len(says), NO_STEP, dtype=np.int64))
 
 
 def _pairs(answers: Sequence[MarkedAnswer]) -> list[list[int]]:

@@ -132,6 +132,8 @@ def _source(text: str) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowProblem]]:
     """The lines of a file by the names of their columns, with "segment" and "line"."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data: no such file: {path}")
     try:
         with _opened(path) as file:
             names = _values(file.readline())
@@ -162,7 +164,5 @@ def _values(line: str) -> list[str]:
 
 
 def _opened(path: Path) -> io.TextIOBase:
-    if not path.is_file():
-        raise FileNotFoundError(f"data: no such file: {path}")
     opened = gzip.open if path.name.endswith(".gz") else open
     return opened(path, "rt", encoding="utf-8-sig", newline="\n")  # type: ignore[return-value]

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from treg.data.names import ABOUT
 from treg.data.reading import Located, read_rows
 from treg.data.report import RowProblem
 from treg.evaluate.documents import Mark, MarkedAnswer, Span
@@ -70,7 +69,6 @@ class PairsReader(Reader):
             raise RowProblem(
                 "same words", f"{options.good} and {options.bad} differ in blanks alone"
             )
-        others = {x: value for x, value in row.items() if ABOUT.fullmatch(str(x))}
         found = []
         for text, spans, better in ((good, right, True), (bad, wrong, False)):
             found.append(
@@ -83,7 +81,7 @@ class PairsReader(Reader):
                     pair=where,
                     preferred=better,
                     index=index,
-                    row=others,
+                    row=row,
                 )
             )
         return found

@@ -189,9 +189,7 @@ class SpansReader(Reader):
                 detail = f"{column}[{i}]: {problem.detail}, got {described(item)}"
                 raise RowProblem(problem.reason, detail) from None
             if mark is None:
-                self.note(
-                    "a mark that says nothing", f"{column}[{i}] has no characters, or value 0"
-                )
+                self.note("a mark of nothing", f"{column}[{i}] has no characters, or value 0")
                 continue
             found.append(counted.placed(mark))
         marks, unjudged = self.options.marks(found)

@@ -89,7 +89,7 @@ class StepsReader(Reader):
         taken = (self.options.steps, self.options.label, *RATINGS, *ABOUT_SOLUTION)
         others = {name: x for name, x in row.items() if name not in taken}
         renamed = dict(self.options.renamed)
-        if "problem" in others and "prompt" not in renamed and "problem" not in renamed:
+        if others.get("problem") is not None and not {"prompt", "problem"} & renamed.keys():
             renamed["prompt"] = "problem"
         return others | {"answer": answer}, renamed
 
