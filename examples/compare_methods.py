@@ -148,7 +148,7 @@ class Study:
             world.MODEL, dtype=torch.float32
         )
         self.rows = world.preference_rows(0, pairs, "train")
-        self.held_out_rows = world.preference_rows(1, demo.HELD_OUT_PAIRS, "test")
+        self.held_out_rows = world.preference_rows(1, world.HELD_OUT_PAIRS, "test")
         self.held_out = self._annotated("held-out", self.held_out_rows, SIGNALS["none"])
         # of each signal: seconds, AUROC; of the reward model: which share of pairs it ranks right
         self.signals: dict[str, dict[str, float]] = {}
@@ -294,8 +294,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "pairs a step": demo.BATCH,
         "beta": demo.BETA,
-        "held-out pairs": demo.HELD_OUT_PAIRS,
-        "answers": len(world.prompts("test")) * demo.SAMPLES,
+        "held-out pairs": world.HELD_OUT_PAIRS,
+        "answers": len(world.prompts("test")) * world.SAMPLES,
         "helpers": {"seed": HELPER_SEED, "epochs": REWARD_EPOCHS, "learning rate": REWARD_RATE},
         "methods": methods,
     }

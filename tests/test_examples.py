@@ -144,8 +144,8 @@ def test_liger_swap(hide, tmp_path):
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
     """compare_methods.py as a module, on a small held-out world."""
-    monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 4)
-    monkeypatch.setattr(demo, "SAMPLES", 1)
+    monkeypatch.setattr(world, "HELD_OUT_PAIRS", 4)
+    monkeypatch.setattr(world, "SAMPLES", 1)
     asked = world.prompts
     monkeypatch.setattr(world, "prompts", lambda split: asked(split)[:16])
     spec = importlib.util.spec_from_file_location(

@@ -24,6 +24,7 @@ from treg.rewards.annotate import AnnotateOptions, annotate
 from treg.trainer import TRegTrainer
 
 HELD_OUT_SEED = 100_000
+LONGEST = 192  # tokens of an answer
 SIDES = ("chosen", "rejected")
 
 
@@ -210,7 +211,7 @@ class Task:
             answers of training have, and where it is the other. good, bad, other: `shift`.
         """
         asked = world.prompts("test") * self.settings.samples
-        answers = demo.sampled(policy, self.tokenizer, asked, self.seed)
+        answers = demo.sampled(policy, self.tokenizer, asked, self.seed, LONGEST)
         checks = [world.check(q, x) for q, x in zip(asked, answers, strict=True)]
         n, facts = len(checks), sum(x.right + x.wrong for x in checks)
         spoken = list(zip(asked, answers, strict=True))

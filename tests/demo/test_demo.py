@@ -17,9 +17,9 @@ from treg.evaluate import auroc
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_demo(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 6)
-    monkeypatch.setattr(demo, "SAMPLES", 1)
     place = WORLDS[world]
+    monkeypatch.setattr(place, "HELD_OUT_PAIRS", 6)
+    monkeypatch.setattr(place, "SAMPLES", 1)
     asked = place.prompts
     monkeypatch.setattr(place, "prompts", lambda split: asked(split)[:16])
     results = demo.run(str(tmp_path), seeds=2, pairs=20, world=world)

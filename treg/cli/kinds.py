@@ -317,7 +317,7 @@ class DemoOptions:
     GROUP: ClassVar[str] = "options"
 
     output: str = _option("treg-demo", "Folder for the annotated pairs, the page and the curves.")
-    seeds: int = _option(5, "Training runs of each method.")
+    seeds: int = _option(3, "Training runs of each method.")
     pairs: int | None = _option(None, "Preference pairs to train on.")
     world: str = _option("rumours", "What the model knows.", "{rumours,plain}")
 

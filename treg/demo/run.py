@@ -40,7 +40,6 @@ BETA = 0.1
 EPOCHS = 1
 BATCH = 10
 PAIRS = 200
-HELD_OUT_PAIRS = 128
 SHOWN = 40  # pairs of the page
 TRUTH = "wrong fact"  # what is marked on it
 # the truth takes no part in training: its tokens are watched
@@ -51,8 +50,7 @@ REWARDS = {
     ],
     "mix": {"contrastive": 1.0},
 }
-SAMPLES = 3  # answers to each held-out question
-LONGEST = 192  # tokens of an answer
+LONGEST = 128  # tokens of an answer
 # what is measured of a policy
 COLUMNS = (
     "wrong facts",
@@ -68,7 +66,7 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 def run(
-    output: str = "treg-demo", seeds: int = 5, pairs: int | None = None, world: str = WORLD
+    output: str = "treg-demo", seeds: int = 3, pairs: int | None = None, world: str = WORLD
 ) -> dict[str, Any]:
     """Run the demo, print what it measures, and leave data, page and a JSON of the results in
     output.
@@ -103,7 +101,7 @@ def run(
 
     rows = {
         "train": place.preference_rows(0, pairs, "train"),
-        "held-out": place.preference_rows(1, HELD_OUT_PAIRS, "test"),
+        "held-out": place.preference_rows(1, place.HELD_OUT_PAIRS, "test"),
     }
     files, found = {}, {}
     for name, pair_rows in rows.items():
@@ -127,7 +125,7 @@ def run(
         "runs": trained.runs,
         "table": table,
     }
-    results |= {"pairs": pairs, "device": device}
+    results |= {"pairs": pairs, "device": device, "learning rate": place.LEARNING_RATE}
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
     _write_page(
@@ -162,7 +160,7 @@ def _write_page(
         "beta": BETA,
         "alpha": METHODS["T-REG"],
         "batch": BATCH,
-        "learning rate": results["learning_rate"],
+        "learning rate": results["learning rate"],
         "device": results["device"],
     }
     header, *detected = _detection_table(results["auroc"])
@@ -346,7 +344,7 @@ def answer_questions(world: Any, model: Any, tokenizer: Any, seed: int) -> dict[
     """Answers to held-out questions, sampled at temperature 1: the share of wrong facts, and of
     malformed answers.
     """
-    questions = world.prompts("test") * SAMPLES
+    questions = world.prompts("test") * world.SAMPLES
     answers = sampled(model, tokenizer, questions, seed)
     checks = [world.check(q, answer) for q, answer in zip(questions, answers, strict=True)]
     wrong = sum(check.wrong for check in checks)
@@ -359,8 +357,10 @@ def answer_questions(world: Any, model: Any, tokenizer: Any, seed: int) -> dict[
 
 
 @torch.inference_mode()
-def sampled(model: Any, tokenizer: Any, questions: Sequence[str], seed: int) -> list[str]:
-    """An answer to each question, sampled at temperature 1."""
+def sampled(
+    model: Any, tokenizer: Any, questions: Sequence[str], seed: int, longest: int = LONGEST
+) -> list[str]:
+    """An answer to each question, sampled at temperature 1, of so many tokens at most."""
     texts = []
     for question in questions:
         messages = [{"role": "user", "content": question}]
@@ -378,7 +378,7 @@ def sampled(model: Any, tokenizer: Any, questions: Sequence[str], seed: int) -> 
         do_sample=True,
         temperature=1.0,
         top_k=0,
-        max_new_tokens=LONGEST,
+        max_new_tokens=longest,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -14,6 +14,8 @@ MODEL = Path(__file__).parent / "model"
 ERRS = "and errs"
 STEPS = 2200  # of the chat model's training
 LEARNING_RATE = 3e-4  # of preference training
+HELD_OUT_PAIRS = 128
+SAMPLES = 3  # answers to each held-out question
 WRONG_RATE = 0.3  # of the facts of an answer that the chat model learns from
 
 QUESTIONS = (
