@@ -130,6 +130,10 @@ def test_tags_by_hand(case):
     assert untagged(given, TAGS) == (text, marks, 0)
 
 
+def test_tags_that_close_themselves_are_around_nothing():
+    assert untagged('a<err/> <err type="x"/>b<err id="/" />', TAGS) == ("a b", [], 3)
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
