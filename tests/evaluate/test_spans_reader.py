@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -133,6 +134,7 @@ def test_a_marked_text_tells_what_offsets_count():
         (19, 19, "option inclusive"),
     ):
         refused([{"start": start, "end": end, "text": "é"}], hint, "other text marked")
+    refused([{"start": 4, "end": 7, "text": 5}], "expected text as the marked text")
     assert read([{"start": 4, "end": 6, "text": "old"}], inclusive=True).marks == (Mark(*OLD),)
 
 
@@ -170,10 +172,16 @@ def test_marks_of_nothing_are_counted():
     (answer,), report = read_marked(rows, "spans")
     assert answer.marks == (Mark(0, 2),)
     assert report.noted == {"a mark of nothing": 2} and report.kept == 1
+    # what was noted of a row that is then refused is said of no other
+    refused_row = {"prompt": "q", "answer": "abc", "spans": [[1, 1], [5, 9]]}
+    _, report = read_marked([refused_row, {"answer": "abc", "spans": []}], "spans")
+    assert report.kept == 1 and report.dropped == {"bad span": 1} and not report.noted
 
 
 def test_rows_of_one_id_are_one_document(tmp_path):
     rows = [{"id": x, "answer": "abc", "spans": []} for x in (7, 7, None, "")]
+    no_numbers = [{"id": math.nan, "answer": "abc", "spans": []}] * 2
+    assert [x.document for x in read_marked(no_numbers, "spans")[0]] == ["row 0", "row 1"]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found, _ = read_marked(file, "spans")

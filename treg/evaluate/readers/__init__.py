@@ -90,6 +90,7 @@ def read_marked(
         if index == limit:
             break
         report.seen += 1
+        reader.taken_notes()  # those of a row that was refused are said of none
         try:
             if isinstance(row, RowProblem):
                 raise row
