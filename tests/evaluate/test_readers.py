@@ -290,6 +290,9 @@ WORDS = {
     "moved": ("a b c", "b a c", None, None),
     "apostrophe": ("They don't know.", "They doesn't know.", ["don't"], ["doesn't"]),
     "punctuation": ("Is it?", "Is it!", ["?"], ["!"]),
+    "accents": ("cafe\u0301 ici", "cafe ici", ["cafe\u0301"], ["cafe"]),
+    "vowel signs": ("वह पढ़ता है", "वह पढ़ती है", ["पढ़ता"], ["पढ़ती"]),
+    "slash": ("x and/or y", "x and/nor y", ["or"], ["nor"]),
 }
 
 
