@@ -185,12 +185,23 @@ def test_rows_of_one_id_are_one_document(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found, _ = read_marked(file, "spans")
-    assert [x.document for x in found] == [f"{file}#7", f"{file}#7", f"{file}:3", f"{file}:4"]
+    assert [x.document for x in found] == ["a.jsonl#7", "a.jsonl#7", "a.jsonl:3", "a.jsonl:4"]
+    assert found[2].where == f"{file}:3"
     other = tmp_path / "b.jsonl"
     other.write_bytes(file.read_bytes())
     both, _ = read_marked([file, str(other)], "spans")
     assert len({x.document for x in both}) == 6
     assert [x.index for x in both] == list(range(8))
+    # a document keeps its name, and with it its half, wherever its file lies
+    moved = tmp_path / "folder" / "a.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(file.read_bytes())
+    for source in (moved, moved.parent, str(moved.parent)):
+        again, _ = read_marked(source, "spans")
+        assert [x.document for x in again] == [x.document for x in found]
+    # of two files with one name the folders tell the documents apart
+    both, _ = read_marked([file, moved], "spans")
+    assert len({x.document for x in both}) == 6
     by_answer, _ = read_marked(file, "spans", {"document": "none"})
     assert len({x.document for x in by_answer}) == 4
 
