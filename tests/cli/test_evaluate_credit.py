@@ -141,6 +141,81 @@ def test_halves_and_limits(folder, tmp_path, capsys):
     assert "marked.jsonl (spans) first half with model" in capsys.readouterr().out
 
 
+def test_both_halves_are_what_each_is_alone(folder, tmp_path, capsys):
+    given = ("--rewards", "random", "--draws", 20)
+    alone = {
+        x: evaluated(folder, tmp_path, *given, "--half", x) for x in ("all", "first", "second")
+    }
+    capsys.readouterr()
+    said = evaluated(folder, tmp_path, *given, "--half", "both")
+    text = capsys.readouterr().out
+    assert "evaluation" not in said and "conclusions" not in said
+    for part, expected in alone.items():
+        assert said[part]["evaluation"] == expected["evaluation"]
+        assert said[part]["conclusions"] == expected["conclusions"]
+    heads = ["both halves with model", "\nall documents\n", "\nfirst half\n", "\nsecond half\n"]
+    places = [text.index(head) for head in heads]
+    assert places == sorted(places) and text.count("The best baseline is") == 3
+    assert said["settings"]["marked"]["half"] == "both"
+
+
+def test_both_halves_on_a_page(folder, tmp_path):
+    evaluated(folder, tmp_path, "--half", "both", "--draws", 5, "--plots", tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert "first half" in page and "second half" in page
+
+
+def test_a_half_without_a_document_says_so(folder, tmp_path, capsys):
+    row = (folder / "marked.jsonl").read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(row)
+    command = ["--data", str(tmp_path / "one.jsonl"), "--format", "spans", "--half", "both"]
+    assert main(["evaluate-credit", *command, "--model", "m"]) == 2
+    error = capsys.readouterr().err
+    assert "half, found none: with the seed 0 none of 1 is in it; give more documents" in error
+    assert "another --seed" in error
+
+
+def test_a_half_whose_answers_are_all_refused_is_named(folder):
+    from treg.cli.evaluate_credit import _Run
+    from treg.cli.options import EvaluateOptions, MarkedOptions, RewardsOptions
+    from treg.evaluate.evaluation import evaluate_scores
+    from treg.evaluate.scored import ScoredAnswer, in_half
+
+    name = next(x for x in "abcdef" if in_half(x, "second", 0))
+    flags, scores = np.array([True, False]), {"s": np.array([0.1, 0.2])}
+    answers = [ScoredAnswer(name, scores, flags, ~flags)]
+    run = _Run(MarkedOptions(["d"], "spans", half="both"), EvaluateOptions(), RewardsOptions())
+    parts = run.parts(answers)
+    assert list(parts) == ["all", "second"]
+    lines = run.told({part: evaluate_scores(x, draws=0) for part, x in parts.items()})
+    assert lines[-1] == "first half: none of its answers could be scored"
+
+
+def test_a_sample_is_drawn_from_the_whole_file(folder, tmp_path):
+    def drawn(*more):
+        run_of(folder, *more).check()
+        return [answer.index or 0 for answer in run_of(folder, *more).answers()[0]]
+
+    found = {seed: drawn("--sample", "3", "--seed", str(seed)) for seed in range(20)}
+    for indices in found.values():
+        assert len(indices) == 3 and indices == sorted(set(indices))
+    assert found[0] == drawn("--sample", "3")
+    # each document comes in some sample, the last one too
+    assert {x for indices in found.values() for x in indices} == set(range(len(ANSWERS)))
+    assert drawn("--sample", "100") == list(range(len(ANSWERS)))
+    first = drawn("--half", "first")
+    assert set(drawn("--half", "first", "--sample", "1")) < set(first)
+
+
+def run_of(folder, *more):
+    """The run of a command on the folder's answers, before anything is loaded."""
+    from treg.cli.evaluate_credit import KINDS, _Run
+    from treg.cli.options import parse
+
+    given = ["--data", str(folder / "marked.jsonl"), "--format", "spans", "--model", "m", *more]
+    return _Run(*parse("evaluate-credit", given, KINDS))
+
+
 def test_an_annotated_file_is_joined(folder, tmp_path):
     """Its streams give what the source gives on the fly; a model is not needed."""
     made = tmp_path / "a.parquet"
@@ -197,7 +272,9 @@ def test_an_answer_that_is_too_long_is_counted(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--half third", "half: expected first, second or all, got 'third'"),
+        ("--half third", "half: expected one of first, second, both, all, got 'third'"),
+        ("--sample 0", "sample: expected a whole number >= 1, got 0"),
+        ("--sample 2 --limit 3", "sample: expected no --limit beside it, got 3"),
         ("--draws -1", "draws: expected a whole number >= 0, got -1"),
         ("--max_length 0", "max_length: expected an integer >= 2 or None, got 0"),
         ("--limit 0", "limit: expected a whole number >= 1, got 0"),

@@ -22,7 +22,7 @@ from treg.evaluate.documents import MarkedAnswer
 from treg.evaluate.evaluation import Evaluation, evaluate_scores
 from treg.evaluate.place import responses, token_marks
 from treg.evaluate.readers import read_marked
-from treg.evaluate.scored import Scored, check_half, in_half
+from treg.evaluate.scored import Scored, ScoredAnswer, in_half, sampled
 from treg.evaluate.scoring import Placed, progress, score_answers
 from treg.evaluate.shares import STEP_SCORES
 from treg.evaluate.told import conclusions, head_lines, label_table, table
@@ -36,6 +36,8 @@ from treg.viz.credit_plots import check_plots_path, plot_credit
 KINDS = (MarkedOptions, EvaluateOptions, RewardsOptions)
 PACKAGES = ("torch", "transformers", "numpy", "scikit-learn")
 DEFAULT_LENGTH = 1024  # of treg annotate
+HALVES = ("first", "second", "both", "all")
+PARTS = {"all": "all documents", "first": "first half", "second": "second half"}
 
 
 def run(argv: list[str]) -> None:
@@ -54,22 +56,23 @@ def run(argv: list[str]) -> None:
     scored_answers, refused = score_answers(placed, columns, context, bar=bar, strict=marked.strict)
     report.add(refused)
     report.kept = refused.kept
-    scored = Scored(scored_answers)
-    with counted_rows(shown, "draw", "bootstrap", own.draws) as on_draw:
-        found = evaluate_scores(
-            scored,
-            columns[-1].names,
-            draws=own.draws,
-            seed=own.seed,
-            step_score=own.step_score,
-            on_draw=on_draw,
-        )
-    lines = [*run.title(), *left_out(rows, report), *head_lines(found), run.about_draws()]
-    lines += ["", *table(found), "", *label_table(found)]
-    lines += ["", *conclusions(found)] if lines[-1] else conclusions(found)
+    parts = run.parts(scored_answers)
+    with counted_rows(shown, "draw", "bootstrap", own.draws * len(parts)) as on_draw:
+        found = {
+            part: evaluate_scores(
+                scored,
+                columns[-1].names,
+                draws=own.draws,
+                seed=own.seed,
+                step_score=own.step_score,
+                on_draw=on_draw,
+            )
+            for part, scored in parts.items()
+        }
+    lines = [*run.title(), *left_out(rows, report), *run.told(found)]
     say(*lines)
     counts = {"rows": rows.stored(), "answers": report.stored()}
-    run.write(found, scored, lines, {"settings": settings, "counts": counts})
+    run.write(found, parts, lines, {"settings": settings, "counts": counts})
 
 
 def place(
@@ -126,10 +129,21 @@ class _Run:
     def check(self) -> None:
         """ValueError for options that cannot be met, before anything is loaded."""
         own, marked = self.own, self.marked
-        check_half(marked.half)
-        for name, value, least in (("limit", marked.limit, 1), ("draws", own.draws, 0)):
+        if marked.half not in HALVES:
+            raise ValueError(f"half: expected one of {', '.join(HALVES)}, got {marked.half!r}")
+        numbers = (
+            ("limit", marked.limit, 1),
+            ("sample", marked.sample, 1),
+            ("draws", own.draws, 0),
+        )
+        for name, value, least in numbers:
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+        if marked.sample is not None and marked.limit is not None:
+            raise ValueError(
+                f"sample: expected no --limit beside it, got {marked.limit}; --sample draws "
+                "documents of the whole file, --limit takes the first"
+            )
         if own.step_score not in STEP_SCORES:
             raise ValueError(
                 f"step_score: expected one of {', '.join(STEP_SCORES)}, got {own.step_score!r}"
@@ -163,20 +177,25 @@ class _Run:
         return annotate_options(self.rewards, EncodeOptions(), per_token=False)
 
     def answers(self) -> tuple[list[MarkedAnswer], Report]:
-        """The answers of the half, those of the first documents."""
+        """The answers of the half: of its first documents, or of those that the seed draws."""
         marked = self.marked
         data = data_of("data", marked.data)
         answers, report = read_marked(
             data, marked.format, marked.format_options, strict=marked.strict
         )
-        kept = [x for x in answers if in_half(x.document, marked.half, self.own.seed)]
-        names = list(dict.fromkeys(answer.document for answer in kept))[: marked.limit]
-        there = set(names)
-        kept = [answer for answer in kept if answer.document in there]
-        if not kept:
-            half = "" if marked.half == "all" else f" in the {marked.half} half"
-            raise ValueError(f"data: expected answers with marks{half}, found none: {report}")
-        return kept, report
+        half = "all" if marked.half == "both" else marked.half
+        every = list(dict.fromkeys(answer.document for answer in answers))
+        names = [name for name in every if in_half(name, half, self.own.seed)][: marked.limit]
+        there = set(sampled(names, marked.sample, self.own.seed))
+        count = len(there) if marked.half == "both" else len(every)
+        for part in ("first", "second") if marked.half == "both" else (half,):
+            if not any(in_half(name, part, self.own.seed) for name in there):
+                raise ValueError(
+                    f"half: expected documents in the {part} half, found none: with the seed "
+                    f"{self.own.seed} none of {count} is in it; give more documents, another "
+                    "--seed, or --half all"
+                )
+        return [answer for answer in answers if answer.document in there], report
 
     def file(self) -> "_File | None":
         if self.own.annotated is None:
@@ -248,11 +267,41 @@ class _Run:
         given.append(("baseline", BaselineColumns(context, self.own.seed, made_by)))
         return with_own_names(given), settings
 
+    def parts(self, answers: Sequence[ScoredAnswer]) -> dict[str, Scored]:
+        """What is evaluated by itself, by name. A half all of whose answers were refused is not in
+        it.
+        """
+        if self.marked.half != "both":
+            return {self.marked.half: Scored(answers)}
+        made = {"all": Scored(answers)}
+        for half in ("first", "second"):
+            of_half = [x for x in answers if in_half(x.document, half, self.own.seed)]
+            if of_half:
+                made[half] = Scored(of_half)
+        return made
+
+    def told(self, found: Mapping[str, Evaluation]) -> list[str]:
+        """The head, the tables and the conclusions of each part; of several, its name as well."""
+        several = self.marked.half == "both"
+        lines = [self.about_draws()] if several else []
+        for part, of_part in found.items():
+            lines += ["", PARTS[part]] if several else []
+            lines += head_lines(of_part)
+            lines += [] if several else [self.about_draws()]
+            lines += ["", *table(of_part), "", *label_table(of_part)]
+            lines += ["", *conclusions(of_part)] if lines[-1] else conclusions(of_part)
+        if several:
+            missing = [PARTS[part] for part in PARTS if part not in found]
+            lines += [f"{name}: none of its answers could be scored" for name in missing]
+        return lines
+
     def title(self) -> list[str]:
         """What is evaluated."""
         parts = [", ".join(Path(path).name for path in self.marked.data)]
         parts.append(f"({self.marked.format})")
-        if self.marked.half != "all":
+        if self.marked.half == "both":
+            parts.append("both halves")
+        elif self.marked.half != "all":
             parts.append(f"{self.marked.half} half")
         if self.own.model is not None:
             parts.append(f"with {Path(self.own.model).name}")
@@ -267,24 +316,35 @@ class _Run:
         return f"95 % intervals: {own.draws:,} draws of the documents, seed {own.seed}"
 
     def write(
-        self, found: Evaluation, scored: Scored, lines: Sequence[str], more: Mapping[str, Any]
+        self,
+        found: Mapping[str, Evaluation],
+        parts: Mapping[str, Scored],
+        lines: Sequence[str],
+        more: Mapping[str, Any],
     ) -> None:
         """What was asked for, to files."""
         own = self.own
         if not process_state().is_main_process:
             return
         if own.json is not None:
+            stored: dict[str, Any] = {
+                part: {"evaluation": x.stored(), "conclusions": conclusions(x)}
+                for part, x in found.items()
+            }
+            if self.marked.half != "both":
+                (stored,) = stored.values()
             whole = {
                 "treg": treg.__version__,
                 "versions": {x: importlib.metadata.version(x) for x in PACKAGES},
                 **more,
-                "evaluation": found.stored(),
-                "conclusions": conclusions(found),
+                **stored,
             }
             write_json(Path(own.json), whole)
             say(f"wrote {own.json}")
         if own.plots is not None:
-            plot_credit(found, scored, own.plots, title=self.title()[0], lines=lines)
+            first = next(iter(found))  # of both halves the picture is that of all documents
+            drawn = found[first], parts[first]
+            plot_credit(*drawn, own.plots, title=self.title()[0], lines=lines)
             say(f"wrote {own.plots}")
 
 

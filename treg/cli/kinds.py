@@ -261,10 +261,13 @@ class MarkedOptions:
     half: str = _option(
         "all",
         "Evaluate one half of the documents, drawn by the seed: choose on the first half, and "
-        "report on the second.",
-        "{first,second,all}",
+        "report on the second. both: all documents and each half, scored once.",
+        "{first,second,both,all}",
     )
     limit: int | None = _option(None, "The first documents only, of the half.")
+    sample: int | None = _option(
+        None, "So many documents of the half, drawn by the seed from the whole file."
+    )
     max_length: int | None = _option(
         None, "Tokens of prompt and answer. Default: that of --annotated, else 1024."
     )

@@ -174,3 +174,11 @@ def in_half(document: str, half: str, seed: int) -> bool:
     check_half(half)
     digest = hashlib.sha256(f"{seed} {document}".encode()).digest()
     return half == "all" or (digest[0] % 2 == 0) == (half == "first")
+
+
+def sampled(names: Sequence[str], count: int | None, seed: int) -> list[str]:
+    """So many of the names, drawn by the seed, in the order in which they are given; None: all."""
+    if count is None or count >= len(names):
+        return list(names)
+    drawn = np.random.default_rng(seed).choice(len(names), count, replace=False)
+    return [names[int(i)] for i in sorted(drawn)]
