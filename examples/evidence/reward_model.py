@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+HEAD_FASTER = 10  # it begins at 0, and the layers below learn nothing until it has grown
 BEGINNINGS = (0.25, 0.5, 0.75)  # shares of an answer at which held-out pairs are read
 
 
@@ -65,8 +66,13 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]], args: Any) -> 
     """
     rng, start, losses = Random(args.seed), time.perf_counter(), []
     rng.shuffle(rows)
-    parameters = [x for x in model.parameters() if x.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.01)
+    below = [x for x in model.model.parameters() if x.requires_grad]
+    groups = [
+        {"params": below, "highest": args.learning_rate},
+        {"params": [*model.score.parameters()], "highest": HEAD_FASTER * args.learning_rate},
+    ]
+    parameters = [x for group in groups for x in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     steps = len(rows) // args.batch
     for step in range(steps):
         total = 0.0
@@ -78,7 +84,8 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]], args: Any) -> 
         losses.append(total)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         rate = min(1.0, (step + 1) / 5) * (1 - step / steps)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest"] * rate
         optimizer.step()
         optimizer.zero_grad()
         if step % 5 == 0:
@@ -113,7 +120,7 @@ def main() -> None:
     parser.add_argument("--eval", required=True, help="held-out pairs, likewise")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reward model")
     parser.add_argument("--most_tokens", type=int, default=384, help="longer pairs are left out")
-    parser.add_argument("--eval_tokens", type=int, default=512, help="the same of held-out pairs")
+    parser.add_argument("--eval_tokens", type=int, default=384, help="the same of held-out pairs")
     parser.add_argument("--layers", type=int, default=6, help="how many of the last are trained")
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
