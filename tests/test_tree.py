@@ -57,7 +57,10 @@ MAY_IMPORT = {
         *("treg.trainer", "treg.data", "treg.files", "treg.heads", "treg.ops", "treg.losses"),
         *("treg.results", "torch", "numpy", "peft", *HUGGING_FACE),
     },
-    "treg.evaluate": {"treg.evaluate", "numpy"},
+    # the measures themselves need numpy alone
+    "treg.evaluate": {
+        *("treg.evaluate", "treg.data", "treg.rewards", "torch", "numpy", "sklearn"),
+    },
     "treg.viz": {
         *("treg.viz", "treg.data", "treg.evaluate", "treg.files", "treg.rewards"),
         *("torch", "numpy", "jinja2", "markupsafe", "matplotlib", "rich", "tqdm"),
@@ -68,7 +71,7 @@ MAY_IMPORT = {
         *("torch", "numpy", "tokenizers", "safetensors", *HUGGING_FACE),
     },
     "treg.cli": {
-        *("treg", "treg.cli", "treg.data", "treg.demo", "treg.files"),
+        *("treg", "treg.cli", "treg.data", "treg.demo", "treg.evaluate", "treg.files"),
         *("treg.losses", "treg.ops", "treg.rewards", "treg.trainer", "treg.viz"),
         *("torch", "peft", *HUGGING_FACE),
     },

@@ -19,12 +19,13 @@ PROJECT = (ROOT / "pyproject.toml").read_text()
 
 def extra(name: str) -> set[str]:
     """The packages of an extra of pyproject.toml, without their versions."""
-    listed = re.search(rf"^{name} = \[(.*?)^\]", PROJECT, re.DOTALL | re.MULTILINE).group(1)
+    listed = re.search(rf"^{name} = \[(.*?)\]$", PROJECT, re.DOTALL | re.MULTILINE).group(1)
     return set(re.findall(r'"([a-z0-9-]+)', listed))
 
 
 def test_packages_and_name_are_those_of_the_project():
     assert missing.TRAIN.keys() == extra("train")
+    assert missing.EVALUATE.keys() == extra("evaluate")
     assert f'\nname = "{missing.DISTRIBUTION}"\n' in PROJECT
 
 
@@ -34,6 +35,12 @@ def test_a_package_of_the_extra(package):
     said = missing.advice(ModuleNotFoundError(f"No module named {module!r}", name=module))
     assert f"{package} is for {missing.TRAIN[package]}" in said
     assert said.endswith("pip install 'treg-losses[train]'")
+
+
+def test_the_package_of_evaluate_credit():
+    said = missing.advice(ModuleNotFoundError("No module named 'sklearn'", name="sklearn"))
+    assert "scikit-learn is for treg evaluate-credit" in said
+    assert said.endswith("pip install 'treg-losses[evaluate]'")
 
 
 def test_another_package_is_not_promised_by_the_extra():

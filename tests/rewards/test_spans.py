@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import shared_data, tiny_llama, tiny_tokenizer
+from tiny import shared_data, tiny_llama, tiny_tokenizer, wrapped
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from treg.data import EncodeOptions, RowProblem, load_pairs
 from treg.data.annotated import read_annotated
@@ -268,3 +269,17 @@ def test_marks_of_fine_grained_rlhf():
                 start += 1  # the token that completes a character
         np.testing.assert_array_equal(row["rejected_token_rewards"], np.array(want, np.float32))
         assert not row["chosen_token_rewards"].any()
+
+
+def test_a_token_of_a_blank_and_the_first_byte_of_a_character():
+    """Tokenizers have such tokens: it holds a part of the character, which counts whole."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [*letters, "Ġð", "<|im_end|>", "<|pad|>", "<|im_start|>"]
+    bpe = Tokenizer(models.BPE({x: i for i, x in enumerate(vocabulary)}, [("Ġ", "ð")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = wrapped(bpe)
+    response, found = marked([[2, 3]], "a 🦊 x", tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(response.ids.tolist())
+    assert tokens[:4] == ["a", "Ġð", *tokens[2:4]] and tokens[5:7] == ["Ġ", "x"]
+    assert torch.nonzero(found)[:, 0].tolist() == [1, 2, 3, 4]

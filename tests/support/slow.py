@@ -65,6 +65,10 @@ FUNCTIONS = {
         "test_two_runs_in_one_folder",
         "test_weights_of_ones_own_source_train_simpo",
     ),
+    "cli/test_evaluate_credit.py": (
+        "test_a_page",
+        "test_an_annotated_file_is_joined",
+    ),
     "cli/test_runs.py": (
         "test_a_checkpoint_of_the_model_alone_is_no_start",
         "test_a_checkpoint_without_a_seal_is_tested_by_its_formats",
@@ -99,6 +103,7 @@ FUNCTIONS = {
     ),
     "data/test_row_cache.py": ("test_several_processes_are_one",),
     "demo/test_demo.py": ("test_demo",),
+    "evaluate/test_told.py": ("test_pictures",),
     "heads/test_heads.py": ("test_every_causal_lm", "test_without_a_row_the_check_refuses"),
     "integrations/test_cce.py": ("test_dtensor_equals_dense", "test_vocab_parallel_equals_dense"),
     "losses/test_losses.py": ("test_gradcheck", "test_pair_scalar"),

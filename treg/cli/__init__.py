@@ -1,4 +1,5 @@
-"""The command line: treg demo | annotate | train | inspect | merge | config | doctor.
+"""The command line: treg demo | annotate | train | inspect | evaluate-credit | merge | config |
+doctor.
 
 Every command takes its options from the command line and from a YAML file (--config), of which the
 command line wins. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted.
@@ -18,6 +19,7 @@ treg: token-level preference optimization (T-REG, DPO and relatives).
   treg annotate --model M --data prefs.jsonl --output a.parquet  token rewards of a preference file
   treg train    --model M --data a.parquet --output_dir out      train; raw data are annotated first
   treg inspect  --data a.parquet --model out --output page.html  what was rewarded, token by token
+  treg evaluate-credit --data marked.jsonl --format spans --model M    token rewards against marks
   treg merge    --adapter out --output whole                     adapters into their model's weights
   treg config   fsdp2                                            print a configuration of accelerate
   treg doctor                                                    versions, devices, a self-test
@@ -25,7 +27,9 @@ treg: token-level preference optimization (T-REG, DPO and relatives).
 Any command: --help, and --config FILE.yaml with the same option names (the command line wins).
 On several GPUs: accelerate launch -m treg annotate ..., accelerate launch -m treg train ...
 """
-COMMANDS = ("demo", "annotate", "train", "inspect", "merge", "config", "doctor")
+COMMANDS = (
+    *("demo", "annotate", "train", "inspect", "evaluate-credit", "merge", "config", "doctor"),
+)
 HELP = {"-h", "--help", "--help_all"}
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -52,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(help_text(name, rest), end="")
             raise SystemExit(0)
-        return importlib.import_module(f"treg.cli.{name}").run(rest) or 0  # loads transformers
+        module = name.replace("-", "_")
+        return importlib.import_module(f"treg.cli.{module}").run(rest) or 0  # loads transformers
     except KeyboardInterrupt as stop:
         kept = f"; {stop}" if str(stop) else ""
         print(

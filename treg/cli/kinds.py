@@ -88,6 +88,7 @@ class RewardsOptions:
     """Where token rewards come from. rewards_options: what was given of the source's own."""
 
     GROUP: ClassVar[str] = "token rewards"
+    OWN: ClassVar[str] = "rewards"  # the option that names something with options of its own
 
     rewards: str | None = _option(
         None,
@@ -240,6 +241,75 @@ class InspectOptions:
     )
     limit: int = _option(100, "Show the first pairs only.")
     terminal: bool = _option(False, "Print the pairs to the terminal as well.")
+
+
+# of treg evaluate-credit, in the order of docs/evaluate.md
+FORMATS = ("finegrained", "spans", "tags", "steps", "pairs", "mqm")
+
+
+@dataclass
+class MarkedOptions:
+    """Answers with marks. format_options: what was given of the format's own options."""
+
+    GROUP: ClassVar[str] = "data"
+    OWN: ClassVar[str] = "format"
+
+    data: list[str] = field(
+        metadata=_told("One or several files of answers with marks.", "PATH [...]")
+    )
+    format: str = _required(f"How the file marks them: {', '.join(FORMATS)}.", "NAME")
+    half: str = _option(
+        "all",
+        "Evaluate one half of the documents, drawn by the seed: choose on the first half, and "
+        "report on the second.",
+        "{first,second,all}",
+    )
+    limit: int | None = _option(None, "The first documents only, of the half.")
+    max_length: int | None = _option(
+        None, "Tokens of prompt and answer. Default: that of --annotated, else 1024."
+    )
+    plain_text: bool = _option(False, "No chat template around prompt and answer.")
+    date: str | None = _option(
+        None, "What a chat template takes for today, as YYYY-MM-DD. Default: today.", "DATE"
+    )
+    strict: bool = _option(False, "Stop at the first answer that cannot be used.")
+    format_options: dict[str, Any] = field(default_factory=dict, init=False)
+
+
+@dataclass
+class EvaluateOptions:
+    GROUP: ClassVar[str] = "evaluation"
+
+    model: str | None = _option(
+        None, "Folder or hub name of a causal LM. Needed unless --annotated has all.", "NAME"
+    )
+    tokenizer: str | None = _option(
+        None, "Folder or hub name of the tokenizer, if not the model's.", "NAME"
+    )
+    chat_template: str | None = _option(
+        None, "A Jinja file that replaces the tokenizer's chat template.", "FILE"
+    )
+    dtype: str | None = _option(
+        None, "Of the weights. Default: float32.", "{auto,float32,bfloat16,float16}"
+    )
+    annotated: str | None = _option(
+        None,
+        "Evaluate what treg annotate wrote of the same rows. Without --rewards no source runs.",
+        "FILE",
+    )
+    streams: list[str] | None = field(
+        default=None,
+        metadata=_told("Streams of that file. Default: all that it names.", "NAME [...]"),
+    )
+    step_score: str = _option(
+        "min", "What a step's score is of its tokens' scores.", "{min,mean,sum}"
+    )
+    draws: int = _option(1000, "Draws of the bootstrap over documents; 0: no intervals.")
+    seed: int = _option(0, "Of the draws, of the halves, and of the random baseline.")
+    json: str | None = _option(None, "Write everything that was measured to this file.", "FILE")
+    plots: str | None = _option(
+        None, "Write intervals, distributions and calibration: FILE.svg, .png or .html.", "FILE"
+    )
 
 
 @dataclass

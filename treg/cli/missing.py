@@ -18,6 +18,8 @@ TRAIN = {
     "httpx2": "treg annotate --server",
     "httpx": "treg annotate --server, with Python 3.10",
 }
+# the extra `evaluate`
+EVALUATE = {"scikit-learn": "treg evaluate-credit"}
 CORE = ("torch", "triton", "numpy")
 OWN = ("treg", "treg_kernels")
 # packages that are imported by another name
@@ -42,11 +44,12 @@ def advice(error: Exception) -> str | None:
         return None
     module = (error.name or "").partition(".")[0]
     package = PACKAGES.get(module, module) or _named_in(str(error))
-    if package in TRAIN:
-        return (
-            f"{error}; {package} is for {TRAIN[package]}; "
-            f"install it with: pip install '{DISTRIBUTION}[train]'"
-        )
+    for extra, packages in {"train": TRAIN, "evaluate": EVALUATE}.items():
+        if package in packages:
+            return (
+                f"{error}; {package} is for {packages[package]}; "
+                f"install it with: pip install '{DISTRIBUTION}[{extra}]'"
+            )
     if package in CORE:
         return f"{error}; install it with: pip install {DISTRIBUTION}"
     if not isinstance(error, ModuleNotFoundError) or package in OWN:

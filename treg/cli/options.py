@@ -6,6 +6,8 @@ it, and `--rewards.OPTION` are the fields of its own dataclass. In YAML they may
     rewards:
       name: contrastive
       prompts: prompts.yaml
+
+So it is with the formats of marked answers, `--format NAME` and `--format.OPTION`.
 """
 
 import argparse
@@ -22,7 +24,9 @@ from treg.cli.kinds import (
     AnnotateOnlyOptions,
     ConfigOptions,
     DemoOptions,
+    EvaluateOptions,
     InspectOptions,
+    MarkedOptions,
     MergeOptions,
     ModelOptions,
     RewardsOptions,
@@ -32,7 +36,7 @@ from treg.cli.kinds import (
 )
 from treg.cli.other_names import hint, own_name
 from treg.cli.yaml_options import (
-    SOURCE_PREFIX,
+    OWN_OPTIONS,
     flat_yaml,
     options_by_name,
     options_of_several,
@@ -48,6 +52,7 @@ PAGES: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "train": (texts.TRAIN, (ModelOptions, RowOptions, TrainOptions, RewardsOptions, LossArguments)),
     "inspect": (texts.INSPECT, (InspectOptions,)),
+    "evaluate-credit": (texts.EVALUATE, (MarkedOptions, EvaluateOptions, RewardsOptions)),
     "demo": (texts.DEMO, (DemoOptions,)),
     "doctor": (texts.DOCTOR, ()),
     "merge": (texts.MERGE, (MergeOptions,)),
@@ -79,14 +84,13 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any]) -> list[Any]:
 
     values = flat_yaml(early.config) if early.config else {}
     parser = _parser(name, kinds)
-    source_fields: list[str] = []
+    own_fields: dict[str, list[str]] = {}
     by_name, several = options_by_name(kinds), options_of_several(kinds)
-    if RewardsOptions in kinds:
-        from treg.rewards.registry import source_class
-
-        own = source_class(_source(early, values) or DEFAULT_SOURCE).Options
-        source_fields = _add_source_options(parser, own)
-        by_name |= {f"{SOURCE_PREFIX}{x}" for x in options_by_name([own])}
+    for option in _naming(kinds):
+        own = _options_of(option, _named(option, early, values))
+        if own is not None:
+            own_fields[option] = _add_own_options(parser, own, f"{option}.")
+            by_name |= {f"{option}.{x}" for x in options_by_name([own])}
     for action in parser._actions:
         if action.dest in several and action.nargs is None:
             action.nargs = "+"
@@ -107,12 +111,17 @@ def parse(name: str, argv: Sequence[str], kinds: Sequence[Any]) -> list[Any]:
     except (ValueError, TypeError) as error:  # of transformers' own arguments
         raise ValueError(str(error)) from error
     for options in found:
-        if isinstance(options, RewardsOptions):
-            given = {x: f"{SOURCE_PREFIX}{x}" for x in source_fields}
-            options.rewards_options = {
-                x: namespace[dest] for x, dest in given.items() if dest in namespace
-            }
+        _set_own_options(options, own_fields, namespace)
     return found
+
+
+def _set_own_options(options: Any, fields: dict[str, list[str]], namespace: dict[str, Any]) -> None:
+    """What was given of the options of a source or a format, on the options that name it."""
+    option = getattr(options, "OWN", None)
+    if option is not None:
+        given = {x: f"{option}.{x}" for x in fields.get(option, ())}
+        values = {x: namespace[dest] for x, dest in given.items() if dest in namespace}
+        setattr(options, f"{option}_options", values)
 
 
 def help_text(name: str, argv: Sequence[str]) -> str:
@@ -132,29 +141,44 @@ def help_text(name: str, argv: Sequence[str]) -> str:
         shown = {x.name for x in lines}
         every = lines_of(TRegConfig, "other arguments of transformers")
         lines += [x for x in every if x.name not in shown]
-    source = _source(early, values)
-    more = ""
-    if RewardsOptions in kinds and source is None:
-        more = (
-            "options of a source:\n  --rewards.OPTION VALUE      "
-            f"treg {name} --rewards NAME --help shows those of NAME"
-        )
-    elif RewardsOptions in kinds:
+    more = []
+    for option in _naming(kinds):
+        named = _named(option, early, values)
+        word = OWN_OPTIONS[option]
+        if named is None:
+            title = f"options of a {word}:\n  --{option}.OPTION VALUE"
+            more.append(f"{title:<46}treg {name} --{option} NAME --help shows those of NAME")
+        else:
+            lines += [
+                line._replace(name=f"{option}.{line.name}")
+                for line in lines_of(_options_of(option, named), f"options of the {word} {named!r}")
+            ]
+    lines += [HELP, *([HELP_ALL] if trains else []), CONFIG]
+    return page(name, text, lines, more="\n".join(more))
+
+
+def _naming(kinds: Sequence[Any]) -> list[str]:
+    """The options of these kinds that name something with options of its own."""
+    return [kind.OWN for kind in kinds if hasattr(kind, "OWN")]
+
+
+def _named(option: str, early: argparse.Namespace, values: dict[str, Any]) -> str | None:
+    """What is named by such an option."""
+    found = getattr(early, option) or values.get(option)
+    return None if found is None else str(found)
+
+
+def _options_of(option: str, named: str | None) -> Any:
+    """The dataclass of the options of what is named; None where nothing is, and nothing need be."""
+    if option == "rewards":
         from treg.rewards.registry import source_class
 
-        title = f"options of the source {source!r}"
-        lines += [
-            line._replace(name=f"{SOURCE_PREFIX}{line.name}")
-            for line in lines_of(source_class(str(source)).Options, title)
-        ]
-    lines += [HELP, *([HELP_ALL] if trains else []), CONFIG]
-    return page(name, text, lines, more=more)
+        return source_class(named or DEFAULT_SOURCE).Options
+    if named is None:
+        return None  # argparse says that it is required
+    from treg.evaluate.readers import reader_options
 
-
-def _source(early: argparse.Namespace, values: dict[str, Any]) -> str | None:
-    """The source of token rewards that is asked for."""
-    found = early.rewards or values.get("rewards")
-    return None if found is None else str(found)
+    return reader_options(named)
 
 
 def _with_own_names(name: str, argv: Sequence[str], known: Any) -> list[str]:
@@ -210,7 +234,8 @@ def _of_kind(kind: Any, namespace: dict[str, Any]) -> Any:
 def _early_parser(name: str) -> argparse.ArgumentParser:
     """What must be known before the other options are."""
     parser = argparse.ArgumentParser(prog=f"treg {name}", add_help=False, allow_abbrev=False)
-    parser.add_argument("--rewards")
+    for option in OWN_OPTIONS:
+        parser.add_argument(f"--{option}")
     _add_common(parser)
     return parser
 
@@ -237,8 +262,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
 
 
-def _add_source_options(parser: argparse.ArgumentParser, kind: Any) -> list[str]:
-    """Options for the fields of a source's Options; their names without the prefix."""
+def _add_own_options(parser: argparse.ArgumentParser, kind: Any, prefix: str) -> list[str]:
+    """Options for the fields of the Options of a source or a format; their names without the
+    prefix.
+    """
     annotations = typing.get_type_hints(kind)
     names = []
     for option in dataclasses.fields(kind):
@@ -249,8 +276,8 @@ def _add_source_options(parser: argparse.ArgumentParser, kind: Any) -> list[str]
         if "_" in option.name:
             words.append(option.name.replace("_", "-"))  # as HfArgumentParser has them
         parser.add_argument(
-            *(f"--{SOURCE_PREFIX}{word}" for word in words),
-            dest=f"{SOURCE_PREFIX}{option.name}",
+            *(f"--{prefix}{word}" for word in words),
+            dest=f"{prefix}{option.name}",
             default=argparse.SUPPRESS,  # what is not given is left to the dataclass
             **_reading(option.name, annotations[option.name]),
         )

@@ -31,6 +31,16 @@ rewards beside the token rewards, and the curves of its training.
   treg inspect --data annotated.parquet --tokenizer MODEL
   treg inspect --data out/annotated.parquet --model out --output page.html --terminal"""
 
+EVALUATE = """\
+Measure how well token rewards agree with marks on the tokens: error spans, first wrong steps,
+minimal pairs. A row for each score, and for baselines that a source must beat, with intervals.
+--format NAME --help shows the options of a format, --rewards NAME --help those of a source.
+
+  treg evaluate-credit --data marked.jsonl --format spans --model MODEL
+  treg evaluate-credit --data marked.jsonl --format spans --model MODEL --rewards several \\
+    --rewards.sources contrastive entropy --json out.json --plots out.html
+  treg evaluate-credit --data prefs.jsonl --format spans --annotated a.parquet --tokenizer MODEL"""
+
 DEMO = """\
 The whole path on a small world with known truth: annotate, train DPO and T-REG, sample, check,
 inspect. No download: a tiny chat model comes with the package."""

@@ -24,7 +24,6 @@ from treg.cli.loading import (
 )
 from treg.cli.merge import write_merged
 from treg.cli.options import (
-    SOURCE_PREFIX,
     ModelOptions,
     RewardsOptions,
     RowOptions,
@@ -198,7 +197,7 @@ def _check_rewards(options: Options, raw: list[str]) -> None:
     rewards, loss = options.rewards, options.config.loss_options
     given: dict[str, Any] = {"rewards": rewards.rewards, "prompts": rewards.prompts}
     given["shape"] = rewards.shape
-    given |= {f"{SOURCE_PREFIX}{name}": x for name, x in rewards.rewards_options.items()}
+    given |= {f"rewards.{name}": x for name, x in rewards.rewards_options.items()}
     for name, value in given.items():
         if value is not None and not raw:
             raise ValueError(

@@ -10,23 +10,24 @@ from typing import Any
 from treg.cli.other_names import hint, own_name
 from treg.files import read_yaml
 
-SOURCE_PREFIX = "rewards."
+# options that name something with options of its own, which stand nested under them: what it is
+OWN_OPTIONS = {"rewards": "source", "format": "format"}
 NOT_IN_FILES = ("help", "help_all", "config")
 
 
 def flat_yaml(path: str) -> dict[str, Any]:
-    """The options in a YAML file, those nested under `rewards` by their names on the command
-    line.
+    """The options in a YAML file, those nested under one of OWN_OPTIONS by their names on the
+    command line.
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected option names and values, got {type(values).__name__}")
     flat = {}
     for name, value in values.items():
-        if name == "rewards" and isinstance(value, dict):
+        if name in OWN_OPTIONS and isinstance(value, dict):
             own = dict(value)
-            flat["rewards"] = own.pop("name", None)
-            flat |= {f"{SOURCE_PREFIX}{option}": x for option, x in own.items()}
+            flat[name] = own.pop("name", None)
+            flat |= {f"{name}.{option}": x for option, x in own.items()}
         else:
             flat[name] = value
     return flat

@@ -108,15 +108,9 @@ def _parse_row(
         if prompt is None:
             prompt, chosen, rejected = _split_dialogues(chosen, rejected)
         if chat:
-            turns = hh_messages(prompt)
-            if turns is not None:
-                # blanks around the turns are the format's
+            if hh_messages(prompt) is not None:
                 left_out = {x: given[x] for x in SIDES if given[x] != given[x].strip()}
-                chosen, rejected = chosen.strip(), rejected.strip()
-            elif prompt:
-                turns = [turn("user", prompt)]
-            prompt = turns or []
-            chosen, rejected = [turn("assistant", chosen)], [turn("assistant", rejected)]
+            prompt, (chosen, rejected) = as_turns(prompt, chosen, rejected)
     else:
         prompt, chosen, rejected = _parse_messages(prompt, chosen, rejected)
     _check_usable(prompt, chosen, rejected)
@@ -132,6 +126,18 @@ def _parse_row(
     return Preference(
         prompt, chosen, rejected, where, tools or None, kwargs, others, left_out, text
     )
+
+
+def as_turns(prompt: str, *answers: str) -> tuple[Messages, list[Messages]]:
+    """Text as messages: the prompt a user's turn, or the turns of an HH dialogue, whose answers are
+    without the blanks around them, which are the format's; the answers an assistant's turns.
+    """
+    turns = hh_messages(prompt)
+    if turns is not None:
+        answers = tuple(answer.strip() for answer in answers)
+    elif prompt:
+        turns = [turn("user", prompt)]
+    return turns or [], [[turn("assistant", answer)] for answer in answers]
 
 
 def _are_dialogues(chosen: Any, rejected: Any) -> bool:

@@ -19,19 +19,24 @@ class Ids:
     places: list[tuple[int, int]]
 
 
-def texts_as_ids(tokenizer: Any, texts: list[str], plain: bool) -> list[Ids | RowProblem]:
+def texts_as_ids(
+    tokenizer: Any, groups: Sequence[Sequence[str]], plain: bool
+) -> list[list[Ids | RowProblem]]:
     """The ids of texts, all in one call; a RowProblem for one that its tokens do not give back.
 
     Args:
-        texts: of rows, three each, of which the first is the beginning of the others.
+        groups: texts of rows, of each two or more, of which the first is the beginning of the
+            others.
         plain: with the tokenizer's special tokens, which hold no characters: (0, 0).
     """
     if not getattr(tokenizer, "is_fast", False):
-        return _by_pieces(tokenizer, texts, plain)
-    rows = [texts[k : k + 3] for k in range(0, len(texts), 3)]
-    cut = CutTexts(rows, () if plain else cutting_tokens(tokenizer))
-    got = _call(tokenizer, cut.pieces, plain, return_offsets_mapping=True)
-    return [Ids(*joined) for joined in cut.joined(got["input_ids"], got["offset_mapping"])]
+        found = iter(_by_pieces(tokenizer, [x for group in groups for x in group], plain))
+    else:
+        cut = CutTexts(groups, () if plain else cutting_tokens(tokenizer))
+        got = _call(tokenizer, cut.pieces, plain, return_offsets_mapping=True)
+        joined = cut.joined(got["input_ids"], got["offset_mapping"])
+        found = iter([Ids(*x) for x in joined])
+    return [[next(found) for _ in group] for group in groups]
 
 
 def _by_pieces(tokenizer: Any, texts: list[str], plain: bool) -> list[Ids | RowProblem]:

@@ -26,6 +26,7 @@ from treg.data import (
     text_of,
 )
 from treg.data.pieces import content_places, text_spans, token_pieces
+from treg.data.prompted import PromptedIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,41 +80,67 @@ class Response:
     def of_pair(cls, pair: Pair, side: str, tokenizer: Any) -> Response:
         """The chosen or the rejected answer of a pair."""
         row = pair.row
-        ids = getattr(pair, f"{side}_ids")
-        completion = getattr(row, side)
+        ids = {x: getattr(pair, f"{x}_ids") for x in SIDES}
+        found = PromptedIds(pair.prompt_ids, ids, pair.answers, pair.cut)
+        return cls.of_ids(
+            found,
+            side,
+            tokenizer,
+            prompt=row.prompt,
+            completion=getattr(row, side),
+            where=row.where,
+            row=row.columns,
+            row_text=row.given.get(side),
+            tools=row.tools,
+            template_kwargs=row.template_kwargs,
+            date=pair.date,
+        )
+
+    @classmethod
+    def of_ids(
+        cls,
+        found: PromptedIds,
+        name: str,
+        tokenizer: Any,
+        *,
+        completion: Messages | str,
+        **more: Any,
+    ) -> Response:
+        """One of the answers that were encoded after a prompt.
+
+        Args:
+            name: of the answer in found, and its side, "chosen" or "rejected".
+            completion: the answer as the row has it.
+            more: the fields prompt, where, row, row_text, tools, template_kwargs, date.
+        """
+        ids = found.ids[name]
         if isinstance(completion, str) and tokenizer.eos_token:
             completion = completion.removesuffix(tokenizer.eos_token)
-        answer = pair.answers.get(side)
+        answer = found.answers.get(name)
         says = None if answer is None else answer.content
         if says is not None and says.any():
             first, content = int(np.argmax(says)), len(says) - int(np.argmax(says[::-1]))
         else:
             first, content = 0, content_length(ids.tolist(), tokenizer)
-        text, cut = text_of(completion), side in pair.cut
+        text, cut = text_of(completion), name in found.cut
         shown = None if answer is None else answer.said
         if cut:
             text = tokenizer.decode(ids[first:content], skip_special_tokens=True)
             shown = None
         return cls(
-            prompt=row.prompt,
             completion=completion,
             text=text,
-            prompt_ids=pair.prompt_ids,
+            prompt_ids=found.prompt_ids,
             ids=ids,
             content=content,
             tokenizer=tokenizer,
-            side=side,
-            where=row.where,
-            row=row.columns,
-            row_text=row.given.get(side),
-            other_ids=getattr(pair, f"{SIDES[side == SIDES[0]]}_ids"),
+            side=name,
+            other_ids=next((x for key, x in found.ids.items() if key != name), None),
             cut=cut,
-            tools=row.tools,
-            template_kwargs=row.template_kwargs,
             says=says,
             scored=None if answer is None else answer.scored,
             shown=shown,
-            date=pair.date,
+            **more,
         )
 
     @classmethod

@@ -23,7 +23,7 @@ Differs: no paper; FineGrainedRLHF (arXiv 2306.01693) and MQM keep marks of this
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 
 from treg.data import RowProblem, text_of
-from treg.data.reading import parse_json
 from treg.rewards.base import Context, check_number
 from treg.rewards.columns import columns_fingerprint, side_column
 from treg.rewards.options import numbers_by_name
 from treg.rewards.response import Response, differs
+from treg.rewards.span_forms import check_bounds, span_fields, span_list
 
-LABELS = ("label", "severity", "type", "error_type", "error type", "category")
 ANY_LABEL = "*"
+CHARACTER_TOKENS = 4  # that a character has at most: one a byte
 Span = tuple[int, int, float]  # start, end, value
 
 
@@ -116,17 +116,9 @@ class SpansSource:
             RowProblem: no such column, or what is no span of the answer.
         """
         column, given = side_column(response, self.options.column)
-        if isinstance(given, str):
-            try:
-                given = parse_json(given)
-            except ValueError as error:
-                raise RowProblem("broken JSON", f"{column}: {error}", response.where) from None
-        if not isinstance(given, (list, tuple)):
-            detail = f"{column}: expected a list of spans, got {type(given).__name__}"
-            raise RowProblem("no spans", detail, response.where)
         length = len(row_text(response))
         found = []
-        for i, item in enumerate(given):
+        for i, item in enumerate(span_list(column, given, response.where)):
             try:
                 found.append(self._span(item, length))
             except RowProblem as problem:
@@ -135,10 +127,8 @@ class SpansSource:
         return found
 
     def _span(self, item: Any, length: int) -> Span:
-        start, end, value, label = _fields(item)
-        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (start, end))
-        if not whole or not 0 <= start < end <= length:
-            raise RowProblem("bad span", f"expected whole numbers 0 <= start < end <= {length}")
+        start, end, value, label = span_fields(item)
+        check_bounds(start, end, length)
         if value is not None:
             try:
                 check_number("value", value)
@@ -160,34 +150,13 @@ class SpansSource:
         if places is None:
             raise ValueError(f"{response.where}: {response.side}: expected a checked response")
         values = np.full(len(response.ids), self.options.outside, dtype=np.float32)
-        lead = _leading_blanks(response)
+        lead = leading_blanks(response)
         # what counts most comes last
         for start, end, value in sorted(self.spans(response), key=lambda x: (abs(x[2]), -x[2])):
             overlaps = (places[:, 0] < end - lead) & (places[:, 1] > start - lead)
             values[overlaps & (places[:, 0] < places[:, 1])] = value
         values[response.content :] = 0.0
         return torch.from_numpy(values)
-
-
-def _fields(item: Any) -> tuple[Any, Any, Any, str | None]:
-    """start, end, value and label of a span; None for what it does not have."""
-    if isinstance(item, Mapping):
-        labels = {key: item[key] for key in LABELS if item.get(key) is not None}
-        if len(labels) > 1:
-            raise RowProblem("bad span", f"expected one label, found {', '.join(labels)}")
-        start, end, value = (item.get(key) for key in ("start", "end", "value"))
-        label = next(iter(labels.values()), None)
-    elif isinstance(item, (list, tuple)) and len(item) in (2, 3):
-        start, end, *more = item
-        label = more[0] if more and isinstance(more[0], str) else None
-        value = more[0] if more and label is None else None
-        if more and more[0] is None:
-            raise RowProblem("bad span", "expected a number or a label beside start and end")
-    else:
-        raise RowProblem("bad span", "expected [start, end], [start, end, value] or an object")
-    if label is not None and not isinstance(label, str):
-        raise RowProblem("bad span", "expected text as its label")
-    return start, end, value, label
 
 
 def row_text(response: Response) -> str:
@@ -197,7 +166,7 @@ def row_text(response: Response) -> str:
     return text_of(response.completion)
 
 
-def _leading_blanks(response: Response) -> int:
+def leading_blanks(response: Response) -> int:
     """Characters at the beginning of the row's text that the answer leaves out."""
     text = response.row_text or ""
     return len(text) - len(text.lstrip())
@@ -209,9 +178,24 @@ def characters_of_tokens(response: Response) -> np.ndarray | None:
 
     A token that holds a part of a character counts with the whole of it.
     """
-    pieces, whole = response.pieces, text_of(response.completion)
-    places = response.spans
+    whole, places = text_of(response.completion), response.spans
     if places is None or not whole.startswith(response.text.rstrip("\ufffd")):
         return None
-    unfinished = np.array([piece == "" for piece in pieces], dtype=np.int32)
-    return places + np.stack([np.zeros_like(unfinished), unfinished], 1)
+    begun = _begun(response).astype(np.int32)
+    return places + np.stack([np.zeros_like(begun), begun], 1)
+
+
+def _begun(response: Response) -> np.ndarray:
+    """[T] bool: the tokens whose last bytes are of a character that a later token completes."""
+    pieces, ids = response.pieces, response.ids
+    found = np.array([piece == "" for piece in pieces], dtype=bool)
+    for i in np.flatnonzero(~found[:-1]):
+        # only characters of several bytes are shared, and only by tokens that follow one another
+        if pieces[i + 1].isascii() and pieces[i + 1]:
+            continue
+        last = ids[max(0, i + 1 - CHARACTER_TOKENS) : i + 1].tolist()
+        said = response.tokenizer.decode(
+            last, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        found[i] = said.endswith("\ufffd") and not pieces[i].endswith("\ufffd")
+    return found

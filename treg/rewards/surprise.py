@@ -57,15 +57,23 @@ class SurpriseSource:
     def score(self, responses: Sequence[Response]) -> list[dict[str, Tensor]]:
         said = self.context.reference(responses)
         return [
-            {"token_rewards": self._of(response, found["logprobs"])}
+            {"token_rewards": surprise_rewards(response, found["logprobs"], self.unit)}
             for response, found in zip(responses, said, strict=True)
         ]
 
-    def _of(self, response: Response, logprobs: Tensor) -> Tensor:
-        judged = response.judged
-        values = logprobs[judged]
-        if self.unit == "word" and len(judged):
-            number = unit_numbers(response, "word")
-            lowest = torch.zeros(int(number.max()) + 1).scatter_reduce(0, number, values, "amin")
-            values = lowest[number]
-        return torch.zeros_like(logprobs).index_copy(0, judged, values)
+
+def surprise_rewards(response: Response, logprobs: Tensor, unit: str) -> Tensor:
+    """The log-probs of what a response says, 0 for other tokens.
+
+    Args:
+        logprobs: [T] floating, nats. unit: one of UNITS.
+    Returns:
+        [T], logprobs' dtype.
+    """
+    judged = response.judged
+    values = logprobs[judged]
+    if unit == "word" and len(judged):
+        number = unit_numbers(response, "word")
+        words = values.new_zeros(int(number.max()) + 1)
+        values = words.scatter_reduce(0, number, values, "amin", include_self=False)[number]
+    return torch.zeros_like(logprobs).index_copy(0, judged, values)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treg.results import TRegLoss
+from treg.ops import TRegLoss
 
 RATIO = "treg/gradient_ratio"
 

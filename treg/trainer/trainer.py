@@ -17,8 +17,7 @@ from treg.data import LOSS_KEYS, PairCollator, first_pairs, pack_pairs
 from treg.data.batches import LOSS_STREAMS
 from treg.data.mixture import sources_of
 from treg.heads import check_sequences, install_head, run_head
-from treg.ops import fused_treg_loss, linear_logprobs
-from treg.results import TRegLoss
+from treg.ops import TRegLoss, fused_treg_loss, linear_logprobs
 from treg.trainer.card import keep_from_hub, write_card
 from treg.trainer.checkpoints import SealedCheckpoints
 from treg.trainer.config import TRegConfig
