@@ -67,7 +67,9 @@ def scored_answers(args: argparse.Namespace) -> tuple[list[ScoredAnswer], dict[s
     options = json.loads(args.format_options)
     answers, rows = read_marked(args.data, args.format, options)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    placed, report = place(answers, tokenizer, EncodeOptions(args.max_length), strict=False)
+    placed, report = place(
+        answers, tokenizer, EncodeOptions(args.max_length), strict=False, shown=True
+    )
     bar = progress(True)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     context = Context(

@@ -5,7 +5,8 @@
 
 finegrained: rows as they are, whose passages, question and marked answer have at most --most_tokens
 tokens, since a forward on a CPU costs time by the token; the first --number of them in an order
-drawn by the seed. blimp: --number pairs of each paradigm, drawn by the seed and the paradigm.
+drawn by the seed. blimp: --number pairs of each paradigm, drawn by the seed and the paradigm; the
+sentences answer --prompt, since a reward model reads no answer without a request.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def blimp(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, text in paradigms(args.data):
         rows = [json.loads(line) for line in io.StringIO(text)]
         found += Random(f"{args.seed} {name}").sample(rows, args.number)
-    return found
+    return [{"prompt": args.prompt, **row} for row in found]
 
 
 def main() -> None:
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("set", choices=("finegrained", "blimp"))
     parser.add_argument("--data", required=True, help="dev_feedback.json; BLiMP's folder or zip")
     parser.add_argument("--model", help="of finegrained: folder or hub name, for its tokenizer")
+    parser.add_argument("--prompt", default="Write a sentence.", help="of blimp")
     parser.add_argument("--most_tokens", type=int, default=640)
     parser.add_argument("--number", type=int, default=85, help="answers; pairs of each paradigm")
     parser.add_argument("--seed", type=int, default=0)
