@@ -69,13 +69,17 @@ def parse_columns(given: Any) -> dict[str, str]:
 
 
 def named_columns(
-    row: Mapping[str, Any], columns: Columns, known: Collection[str] = ()
+    row: Mapping[str, Any],
+    columns: Columns,
+    known: Collection[str] = (),
+    named: Mapping[str, tuple[str, ...]] = ALIASES,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a row has of the columns of ALIASES, by their usual names, and its other columns.
+    """What a row has of named columns, by their usual names, and its other columns.
 
     Args:
         columns: new names of columns, and those that are left out.
         known: names of other columns that somebody reads.
+        named: the columns that are looked for, by their usual names, with all names of each.
     Raises:
         RowProblem: a column that `columns` names is missing; two columns have one meaning; a column
             of text, of messages, or of pictures that nobody reads.
@@ -83,7 +87,7 @@ def named_columns(
     row = _renamed(row, columns)
     found: dict[str, Any] = {}
     others = dict(row)
-    for name, aliases in ALIASES.items():
+    for name, aliases in named.items():
         if name in columns:
             aliases = (name,)
         there = {x: others.pop(x) for x in aliases if x in others}

@@ -101,7 +101,7 @@ def _parse_row(
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowProblem("mixed types", f"chosen is {kind(chosen)}, rejected is {kind(rejected)}")
 
-    before = _turns_before(named)
+    before = turns_before(named)
     left_out: dict[str, str] = {}
     text = isinstance(chosen, str) and (prompt is None or isinstance(prompt, str))
     if text:
@@ -117,8 +117,8 @@ def _parse_row(
     if before:
         prompt = _after(before, prompt)
 
-    tools = _decoded("tools", named.get("tools"))
-    kwargs = _decoded("chat_template_kwargs", named.get("chat_template_kwargs")) or {}
+    tools = decoded("tools", named.get("tools"))
+    kwargs = decoded("chat_template_kwargs", named.get("chat_template_kwargs")) or {}
     if not isinstance(kwargs, dict):
         raise RowProblem("mixed types", f"chat_template_kwargs is {kind(kwargs)}")
     if not isinstance(_prompt_of(named, given), str):
@@ -153,6 +153,15 @@ def _prompt_of(named: dict[str, Any], answers: dict[str, Any]) -> Any:
     prompt, more = decoded_messages(named.get("prompt")), named.get("input")
     if prompt == "" and not more and _are_dialogues(*(answers[side] for side in SIDES)):
         return None
+    return prompt_and_input(prompt, more)
+
+
+def prompt_and_input(prompt: Any, more: Any) -> Any:
+    """A prompt with its column `input`: text on a line of its own.
+
+    Raises:
+        RowProblem: an input that is no text, or beside messages.
+    """
     if not more:
         return prompt
     if not isinstance(more, str):
@@ -164,9 +173,9 @@ def _prompt_of(named: dict[str, Any], answers: dict[str, Any]) -> Any:
     return f"{prompt}\n{more}"
 
 
-def _turns_before(named: dict[str, Any]) -> Messages:
+def turns_before(named: dict[str, Any]) -> Messages:
     """The messages of the columns `system` and `history`."""
-    system, history = named.get("system"), _decoded("history", named.get("history"))
+    system, history = named.get("system"), decoded("history", named.get("history"))
     turns = []
     if system is not None and not isinstance(system, str):
         raise RowProblem("mixed types", f"system is {kind(system)}, expected text")
@@ -239,7 +248,7 @@ def _without_blanks(completion: Messages | str) -> Any:
     return [{**message, "content": message["content"].strip()} for message in compared(completion)]
 
 
-def _decoded(name: str, value: Any) -> Any:
+def decoded(name: str, value: Any) -> Any:
     """A column that some files keep as a string of JSON."""
     if not isinstance(value, str):
         return value

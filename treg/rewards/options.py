@@ -17,14 +17,14 @@ NAMES = {
 }
 
 
-def check_types(kind: type, given: Mapping[str, Any]) -> None:
+def check_types(kind: type, given: Mapping[str, Any], prefix: str = "rewards") -> None:
     """ValueError for a value of another type than the annotation of its field.
 
     An integer passes as a float, True and False are no numbers, and a tuple passes as a list. Types
     that are not named here are left to Options itself.
 
     Args:
-        kind: a dataclass. given: values of fields by name.
+        kind: a dataclass. given: values of fields by name. prefix: of their names in errors.
     """
     annotations = typing.get_type_hints(kind)
     for name, value in given.items():
@@ -33,7 +33,7 @@ def check_types(kind: type, given: Mapping[str, Any]) -> None:
             # such as that of a model: its layers would fill a page
             if "\n" in got or len(got) > 200:
                 got = f"an object of the type {type(value).__name__}"
-            raise ValueError(f"rewards.{name}: expected {_said(annotations[name])}, got {got}")
+            raise ValueError(f"{prefix}.{name}: expected {_said(annotations[name])}, got {got}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
