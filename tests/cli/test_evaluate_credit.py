@@ -227,13 +227,17 @@ def test_options_of_a_format(folder, tmp_path, capsys):
         main(["evaluate-credit", "--format", "tags", "--help"])
     assert "options of the format 'tags':" in capsys.readouterr().out
     config = tmp_path / "run.yaml"
-    config.write_text("data: d\nmodel: m\nformat:\n  name: tags\n  tag: bad\n")
+    config.write_text("data: d\nmodel: m\nformat:\n  name: tags\n  tags: [bad, odd]\n")
     kinds = (MarkedOptions, EvaluateOptions, RewardsOptions)
     marked, own, _ = parse("evaluate-credit", ["--config", str(config)], kinds)
-    assert (marked.format, marked.format_options, own.model) == ("tags", {"tag": "bad"}, "m")
-    given = ["--data", "d", "--format", "tags", "--format.tag", "x"]
+    assert (marked.format, marked.format_options, own.model) == (
+        "tags",
+        {"tags": ["bad", "odd"]},
+        "m",
+    )
+    given = ["--data", "d", "--format", "tags", "--format.tags", "x"]
     marked, *_ = parse("evaluate-credit", given, kinds)
-    assert marked.format_options == {"tag": "x"}
+    assert marked.format_options == {"tags": ["x"]}
 
 
 def test_formats_that_are_listed_without_their_modules():

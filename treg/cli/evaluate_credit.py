@@ -165,10 +165,9 @@ class _Run:
         """The answers of the half, those of the first documents."""
         marked = self.marked
         data = data_of("data", marked.data)
-        answers, report = read_marked(data, marked.format, marked.format_options)
-        if marked.strict and report.dropped:
-            first = next(iter(report.examples.values()))[0]
-            raise ValueError(f"data: expected rows that can be read, as --strict asks, got {first}")
+        answers, report = read_marked(
+            data, marked.format, marked.format_options, strict=marked.strict
+        )
         kept = [x for x in answers if in_half(x.document, marked.half, self.own.seed)]
         names = list(dict.fromkeys(answer.document for answer in kept))[: marked.limit]
         there = set(names)

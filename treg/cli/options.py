@@ -178,7 +178,7 @@ def _options_of(option: str, named: str | None) -> Any:
         return None  # argparse says that it is required
     from treg.evaluate.readers import reader_options
 
-    return reader_options(named)
+    return type(reader_options(named))
 
 
 def _with_own_names(name: str, argv: Sequence[str], known: Any) -> list[str]:
