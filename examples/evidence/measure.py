@@ -24,14 +24,26 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import treg
-from treg.cli.evaluate_credit import place
-from treg.data import EncodeOptions
-from treg.evaluate.columns import BaselineColumns, SourceColumns, with_own_names
-from treg.evaluate.evaluation import Evaluation, Measure, evaluate_scores
-from treg.evaluate.readers import read_marked
-from treg.evaluate.scored import Scored, ScoredAnswer, in_half
-from treg.evaluate.scoring import progress, score_answers
-from treg.evaluate.told import head_lines, label_table, table
+from treg.data import EncodeOptions, RowProblem
+from treg.evaluate import (
+    BaselineColumns,
+    Evaluation,
+    Measure,
+    Placed,
+    Scored,
+    ScoredAnswer,
+    SourceColumns,
+    evaluate_scores,
+    label_table,
+    read_marked,
+    responses,
+    score_answers,
+    table,
+    token_marks,
+)
+from treg.evaluate.scored import in_half
+from treg.evaluate.scoring import progress
+from treg.evaluate.told import head_lines
 from treg.rewards import Context, load_source
 
 READINGS: dict[str, dict[str, Any]] = {
@@ -46,6 +58,7 @@ KEPT = (
     *("auroc", "average_precision", "sign_agreement", "zeros", "within_document"),
     *("pair_accuracy", "pair_accuracy_by_mean"),
 )
+LEAST_DOCUMENTS = 5  # that an error type is in, to have a row
 SMALL = 0.01  # a reward below this size is nearly none: the scale ends at 0.5
 
 
@@ -67,9 +80,12 @@ def scored_answers(args: argparse.Namespace) -> tuple[list[ScoredAnswer], dict[s
     options = json.loads(args.format_options)
     answers, rows = read_marked(args.data, args.format, options)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    placed, report = place(
-        answers, tokenizer, EncodeOptions(args.max_length), strict=False, shown=True
-    )
+    encoded = responses(answers, tokenizer, EncodeOptions(args.max_length))
+    placed = [
+        Placed(answer, response, token_marks(response, answer))
+        for answer, response in zip(answers, encoded, strict=True)
+        if not isinstance(response, RowProblem)
+    ]
     bar = progress(True)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     context = Context(
@@ -80,19 +96,18 @@ def scored_answers(args: argparse.Namespace) -> tuple[list[ScoredAnswer], dict[s
         on_tokens=bar.tokens,
     )
     source = load_source("several", {"sources": sources(args)}, context)
-    given = [
-        ("source", SourceColumns("several", source)),
-        ("baseline", BaselineColumns(context, args.seed)),
-    ]
-    found, refused = score_answers(placed, with_own_names(given), context, bar=bar)
-    report.add(refused)
+    columns = [SourceColumns("several", source), BaselineColumns(context, args.seed)]
+    found, refused = score_answers(placed, columns, context, bar=bar)
     counts = {
         "rows": rows.stored(),
-        "answers": report.stored(),
+        "answers": len(answers),
+        "answers without tokens": len(answers) - len(placed),
+        "scored": refused.stored(),
         "scoring seconds": round(time.perf_counter() - start),
     }
-    for of in (counts["rows"], counts["answers"]):
-        of.pop("examples", None)  # they quote the data
+    for of in (counts["rows"], counts["scored"]):
+        for name in ("examples", "noted_examples"):
+            of.pop(name, None)  # they quote the data
     return found, counts
 
 
@@ -102,6 +117,18 @@ def with_factual(answer: ScoredAnswer) -> ScoredAnswer:
     if not masks:
         return answer
     return replace(answer, labels={**answer.labels, "factual": np.logical_or.reduce(masks)})
+
+
+def with_labels(answers: list[ScoredAnswer]) -> list[ScoredAnswer]:
+    """Without the error types of too few documents to say anything."""
+    answers = [with_factual(x) for x in answers]
+    documents: dict[str, set[str]] = {}
+    for answer in answers:
+        for label, mask in answer.labels.items():
+            if mask.any():
+                documents.setdefault(label, set()).add(answer.document)
+    kept = {label for label, found in documents.items() if len(found) >= LEAST_DOCUMENTS}
+    return [replace(x, labels={a: b for a, b in x.labels.items() if a in kept}) for x in answers]
 
 
 def evaluations(answers: list[ScoredAnswer], args: Any) -> Iterator[tuple[str, Any]]:
@@ -162,9 +189,9 @@ def sizes(answers: list[ScoredAnswer], name: str) -> dict[str, float]:
     every = np.concatenate(each)
     first = sum(float(x[0]) for x in each if len(x))
     return {
-        "mean size": float(every.mean()),
-        "below 0.01": float((every < SMALL).mean()),
-        "share of first tokens": first / max(float(every.sum()), 1e-12),
+        "mean size": round(float(every.mean()), 5),
+        "below 0.01": round(float((every < SMALL).mean()), 4),
+        "share of first tokens": round(first / max(float(every.sum()), 1e-12), 4),
     }
 
 
@@ -188,7 +215,7 @@ def main() -> None:
     else:
         answers, counts = scored_answers(args)
         args.scores.write_bytes(pickle.dumps((answers, counts)))
-    answers = [with_factual(x) for x in answers]
+    answers = with_labels(answers)
     names = [x for x in Scored(answers).names if x not in BASELINES]
     whole = {
         "date": datetime.date.today().isoformat(),
