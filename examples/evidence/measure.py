@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import treg
@@ -184,14 +185,22 @@ def numbers(measure: Measure | None) -> list[float | None] | None:
 
 
 def sizes(answers: list[ScoredAnswer], name: str) -> dict[str, float]:
-    """Of a source's rewards of the answers' tokens."""
+    """Of a source's rewards of the answers' tokens: how large, and whether they grow along an
+    answer.
+    """
     each = [np.abs(x.scores[name]) for x in answers]
     every = np.concatenate(each)
     first = sum(float(x[0]) for x in each if len(x))
+    places = [
+        spearmanr(x.scores[name], np.arange(len(x.scores[name]))).statistic
+        for x in answers
+        if len(np.unique(x.scores[name])) > 1
+    ]
     return {
         "mean size": round(float(every.mean()), 5),
         "below 0.01": round(float((every < SMALL).mean()), 4),
         "share of first tokens": round(first / max(float(every.sum()), 1e-12), 4),
+        "Spearman with the place, mean of answers": round(float(np.mean(places)), 4),
     }
 
 
