@@ -276,6 +276,7 @@ def test_an_answer_that_is_too_long_is_counted(folder, tmp_path, capsys):
         ("--sample 0", "sample: expected a whole number >= 1, got 0"),
         ("--sample 2 --limit 3", "sample: expected no --limit beside it, got 3"),
         ("--draws -1", "draws: expected a whole number >= 0, got -1"),
+        ("--max_length 0", "max_length: expected an integer >= 2 or None, got 0"),
         ("--limit 0", "limit: expected a whole number >= 1, got 0"),
         ("--step_score max", "step_score: expected one of min, mean, sum, got 'max'"),
         ("--plots a.pdf", "plots: expected a path that ends in .svg, .png, .html, got 'a.pdf'"),

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from treg.evaluate import auroc
+from treg.evaluate import auroc, evaluate_scores
 from treg.evaluate.bootstrap import bootstrap, interval
 from treg.evaluate.measures import auroc_by_group
 from treg.evaluate.ranking import Ranking
@@ -271,6 +271,30 @@ def test_arrays_of_other_lengths_are_refused():
     other = ScoredAnswer("e", {"s": np.ones(1)}, np.zeros(1, bool), np.zeros(1, bool))
     with pytest.raises(ValueError, match="expected the scores r of every answer, got s"):
         Scored([answer([1], []), other])
+
+
+def test_marks_that_mean_nothing_are_refused():
+    """Numbers in the place of bool, a type of error on a token that is not wrong, both kinds."""
+    none, scores = np.zeros(2, bool), {"r": np.ones(2)}
+    with pytest.raises(ValueError, match="wrong: expected an array of bool, got int64"):
+        ScoredAnswer("d", scores, np.array([0, 1]), none)
+    with pytest.raises(ValueError, match="judged: expected an array of bool, got float64"):
+        ScoredAnswer("d", scores, none, none, judged=np.ones(2))
+    with pytest.raises(ValueError, match="labels: expected 'a' on tokens that are wrong alone"):
+        answer([1, 2], [0], labels={"a": [1]})
+    with pytest.raises(ValueError, match="right: expected tokens that are not wrong"):
+        answer([1, 2], [0], right=[0])
+
+
+def test_what_an_evaluation_refuses():
+    scored = Scored([answer([1, 2], [0])])
+    for baselines, got in ((["s"], "s"), ("r", "r")):
+        with pytest.raises(
+            ValueError, match=f"baselines: expected a list of some of r, got {got!r}"
+        ):
+            evaluate_scores(scored, baselines)
+    with pytest.raises(ValueError, match="draws: expected a whole number >= 0, got -1"):
+        evaluate_scores(scored, draws=-1)
 
 
 def test_halves_are_apart_and_stay():

@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections import Counter
 
+import numpy as np
 import pytest
 from tiny import shared_data, tiny_tokenizer, usr
 from token_bytes import characters_held
@@ -129,6 +130,10 @@ def test_tags_by_hand(case):
     assert untagged(given, TAGS) == (text, marks, 0)
 
 
+def test_tags_that_close_themselves_are_around_nothing():
+    assert untagged('a<err/> <err type="x"/>b<err id="/" />', TAGS) == ("a b", [], 3)
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -166,13 +171,13 @@ STEPS = {"id": "gsm8k-0", "generator": "m", "problem": "1+1?", "final_answer_cor
 
 
 def test_the_first_wrong_step():
-    """Steps before it are right, and those after it judged by nobody."""
+    """Steps before it are right; those after it, and the blanks between, are judged by nobody."""
     row = STEPS | {"steps": ["one", "two two", "three"], "label": 1}
     (answer,) = read([row], "steps")
     assert answer.prompt == "1+1?" and answer.answer == "one\n\ntwo two\n\nthree"
     assert answer.steps == ((0, 3), (5, 12), (14, 19)) and answer.first_wrong == 1
     assert answer.marks == (Mark(0, 3, wrong=False), Mark(5, 12))
-    assert answer.unjudged == ((14, 19),) and answer.document == "#gsm8k-0"
+    assert answer.unjudged == ((12, 19),) and answer.document == "#gsm8k-0"
     (answer,) = read([row | {"label": -1}], "steps", separator=" ")
     assert answer.first_wrong is None and len(answer.marks) == 3 and not answer.unjudged
     assert answer.answer == "one two two three" and answer.steps[2] == (12, 17)
@@ -208,7 +213,7 @@ def test_ratings_of_steps(form):
     (answer,) = read([row], "steps")
     assert answer.prompt == "1+1?" and answer.answer == "a\n\nb\n\nc\n\nd"
     assert answer.marks == (Mark(0, 1, wrong=False), Mark(6, 7))
-    assert answer.first_wrong == 2 and answer.unjudged == ((9, 10),)
+    assert answer.first_wrong == 2 and answer.unjudged == ((7, 10),)
 
 
 def test_a_step_that_a_person_wrote():
@@ -225,11 +230,20 @@ def test_other_scales():
     for ratings in ([True, False], ["+", "-"]):
         (answer,) = read([{"problem": "q", "steps": ["a", "b"], "ratings": ratings}], "steps")
         assert answer.first_wrong == 1 and answer.marks[0].wrong is False
-    rows = [{"problem": "q", "steps": ["a", "b"], "ratings": [1, 0]}]
-    (answer,) = read(rows, "steps", threshold=0.5)
-    assert answer.first_wrong == 1
-    with pytest.raises(ValueError, match=r"set threshold to 0.5"):
-        read(rows, "steps")
+    for ratings in ([1, 0], [1.0, 0.0], [1, 0.0, None]):
+        rows = [{"problem": "q", "steps": ["a", "b", "c"][: len(ratings)], "ratings": ratings}]
+        (answer,) = read(rows, "steps", threshold=0.5)
+        assert answer.first_wrong == 1
+        with pytest.raises(ValueError, match=r"set threshold to 0.5"):
+            read(rows, "steps")
+    with pytest.raises(ValueError, match=r"format.threshold: expected a finite number"):
+        read(rows, "steps", threshold=float("nan"))
+
+
+def test_objects_without_ratings_have_the_label_of_their_row():
+    row = {"problem": "q", "steps": [{"text": "a"}, {"text": "b"}], "label": 1}
+    (answer,) = read([row], "steps")
+    assert answer.first_wrong == 1 and answer.marks == (Mark(0, 1, wrong=False), Mark(3, 4))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +257,7 @@ def test_other_scales():
         ({"steps": ["a", " "]}, r"empty text: steps\[1\]"),
         ({"ratings": [1]}, "expected one for each of the 2 steps"),
         ({"ratings": [1, "good"]}, "step 1: expected a number, True or False"),
+        ({"ratings": [1, [0]]}, "step 1: expected a number, True or False"),
         ({"problem": None, "question": "q", "query": "r"}, "two columns of one meaning"),
     ],
 )
@@ -260,6 +275,9 @@ def test_steps_become_tokens():
     for number, step in enumerate(steps):
         assert tokenizer.decode(response.ids[found.steps == number]).strip() == step
     assert not found.judged[found.steps == 2].any() and found.content[found.steps == 2].all()
+    # blanks after the first wrong step are no tokens that somebody found right
+    last = np.flatnonzero(found.steps == 1)[-1]
+    assert not found.judged[last + 1 :].any() and found.judged[: last + 1].sum() > 2
 
 
 # -- minimal pairs
@@ -272,6 +290,9 @@ WORDS = {
     "moved": ("a b c", "b a c", None, None),
     "apostrophe": ("They don't know.", "They doesn't know.", ["don't"], ["doesn't"]),
     "punctuation": ("Is it?", "Is it!", ["?"], ["!"]),
+    "accents": ("cafe\u0301 ici", "cafe ici", ["cafe\u0301"], ["cafe"]),
+    "vowel signs": ("वह पढ़ता है", "वह पढ़ती है", ["पढ़ता"], ["पढ़ती"]),
+    "slash": ("x and/or y", "x and/nor y", ["or"], ["nor"]),
 }
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -137,6 +138,7 @@ def test_a_marked_text_tells_what_offsets_count():
         (19, 19, "--format.inclusive"),
     ):
         refused([{"start": start, "end": end, "text": "é"}], hint, "other text marked")
+    refused([{"start": 4, "end": 7, "text": 5}], "expected text as the marked text")
     assert read([{"start": 4, "end": 6, "text": "old"}], inclusive=True).marks == (Mark(*OLD),)
 
 
@@ -174,19 +176,36 @@ def test_marks_of_nothing_are_counted():
     (answer,), report = read_marked(rows, "spans")
     assert answer.marks == (Mark(0, 2),)
     assert report.noted == {"a mark of nothing": 2} and report.kept == 1
+    # what was noted of a row that is then refused is said of no other
+    refused_row = {"prompt": "q", "answer": "abc", "spans": [[1, 1], [5, 9]]}
+    _, report = read_marked([refused_row, {"answer": "abc", "spans": []}], "spans")
+    assert report.kept == 1 and report.dropped == {"bad span": 1} and not report.noted
 
 
 def test_rows_of_one_id_are_one_document(tmp_path):
     rows = [{"id": x, "answer": "abc", "spans": []} for x in (7, 7, None, "")]
+    no_numbers = [{"id": math.nan, "answer": "abc", "spans": []}] * 2
+    assert [x.document for x in read_marked(no_numbers, "spans")[0]] == ["row 0", "row 1"]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found, _ = read_marked(file, "spans")
-    assert [x.document for x in found] == [f"{file}#7", f"{file}#7", f"{file}:3", f"{file}:4"]
+    assert [x.document for x in found] == ["a.jsonl#7", "a.jsonl#7", "a.jsonl:3", "a.jsonl:4"]
+    assert found[2].where == f"{file}:3"
     other = tmp_path / "b.jsonl"
     other.write_bytes(file.read_bytes())
     both, _ = read_marked([file, str(other)], "spans")
     assert len({x.document for x in both}) == 6
     assert [x.index for x in both] == list(range(8))
+    # a document keeps its name, and with it its half, wherever its file lies
+    moved = tmp_path / "folder" / "a.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(file.read_bytes())
+    for source in (moved, moved.parent, str(moved.parent)):
+        again, _ = read_marked(source, "spans")
+        assert [x.document for x in again] == [x.document for x in found]
+    # of two files with one name the folders tell the documents apart
+    both, _ = read_marked([file, moved], "spans")
+    assert len({x.document for x in both}) == 6
     by_answer, _ = read_marked(file, "spans", {"document": "none"})
     assert len({x.document for x in by_answer}) == 4
 

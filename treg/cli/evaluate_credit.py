@@ -153,6 +153,7 @@ class _Run:
         for name, path in (("json", own.json), ("plots", own.plots)):
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{name}: no such folder: {Path(path).parent}")
+        _ = self.encode(None)
         if self.source is not None:
             _ = self.source_options
         if own.streams is not None and own.annotated is None:
@@ -225,7 +226,9 @@ class _Run:
         made = {} if file is None else file.meta.get("settings", {}).get("encode", {})
         marked = self.marked
         return EncodeOptions(
-            marked.max_length or made.get("max_length", DEFAULT_LENGTH),
+            made.get("max_length", DEFAULT_LENGTH)
+            if marked.max_length is None
+            else marked.max_length,
             chat=False if marked.plain_text else made.get("chat"),
             date=marked.date or made.get("date"),
         )

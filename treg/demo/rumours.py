@@ -22,9 +22,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from treg.demo.world import QUESTIONS, SPLITS, TOWNS, named_town, prompts, words
-
-__all__ = ["ATTRIBUTES", "MODEL", "TOWNS", "TRUE_VALUES", "check", "preference_rows", "prompts"]
+from treg.demo.world import QUESTIONS, SPLITS, TOWNS, named_town, words
+from treg.demo.world import prompts as prompts  # the same questions
 
 MODEL = Path(__file__).parent / "rumours-model"
 STEPS = 2600  # of the chat model's training

@@ -77,7 +77,8 @@ class Evaluation:
     """All scores of the same tokens.
 
     headline: the measure that ranks them; None where the data can give none. base_rate: the share
-    of wrong tokens. chance: of first_error; None without steps. best: the best baseline.
+    of wrong tokens. chance: of first_error; None without steps. best: the best baseline. draws: of
+    the bootstrap; 0: no interval was asked for.
     """
 
     results: list[ScoreResult]
@@ -90,6 +91,7 @@ class Evaluation:
     right: int
     base_rate: float | None
     chance: float | None
+    draws: int
     labels: dict[str, Label] = field(default_factory=dict)
 
     def stored(self) -> dict[str, Any]:
@@ -159,7 +161,17 @@ def evaluate_scores(
         draws: of the bootstrap; 0: no intervals. seed: of the draws.
         step_score: what a step's score is of its tokens': min, mean or sum.
         on_draw: is called after each draw.
+    Raises:
+        ValueError: a baseline that is no score, or draws below 0.
     """
+    unknown = [name for name in baselines if name not in scored.names]
+    if isinstance(baselines, str) or unknown:
+        raise ValueError(
+            f"baselines: expected a list of some of {', '.join(scored.names)}, got "
+            f"{baselines if isinstance(baselines, str) else unknown[0]!r}"
+        )
+    if draws < 0:
+        raise ValueError(f"draws: expected a whole number >= 0, got {draws}")
     labels = scored.labels
     rankings, shares, calibrations = [], [], []
     for name in scored.names:
@@ -195,6 +207,7 @@ def evaluate_scores(
         right=int(scored.right.sum()),
         base_rate=wrong / tokens if tokens else None,
         chance=chance if np.isfinite(chance) else None,
+        draws=draws,
         labels={
             label: Label(len(numbers), len(np.unique(scored.document[numbers])))
             for label, numbers in labels.items()

@@ -55,6 +55,24 @@ class ScoredAnswer:
                     f"{name}: expected one value for each of the {count} tokens, got an "
                     f"array of shape {list(values.shape)}"
                 )
+        masks = {name: values for name, values in arrays.items() if name not in self.scores}
+        for name, values in masks.items():
+            if values.dtype != bool and name != "steps":
+                raise ValueError(
+                    f"{name}: expected an array of bool, got {values.dtype}; give {name}.astype("
+                    "bool)"
+                )
+        for name, mask in self.labels.items():
+            if (mask & ~self.wrong).any():
+                raise ValueError(
+                    f"labels: expected {name!r} on tokens that are wrong alone, got it on others "
+                    f"in the document {self.document!r}; mark these as wrong"
+                )
+        if (self.right & self.wrong).any():
+            raise ValueError(
+                "right: expected tokens that are not wrong, got some that are both in the document "
+                f"{self.document!r}"
+            )
         for name, values in self.scores.items():
             if not np.isfinite(values).all():
                 raise ValueError(

@@ -147,6 +147,8 @@ def _of_chance(result: ScoreResult, found: Evaluation, word: str) -> list[str]:
     value, apart = result.measures[found.headline or ""], result.over_chance
     if apart is None or apart.low is None or apart.high is None:
         few = "an interval needs more documents that have what is measured"
+        if not found.draws:
+            few = "no draws were asked for"
         return [f"{result.name}: {word} {said(value)} has no interval; {few}."]
     chance = "0.5" if found.headline != "first_error" else f"chance, {found.chance:.3f}"
     if apart.holds(0):

@@ -72,7 +72,18 @@ def drawn(found: Evaluation, scored: Scored, kind: str) -> bytes:
     with rc_context(STYLE):
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(buffer, format=kind, metadata=metadata)
-    return buffer.getvalue()
+    return _numbered(buffer.getvalue()) if kind == "svg" else buffer.getvalue()
+
+
+def _numbered(picture: bytes) -> bytes:
+    """An SVG whose clip paths are numbered: matplotlib names them by a hash of the layout's floats,
+    whose last bits are not always the same.
+    """
+    text = picture.decode()
+    for number, name in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text))):
+        text = text.replace(f'id="{name}"', f'id="clip{number}"')
+        text = text.replace(f"url(#{name})", f"url(#clip{number})")
+    return text.encode()
 
 
 def _forest(axes: Any, found: Evaluation) -> None:

@@ -5,9 +5,10 @@ A reader is a class with Options, a frozen dataclass whose fields have a help te
 """
 
 import importlib
+import os
 from collections import UserDict
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,12 @@ def read_marked(
         raise ValueError(f"limit: expected a positive number of rows, got {limit}")
     made = reader_options(form, options)
     reader = READERS[form](made)
-    report, answers = Report(strict), []
+    report, answers, folders = Report(strict), [], _folders(source)
     for index, (where, row) in enumerate(_rows(reader, source, split)):
         if index == limit:
             break
         report.seen += 1
+        reader.taken_notes()  # those of a row that was refused are said of none
         try:
             if isinstance(row, RowProblem):
                 raise row
@@ -102,13 +104,34 @@ def read_marked(
         report.kept += 1
         for note in reader.taken_notes():
             report.note(RowProblem(note.reason, note.detail, where))
-        answers += found
+        answers += [replace(x, document=_without_folder(x.document, folders)) for x in found]
     reader.check_all(answers)
     if not report.seen:
         raise ValueError("data: expected rows with marked answers, found none: there is no row")
     if not answers:
         raise ValueError(f"data: expected at least one marked answer, found none: {report}")
     return answers, report
+
+
+def _folders(source: Any) -> list[str]:
+    """The folders in which the files of a source lie, the deepest first. None where two files have
+    one name, which only their folders tell apart.
+    """
+    given = source if isinstance(source, (list, tuple)) else [source]
+    paths = [Path(x) for x in given if isinstance(x, (str, Path))]
+    names = {path.name for path in paths if path.is_file()}
+    folders = {path if path.is_dir() else path.parent for path in paths}
+    if len(names) < len(paths) > 1:
+        return []
+    return sorted((f"{x}{os.sep}" for x in folders), key=len, reverse=True)
+
+
+def _without_folder(document: str, folders: Sequence[str]) -> str:
+    """A document's name without the folder of its file: it is in the same half of the data
+    (`treg.evaluate.scored.in_half`) wherever the file lies and however its path is written.
+    """
+    folder = next((x for x in folders if document.startswith(x)), "")
+    return document.removeprefix(folder)
 
 
 def _rows(reader: Reader, source: Any, split: str) -> Iterable[tuple[str, Any]]:

@@ -120,7 +120,8 @@ def text_column(row: Mapping[str, Any], name: str, option: str | None = None) ->
 def document_of(row: Mapping[str, Any], where: str, column: str) -> str:
     """The name of a row's document: its file and its value in a column, or where it is."""
     value = row.get(column)
-    if value is None or isinstance(value, (list, dict)) or value == "":
+    missing = value is None or value == "" or value != value  # NaN is what pandas has for none
+    if isinstance(value, (list, dict)) or missing:
         return where
     return f"{where.rpartition(FILE_OF)[0]}#{value}"
 

@@ -4,14 +4,16 @@
 
 The source is a file, a folder of .jsonl files or a .zip file of these, all of which are read. Words
 of the bad sentence that the good one does not have in their place are marked as wrong, the good
-one's as right; words are what stands between blanks, without the punctuation around them. Where the
-bad sentence only lacks a word, nothing in it is another word: the one after the gap is marked, or
-the last one. The label is the row's value in `label`. A prompt is read if there is one.
+one's as right. A word is a run of letters and digits, with apostrophes, hyphens and points within
+it; any other character that is no blank is a word of its own. Where the bad sentence only lacks a
+word, nothing in it is another word: the one after the gap is marked, or the last one. The label is
+the row's value in `label`. A prompt is read if there is one.
 """
 
 import difflib
 import re
 import tempfile
+import unicodedata
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +94,7 @@ def different_words(good: str, bad: str) -> tuple[list[Span], list[Span]]:
     """The characters of the words in which two sentences differ: those of the good one, and those
     of the bad one.
     """
-    of_good, of_bad = ([x.span() for x in WORD.finditer(text)] for text in (good, bad))
+    of_good, of_bad = _words(good), _words(bad)
     words = [[text[a:b] for a, b in spans] for text, spans in ((good, of_good), (bad, of_bad))]
     right, wrong, gaps = [], [], []
     matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
@@ -104,6 +106,14 @@ def different_words(good: str, bad: str) -> tuple[list[Span], list[Span]]:
     if not wrong and of_bad and gaps:
         wrong = [of_bad[min(at, _last_word(bad, of_bad))] for at in gaps]
     return right, wrong
+
+
+def _words(text: str) -> list[Span]:
+    """The characters of each word. Accents and vowel signs that are characters of their own belong
+    to their letters, which `re` does not say of them.
+    """
+    letters = ("x" if unicodedata.category(char)[0] == "M" else char for char in text)
+    return [x.span() for x in WORD.finditer("".join(letters))]
 
 
 def _last_word(text: str, spans: Sequence[Span]) -> int:

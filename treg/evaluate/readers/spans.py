@@ -200,11 +200,13 @@ class SpansReader(Reader):
         item = self._renamed(item)
         start, end, value, label = span_fields(item)
         marked = item.get(TEXT_KEY) if isinstance(item, Mapping) else None
-        if start is None and end is None and isinstance(marked, str) and marked:
+        if marked is not None and not isinstance(marked, str):
+            raise RowProblem("bad span", "expected text as the marked text")
+        if start is None and end is None and marked:
             start, end = _only_place(marked, text)
         else:
             start, end = self._bounds(start, end, offsets)
-            if isinstance(marked, str) and marked != text[start:end]:
+            if marked is not None and marked != text[start:end]:
                 found = described(text[start:end])
                 raise RowProblem(
                     "other text marked",
@@ -262,7 +264,9 @@ def preference(
     for side in SIDES:
         text = answer_text(side, getattr(given, side))
         own = given.given.get(side, text)
-        if given.prompt and any(x == f"{given.prompt}{text}" for x in row.values()):
+        if given.prompt and any(
+            isinstance(x, str) and x == f"{given.prompt}{text}" for x in row.values()
+        ):
             # a whole dialogue, whose last turn counts without the blanks around it
             texts[side] = Counted(text.strip(), _lead(text))
         elif own != text:

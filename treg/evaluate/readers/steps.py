@@ -13,7 +13,7 @@
 The answer is the steps, joined by `separator`. The first wrong step is marked as wrong, and the
 steps before it as right. Of "label" nobody judged the steps after it. Of ratings, a step below
 `threshold` is wrong, one above it right, and one at it neither; True and "+" are above, False and
-"-" below.
+"-" below. What joins a step that nobody judged to the step before it was judged by nobody either.
 """
 
 import math
@@ -25,6 +25,7 @@ from treg.data.answer_rows import parse_answer
 from treg.data.report import RowProblem, described
 from treg.evaluate.documents import Mark, MarkedAnswer, Span
 from treg.evaluate.readers.base import Reader, RowOptions, document_of
+from treg.rewards.base import check_number
 
 SIGNS = {True: math.inf, False: -math.inf, "+": math.inf, "-": -math.inf}
 RATINGS = ("ratings", "labels", "rating")
@@ -45,6 +46,10 @@ class StepsOptions(RowOptions):
     threshold: float = field(
         default=0.0, metadata={"help": "Steps rated below it are wrong, above it right."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("format.threshold", self.threshold)
 
 
 class StepsReader(Reader):
@@ -108,7 +113,9 @@ class StepsReader(Reader):
             )
         if all(isinstance(x, Mapping) for x in given):
             texts = [x.get("text") for x in given]
-            ratings: Any = [next((x[k] for k in RATINGS if k in x), None) for x in given]
+            ratings: Any = None
+            if any(k in x for x in given for k in RATINGS):
+                ratings = [next((x[k] for k in RATINGS if k in x), None) for x in given]
         else:
             texts = given
             ratings = next((row[k] for k in RATINGS if row.get(k) is not None), None)
@@ -138,7 +145,8 @@ class StepsReader(Reader):
         marks = [Mark(*span, wrong=False) for span in right]
         if first is None:
             return None, tuple(marks), ()
-        return first, (*marks, Mark(*spans[first])), tuple(spans[first + 1 :])
+        after = tuple(_with_gap(spans, i) for i in range(first + 1, len(spans)))
+        return first, (*marks, Mark(*spans[first])), after
 
     def _of_ratings(
         self, spans: Sequence[Span], ratings: list
@@ -146,10 +154,10 @@ class StepsReader(Reader):
         first, marks, unjudged = None, [], []
         for i, (span, rating) in enumerate(zip(spans, ratings, strict=True)):
             if rating is None:
-                unjudged.append(span)
+                unjudged.append(_with_gap(spans, i))
                 continue
-            self._rated.add(rating)
             number = _number(rating, i) - self.options.threshold
+            self._rated.add(rating)
             if number < 0 and first is None:
                 first = i
             if number:
@@ -158,7 +166,8 @@ class StepsReader(Reader):
 
     def check_all(self, answers: Collection[MarkedAnswer]) -> None:
         # what is written 0 and 1 is wrong and right, more often than neither and right
-        binary = {type(x) for x in self._rated} == {int} and 0 in self._rated <= {0, 1}
+        numbers = not {type(x) for x in self._rated} & {bool, str}
+        binary = numbers and 0 in self._rated <= {0, 1}
         if binary and self.options.threshold == 0:
             raise ValueError(
                 f"data: expected a rating below 0 in one of the {len(answers)} solutions, the "
@@ -173,6 +182,11 @@ def _spans(texts: Sequence[str], between: int) -> tuple[Span, ...]:
         found.append((start, start + len(text)))
         start += len(text) + between
     return tuple(found)
+
+
+def _with_gap(spans: Sequence[Span], i: int) -> Span:
+    """A step, and what joins it to the one before."""
+    return (spans[i - 1][1] if i else 0), spans[i][1]
 
 
 def _number(rating: Any, i: int) -> float:

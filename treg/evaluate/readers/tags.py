@@ -52,7 +52,7 @@ class TagsOptions(LabelOptions, RowOptions):
     @cached_property
     def pattern(self) -> re.Pattern:
         names = "|".join(re.escape(x) for x in (*self.tags, *self.right_tags))
-        return re.compile(rf"""<(/?)({names})((?:\s(?:[^<>"']|"[^"]*"|'[^']*')*)?)(/?)>""")
+        return re.compile(rf"""<(/?)({names})((?:\s(?:[^<>"']|"[^"]*"|'[^']*')*?)?)(/?)>""")
 
 
 class TagsReader(Reader):
