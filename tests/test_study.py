@@ -56,9 +56,32 @@ def test_record_goes_on_and_refuses_others(tmp_path):
     for other in ({"training": {"pairs": 4}}, {"methods": {"a": {"x": 2}}}):
         with pytest.raises(ValueError, match=f"expected a record with {next(iter(other))} "):
             Record(file, settings | other)
-    file.write_text("{}")
+    for broken in ("{}", "[]", '{"settings": {'):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match=r"output: expected a record .*r\.json: .*give"):
+            Record(file, settings)
     with pytest.raises(ValueError, match="output: expected a record of this script"):
-        Record(file, settings)
+        Record(tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--output", "study-run"], "output: expected a file that ends in .json, got study-run"),
+        (["--output", "no.json", "--table"], "expected a record for --table, found none: no.json"),
+    ],
+)
+def test_outputs_that_are_refused(study, given, message, capsys):
+    with pytest.raises(SystemExit):
+        study["study"].arguments(given)
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_record_is_an_error_without_code(study, tmp_path, monkeypatch):
+    (tmp_path / "r.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", ["study.py", "--table", "--output", str(tmp_path / "r.json")])
+    with pytest.raises(SystemExit, match=r"study\.py: error: output: expected a record"):
+        study["study"].main()
 
 
 def test_log_probs_are_those_of_the_chat(task):

@@ -238,6 +238,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
             args.methods = ["DPO", "DPO-REG", "RED"]
     if args.seeds is None:
         args.seeds = [0] if args.quick else list(range(20 if args.large else 5))
+    if args.output.suffix != ".json":  # runs are in a folder of the name without it
+        parser.error(f"output: expected a file that ends in .json, got {args.output}")
+    if args.table and not args.output.exists():
+        parser.error(f"output: expected a record for --table, found none: {args.output}")
     for name in ("processes", "judge_steps"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -252,9 +256,11 @@ def main() -> None:
     settings = settings_of(args)
     methods = {name: asdict(METHODS[name]) for name in args.methods}
     signals = {name: asdict(x) for name, x in SIGNALS.items()}
-    record = Record(
-        args.output, {"training": asdict(settings), "signals": signals, "methods": methods}
-    )
+    made_with = {"training": asdict(settings), "signals": signals, "methods": methods}
+    try:
+        record = Record(args.output, made_with)
+    except ValueError as error:  # what is wrong with the file, without the lines of code
+        raise SystemExit(f"study.py: error: {error}") from None
     work = Study(args, record, settings)
     if work.todo and not args.table:
         record.began(shlex.join(["python", *sys.argv]), environment(args.processes, PACKAGES))

@@ -291,6 +291,38 @@ def test_what_is_refused(folder, more, message, capsys):
     assert f"error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("rows", "form", "message"),
+    [
+        ([], "spans", "expected rows with marked answers, found none: there is no row"),
+        (
+            [{"answer": "a b", "spans": [], "note": "c"}],
+            "spans",
+            "or leave it out with --format.columns note=",
+        ),
+        (
+            [{"prompt": "c", "chosen": "a", "rejected": "b"}],
+            "spans",
+            "name them with --format.side_column",
+        ),
+        ([{"answer": "a b", "odd": []}], "spans", "name it with --format.column,"),
+        ([{"good": "a", "bad": "b"}], "pairs", "are good, bad; name it with --format.good"),
+        (
+            [{"problem": "a", "parts": ["b"]}],
+            "steps",
+            "problem, parts; name it with --format.steps",
+        ),
+        ([{"answer": "a [b]"}], "tags", "expected marks or pairs, found neither in 1 answers; is"),
+    ],
+)
+def test_a_file_of_another_form_says_what_to_give(rows, form, message, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--data", str(tmp_path / "a.jsonl"), "--format", form, "--model", "m"]
+    assert main(["evaluate-credit", *command]) == 2
+    error = capsys.readouterr().err
+    assert message in error and " --columns" not in error
+
+
 def test_a_model_is_needed_unless_a_file_has_all(folder, capsys):
     command = ["--data", str(folder / "marked.jsonl"), "--format", "spans"]
     assert main(["evaluate-credit", *command]) == 2

@@ -93,15 +93,19 @@ BROKEN = {
     "a null": (
         {"spans": None},
         "no spans",
-        "got null; say .* option nulls",
+        "got null; say .* --format.nulls",
     ),
-    "no column": ({"marks": [[4, 7]]}, "no column 'spans'", "with the option column, and give"),
-    "no answer": ({"answer": None, "spans": []}, "no column 'answer'", "--columns answer=NAME"),
+    "no column": ({"marks": [[4, 7]]}, "no column 'spans'", "with --format.column, and give"),
+    "no answer": (
+        {"answer": None, "spans": []},
+        "no column 'answer'",
+        "--format.columns answer=NAME",
+    ),
     "an empty answer": ({"answer": " ", "spans": []}, "empty answer", "answer"),
     "a context": (
         {"context": "a passage", "spans": []},
         "unknown column 'context'",
-        "--columns context=",
+        "--format.columns context=",
     ),
 }
 
@@ -129,9 +133,9 @@ def test_offsets_in_other_units():
 
 def test_a_marked_text_tells_what_offsets_count():
     for start, end, hint in (
-        (22, 24, "option offsets to bytes"),
-        (20, 21, "option offsets to utf16"),
-        (19, 19, "option inclusive"),
+        (22, 24, "--format.offsets to bytes"),
+        (20, 21, "--format.offsets to utf16"),
+        (19, 19, "--format.inclusive"),
     ):
         refused([{"start": start, "end": end, "text": "é"}], hint, "other text marked")
     refused([{"start": 4, "end": 7, "text": 5}], "expected text as the marked text")
@@ -235,7 +239,7 @@ def test_files_as_people_have_them(tmp_path):
 def test_an_empty_file_and_one_without_a_usable_row(tmp_path):
     file = tmp_path / "empty.jsonl"
     file.write_text("")
-    with pytest.raises(ValueError, match="at least one marked answer, found none: 0 of 0 rows"):
+    with pytest.raises(ValueError, match="rows with marked answers, found none: there is no row"):
         read_marked(file, "spans")
     file.write_text('{"answer": "abc", "spans": [[0, 9]]}\n{"answer"\n')
     with pytest.raises(ValueError, match="dropped 1: bad span") as error:

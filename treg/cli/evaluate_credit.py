@@ -183,6 +183,12 @@ class _Run:
         answers, report = read_marked(
             data, marked.format, marked.format_options, strict=marked.strict
         )
+        if not any(x.marks or x.pair is not None for x in answers):
+            raise ValueError(
+                f"data: expected marks or pairs, found neither in {len(answers)} answers; is "
+                f"{marked.format} how the file marks them? --format {marked.format} --help shows "
+                "its options"
+            )
         half = "all" if marked.half == "both" else marked.half
         every = list(dict.fromkeys(answer.document for answer in answers))
         names = [name for name in every if in_half(name, half, self.own.seed)][: marked.limit]

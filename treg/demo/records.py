@@ -31,9 +31,7 @@ class Record:
         given: dict[str, Any] = json.loads(json.dumps(settings))
         self.content: dict[str, Any] = {"settings": given, "rows": []}
         if path.exists():
-            self.content = json.loads(path.read_text())
-            if not {"settings", "rows"} <= self.content.keys():
-                raise ValueError(f"output: expected a record of this script, got {path}")
+            self.content = _read(path)
             self._take(given)
 
     def _take(self, settings: dict[str, Any]) -> None:
@@ -76,6 +74,22 @@ class Record:
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n")
         temporary.replace(self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a record; ValueError for a file that is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason: object = error
+    else:
+        if isinstance(content, dict) and {"settings", "rows"} <= content.keys():
+            return content
+        reason = "it has no settings and rows"
+    raise ValueError(
+        f"output: expected a record of this script, got {path}: {reason}; give another file, or "
+        "remove it"
+    )
 
 
 def environment(processes: int, packages: Sequence[str]) -> dict[str, Any]:

@@ -97,13 +97,17 @@ def read_marked(
                 raise row
             found = reader.answers(row, where, index)
         except RowProblem as problem:
-            report.problem(RowProblem(problem.reason, problem.detail, where))
+            # what reads rows for other commands too names their option
+            detail = problem.detail.replace("--columns ", "--format.columns ")
+            report.problem(RowProblem(problem.reason, detail, where))
             continue
         report.kept += 1
         for note in reader.taken_notes():
             report.note(RowProblem(note.reason, note.detail, where))
         answers += [replace(x, document=_without_folder(x.document, folders)) for x in found]
     reader.check_all(answers)
+    if not report.seen:
+        raise ValueError("data: expected rows with marked answers, found none: there is no row")
     if not answers:
         raise ValueError(f"data: expected at least one marked answer, found none: {report}")
     return answers, report

@@ -99,8 +99,8 @@ class Reader:
         return notes
 
 
-def text_column(row: Mapping[str, Any], name: str) -> str:
-    """A column of text that says something.
+def text_column(row: Mapping[str, Any], name: str, option: str | None = None) -> str:
+    """A column of text that says something. option: of the format, that names the column.
 
     Raises:
         RowProblem: there is none.
@@ -108,7 +108,8 @@ def text_column(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:
         there = ", ".join(map(str, row)) or "none"
-        raise RowProblem(f"no column {name!r}", f"the columns are {there}")
+        mend = f"; name it with --format.{option}" if option else ""
+        raise RowProblem(f"no column {name!r}", f"the columns are {there}{mend}")
     if not isinstance(value, str):
         raise RowProblem("mixed types", f"{name}: expected text, got {described(value)}")
     if not value.strip():

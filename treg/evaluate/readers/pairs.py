@@ -58,7 +58,8 @@ class PairsReader(Reader):
 
     def answers(self, row: Mapping[str, Any], where: str, index: int) -> list[MarkedAnswer]:
         options = self.options
-        good, bad = text_column(row, options.good), text_column(row, options.bad)
+        good = text_column(row, options.good, "good")
+        bad = text_column(row, options.bad, "bad")
         if good == bad:
             raise RowProblem("identical sentences", f"{options.good} and {options.bad}")
         prompt = row.get(options.prompt)

@@ -116,7 +116,7 @@ class SpansReader(Reader):
             there = ", ".join(map(str, given.columns)) or "none"
             raise RowProblem(
                 f"no column {column!r}",
-                f"the other columns are {there}; name it with the option column, and give [] where "
+                f"the other columns are {there}; name it with --format.column, and give [] where "
                 "nothing is wrong",
             )
         marks = self.marks(column, given.columns[column], Counted(given.answer))
@@ -144,8 +144,8 @@ class SpansReader(Reader):
             there = ", ".join(map(str, given.columns)) or "none"
             raise RowProblem(
                 f"no column {columns['rejected']!r}",
-                f"nor {columns['chosen']!r}; the other columns are {there}; name them with the "
-                "option side_column",
+                f"nor {columns['chosen']!r}; the other columns are {there}; name them with "
+                "--format.side_column, such as {side}_marks",
             )
         found = []
         for side, column in columns.items():
@@ -177,7 +177,7 @@ class SpansReader(Reader):
                 raise RowProblem(
                     "no spans",
                     f"{column}: expected a list, [] where nothing is wrong, got null; say what a "
-                    "null means with the option nulls, right or unjudged",
+                    "null means with --format.nulls, right or unjudged",
                 )
             return {"judged": self.options.nulls == "right"}
         offsets = Offsets(counted.text, self.options.offsets)
@@ -299,12 +299,12 @@ def _hint(marked: str, text: str, item: Mapping[str, Any]) -> str:
     """How offsets may be meant that mark another text."""
     start, end = item["start"], item["end"]
     if text[start : end + 1] == marked:
-        return "; set the option inclusive, as end is the last character"
+        return "; set --format.inclusive, as end is the last character"
     for unit in UNITS:
         try:
             offsets = Offsets(text, unit)
             if text[offsets.character(start) : offsets.character(end)] == marked:
-                return f"; set the option offsets to {unit}"
+                return f"; set --format.offsets to {unit}"
         except RowProblem:
             continue
     return ""

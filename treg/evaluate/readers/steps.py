@@ -102,6 +102,11 @@ class StepsReader(Reader):
         """The texts of the steps, and their ratings; None where the row has none."""
         name = self.options.steps
         given = row.get(name)
+        if given is None:
+            there = ", ".join(map(str, row)) or "none"
+            raise RowProblem(
+                f"no column {name!r}", f"the columns are {there}; name it with --format.steps"
+            )
         if not isinstance(given, list) or not given:
             raise RowProblem(
                 "no steps", f"{name}: expected a list of texts, got {described(given)}"
