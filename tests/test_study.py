@@ -247,6 +247,6 @@ def test_study(tmp_path):
         assert steps == ([] if row["method"] == "before" else [0, 2])
         if steps:
             assert row["curve"][0] == {"step": 0, "good": 0.0, "bad": 0.0, "other": 0.0}
-    assert (tmp_path / "study.svg").exists() and (tmp_path / "study-shift.svg").exists()
+    assert (tmp_path / "quick.svg").exists() and (tmp_path / "quick-shift.svg").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "0 runs" not in again and json.loads(file.read_text()) == record

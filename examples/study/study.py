@@ -218,7 +218,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--slices", nargs="+", choices=SLICES, default=["main"])
-    add("--methods", nargs="+", choices=METHODS, help="instead of whole slices")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help="instead of slices")
     add("--seeds", nargs="+", type=int, help="default: 0 to 4; with --large 0 to 19")
     add("--rates", nargs="+", type=_rate, metavar="NAME=NUMBER", help="learning rates")
     add("--judge_steps", type=int, help="of the reward model's training")
@@ -270,9 +270,9 @@ def main() -> None:
         record.write()
     tables = f"{table(record.rows, list(METHODS))}\n\n{detectors(record.content)}\n"
     say(f"\n{tables}")
-    if record.rows:
+    if record.rows and not args.table:
         args.output.with_suffix(".md").write_text(tables)
-        pictures = draw_all(record.rows, args.output.parent)
+        pictures = draw_all(record.rows, args.output.parent, args.output.stem)
         say(f"pictures: {', '.join(map(str, pictures))}")
     say(f"record: {args.output}, {time.perf_counter() - start:.0f} s")
 

@@ -26,15 +26,15 @@ SHOWN = ("DPO", "DPO-REG", "oracle", "sign-flipped")  # whose tokens are watched
 COLOURS = dict(zip(SHOWN, ("black", "C0", "C2", "C3"), strict=True))
 
 
-def draw_all(rows: Rows, folder: Path) -> list[Path]:
-    """Every picture that the rows allow, as study*.svg in folder."""
+def draw_all(rows: Rows, folder: Path, stem: str = "study") -> list[Path]:
+    """Every picture that the rows allow, in folder; their names begin with stem."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, draw in (
-        ("study", draw_methods),
-        ("study-shift", draw_shift),
-        ("study-frontier", draw_frontier),
-        ("study-sweeps", draw_sweeps),
+        (stem, draw_methods),
+        (f"{stem}-shift", draw_shift),
+        (f"{stem}-frontier", draw_frontier),
+        (f"{stem}-sweeps", draw_sweeps),
     ):
         figure = draw(rows)
         if figure is None:
