@@ -15,7 +15,7 @@ import transformers
 from study_methods import DPO_MODEL, JUDGE, METHODS, SIGNALS, Method
 from torch import Tensor
 
-from treg.data import EncodeOptions
+from treg.data import SIDES, EncodeOptions
 from treg.data.annotated import read_annotated
 from treg.demo import rumours as world
 from treg.demo import run as demo
@@ -25,7 +25,6 @@ from treg.trainer import TRegTrainer
 
 HELD_OUT_SEED = 100_000
 LONGEST = 192  # tokens of an answer
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
