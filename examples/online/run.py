@@ -69,7 +69,7 @@ class Study:
             (name, seed)
             for seed in dict.fromkeys(args.seeds)
             for name in dict.fromkeys(args.methods)
-            if not record.has(name, seed)
+            if not record.has(method=name, seed=seed)
         ]
 
     def run(self) -> None:
