@@ -229,7 +229,7 @@ class Study:
         """DPO on the pairs, or on the pairs with their answers swapped."""
         examples = self.examples("none")
         if name == "reversed":
-            examples = [swapped(example) for example in examples]
+            examples = [demo.swapped(example) for example in examples]
         dpo = METHODS["dpo"]
         return self._trained(dpo, examples, HELPER_SEED, dpo.rate)[0]
 
@@ -268,15 +268,6 @@ class Study:
                 texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False))
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-
-
-def swapped(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example whose chosen answer is the rejected one, and the other way round."""
-    other = {"chosen": "rejected", "rejected": "chosen"}
-    found = {}
-    for name, value in example.items():
-        found["_".join(other.get(part, part) for part in name.split("_"))] = value
-    return found
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

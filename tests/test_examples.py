@@ -228,12 +228,12 @@ def test_compare_methods_table(compare):
     assert lines[5] == f"| treg-true | 0.0003 | 5.0% (0.0%) | {rest} | -10.0% (7.1%) |"
 
 
-def test_compare_methods_swaps_answers(compare):
+def test_compare_methods_swaps_answers():
     example = {"index": 3, "prompt_ids": [1], "chosen_ids": [2], "ref_chosen_token_logps": [0.1]}
     example |= {"rejected_ids": [4], "ref_rejected_token_logps": [0.2]}
-    found = compare.swapped(example)
+    found = demo.swapped(example)
     assert found["chosen_ids"] == [4] and found["ref_rejected_token_logps"] == [0.1]
-    assert compare.swapped(found) == example
+    assert demo.swapped(found) == example
 
 
 class FakeLlama:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from treg.demo import rumours as world
+from treg.demo import run as demo
 from treg.demo.records import Record, cell, half_width
 from treg.losses import LossOptions, treg_loss
 
@@ -153,9 +154,7 @@ def test_wrong_labels_are_the_same_for_all_methods(study, task):
     assert [len(x) for x in swapped] == [1, 1, 3, 3]
     assert swapped[0] == swapped[1] < swapped[2] == swapped[3]
     example = next(iter(clean))
-    assert study["study_train"].swapped(study["study_train"].swapped(example)).keys() == (
-        example.keys()
-    )
+    assert demo.swapped(demo.swapped(example)).keys() == (example.keys())
 
 
 def test_sft_and_likelihood_are_those_of_chosen_answers(study):

@@ -3,7 +3,7 @@
 import copy
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -76,7 +76,7 @@ class Task:
         # the same pairs are wrong whatever the method, and those of less noise are among them
         drawn = Random(self.seed).sample(range(len(found)), len(found))
         wrong = set(drawn[: round(method.noise * len(found))])
-        return [swapped(x) if i in wrong else x for i, x in enumerate(found)]
+        return [demo.swapped(x) if i in wrong else x for i, x in enumerate(found)]
 
     def make_signal(self, name: str) -> dict[str, float]:
         """Annotate the training pairs; AUROC of -r as a detector of wrong values."""
@@ -263,15 +263,6 @@ class Watching(transformers.TrainerCallback):
 def load(folder: str, device: str) -> Any:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.to(device).eval()
-
-
-def swapped(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example whose chosen answer is the rejected one, and the other way round."""
-    other = {"chosen": "rejected", "rejected": "chosen"}
-    found = {}
-    for name, value in example.items():
-        found["_".join(other.get(part, part) for part in name.split("_"))] = value
-    return found
 
 
 # -- what processes are given to do

@@ -15,7 +15,7 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,15 @@ def shuffled(examples: Sequence[dict], tokenizer: Any, seed: int) -> list[dict]:
             example[f"{side}_token_rewards"] = rewards
         mixed.append(example)
     return mixed
+
+
+def swapped(example: Mapping[str, Any]) -> dict[str, Any]:
+    """An example whose chosen answer is the rejected one, and the other way round."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    found = {}
+    for name, value in example.items():
+        found["_".join(other.get(part, part) for part in name.split("_"))] = value
+    return found
 
 
 @dataclass

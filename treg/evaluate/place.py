@@ -11,13 +11,13 @@ from treg.data.messages import hh_messages
 from treg.data.prompted import AnswerEncoder, Prompted, PromptedIds
 from treg.data.rows import as_turns
 from treg.evaluate.documents import MarkedAnswer, Span
+from treg.evaluate.scored import NO_STEP
 from treg.rewards import Response
 from treg.rewards.response import differs
 from treg.rewards.spans import characters_of_tokens, leading_blanks
 
 DEFAULTS = EncodeOptions()
 ANSWERS_TOGETHER = 256  # whose texts are tokenized in one call
-NO_STEP = -1
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,22 +152,8 @@ class SpansReader(Reader):
             marks: dict[str, Any] = {"judged": False}
             if column in given.columns:
                 marks = self.marks(column, given.columns[column], texts[side])
-            found.append(
-                MarkedAnswer(
-                    where,
-                    document,
-                    given.prompt,
-                    answer_text(side, getattr(given, side)),
-                    pair=where,
-                    preferred=side == SIDES[0],
-                    index=index,
-                    side=side,
-                    row=given.columns,
-                    tools=given.tools,
-                    template_kwargs=given.template_kwargs,
-                    **marks,
-                )
-            )
+            made = answer_of_side(given, side, where, document, index)
+            found.append(replace(made, **marks))
         return found
 
     def marks(self, column: str, given: Any, counted: "Counted") -> dict[str, Any]:
@@ -245,6 +231,25 @@ class Counted:
         last = self.length if self.length is not None else len(self.text) + self.moved
         start, end = (min(max(x + self.moved, 0), last) for x in (mark.start, mark.end))
         return replace(mark, start=start, end=end)
+
+
+def answer_of_side(
+    given: Preference, side: str, where: str, document: str, index: int
+) -> MarkedAnswer:
+    """One answer of a pair, without marks yet."""
+    return MarkedAnswer(
+        where,
+        document,
+        given.prompt,
+        answer_text(side, getattr(given, side)),
+        pair=where,
+        preferred=side == SIDES[0],
+        index=index,
+        side=side,
+        row=given.columns,
+        tools=given.tools,
+        template_kwargs=given.template_kwargs,
+    )
 
 
 def preference(

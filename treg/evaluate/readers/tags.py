@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from treg.data.answer_rows import answer_text, parse_answer
+from treg.data.answer_rows import parse_answer
 from treg.data.names import ALIASES
 from treg.data.report import RowProblem, described
 from treg.evaluate.documents import Mark, MarkedAnswer
 from treg.evaluate.readers.base import LabelOptions, Reader, RowOptions, document_of
-from treg.evaluate.readers.spans import SIDES, preference
+from treg.evaluate.readers.spans import SIDES, answer_of_side, preference
 
 ATTRIBUTE = re.compile(r"""\s+([\w:.-]+)\s*=\s*("[^"]*"|'[^']*')""")
 
@@ -79,19 +79,7 @@ class TagsReader(Reader):
         pair, _ = preference(row, renamed, known)
         found = []
         for side in SIDES:
-            made = MarkedAnswer(
-                where,
-                document,
-                pair.prompt,
-                answer_text(side, getattr(pair, side)),
-                pair=where,
-                preferred=side == SIDES[0],
-                index=index,
-                side=side,
-                row=pair.columns,
-                tools=pair.tools,
-                template_kwargs=pair.template_kwargs,
-            )
+            made = answer_of_side(pair, side, where, document, index)
             found.append(self._untagged(made, side))
         return found
 
